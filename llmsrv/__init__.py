@@ -1,0 +1,1 @@
+"""An OpenAI-compatible LLM server that one machine can run from plain Python."""

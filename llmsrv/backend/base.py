@@ -1,0 +1,200 @@
+"""The operation contract: what a model's program may ask of a backend, and what a backend promises.
+
+A program is a short list of the operations below over named buffers.  Each buffer is a float32
+matrix with one line a row of the batch; a backend lays program, weights and buffers out once as a
+Plan, and nothing moves after that.  A batch is a flat list of rows: a row is one token of one
+sequence, and prefill, decode, draft and fast-forward rows are the same thing.
+
+Shapes: T rows in the batch, R of them sampled (logit rows), S sequences in the batch.
+"""
+
+from abc import ABC
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llmsrv.backend.sampling import Samples
+from llmsrv.backend.sampling import SamplingTable
+
+BLOCK_SIZE = 16  # positions in one block of the KV cache
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A weight exactly as its file has it.
+
+    name   the file's name for it, for messages
+    type   ggml's name of the storage type: F32, F16, BF16, Q4_0, Q4_1, Q8_0
+    shape  (rows, columns) or (columns,); a matrix is row-major, quantised in blocks along columns
+    data   uint8, one dimension, read-only: the mapped bytes
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    data: Array
+
+
+@dataclass(frozen=True)
+class Embed:
+    """out = table[ids] * scale"""
+
+    out: str
+    table: Tensor
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Norm:
+    """out = x / sqrt(mean(x ** 2) + eps) * weight, over each row (Zhang & Sennrich 2019)"""
+
+    out: str
+    x: str
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class Linear:
+    """out = x @ W.T + bias, or out += x @ W.T + bias when `accumulate`.
+
+    W is `weights` stacked by rows (q, k and v are one product); `biases` is empty or one a weight.
+    """
+
+    out: str
+    x: str
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...] = ()
+    accumulate: bool = False
+
+
+@dataclass(frozen=True)
+class RopeAndStore:
+    """Rotates q and k of `qkv` in place by their positions, then stores k and v in the KV cache.
+
+    qkv          buffer [T, (num_heads + 2 * num_kv_heads) * head_dim]: q heads, k heads, v heads
+    frequencies  [rotary_dim / 2] float32, radians a position, every scaling of the context applied
+    magnitude    factor of cos and sin (yarn and longrope), else 1
+    interleaved  True: pairs (0, 1), (2, 3), ...; False: pairs (i, i + rotary_dim / 2)
+    Source: Su et al. 2021, section 3.4.
+    """
+
+    qkv: str
+    layer: int
+    frequencies: Array
+    magnitude: float = 1.0
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class Attention:
+    """out = softmax(q @ K.T * scale, causal) @ V over the row's own sequence in the KV cache.
+
+    qkv   buffer as RopeAndStore leaves it; only its q heads are read
+    out   buffer [T, num_heads * head_dim]
+    A row attends to every stored position of its sequence up to and including its own.
+    """
+
+    out: str
+    qkv: str
+    layer: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class GatedActivation:
+    """out = silu(gate) * up, where x is [gate, up] side by side"""
+
+    out: str
+    x: str
+
+
+@dataclass(frozen=True)
+class SelectLogitRows:
+    """out = x[logit_rows]: from here on a buffer has R rows; everything after runs for them alone"""
+
+    out: str
+    x: str
+
+
+Operation = Embed | Norm | Linear | RopeAndStore | Attention | GatedActivation | SelectLogitRows
+
+
+@dataclass(frozen=True)
+class Program:
+    """An architecture with its weights, as the list of operations of one step.
+
+    buffers   name -> width in float32 values; one is called `logits` and has vocab_size columns
+    """
+
+    operations: tuple[Operation, ...]
+    buffers: dict[str, int]
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a plan is laid out for: it allocates for these numbers and for no more."""
+
+    max_rows: int  # T at most
+    max_logit_rows: int  # R at most
+    max_slots: int  # sampling slots, one a running sequence
+    num_blocks: int  # blocks of BLOCK_SIZE positions in the KV cache; block 0 is never handed out
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one step.
+
+    ids           [T] int32; an id, or -1 - r for 'what logit row r of the step before sampled'
+    positions     [T] int32, the row's position in its sequence
+    sequences     [T] int32, index into block_tables; the rows of a sequence lie together, ascending
+    slot_mapping  [T] int64, block * BLOCK_SIZE + offset: where the row's k and v are stored
+    block_tables  [S, max_blocks] int32, padded with 0
+    logit_rows    [R] int32, the rows whose logits are wanted, ascending
+    """
+
+    ids: Array
+    positions: Array
+    sequences: Array
+    slot_mapping: Array
+    block_tables: Array
+    logit_rows: Array
+
+
+class Plan(ABC):
+    """A program laid out on a backend: buffers, weights, KV cache and sampling table in place."""
+
+    sampling: SamplingTable
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> None:
+        """Runs every operation for the batch; the logits stay in the plan until the next forward."""
+
+    @abstractmethod
+    def sample(self, slots: Array, output_positions: Array) -> Samples:
+        """Samples each logit row of the last forward by the parameters in its slot.
+
+        slots             [R] int32, index into `sampling`, in the order of logit_rows
+        output_positions  [R] int64, how many tokens the sequence has already put out at that row
+        """
+
+
+class Backend(ABC):
+    name: str
+
+    @abstractmethod
+    def compile(self, program: Program, limits: Limits, tick: Callable[[], None]) -> Plan:
+        """Lays the program out.  `tick` is called at least once a weight here and once an operation
+        in forward, so that a supervisor can tell long work from a hang.  Raises StartupError when
+        a weight's type is unknown to the backend or memory does not suffice."""

@@ -1,0 +1,115 @@
+"""What crosses the wall between the server process and the engine process: ids, numbers and codes.
+
+Encoded with msgpack, one frame a message (queues.py).  The request number is the server's own,
+never anything that a client chose.  Times are time.monotonic seconds, the same clock on both sides.
+"""
+
+import msgspec
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True):
+    """How the next token is drawn; names and neutral values as everywhere in the field."""
+
+    seed: int  # 0 .. 2**64 - 1
+    temperature: float = 1.0  # 0: the largest logit
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    num_logprobs: int = -1  # -1: none; 0: the sampled token's; k: k alternatives beside it
+
+
+class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
+    """A request to generate, accepted by the server: it will get exactly one Finished a choice, or
+    one Failed."""
+
+    request: int
+    prompt_ids: list[int]
+    max_tokens: int
+    end_ids: list[int]  # a sampled id among these ends the choice with "stop"
+    sampling: Sampling
+    n: int = 1  # choices, each with its own choice index in the draw
+
+
+class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
+    """Ends a request, or one choice of it, at once; unknown numbers are ignored (it may just have ended)."""
+
+    request: int
+    choice: int | None = None
+
+
+class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
+    """Ends the engine process in order."""
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
+    """The model is loaded and steps are being made."""
+
+    architecture: str
+    backend: str
+    backend_reason: str
+    vocab_size: int
+    context_length: int  # tokens of prompt and output together that one sequence may have
+    max_num_sequence: int
+    num_blocks: int  # usable KV blocks
+    block_size: int
+    load_s: float
+
+
+class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
+    """The engine cannot run this model; starting it again would not help."""
+
+    message: str
+
+
+class Tokens(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one choice; the lists are as long as ids, or empty when nothing was asked for."""
+
+    request: int
+    choice: int
+    ids: list[int]
+    logprobs: list[float]
+    alternatives: list[list[tuple[int, float]]]  # most likely first
+
+
+class Finished(msgspec.Struct, frozen=True, array_like=True):
+    """A choice ended.  reason: "stop" (an end id), "length" (max_tokens or context) or "abort"."""
+
+    request: int
+    choice: int
+    reason: str
+    num_prompt_tokens: int
+    num_output_tokens: int
+    queued_s: float  # when the engine took it from the queue, monotonic
+    scheduled_s: float  # when it first was part of a step
+    first_token_s: float
+    last_token_s: float
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True):
+    """A request ended with an error; code as in OpenAI's error object."""
+
+    request: int
+    code: str
+    message: str
+
+
+class Gauges(msgspec.Struct, frozen=True, array_like=True):
+    running: int = 0
+    waiting: int = 0
+    used_blocks: int = 0
+    total_blocks: int = 0
+    num_preemptions: int = 0  # since the engine started
+
+
+class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
+    """Everything that one step brought, in one frame."""
+
+    admitted: list[int]
+    tokens: list[Tokens]
+    finished: list[Finished]
+    failed: list[Failed]
+    gauges: Gauges
+
+
+ToEngine = Submit | Abort | Stop
+FromEngine = Ready | Refused | Step

@@ -1,0 +1,49 @@
+"""Logging that never blocks the loop and never lets a client write into the terminal.
+
+Records go through a bounded queue to a thread; when the sink is blocked they are dropped and
+counted.  Control characters in messages are escaped.
+"""
+
+import logging
+import logging.handlers
+import queue
+import sys
+
+QUEUE_LENGTH = 1000
+
+
+class _DroppingHandler(logging.handlers.QueueHandler):
+    """Counts what it cannot hand over, and says so with the next record that it can."""
+
+    dropped = 0
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            if self.dropped:
+                record.msg = f"{record.msg} ({self.dropped} lines dropped before this one)"
+            self.queue.put_nowait(record)  # type: ignore[attr-defined]
+            self.dropped = 0
+        except queue.Full:
+            self.dropped += 1
+
+
+class _EscapingFormatter(logging.Formatter):
+    """One record, one line: what a client sent can neither break lines nor colour them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def set_up(level: str) -> logging.handlers.QueueListener:
+    """Starts logging to stderr at `level` (debug, info, warning, error); stop() the listener to flush."""
+    sink = logging.StreamHandler(sys.stderr)
+    sink.setFormatter(_EscapingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    records: queue.Queue[logging.LogRecord] = queue.Queue(QUEUE_LENGTH)
+    root = logging.getLogger("llmsrv")
+    root.setLevel(level.upper())
+    root.handlers = [_DroppingHandler(records)]
+    root.propagate = False
+    listener = logging.handlers.QueueListener(records, sink)
+    listener.start()
+    return listener

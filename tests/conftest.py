@@ -1,0 +1,16 @@
+"""What tests of every package share."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmsrv.config import DEFAULT_MODEL
+from llmsrv.config import default_cache_dir
+from llmsrv.files.source import resolve_model
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The default model, fetched into the user's cache on first use as the server does."""
+    return resolve_model(DEFAULT_MODEL, default_cache_dir(), sys.stderr)
