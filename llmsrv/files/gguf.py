@@ -1,0 +1,376 @@
+"""Reads GGUF files: metadata, and each tensor's name, type, shape and place.  Maps the file and
+copies no weights; knows nothing of architectures, tokenizers or numpy.
+
+A file may come from anywhere, so nothing in it is believed: every count is compared with the bytes
+that are left before anything is allocated for it, and every tensor must lie inside the file.
+What does not fit raises ModelError with the file and the key or tensor at fault.
+
+    magic "GGUF", version u32, tensor count u64, key count u64
+    keys       name, value type u32, value
+    tensors    name, number of dimensions u32, dimensions u64 (innermost first), type u32, offset
+    data       starts at the next multiple of general.alignment; offsets (u64) count from here
+Strings are a u64 length and bytes; arrays an item type u32, a u64 count and the items.
+Source: the GGUF specification (docs/gguf.md of the ggml project), versions 2 and 3, little-endian.
+"""
+
+import mmap
+import os
+import stat
+import struct
+from array import array
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+from typing import NoReturn
+from typing import TypeVar
+
+from llmsrv.errors import ModelError
+
+T = TypeVar("T")
+
+HEADER = struct.Struct("<4sIQQ")
+U32 = struct.Struct("<I")
+U64 = struct.Struct("<Q")
+
+# Far above any model known (Gemma 3: 0.8 M strings in its tokens and merges), and low enough that a
+# crafted header is refused within a second and some 100 MB.
+MAX_HEADER_BYTES = 1 << 26
+MAX_KEYS = 1 << 16
+MAX_TENSORS = 1 << 16
+MAX_STRINGS = 1 << 20
+MAX_KEY_BYTES = (1 << 16) - 1  # this, the next two and the multiple of 8: the specification
+MAX_NAME_BYTES = 64
+MAX_DIMENSIONS = 4
+MIN_ALIGNMENT = 8
+
+
+class TensorType(NamedTuple):
+    """How a row is stored: in blocks of block_size values that take block_bytes bytes each."""
+
+    name: str
+    block_size: int
+    block_bytes: int
+
+
+# Source: ggml.h (numbers) and ggml-common.h (layouts).  Numbers that are missing were withdrawn.
+TENSOR_TYPES = {
+    0: TensorType("F32", 1, 4),
+    1: TensorType("F16", 1, 2),
+    2: TensorType("Q4_0", 32, 18),
+    3: TensorType("Q4_1", 32, 20),
+    6: TensorType("Q5_0", 32, 22),
+    7: TensorType("Q5_1", 32, 24),
+    8: TensorType("Q8_0", 32, 34),
+    9: TensorType("Q8_1", 32, 36),
+    10: TensorType("Q2_K", 256, 84),
+    11: TensorType("Q3_K", 256, 110),
+    12: TensorType("Q4_K", 256, 144),
+    13: TensorType("Q5_K", 256, 176),
+    14: TensorType("Q6_K", 256, 210),
+    15: TensorType("Q8_K", 256, 292),
+    16: TensorType("IQ2_XXS", 256, 66),
+    17: TensorType("IQ2_XS", 256, 74),
+    18: TensorType("IQ3_XXS", 256, 98),
+    19: TensorType("IQ1_S", 256, 50),
+    20: TensorType("IQ4_NL", 32, 18),
+    21: TensorType("IQ3_S", 256, 110),
+    22: TensorType("IQ2_S", 256, 82),
+    23: TensorType("IQ4_XS", 256, 136),
+    24: TensorType("I8", 1, 1),
+    25: TensorType("I16", 1, 2),
+    26: TensorType("I32", 1, 4),
+    27: TensorType("I64", 1, 8),
+    28: TensorType("F64", 1, 8),
+    29: TensorType("IQ1_M", 256, 56),
+    30: TensorType("BF16", 1, 2),
+    34: TensorType("TQ1_0", 256, 54),
+    35: TensorType("TQ2_0", 256, 66),
+    39: TensorType("MXFP4", 32, 17),
+    40: TensorType("NVFP4", 64, 36),
+    41: TensorType("Q1_0", 128, 18),
+}
+
+# Metadata value types: struct's letter, which is also array's; bool, string and array stand apart.
+NUMBERS = {
+    0: struct.Struct("<B"),
+    1: struct.Struct("<b"),
+    2: struct.Struct("<H"),
+    3: struct.Struct("<h"),
+    4: struct.Struct("<I"),
+    5: struct.Struct("<i"),
+    6: struct.Struct("<f"),
+    10: struct.Struct("<Q"),
+    11: struct.Struct("<q"),
+    12: struct.Struct("<d"),
+}
+BOOL, STRING, ARRAY = 7, 8, 9
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a file.
+
+    type     the name of a TensorType, as "Q4_1"
+    shape    outermost first: (rows, columns); 1 to 4 dimensions, none is zero
+    offset   bytes from the start of the file
+    size     bytes
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+class GGUFFile:
+    """An open file.  The mapping lives as long as this object or a view from data() does.
+
+    metadata   str (bytes that are not UTF-8 as surrogate escapes), int, float, bool, list[str],
+               list[bool], or array.array for numbers; in the file's order
+    tensors    by name, in the file's order
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        mapping: mmap.mmap,
+        metadata: dict[str, object],
+        tensors: dict[str, TensorInfo],
+    ) -> None:
+        self.path = path
+        self.metadata = metadata
+        self.tensors = tensors
+        self._view = memoryview(mapping)
+
+    def data(self, tensor: TensorInfo) -> memoryview:
+        """The tensor's bytes, read-only, straight from the mapped file.
+
+        Should another process truncate the file, touching what is gone raises SIGBUS: only the
+        engine process, which can be started again, reads weights."""
+        end = tensor.offset + tensor.size
+        return self._view[tensor.offset:end]
+
+    def get(self, key: str, kind: type[T]) -> T | None:
+        """A metadata value, None where the key is missing; ModelError when it is not a `kind`."""
+        value = self.metadata.get(key)
+        # bool is an int to Python; to a model file it is not.
+        if value is None or (isinstance(value, kind) and (type(value) is bool) is (kind is bool)):
+            return value
+        got, wanted = type(value).__name__, kind.__name__
+        raise ModelError(f"{self.path}: key '{key}' must be {wanted}, but it is {got}")
+
+
+def open_gguf(path: Path) -> GGUFFile:
+    """Opens and checks a GGUF file; raises ModelError, and nothing else, when it is refused.
+
+    49k tokens and as many merges take 0.04 s."""
+    try:
+        mapping = _map(path)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ModelError(f"{path}: cannot be read: {reason}") from None
+    reader = _Reader(path, mapping)
+    try:
+        return reader.read_file()
+    except struct.error:
+        reader.refuse_for_its_end()
+
+
+def _map(path: Path) -> mmap.mmap:
+    # Without O_NONBLOCK, opening a FIFO would wait for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            what = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+            raise ModelError(f"{path}: is {what}; expected a GGUF file")
+        if status.st_size < HEADER.size:
+            raise ModelError(f"{path}: is too short for a GGUF file: {status.st_size} bytes")
+        return mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)
+    finally:
+        os.close(descriptor)
+
+
+class _Reader:
+    """Reads a mapped file from front to back; `at` is the next byte.  Reading past the end, or past
+    MAX_HEADER_BYTES, raises struct.error, from struct itself or from our own comparisons."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path = path
+        self.data = data
+        self.at = 0
+        self.end = min(len(data), MAX_HEADER_BYTES)
+        self.strings_left = MAX_STRINGS
+
+    def refuse(self, reason: str) -> NoReturn:
+        raise ModelError(f"{self.path}: {reason}") from None
+
+    def refuse_for_its_end(self) -> NoReturn:
+        if self.end < len(self.data):
+            self.refuse(f"has a header of more than {MAX_HEADER_BYTES} bytes")
+        self.refuse(f"ends inside its header, at byte {self.end}; is it a whole download?")
+
+    def read_file(self) -> GGUFFile:
+        magic, version, num_tensors, num_keys = HEADER.unpack_from(self.data)
+        self.at = HEADER.size
+        self.check_version(magic, version)
+        if num_keys > MAX_KEYS:
+            self.refuse(f"claims {num_keys} metadata keys; at most {MAX_KEYS} are read")
+        if num_tensors > MAX_TENSORS:
+            self.refuse(f"claims {num_tensors} tensors; at most {MAX_TENSORS} are read")
+        metadata: dict[str, object] = {}
+        for _ in range(num_keys):
+            self.read_key_into(metadata)
+        entries = [self.read_tensor() for _ in range(num_tensors)]
+        alignment = self.alignment(metadata)
+        start = -(-self.at // alignment) * alignment
+        return GGUFFile(self.path, self.data, metadata, self.placed(entries, start, alignment))
+
+    def check_version(self, magic: bytes, version: int) -> None:
+        if magic != b"GGUF":
+            self.refuse(f"is not a GGUF file: it starts with {magic!r}")
+        if version and version & 0xFFFF == 0:
+            self.refuse("is a big-endian GGUF file; only little-endian ones are read")
+        if version not in (2, 3):
+            self.refuse(f"is of GGUF version {version}; versions 2 and 3 are read")
+
+    # ---- Metadata
+
+    def read_key_into(self, metadata: dict[str, object]) -> None:
+        key = self.read_string(MAX_KEY_BYTES, "a metadata key")
+        if key in metadata:
+            self.refuse(f"has the key {_shown(key)} twice")
+        metadata[key] = self.read_value(key, self.read_int(U32))
+
+    def read_value(self, key: str, type_: int) -> object:
+        if type_ == STRING:
+            return self.read_string(MAX_HEADER_BYTES, f"key {_shown(key)}")
+        if type_ == BOOL:
+            return self.bools(key, self.take(1))[0]
+        if type_ == ARRAY:
+            return self.read_array(key, self.read_int(U32), self.read_int(U64))
+        if type_ not in NUMBERS:
+            self.refuse(f"key {_shown(key)} has the unknown value type {type_}")
+        (number,) = NUMBERS[type_].unpack(self.take(NUMBERS[type_].size))
+        return number
+
+    def read_array(self, key: str, type_: int, count: int) -> object:
+        if type_ == STRING:
+            return self.read_strings(key, count)
+        if type_ == BOOL:
+            return self.bools(key, self.take(count))
+        if type_ == ARRAY:
+            self.refuse(f"key {_shown(key)} is an array of arrays, which no model needs")
+        if type_ not in NUMBERS:
+            self.refuse(f"key {_shown(key)} has items of the unknown value type {type_}")
+        number = NUMBERS[type_]
+        return array(number.format[-1], self.take(count * number.size))
+
+    def read_strings(self, key: str, count: int) -> list[str]:
+        """The hot loop of loading: a vocabulary is a hundred thousand strings."""
+        self.strings_left -= count
+        if self.strings_left < 0:
+            self.refuse(f"key {_shown(key)} has {count} strings; at most {MAX_STRINGS} are read")
+        data, at, end = self.data, self.at, self.end
+        length_at = U64.unpack_from
+        texts = []
+        for _ in range(count):
+            (length,) = length_at(data, at)
+            start = at + 8
+            at = start + length
+            if at > end:
+                raise struct.error
+            texts.append(data[start:at].decode("utf-8", "surrogateescape"))
+        self.at = at
+        return texts
+
+    def bools(self, key: str, data: bytes) -> list[bool]:
+        if data.strip(b"\0\1"):
+            self.refuse(f"key {_shown(key)} has a boolean that is neither 0 nor 1")
+        return [byte == 1 for byte in data]
+
+    # ---- Tensors
+
+    def read_tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        """Name, shape, type number and offset in the data, as they stand in the file."""
+        name = self.read_string(MAX_NAME_BYTES, "a tensor's name")
+        num_dimensions = self.read_int(U32)
+        if not 1 <= num_dimensions <= MAX_DIMENSIONS:
+            self.refuse(f"tensor {_shown(name)} has {num_dimensions} dimensions; expected 1 to 4")
+        shape = [self.read_int(U64) for _ in range(num_dimensions)]
+        return name, tuple(reversed(shape)), self.read_int(U32), self.read_int(U64)
+
+    def placed(
+        self, entries: list[tuple[str, tuple[int, ...], int, int]], start: int, alignment: int
+    ) -> dict[str, TensorInfo]:
+        """The tensors by name, each checked to lie in the data and apart from the others."""
+        tensors: dict[str, TensorInfo] = {}
+        for name, shape, type_, offset in entries:
+            if name in tensors:
+                self.refuse(f"has the tensor {_shown(name)} twice")
+            if offset % alignment:
+                self.refuse(f"tensor {_shown(name)} is not aligned to {alignment} bytes")
+            type_name, size = self.layout(name, shape, type_)
+            tensors[name] = TensorInfo(name, type_name, shape, start + offset, size)
+            if start + offset + size > len(self.data):
+                self.refuse(
+                    f"tensor {_shown(name)} ends at byte {start + offset + size}, but the file has "
+                    f"{len(self.data)}; is it a whole download?"
+                )
+        for before, after in pairwise(sorted(tensors.values(), key=lambda tensor: tensor.offset)):
+            if before.offset + before.size > after.offset:
+                self.refuse(f"tensors {_shown(before.name)} and {_shown(after.name)} overlap")
+        return tensors
+
+    def layout(self, name: str, shape: tuple[int, ...], type_: int) -> tuple[str, int]:
+        """The name of the type, and the tensor's size in bytes."""
+        if type_ not in TENSOR_TYPES:
+            self.refuse(f"tensor {_shown(name)} has the unknown type {type_}")
+        type_name, block_size, block_bytes = TENSOR_TYPES[type_]
+        if 0 in shape:
+            self.refuse(f"tensor {_shown(name)} has a dimension of 0: {shape}")
+        if shape[-1] % block_size:
+            self.refuse(
+                f"tensor {_shown(name)} has rows of {shape[-1]} values; {type_name} needs a "
+                f"multiple of {block_size}"
+            )
+        return type_name, prod(shape) // block_size * block_bytes
+
+    def alignment(self, metadata: dict[str, object]) -> int:
+        alignment = metadata.get("general.alignment", 32)
+        is_power_of_two = type(alignment) is int and alignment > 0 and alignment.bit_count() == 1
+        if type(alignment) is not int or not is_power_of_two or alignment < MIN_ALIGNMENT:
+            self.refuse(
+                "key 'general.alignment' must be a power of two and at least 8, "
+                f"got {_shown(alignment)}"
+            )
+        return alignment
+
+    # ---- Elements
+
+    def read_int(self, number: struct.Struct) -> int:
+        value: int = number.unpack_from(self.data, self.at)[0]
+        self.at += number.size
+        return value
+
+    def read_string(self, limit_bytes: int, what: str) -> str:
+        length = self.read_int(U64)
+        if length > limit_bytes:
+            self.refuse(f"{what} claims {length} bytes; at most {limit_bytes} are possible")
+        return self.take(length).decode("utf-8", "surrogateescape")
+
+    def take(self, size: int) -> bytes:
+        start = self.at
+        self.at += size
+        if self.at > self.end:
+            raise struct.error
+        return self.data[start:self.at]
+
+
+def _shown(value: object) -> str:
+    """A name from the file, escaped and short enough for a message."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "..."
