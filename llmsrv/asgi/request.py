@@ -1,0 +1,111 @@
+"""A request as its handler sees it.  Knows nothing of sockets, routes or JSON."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from llmsrv.asgi.types import ClientDisconnected
+from llmsrv.asgi.types import RawHeaders
+from llmsrv.asgi.types import Receive
+from llmsrv.asgi.types import Scope
+from llmsrv.errors import ApiError
+
+
+class Headers:
+    """The fields of a request by name; names in any case, values decoded as latin-1."""
+
+    def __init__(self, raw: RawHeaders) -> None:
+        self._raw = raw
+
+    def get(self, name: str) -> str | None:
+        """The first field of that name, None where there is none."""
+        key = name.lower().encode("latin-1")
+        return next((value.decode("latin-1") for field, value in self._raw if field == key), None)
+
+    def getlist(self, name: str) -> list[str]:
+        """Every field of that name, in the order they were sent."""
+        key = name.lower().encode("latin-1")
+        return [value.decode("latin-1") for field, value in self._raw if field == key]
+
+
+class Request:
+    """One request.
+
+    raw_path     the path as sent, still percent-encoded, without the query
+    client       the peer's address and port, None where it has none
+    state        notes of the application about this request
+    path_params  what the router took from the path, decoded
+    """
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        self.scope = scope
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.raw_path: bytes = scope.get("raw_path") or self.path.encode()
+        self.headers = Headers(scope["headers"])
+        self.client: tuple[str, int] | None = scope.get("client")
+        self.state: dict[str, Any] = {}
+        self.path_params: dict[str, str] = {}
+        self._receive = receive
+        self._body: bytes | None = None
+
+    async def body(self, limit_bytes: int) -> bytes:
+        """The whole body, read once.
+
+        Raises ApiError 413 as soon as it is known to be over limit_bytes, and ClientDisconnected
+        when the client goes away first.
+        """
+        if self._body is None:
+            self._body = await self._read_body(limit_bytes)
+        return self._body
+
+    async def _read_body(self, limit_bytes: int) -> bytes:
+        if int(self.headers.get("content-length") or 0) > limit_bytes:
+            raise _body_too_large(limit_bytes)
+        pieces: list[bytes] = []
+        size = 0
+        more_body = True
+        while more_body:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnected
+            pieces.append(message.get("body", b""))
+            size += len(pieces[-1])
+            if size > limit_bytes:
+                raise _body_too_large(limit_bytes)
+            more_body = message.get("more_body", False)
+        return b"".join(pieces)
+
+    @asynccontextmanager
+    async def cancel_on_disconnect(self) -> AsyncIterator[None]:
+        """Cancels its block when the client goes away, and raises ClientDisconnected out of it.
+
+        To be entered after body(): what is left of a body is discarded by it.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        is_gone = False
+
+        async def watch() -> None:
+            nonlocal is_gone
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+            # Here and not in a done callback: that could run when the block has been left.
+            is_gone = True
+            task.cancel()
+
+        watcher = asyncio.create_task(watch())
+        try:
+            yield
+        except asyncio.CancelledError:
+            # Cancelled from elsewhere as well: that one must go on (as in asyncio.timeout).
+            if not is_gone or task.uncancel() > 0:
+                raise
+            raise ClientDisconnected from None
+        finally:
+            watcher.cancel()
+
+
+def _body_too_large(limit_bytes: int) -> ApiError:
+    return ApiError(413, f"The request body is larger than the {limit_bytes} bytes allowed.")

@@ -1,0 +1,43 @@
+"""Answers whose whole body is known.  Streams are in sse.py."""
+
+from typing import Protocol
+
+from llmsrv.asgi.types import RawHeaders
+from llmsrv.asgi.types import Send
+from llmsrv.errors import ApiError
+
+
+class Answer(Protocol):
+    """What a handler returns: something that can send itself."""
+
+    async def __call__(self, send: Send) -> None: ...
+
+
+class Response:
+    """A status and a body; Content-Type and Content-Length are left out where there is no body
+    to describe (204, 304)."""
+
+    def __init__(
+        self,
+        status: int = 200,
+        body: bytes = b"",
+        content_type: str = "application/json",
+        headers: RawHeaders = (),
+    ) -> None:
+        self.status = status
+        self.body = body
+        self.headers = list(headers)
+        if status not in (204, 304):
+            self.headers.append((b"content-type", content_type.encode("latin-1")))
+            self.headers.append((b"content-length", b"%d" % len(body)))
+
+    async def __call__(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": self.status, "headers": self.headers}
+        await send(start)
+        await send({"type": "http.response.body", "body": self.body, "more_body": False})
+
+
+def error_response(error: ApiError) -> Response:
+    """OpenAI's error object with the headers that the error asks for."""
+    headers = [(k.lower().encode("latin-1"), v.encode("latin-1")) for k, v in error.headers.items()]
+    return Response(error.status, error.body(), headers=headers)
