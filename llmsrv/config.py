@@ -12,15 +12,8 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
-MODES = ("local", "interactive", "server")
 BACKENDS = ("auto", "reference")
 LOG_LEVELS = ("debug", "info", "warning", "error")
-
-
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A field of Config.  metadata: group, metavar, choices, and `many` for options that may repeat
-    or take a list."""
-    return field(default=default, metadata={"help": help, **metadata})
 
 
 def default_cache_dir() -> Path:
@@ -43,8 +36,85 @@ class EngineConfig:
 
 
 # MLC's modes, with our figures: sequences at once, and KV positions for all of them together.
-ENGINE_OF_MODE = {
-    "local": dict(max_num_sequence=32, max_total_tokens=16384),
-    "interactive": dict(max_num_sequence=1, max_total_tokens=8192),
-    "server": dict(max_num_sequence=128, max_total_tokens=131072),
+MODES = {
+    "local": {"max_num_sequence": 32, "max_total_tokens": 16384},
+    "interactive": {"max_num_sequence": 1, "max_total_tokens": 8192},
+    "server": {"max_num_sequence": 128, "max_total_tokens": 131072},
 }
+
+
+def option(default: Any, group: str, help: str, **metadata: Any) -> Any:
+    """A field of Config.
+
+    metadata  choices: the values allowed; metavar: the word in --help; least: a number's minimum;
+              many: True when the flag may be repeated or take a JSON list or commas
+    """
+    keep = {"group": group, "help": help, **metadata}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=keep)
+    return field(default=default, metadata=keep)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The options of one server; a field `api_key` is the flag --api-key and LLMSRV_API_KEY."""
+
+    model: str = option(
+        DEFAULT_MODEL, "Model", "a GGUF file, or the name of a cached model", metavar="PATH|NAME"
+    )
+    served_model_name: list[str] = option(
+        [], "Model", "the model's id for clients, and aliases of it", metavar="NAME", many=True
+    )
+    chat_template: str | None = option(
+        None, "Model", "a Jinja template to use instead of the model's own", metavar="FILE"
+    )
+    mode: str = option(
+        "local",
+        "Engine",
+        "how many requests at once: local 32, interactive 1, server 128",
+        choices=tuple(MODES),
+    )
+    backend: str = option(
+        "auto", "Engine", "what computes: auto takes the fastest that runs here", choices=BACKENDS
+    )
+    host: str = option("127.0.0.1", "Network", "the address to listen on", metavar="ADDRESS")
+    port: int = option(8000, "Network", "the port to listen on; 0 takes a free one", least=0)
+    allowed_hosts: list[str] = option(
+        [],
+        "Network",
+        "further names that a client may call this server by while it listens on loopback",
+        metavar="NAME",
+        many=True,
+    )
+    body_limit_mb: int = option(8, "Network", "the largest request body, in MiB", least=1)
+    drain_timeout_s: int = option(
+        30, "Network", "seconds that running requests get to finish after SIGTERM", least=0
+    )
+    api_key: list[str] = option(
+        [],
+        "Access",
+        "a key that clients must send; it shows in the process list, a file does not",
+        metavar="KEY",
+        many=True,
+    )
+    api_key_file: str | None = option(
+        None, "Access", "a file with one key a line", metavar="FILE"
+    )
+    allow_origins: list[str] = option(
+        [],
+        "Browsers (CORS)",
+        "origins allowed; default: loopback ones without a key, any with one",
+        metavar="LIST",
+        many=True,
+    )
+    allow_methods: list[str] = option(
+        ["*"], "Browsers (CORS)", "methods allowed", metavar="LIST", many=True
+    )
+    allow_headers: list[str] = option(
+        ["*"], "Browsers (CORS)", "request headers allowed", metavar="LIST", many=True
+    )
+    allow_credentials: bool = option(False, "Browsers (CORS)", "let browsers send credentials")
+    cache_dir: Path = option(
+        default_cache_dir(), "Files and logs", "where fetched models are kept", metavar="DIR"
+    )
+    log_level: str = option("info", "Files and logs", "what is logged", choices=LOG_LEVELS)

@@ -1,0 +1,119 @@
+"""Request bodies from bytes to typed objects, and what is wrong with them in OpenAI's words.
+
+msgspec decodes and validates in one pass.  Only when that fails is the body decoded once more
+without types, to name the value that was found.
+"""
+
+import re
+from typing import Any
+from typing import TypeVar
+
+import msgspec
+
+from llmsrv.api.schema import UNSUPPORTED
+from llmsrv.errors import ApiError
+
+T = TypeVar("T")
+
+_PATH = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL)
+_STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
+_BOUND = re.compile(r"Expected `(?P<type>\w+)`(?P<length> of length)? (?P<sign><=|>=|<|>) (?P<bound>\S+)")
+_MISSING = re.compile(r"Object missing required field `(?P<field>[^`]+)`")
+_KIND = {"int": "integer", "float": "decimal", "str": "string", "array": "array"}
+_SHOWN = 64  # characters of a bad value that a message repeats
+
+
+def decode_body(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+    """The request that `body` holds; ApiError 400 with `param` and `code` when it holds none."""
+    try:
+        body.decode()
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise _invalid_field(str(error), _decode_untyped(body)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _not_json(error) from None
+
+
+def refuse_unsupported(request: msgspec.Struct) -> None:
+    """ApiError 400 for a known field that this server would have to ignore."""
+    for field, neutral in UNSUPPORTED.items():
+        value = getattr(request, field, None)
+        if value is not None and value not in neutral:
+            raise ApiError(
+                400,
+                f"Unsupported value: '{field}' is not supported by this server, "
+                f"but got {_shown(value)}.",
+                param=field,
+                code="unsupported_parameter",
+            )
+
+
+def _decode_untyped(body: bytes) -> Any:
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise _not_json(error) from None
+
+
+def _not_json(error: Exception) -> ApiError:
+    reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    hint = f"We could not parse the JSON body of your request: {reason}."
+    return ApiError(400, hint, code="invalid_json")
+
+
+def _invalid_field(explanation: str, body: Any) -> ApiError:
+    """Turns msgspec's sentence and path into OpenAI's message, param and code."""
+    match = _PATH.match(explanation)
+    assert match is not None
+    what, path = match["what"], (match["path"] or "").replace("[...]", "")
+    if missing := _MISSING.match(what):
+        param = f"{path}.{missing['field']}" if path else missing["field"]
+        return ApiError(
+            400,
+            f"Missing required parameter: '{param}'.",
+            param=param,
+            code="missing_required_parameter",
+        )
+    got = _shown(_value_at(body, path))
+    if bound := _BOUND.match(what):
+        return _out_of_bounds(path, bound, got)
+    if what.startswith("Expected"):
+        wanted = what.removeprefix("Expected ").replace("`", "").split(", got ")[0]
+        message = f"Invalid type for '{path or 'body'}': expected {wanted}, but got {got} instead."
+        return ApiError(400, message, param=path or None, code="invalid_type")
+    message = f"Invalid value for '{path}': {what}; got {got}."
+    return ApiError(400, message, param=path, code="invalid_value")
+
+
+def _out_of_bounds(path: str, bound: re.Match[str], got: str) -> ApiError:
+    kind = _KIND.get(bound["type"], bound["type"])
+    above = bound["sign"].startswith("<")
+    if bound["length"]:
+        side = "too long" if above else "too short"
+        code = f"{kind}_above_max_length" if above else f"{kind}_below_min_length"
+        message = (
+            f"Invalid '{path}': {kind} {side}. "
+            f"Expected a length {bound['sign']} {bound['bound']}, but got {got} instead."
+        )
+    else:
+        side = "above maximum" if above else "below minimum"
+        code = f"{kind}_above_max_value" if above else f"{kind}_below_min_value"
+        message = (
+            f"Invalid '{path}': {kind} {side} value. "
+            f"Expected a value {bound['sign']} {bound['bound']}, but got {got} instead."
+        )
+    return ApiError(400, message, param=path, code=code)
+
+
+def _value_at(body: Any, path: str) -> Any:
+    for key, index in _STEP.findall(path):
+        try:
+            body = body[int(index)] if index else body[key]
+        except (LookupError, TypeError):
+            return body
+    return body
+
+
+def _shown(value: Any) -> str:
+    text = msgspec.json.encode(value).decode()
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"

@@ -1,0 +1,209 @@
+"""One request's generation, whatever its route: checked against the model, submitted, and followed
+until every choice has ended.
+
+Knows token ids and deltas of text; the shapes of chat and completions are in their own modules.
+"""
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator
+from collections.abc import Sequence
+from contextlib import aclosing
+
+from llmsrv.api.output import ChoiceOutput
+from llmsrv.api.output import Delta
+from llmsrv.api.schema import GenerationRequest
+from llmsrv.api.service import Service
+from llmsrv.asgi.request import Request
+from llmsrv.engine.client import Generation
+from llmsrv.engine.messages import Finished
+from llmsrv.engine.messages import Sampling
+from llmsrv.errors import ApiError
+from llmsrv.text.tokenizer import Tokenizer
+
+ADMISSION_S = 10.0  # after this a stream's 200 goes out although its request still waits
+INLINE_CHARS = 4096  # longer texts are tokenised in a thread: about 1 ms of the loop's time
+
+
+class Job:
+    """The choices of one request: choice i * n + j is the j-th choice of prompt i."""
+
+    def __init__(
+        self,
+        service: Service,
+        tokenizer: Tokenizer,
+        request: GenerationRequest,
+        prompts: list[list[int]],
+        max_tokens: list[int],
+        num_logprobs: int,
+    ) -> None:
+        self.num_prompt_tokens = sum(map(len, prompts))
+        self._service = service
+        self._n = request.n or 1
+        end_ids = [] if request.ignore_eos else sorted(tokenizer.end_ids)
+        stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
+        self.outputs = [
+            ChoiceOutput(index, tokenizer, stops, end_ids)
+            for index in range(len(prompts) * self._n)
+        ]
+        self._generations: list[Generation] = []
+        sampling = sampling_of(request, num_logprobs)
+        try:
+            for ids, limit in zip(prompts, max_tokens, strict=True):
+                self._generations.append(
+                    service.engine.submit(ids, limit, end_ids, sampling, self._n)
+                )
+        except ApiError:
+            self.abort()
+            raise
+
+    async def admitted(self) -> None:
+        """Returns when every prompt is, or after ADMISSION_S; raises the ApiError that came instead."""
+        try:
+            async with asyncio.timeout(ADMISSION_S):
+                for generation in self._generations:
+                    await generation.admitted()
+        except TimeoutError:
+            pass  # the answer begins now, and pings keep it alive until there is a token
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """Every choice's deltas as they come; aborts what still runs when it is closed."""
+        streams = [self._follow(i, generation) for i, generation in enumerate(self._generations)]
+        try:
+            async with aclosing(streams[0] if len(streams) == 1 else _merge(streams)) as merged:
+                async for delta in merged:
+                    yield delta
+        finally:
+            self.abort()
+            self._count()
+
+    def abort(self) -> None:
+        for generation in self._generations:
+            generation.abort()
+
+    def usage(self) -> dict[str, int]:
+        num_output_tokens = sum(output.num_tokens for output in self.outputs)
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": num_output_tokens,
+            "total_tokens": self.num_prompt_tokens + num_output_tokens,
+        }
+
+    async def _follow(self, prompt: int, generation: Generation) -> AsyncGenerator[Delta, None]:
+        outputs = self.outputs[prompt * self._n : (prompt + 1) * self._n]
+        async for event in generation:
+            output = outputs[event.choice]
+            if output.finish_reason:
+                continue  # what the engine sent before it learnt of the stop string
+            if isinstance(event, Finished):
+                delta: Delta | None = output.finish(event.reason)
+            else:
+                delta = output.push(event)
+                if output.finish_reason:
+                    generation.abort(event.choice)
+            if delta:
+                yield delta
+            if all(output.finish_reason for output in outputs):
+                return
+
+    def _count(self) -> None:
+        counters = self._service.counters
+        counters.prompt_tokens += self.num_prompt_tokens
+        for output in self.outputs:
+            counters.generation_tokens += output.num_tokens
+            counters.finished[output.finish_reason or "abort"] += 1
+
+
+async def start(request: Request, job: Job) -> Job:
+    """Waits until the job is admitted; a client that leaves meanwhile ends it."""
+    try:
+        async with request.cancel_on_disconnect():
+            await job.admitted()
+    except BaseException:
+        job.abort()
+        raise
+    return job
+
+
+def check_stream_options(request: GenerationRequest) -> None:
+    if request.stream_options is not None and not request.stream:
+        raise ApiError(
+            400,
+            "Invalid 'stream_options': it is only allowed when 'stream' is true.",
+            param="stream_options",
+            code="invalid_value",
+        )
+
+
+def sampling_of(request: GenerationRequest, num_logprobs: int) -> Sampling:
+    """The request's parameters as the engine takes them; a request without a seed gets a random one."""
+    seed = secrets.randbits(64) if request.seed is None else request.seed % 2**64
+    return Sampling(
+        seed=seed,
+        temperature=1.0 if request.temperature is None else request.temperature,
+        top_k=max(request.top_k or 0, 0),
+        top_p=1.0 if request.top_p is None else request.top_p,
+        min_p=request.min_p or 0.0,
+        num_logprobs=num_logprobs,
+    )
+
+
+def output_limit(
+    service: Service, num_prompt_tokens: int, asked: int | None, default: int | None, param: str
+) -> int:
+    """How many tokens may be put out after a prompt; `default` None means all that the context has.
+
+    ApiError 400 context_length_exceeded when prompt and what was asked for do not fit.
+    """
+    assert service.engine.ready is not None
+    context = service.engine.ready.context_length
+    left = context - num_prompt_tokens
+    if left < (asked or 1):
+        raise ApiError(
+            400,
+            f"This model's maximum context length is {context} tokens. However, you requested "
+            f"{num_prompt_tokens + (asked or 1)} tokens ({num_prompt_tokens} in the {param}, "
+            f"{asked or 1} in the completion). Please reduce the length of the {param}"
+            + (" or the completion." if asked else "."),
+            param=param,
+            code="context_length_exceeded",
+        )
+    return asked or min(left, default or left)
+
+
+def refuse_too_long(service: Service, tokenizer: Tokenizer, text: str, param: str) -> None:
+    """Refuses before any work a text whose bytes alone show that it cannot fit the context."""
+    assert service.engine.ready is not None
+    at_least = len(text) // tokenizer.max_token_bytes
+    if at_least >= service.engine.ready.context_length:
+        output_limit(service, at_least, None, None, param)
+
+
+def logprob(value: float) -> float:
+    """JSON has no infinity; -9999 is what OpenAI sends for a token that cannot be."""
+    return value if value > -9999.0 else -9999.0
+
+
+async def _merge(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
+    """The deltas of several streams in the order they come; the first error ends them all."""
+    deltas: asyncio.Queue[Delta | None] = asyncio.Queue()
+
+    async def forward(stream: AsyncGenerator[Delta, None]) -> None:
+        try:
+            async for delta in stream:
+                deltas.put_nowait(delta)
+        finally:
+            deltas.put_nowait(None)
+
+    tasks = [asyncio.create_task(forward(stream)) for stream in streams]
+    try:
+        for _ in tasks:
+            while (delta := await deltas.get()) is not None:
+                yield delta
+            for task in tasks:
+                if task.done():
+                    task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

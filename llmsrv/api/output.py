@@ -1,0 +1,108 @@
+"""From the tokens of one choice to the text that a client sees.
+
+The engine ends a choice by token; here it ends by text: stop strings are matched on decoded text,
+and every token after a match is dropped.  Knows nothing of chat, completions or HTTP.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+
+from llmsrv.engine.messages import Tokens
+from llmsrv.text.detokenizer import Detokenizer
+from llmsrv.text.stop import StopMatcher
+from llmsrv.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TokenEntry:
+    """One token with its log-probability and the alternatives to it, most likely first."""
+
+    id: int
+    logprob: float
+    alternatives: list[tuple[int, float]]
+    start: int  # where its text begins, in characters of the choice's text
+
+
+@dataclass
+class Delta:
+    """What one event adds to a choice."""
+
+    index: int
+    text: str
+    entries: list[TokenEntry] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+class ChoiceOutput:
+    """The text of one choice as it grows.
+
+    num_tokens     tokens that count in usage: up to the end token, or to the one that completed a
+                   stop string
+    finish_reason  None while the choice goes on
+    """
+
+    def __init__(
+        self, index: int, tokenizer: Tokenizer, stops: Sequence[str], end_ids: Sequence[int]
+    ) -> None:
+        self.index = index
+        self.num_tokens = 0
+        self.finish_reason: str | None = None
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stop = StopMatcher(stops) if stops else None
+        self._end_ids = frozenset(end_ids)
+        self._num_decoded = 0  # characters decoded, sent or not
+        self._num_sent = 0
+        self._entries: list[TokenEntry] = []  # of tokens whose text is not all sent
+
+    def push(self, tokens: Tokens) -> Delta | None:
+        """Takes what the engine sent; None when there is nothing to show yet."""
+        text = ""
+        for position, id in enumerate(tokens.ids):
+            self.num_tokens += 1
+            if id in self._end_ids:
+                break  # the engine ends here too; an end token has no text
+            decoded = self._detokenizer.push([id])
+            if tokens.logprobs:
+                self._remember(tokens, position)
+            self._num_decoded += len(decoded)
+            text += self._release(decoded)
+            if self.finish_reason:
+                return self._delta(text)
+        return self._delta(text) if text else None
+
+    def finish(self, reason: str) -> Delta:
+        """The choice's last delta, when the engine ended it."""
+        decoded = self._detokenizer.flush()
+        self._num_decoded += len(decoded)
+        text = self._release(decoded)
+        if self.finish_reason is None:
+            self.finish_reason = reason
+            text += self._stop.flush() if self._stop else ""
+        return self._delta(text)
+
+    def _release(self, decoded: str) -> str:
+        """What of the text may be shown now: all but the beginning of a possible stop string."""
+        if self._stop is None:
+            return decoded
+        text, matched = self._stop.push(decoded)
+        if matched:
+            self.finish_reason = "stop"
+        return text
+
+    def _remember(self, tokens: Tokens, position: int) -> None:
+        alternatives = tokens.alternatives[position] if tokens.alternatives else []
+        self._entries.append(
+            TokenEntry(
+                tokens.ids[position], tokens.logprobs[position], alternatives, self._num_decoded
+            )
+        )
+
+    def _delta(self, text: str) -> Delta:
+        """Log-probabilities go with the text they stand for; what a stop string cut off has none."""
+        self._num_sent += len(text)
+        shown = [entry for entry in self._entries if entry.start < self._num_sent]
+        if self.finish_reason and not (self._stop and self._stop.matched):
+            shown = self._entries  # a last half character may have no text of its own
+        self._entries = self._entries[len(shown) :]
+        return Delta(self.index, text, shown, self.finish_reason)

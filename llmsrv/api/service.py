@@ -1,0 +1,105 @@
+"""What the routes share: the served model with its engine, and whether a request would be served now."""
+
+import hashlib
+import time
+from dataclasses import dataclass
+from dataclasses import field
+from pathlib import Path
+
+from llmsrv.api.metrics import Counters
+from llmsrv.config import Config
+from llmsrv.engine.client import EngineClient
+from llmsrv.engine.client import EngineState
+from llmsrv.errors import ApiError
+from llmsrv.errors import StartupError
+from llmsrv.files.gguf import open_gguf
+from llmsrv.text.chat_template import ChatTemplate
+from llmsrv.text.tokenizer import Tokenizer
+from llmsrv.text.tokenizer import load_tokenizer
+from llmsrv.version import __version__
+
+RETRY = {"Retry-After": "1", "x-should-retry": "true"}
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """The half of the model that the server process needs: how text becomes ids and back."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+
+
+def load_text_model(path: Path, chat_template: str | None) -> TextModel:
+    """Tokenizer and chat template of a model file, or the template in the file `chat_template`.
+
+    Raises StartupError (ModelError) naming the file when either cannot be used.
+    """
+    model = open_gguf(path)
+    tokenizer = load_tokenizer(model)
+    if chat_template is not None:
+        source: object = _read_template(chat_template)
+    else:
+        source = model.metadata.get("tokenizer.chat_template")
+    return TextModel(tokenizer, ChatTemplate(source, tokenizer) if isinstance(source, str) else None)
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"cannot read --chat-template {path}: {error}") from None
+
+
+def model_names(config: Config) -> list[str]:
+    """The ids that clients use, the first one canonical: names, never paths."""
+    return config.served_model_name or [Path(config.model).name.removesuffix(".gguf")]
+
+
+@dataclass
+class Service:
+    """One served model.  `text` is None until its tokenizer is loaded."""
+
+    config: Config
+    engine: EngineClient
+    names: list[str]
+    text: TextModel | None = None
+    is_draining: bool = False
+    counters: Counters = field(default_factory=Counters)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the same seed may give other tokens: with our version, model or backend."""
+        ready = self.engine.ready
+        parts = (__version__, self.names[0], ready and ready.backend)
+        return "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
+
+    def unavailable(self) -> ApiError | None:
+        """Why a request would not be served now, or None."""
+        if self.is_draining:
+            reason, code = "The server is shutting down.", "server_shutting_down"
+        elif self.engine.state is not EngineState.READY:
+            reason, code = f"The model is not ready: {self.engine.reason}.", "model_not_ready"
+        elif self.text is None:
+            reason, code = "The model is not ready: loading the tokenizer.", "model_not_ready"
+        else:
+            return None
+        return ApiError(503, reason, code=code, headers=RETRY)
+
+    def text_model(self, name: str) -> TextModel:
+        """The model that a request names; ApiError 404 for another, 503 while it cannot serve."""
+        if name not in self.names:
+            raise unknown_model(name)
+        if error := self.unavailable():
+            raise error
+        assert self.text is not None
+        return self.text
+
+
+def unknown_model(name: str) -> ApiError:
+    return ApiError(
+        404,
+        f"The model `{name}` does not exist or you do not have access to it.",
+        param="model",
+        code="model_not_found",
+    )

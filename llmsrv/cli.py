@@ -1,0 +1,155 @@
+"""The command line: options from flags, environment and defaults, and one exit code for each end.
+
+The top imports the standard library only, so that --help is quick and a missing package is a
+sentence and not a traceback.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llmsrv.config import Config
+from llmsrv.errors import StartupError
+from llmsrv.version import __version__
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+EPILOG = """\
+Each option can also be set in the environment: --api-key as LLMSRV_API_KEY, and so on.
+LIST is a JSON list or names separated by commas.
+
+  python llmsrv.py                                   serve the default model on port 8000
+  python llmsrv.py --model model.gguf --port 8001    serve a file
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program; the exit code: 0 stopped in order, 1 cannot run, 2 bad usage, 130 Ctrl-C."""
+    try:
+        config = parse(sys.argv[1:] if arguments is None else arguments, os.environ)
+        if sys.platform == "win32":
+            raise StartupError("llmsrv runs on Linux and macOS; on Windows use it inside WSL 2.")
+        from llmsrv.serve import serve
+
+        return serve(config)
+    except StartupError as error:
+        print(f"llmsrv: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("llmsrv"):
+            raise
+        print(
+            f"llmsrv: the Python package {error.name} is not installed; run: "
+            f"{sys.executable} -m pip install .",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def parse(arguments: Sequence[str], environment: dict[str, str] | os._Environ[str]) -> Config:
+    """The options; argparse prints usage and exits with 2 when one of them cannot be."""
+    parser = _parser()
+    given = vars(parser.parse_args(arguments))
+    for field in dataclasses.fields(Config):
+        variable = f"LLMSRV_{field.name.upper()}"
+        if field.name not in given and (text := environment.get(variable)) is not None:
+            given[field.name] = _from_environment(parser, field, variable, text)
+    return Config(**given)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llmsrv",
+        description="Serve a large language model through OpenAI's REST API.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"llmsrv {__version__}")
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(Config):
+        name = field.metadata["group"]
+        if name not in groups:
+            groups[name] = parser.add_argument_group(name)
+        _add_argument(groups[name], field)
+    return parser
+
+
+def _add_argument(group: Any, field: "dataclasses.Field[Any]") -> None:
+    facts = field.metadata
+    flag = "--" + field.name.replace("_", "-")
+    if field.type is bool:
+        group.add_argument(flag, action="store_true", help=facts["help"])
+        return
+    shown = "" if field.default in (None, dataclasses.MISSING) else " (default: %(default)s)"
+    group.add_argument(
+        flag,
+        type=_converter(field),
+        action=_Extend if facts.get("many") else "store",
+        choices=facts.get("choices"),
+        metavar=facts.get("metavar") or ("N" if field.type is int else None),
+        help=facts["help"] + shown.replace("%(default)s", str(field.default)),
+    )
+
+
+class _Extend(argparse.Action):
+    """Each occurrence of the flag adds to the list."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest, []), *values])
+
+
+def _converter(field: "dataclasses.Field[Any]") -> Any:
+    if field.metadata.get("many"):
+        return _list
+    if field.type is int:
+        return lambda text: _number(text, field.metadata["least"])
+    return Path if field.type is Path else str
+
+
+def _list(text: str) -> list[str]:
+    """A JSON list of strings, or names separated by commas."""
+    if not text.lstrip().startswith("["):
+        return [name.strip() for name in text.split(",") if name.strip()]
+    try:
+        names = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not a JSON list: {error}") from None
+    if not all(isinstance(name, str) for name in names):
+        raise argparse.ArgumentTypeError(f"expected a JSON list of strings, got {text}")
+    return list(names)
+
+
+def _number(text: str, least: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got '{text}'") from None
+    if number < least:
+        raise argparse.ArgumentTypeError(f"expected at least {least}, got {number}")
+    return number
+
+
+def _from_environment(
+    parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]", variable: str, text: str
+) -> Any:
+    if field.type is bool:
+        if text.lower() not in ("0", "1", "true", "false", ""):
+            parser.error(f"{variable}: expected 1, 0, true or false, got '{text}'")
+        return text.lower() in ("1", "true")
+    try:
+        value = _converter(field)(text)
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"{variable}: {error}")
+    choices = field.metadata.get("choices")
+    if choices and value not in choices:
+        parser.error(f"{variable}: expected one of {', '.join(choices)}, got '{text}'")
+    return value

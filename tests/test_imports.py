@@ -1,0 +1,88 @@
+"""The layers and who may import whom, as a table; an import that is not in it fails here."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "llmsrv"
+GROUND = {"config", "errors", "log", "version"}
+
+# Layer -> what it may import beside ground and itself; a dotted name allows that module alone.
+MAY_IMPORT = {
+    "server": {"asgi.types"},
+    "api": {"asgi", "text", "files", "engine.client", "engine.messages"},
+    "asgi": set(),
+    "files": set(),
+    "text": {"files"},
+    "engine": {"text.grammar", "files", "model", "backend"},
+    "model": {"files", "backend"},
+    "backend": set(),
+}
+# The server process never loads numpy; the engine process never loads what serves HTTP.
+NOT_IN = {
+    "server": {"numpy"},
+    "api": {"numpy"},
+    "asgi": {"numpy", "orjson", "msgspec", "h11"},
+    "files": {"numpy"},
+    "text": {"numpy"},
+    "model": {"asyncio", "h11"},
+    "backend": {"asyncio", "h11"},
+}
+STANDARD_ONLY = {"asgi"}
+
+
+def modules() -> list[Path]:
+    return sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse((PACKAGE / path).read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            if node.module in ("llmsrv", *(f"llmsrv.{layer}" for layer in MAY_IMPORT)):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+@pytest.mark.parametrize("path", modules(), ids=str)
+def test_a_module_imports_only_what_its_layer_may(path: Path) -> None:
+    layer = path.parts[0] if len(path.parts) > 1 else None
+    for name in imports_of(path):
+        parts = name.split(".")
+        if parts[0] != "llmsrv":
+            assert parts[0] not in NOT_IN.get(layer or "", set()), f"{path} imports {name}"
+            continue
+        if layer is None and path.stem not in GROUND:
+            continue  # cli, serve and bundle may import anything
+        allowed = GROUND | ({layer} | MAY_IMPORT[layer] if layer else set())
+        inside = ".".join(parts[1:])
+        assert any(inside == a or inside.startswith(a + ".") for a in allowed), (
+            f"{path} imports {name}; {layer or 'ground'} may import {sorted(allowed)}"
+        )
+
+
+@pytest.mark.parametrize("path", [p for p in modules() if p.parts[0] in STANDARD_ONLY], ids=str)
+def test_the_asgi_toolkit_needs_the_standard_library_alone(path: Path) -> None:
+    import sys
+
+    for name in imports_of(path):
+        top = name.split(".")[0]
+        assert top == "llmsrv" or top in sys.stdlib_module_names, f"{path} imports {name}"
+
+
+def test_every_package_of_the_program_is_installed() -> None:
+    import configparser
+
+    setup = configparser.ConfigParser()
+    setup.read(PACKAGE.parent / "setup.cfg")
+    listed = set(setup["options"]["packages"].split())
+    found = {
+        ".".join(("llmsrv", *path.parent.parts)) for path in modules() if path.name == "__init__.py"
+    }
+    assert listed == found | {"llmsrv.kernels"}
