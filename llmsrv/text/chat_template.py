@@ -1,0 +1,221 @@
+"""Turns a conversation into a prompt by the model's own Jinja template, as text and as token ids.
+
+The template writes special tokens as text between the messages, and a message may hold the same
+text: "<|im_end|>" typed by a user must stay ten characters and never end a turn.  So where a
+caller's string holds a special token's text, or ends with the beginning of one, that part is put
+away before rendering behind a placeholder that nobody can guess.  After rendering, what spells a
+special token was written by the template; only then is the text put back, inside the plain pieces,
+which are encoded as any plain text.  A template that cuts characters out of the middle of a message
+could still put a token together; we know of none.
+
+Templates come from the model's file or from whoever started the server, never from a request: the
+sandbox keeps them from Python's internals, but bounds neither their time nor their memory.
+Source: transformers, utils/chat_template_utils.py, for what templates may use.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+from typing import NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from llmsrv.errors import ApiError
+from llmsrv.errors import StartupError
+from llmsrv.text.tokenizer import Tokenizer
+from llmsrv.text.tokenizer import alternate
+from llmsrv.text.tokenizer import any_of
+
+
+class ChatTemplate:
+    """A compiled template together with the tokenizer whose special tokens it writes."""
+
+    def __init__(self, source: str, tokenizer: Tokenizer, origin: str = "the model") -> None:
+        """origin: the file that the template is from, for error messages.
+
+        Raises StartupError when the template does not compile."""
+        self._tokenizer = tokenizer
+        self._special = any_of(tokenizer.special_tokens)
+        self._beginnings = _beginnings(tokenizer)
+        self._longest_beginning = max(map(len, self._beginnings), default=0)
+        try:
+            self._template = _environment().from_string(source)
+        except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
+            line = f" at line {error.lineno}" if hasattr(error, "lineno") else ""
+            raise StartupError(
+                f"{origin}: its chat template does not compile{line}: {error}; "
+                "--chat-template FILE takes another"
+            ) from None
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        extra: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt as text.  extra: further variables for the template, as enable_thinking.
+
+        Raises ApiError 400 with the template's own words when it refuses the conversation."""
+        text, hidden = self._render(messages, tools, add_generation_prompt, extra)
+        return hidden.put_back(text)
+
+    def encode(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        extra: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The prompt as ids, with BOS once where the model wants it, whether the template writes it
+        or not.  Special tokens are only those that the template wrote.  Raises as render does."""
+        text, hidden = self._render(messages, tools, add_generation_prompt, extra)
+        ids: list[int] = []
+        for is_special, piece in alternate(self._tokenizer.split(text, parse_special=True)):
+            plain = hidden.put_back(piece)
+            ids += self._tokenizer.encode(plain, parse_special=is_special)
+        bos_id = self._tokenizer.bos_id
+        if self._tokenizer.add_bos and bos_id is not None and ids[:1] != [bos_id]:
+            ids.insert(0, bos_id)
+        return ids
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+        extra: Mapping[str, Any] | None,
+    ) -> tuple[str, "_Hidden"]:
+        hidden = _Hidden()
+        variables = self._guarded(dict(extra or {}), hidden) | {
+            "messages": self._guarded(messages, hidden),
+            "tools": self._guarded(tools, hidden),
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self._tokenizer.named_tokens,
+        }
+        try:
+            return self._template.render(variables), hidden
+        except _RaisedByTemplate as error:
+            raise ApiError(400, hidden.put_back(str(error)), param="messages") from None
+        except Exception as error:  # a template is a foreign program: it may raise anything
+            reason = hidden.put_back(f"{type(error).__name__}: {error}")
+            message = f"The model's chat template fails on these messages: {reason}"
+            raise ApiError(400, message, param="messages") from None
+
+    def _guarded(self, value: Any, hidden: "_Hidden") -> Any:
+        """A caller's value with what could spell a special token put away, at any depth."""
+        if isinstance(value, str):
+            return self._guarded_text(value, hidden)
+        if isinstance(value, dict):
+            guarded = {self._guarded(k, hidden): self._guarded(v, hidden) for k, v in value.items()}
+            return guarded
+        if isinstance(value, list | tuple):
+            return [self._guarded(item, hidden) for item in value]
+        return value
+
+    def _guarded_text(self, text: str, hidden: "_Hidden") -> str:
+        if self._special is not None:
+            text = self._special.sub(lambda match: hidden.put_away(match[0]), text)
+        # The end may become a special token together with what the template puts behind it, and
+        # templates like to strip blanks.
+        stripped = text.rstrip()
+        for length in range(min(self._longest_beginning, len(stripped)), 0, -1):
+            cut = len(stripped) - length
+            if stripped[cut:] in self._beginnings:
+                return stripped[:cut] + hidden.put_away(stripped[cut:]) + text[len(stripped):]
+        return text
+
+
+class _Hidden:
+    """The texts put away during one rendering.
+
+    A placeholder is of digits and "~" alone, so that neither changing case nor writing JSON alters
+    it, and holds 20 random digits, so that no message contains one."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._mark = ""
+
+    def put_away(self, text: str) -> str:
+        if not self._mark:
+            self._mark = f"{secrets.randbelow(10**20):020d}"
+        self._texts.append(text)
+        return f"~{self._mark}~{len(self._texts) - 1}~"
+
+    def put_back(self, text: str) -> str:
+        if not self._mark:
+            return text
+        placeholder = re.compile(f"~{self._mark}~([0-9]+)~")
+        return placeholder.sub(lambda match: self._texts[int(match[1])], text)
+
+
+def _beginnings(tokenizer: Tokenizer) -> frozenset[str]:
+    """Every proper beginning of a special token's text."""
+    texts = tokenizer.special_tokens
+    return frozenset(text[:length] for text in texts for length in range(1, len(text)))
+
+
+# ---- What templates may use
+
+
+class _RaisedByTemplate(Exception):
+    """raise_exception(message): the template refuses the conversation."""
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} … {% endgeneration %} marks the assistant's text for training; here it is
+    plain text."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        lineno = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(lineno)
+
+
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", _Generation],
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON without Jinja's own HTML escapes, which models have never seen."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise _RaisedByTemplate(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
