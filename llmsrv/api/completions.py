@@ -66,10 +66,11 @@ class Completions:
         if not isinstance(prompt, str):
             return _checked_ids(prompt, tokenizer.vocab_size, param)
         if len(prompt) <= generate.INLINE_CHARS:
-            ids = tokenizer.encode_prompt(prompt)
+            ids = tokenizer.encode(prompt, parse_special=True)
         else:
             generate.refuse_too_long(self._service, tokenizer, prompt, "prompt")
-            ids = await asyncio.to_thread(tokenizer.encode_prompt, prompt)
+            ids = await asyncio.to_thread(tokenizer.encode, prompt, parse_special=True)
+        ids = tokenizer.with_bos(ids)
         if not ids:
             raise _empty(param)
         return ids

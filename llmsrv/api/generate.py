@@ -172,9 +172,9 @@ def output_limit(
 
 
 def refuse_too_long(service: Service, tokenizer: Tokenizer, text: str, param: str) -> None:
-    """Refuses before any work a text whose bytes alone show that it cannot fit the context."""
+    """Refuses before any work a text whose length alone shows that it cannot fit the context."""
     assert service.engine.ready is not None
-    at_least = len(text) // tokenizer.max_token_bytes
+    at_least = len(text) // tokenizer.longest_token
     if at_least >= service.engine.ready.context_length:
         output_limit(service, at_least, None, None, param)
 

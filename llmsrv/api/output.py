@@ -50,6 +50,7 @@ class ChoiceOutput:
         self.finish_reason: str | None = None
         self._detokenizer = Detokenizer(tokenizer)
         self._stop = StopMatcher(stops) if stops else None
+        self._is_cut = False  # a stop string ended the text
         self._end_ids = frozenset(end_ids)
         self._num_decoded = 0  # characters decoded, sent or not
         self._num_sent = 0
@@ -87,6 +88,7 @@ class ChoiceOutput:
             return decoded
         text, matched = self._stop.push(decoded)
         if matched:
+            self._is_cut = True
             self.finish_reason = "stop"
         return text
 
@@ -102,7 +104,7 @@ class ChoiceOutput:
         """Log-probabilities go with the text they stand for; what a stop string cut off has none."""
         self._num_sent += len(text)
         shown = [entry for entry in self._entries if entry.start < self._num_sent]
-        if self.finish_reason and not (self._stop and self._stop.matched):
-            shown = self._entries  # a last half character may have no text of its own
+        if self.finish_reason and not self._is_cut:
+            shown = self._entries  # the last may be half a character and have no text of its own
         self._entries = self._entries[len(shown) :]
         return Delta(self.index, text, shown, self.finish_reason)

@@ -83,10 +83,7 @@ class ChatTemplate:
         for is_special, piece in alternate(self._tokenizer.split(text, parse_special=True)):
             plain = hidden.put_back(piece)
             ids += self._tokenizer.encode(plain, parse_special=is_special)
-        bos_id = self._tokenizer.bos_id
-        if self._tokenizer.add_bos and bos_id is not None and ids[:1] != [bos_id]:
-            ids.insert(0, bos_id)
-        return ids
+        return self._tokenizer.with_bos(ids)
 
     def _render(
         self,

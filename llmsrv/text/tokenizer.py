@@ -54,6 +54,7 @@ class Tokenizer:
     bos_id          None where the model has none; add_bos says whether a prompt begins with it
     end_ids         any of these ends an answer
     named_tokens    texts under the names that chat templates use, as bos_token and eos_token
+    longest_token   characters that one id can stand for at most
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Tokenizer:
         self._tokens = tokens
         self._types = types
         self.vocab_size = len(tokens)
+        self.longest_token = max(map(len, tokens))
         self.special_tokens = {t: i for i, t in enumerate(tokens) if types[i] in SPECIAL}
         user_defined = {t: i for i, t in enumerate(tokens) if types[i] == TokenType.USER_DEFINED}
         self._id_of = self.special_tokens | user_defined
@@ -93,6 +95,12 @@ class Tokenizer:
                 ids.append(self._id_of[piece])
             elif piece:
                 ids += self._merges.encode(piece, add_special_tokens=False).ids
+        return ids
+
+    def with_bos(self, ids: list[int]) -> list[int]:
+        """A prompt's ids with BOS once where the model wants it, whether its text had it or not."""
+        if self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            return [self.bos_id, *ids]
         return ids
 
     def split(self, text: str, *, parse_special: bool) -> list[str]:

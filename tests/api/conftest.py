@@ -1,0 +1,44 @@
+"""Servers that the tests of the routes share: the real model, and a tiny random one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+from tests.support.gguf_writer import write_tiny_llama
+from tests.support.server import RunningServer
+from tests.support.server import run_server
+
+KEY = "sk-test-0123456789"
+
+
+@pytest.fixture(scope="session")
+def server(smollm2: Path) -> Iterator[RunningServer]:
+    """The default model on the reference backend, as the README's first command starts it."""
+    with run_server("--backend", "reference") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server: RunningServer) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny_model: Path) -> Iterator[RunningServer]:
+    """A random model of a few layers, with a key and an alias: quick, and what it says is noise."""
+    names = ["--served-model-name", "tiny,org/tiny"]
+    environment = {"LLMSRV_API_KEY": KEY}
+    with run_server("--model", str(tiny_model), *names, environment=environment) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def tiny_client(tiny_server: RunningServer) -> OpenAI:
+    return OpenAI(base_url=f"{tiny_server.url}/v1", api_key=KEY, max_retries=0)

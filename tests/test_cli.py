@@ -1,0 +1,181 @@
+"""The command line: options from flags and environment, messages, exit codes."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmsrv.cli import parse
+from llmsrv.config import Config
+from tests.support.gguf_writer import write_tiny_llama
+from tests.support.server import ROOT
+from tests.support.server import run_server
+
+
+def run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "llmsrv.py", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+def test_without_options_the_defaults_hold() -> None:
+    assert parse([], {}) == Config()
+
+
+def test_a_flag_wins_over_the_environment_and_that_over_the_default() -> None:
+    environment = {"LLMSRV_PORT": "8001", "LLMSRV_HOST": "0.0.0.0"}
+    config = parse(["--port", "8002"], environment)
+    assert (config.port, config.host, config.mode) == (8002, "0.0.0.0", "local")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--allow-origins", '["https://a", "https://b"]'],
+        ["--allow-origins", "https://a, https://b"],
+        ["--allow-origins", "https://a", "--allow-origins", "https://b"],
+    ],
+)
+def test_a_list_is_json_or_commas_or_repeated(arguments: list[str]) -> None:
+    assert parse(arguments, {}).allow_origins == ["https://a", "https://b"]
+    assert parse([], {"LLMSRV_ALLOW_ORIGINS": "https://a,https://b"}).allow_origins == [
+        "https://a",
+        "https://b",
+    ]
+
+
+@pytest.mark.parametrize("text, wanted", [("1", True), ("true", True), ("0", False), ("", False)])
+def test_a_switch_in_the_environment_is_on_or_off(text: str, wanted: bool) -> None:
+    assert parse([], {"LLMSRV_ALLOW_CREDENTIALS": text}).allow_credentials is wanted
+
+
+@pytest.mark.parametrize(
+    "arguments, environment, named",
+    [
+        (["--port", "eighty"], {}, "--port"),
+        (["--port", "-1"], {}, "--port"),
+        (["--mode", "fast"], {}, "--mode"),
+        (["--allow-origins", "[1]"], {}, "--allow-origins"),
+        (["--nonsense"], {}, "--nonsense"),
+        ([], {"LLMSRV_PORT": "eighty"}, "LLMSRV_PORT"),
+        ([], {"LLMSRV_BACKEND": "abacus"}, "LLMSRV_BACKEND"),
+        ([], {"LLMSRV_ALLOW_CREDENTIALS": "perhaps"}, "LLMSRV_ALLOW_CREDENTIALS"),
+    ],
+)
+def test_a_bad_option_is_named_and_exits_with_2(
+    arguments: list[str],
+    environment: dict[str, str],
+    named: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(arguments, environment)
+    assert caught.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+def test_help_and_version_need_nothing_but_the_standard_library() -> None:
+    for flag, wanted in (("--help", "LLMSRV_API_KEY"), ("--version", "llmsrv ")):
+        ended = subprocess.run(
+            [sys.executable, "-S", "llmsrv.py", flag], cwd=ROOT, capture_output=True, text=True
+        )
+        assert ended.returncode == 0
+        assert wanted in ended.stdout
+
+
+def test_a_missing_package_is_a_sentence_with_the_install_command() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-S", "llmsrv.py"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode == 1
+    assert "is not installed; run:" in ended.stderr and "pip install ." in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_port_in_use_is_told_before_any_model_is_loaded(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ended = run("--port", str(port), "--model", str(tmp_path / "none.gguf"))
+    assert ended.returncode == 1
+    assert f"port {port} is in use; try --port {port + 1}" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"GGUF", b"not a model at all, but long enough to look at"]
+)
+def test_a_file_that_is_no_model_is_refused_with_its_name(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(content)
+    ended = run("--port", "0", "--model", str(path))
+    assert ended.returncode == 1
+    assert "broken.gguf" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_model_that_is_not_there_is_told_with_what_is(tmp_path: Path) -> None:
+    for name in ("no-such-model", str(tmp_path / "none.gguf")):
+        ended = run("--port", "0", "--model", name, LLMSRV_CACHE_DIR=str(tmp_path))
+        assert ended.returncode == 1
+        assert name in ended.stderr
+        assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "schlüssel\n"])
+def test_a_key_file_that_holds_no_key_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "keys"
+    path.write_text(content)
+    ended = run("--port", "0", "--api-key-file", str(path))
+    assert ended.returncode == 1
+    assert "key" in ended.stderr
+
+
+def test_a_template_that_does_not_compile_is_refused(tmp_path: Path) -> None:
+    model = write_tiny_llama(tmp_path / "tiny.gguf")
+    template = tmp_path / "broken.jinja"
+    template.write_text("{% for %}")
+    ended = run("--port", "0", "--model", str(model), "--chat-template", str(template))
+    assert ended.returncode == 1
+    assert "template" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_keys_come_from_a_file_and_never_show_in_the_output(tmp_path: Path) -> None:
+    model = write_tiny_llama(tmp_path / "tiny.gguf")
+    keys = tmp_path / "keys"
+    keys.write_text("sk-one\r\nsk-two\n\n")
+    with run_server("--model", str(model), "--api-key-file", str(keys)) as server:
+        assert server.stop() == 0
+        assert "sk-one" not in server.output
+
+
+def test_the_ready_lines_say_where_what_and_on_what_and_how_to_try_it(tmp_path: Path) -> None:
+    model = write_tiny_llama(tmp_path / "tiny.gguf")
+    with run_server("--model", str(model)) as server:
+        assert server.stop() == 0
+        ready = server.output
+    assert "tiny" in ready and "reference backend" in ready
+    assert f"curl {server.url}/v1/chat/completions" in ready
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_a_signal_while_the_model_loads_ends_without_a_traceback(
+    smollm2: Path, number: signal.Signals
+) -> None:
+    with run_server("--model", str(smollm2), wait=False) as server:
+        # The engine process is there, so the model is being loaded, but the server is not ready.
+        while "loading" not in server.output:
+            assert server.process.poll() is None
+        assert server.stop(number) in (0, 130, 143)
+        assert "ready at" not in server.output
+        assert "Traceback" not in server.output
