@@ -47,8 +47,8 @@ class ChatTemplate:
         self._longest_beginning = max(map(len, self._beginnings), default=0)
         try:
             self._template = _environment().from_string(source)
-        except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
-            line = f" at line {error.lineno}" if hasattr(error, "lineno") else ""
+        except Exception as error:  # the compiler computes constants, so it may raise anything
+            line = f" at line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise StartupError(
                 f"{origin}: its chat template does not compile{line}: {error}; "
                 "--chat-template FILE takes another"
@@ -114,23 +114,23 @@ class ChatTemplate:
         if isinstance(value, str):
             return self._guarded_text(value, hidden)
         if isinstance(value, dict):
-            guarded = {self._guarded(k, hidden): self._guarded(v, hidden) for k, v in value.items()}
-            return guarded
+            return {self._guarded(k, hidden): self._guarded(v, hidden) for k, v in value.items()}
         if isinstance(value, list | tuple):
             return [self._guarded(item, hidden) for item in value]
         return value
 
     def _guarded_text(self, text: str, hidden: "_Hidden") -> str:
-        if self._special is not None:
-            text = self._special.sub(lambda match: hidden.put_away(match[0]), text)
+        if self._special is None:
+            return text
         # The end may become a special token together with what the template puts behind it, and
         # templates like to strip blanks.
         stripped = text.rstrip()
-        for length in range(min(self._longest_beginning, len(stripped)), 0, -1):
-            cut = len(stripped) - length
-            if stripped[cut:] in self._beginnings:
-                return stripped[:cut] + hidden.put_away(stripped[cut:]) + text[len(stripped):]
-        return text
+        size = len(stripped)
+        shortest_cut = max(0, size - self._longest_beginning)
+        starts = range(shortest_cut, size)
+        cut = next((start for start in starts if stripped[start:] in self._beginnings), size)
+        end = hidden.put_away(stripped[cut:]) + text[size:] if cut < size else text[size:]
+        return self._special.sub(lambda match: hidden.put_away(match[0]), text[:cut]) + end
 
 
 class _Hidden:

@@ -28,7 +28,7 @@ class StopMatcher:
         return len(self._withheld)
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Takes the next text; returns what is now safe to send, and whether a stop string matched.
+        """Takes the next text; returns what may be sent now, and whether a stop string matched.
 
         What is returned with a match is all that comes before the stop string."""
         if self._is_matched:
