@@ -1,4 +1,4 @@
-"""However it is started, server and engine are two worlds: numpy in the one, asyncio in the other."""
+"""However it is started, server and engine are two worlds: asyncio in one, numpy in the other."""
 
 import os
 import subprocess

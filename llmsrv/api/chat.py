@@ -13,11 +13,9 @@ from typing import Any
 import msgspec
 import orjson
 
+from llmsrv.api import decode
 from llmsrv.api import generate
-from llmsrv.api.decode import decode_body
-from llmsrv.api.decode import refuse_unsupported
 from llmsrv.api.generate import Job
-from llmsrv.api.output import Delta
 from llmsrv.api.output import TokenEntry
 from llmsrv.api.schema import ChatCompletionRequest
 from llmsrv.api.schema import ContentPart
@@ -37,8 +35,7 @@ class ChatCompletions:
         self._decoder = msgspec.json.Decoder(ChatCompletionRequest)
 
     async def __call__(self, request: Request) -> Response | EventStream:
-        body = await request.body(self._service.config.body_limit_mb * 2**20)
-        asked = decode_body(self._decoder, body)
+        asked = await decode.read(request, self._decoder, self._service.body_limit_bytes)
         _check(asked)
         model = self._service.text_model(asked.model)
         prompt_ids = await self._encode(model, asked)
@@ -162,7 +159,7 @@ class _Answer:
 
 
 def _check(asked: ChatCompletionRequest) -> None:
-    refuse_unsupported(asked)
+    decode.refuse_unsupported(asked)
     generate.check_stream_options(asked)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise ApiError(
@@ -177,8 +174,10 @@ def _plain(message: Message, index: int) -> dict[str, str]:
     """A message as templates know it: the content one string, `developer` the older `system`."""
     content = message.content
     if not isinstance(content, str):
-        content = "".join(_text(part, f"messages[{index}].content[{j}]") for j, part in enumerate(content))
-    plain = {"role": "system" if message.role == "developer" else message.role, "content": content}
+        where = f"messages[{index}].content"
+        content = "".join(_text(part, f"{where}[{j}]") for j, part in enumerate(content))
+    role = "system" if message.role == "developer" else message.role
+    plain = {"role": role, "content": content}
     return plain | ({"name": message.name} if message.name else {})
 
 
@@ -186,7 +185,8 @@ def _text(part: ContentPart, param: str) -> str:
     if part.type != "text":
         raise ApiError(
             400,
-            f"Invalid value for '{param}.type': this model takes only 'text', but got '{part.type}'.",
+            f"Invalid value for '{param}.type': expected 'text', the only type that this model "
+            f"takes, but got '{part.type}'.",
             param=f"{param}.type",
             code="unsupported_value",
         )

@@ -13,9 +13,8 @@ from typing import Any
 import msgspec
 import orjson
 
+from llmsrv.api import decode
 from llmsrv.api import generate
-from llmsrv.api.decode import decode_body
-from llmsrv.api.decode import refuse_unsupported
 from llmsrv.api.generate import Job
 from llmsrv.api.output import Delta
 from llmsrv.api.output import TokenEntry
@@ -37,9 +36,8 @@ class Completions:
         self._decoder = msgspec.json.Decoder(CompletionRequest)
 
     async def __call__(self, request: Request) -> Response | EventStream:
-        body = await request.body(self._service.config.body_limit_mb * 2**20)
-        asked = decode_body(self._decoder, body)
-        refuse_unsupported(asked)
+        asked = await decode.read(request, self._decoder, self._service.body_limit_bytes)
+        decode.refuse_unsupported(asked)
         generate.check_stream_options(asked)
         tokenizer = self._service.text_model(asked.model).tokenizer
         prompts = [

@@ -11,16 +11,29 @@ from typing import TypeVar
 import msgspec
 
 from llmsrv.api.schema import UNSUPPORTED
+from llmsrv.asgi.request import Request
 from llmsrv.errors import ApiError
 
 T = TypeVar("T")
 
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL)
 _STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
-_BOUND = re.compile(r"Expected `(?P<type>\w+)`(?P<length> of length)? (?P<sign><=|>=|<|>) (?P<bound>\S+)")
+_BOUND = re.compile(
+    r"Expected `(?P<type>\w+)`(?P<length> of length)? (?P<sign><=|>=|<|>) (?P<bound>\S+)"
+)
 _MISSING = re.compile(r"Object missing required field `(?P<field>[^`]+)`")
 _KIND = {"int": "integer", "float": "decimal", "str": "string", "array": "array"}
 _SHOWN = 64  # characters of a bad value that a message repeats
+
+
+async def read(request: Request, decoder: msgspec.json.Decoder[T], limit_bytes: int) -> T:
+    """The request's body as the type of `decoder`.
+
+    Raises ApiError 415 for what is not announced as JSON: a page may send a form to any origin
+    without asking, and must not reach a model with it.  413 and 400 as body() and decode_body().
+    """
+    _check_content_type(request)
+    return decode_body(decoder, await request.body(limit_bytes))
 
 
 def decode_body(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
@@ -46,6 +59,24 @@ def refuse_unsupported(request: msgspec.Struct) -> None:
                 param=field,
                 code="unsupported_parameter",
             )
+
+
+def _check_content_type(request: Request) -> None:
+    encoding = request.headers.get("content-encoding") or "identity"
+    if encoding.strip().lower() != "identity":
+        raise _unsupported_media("Content-Encoding", encoding, "none")
+    content_type = request.headers.get("content-type")
+    if content_type is None and request.headers.get("origin") is None:
+        return
+    media_type, _, parameters = (content_type or "").partition(";")
+    charset = parameters.strip().lower().removeprefix("charset=").strip('"')
+    if media_type.strip().lower() != "application/json" or charset not in ("", "utf-8"):
+        raise _unsupported_media("Content-Type", content_type or "none", "application/json")
+
+
+def _unsupported_media(header: str, got: str, allowed: str) -> ApiError:
+    message = f"Unsupported {header}: expected {allowed}, but got {_shown(got)}."
+    return ApiError(415, message, code="unsupported_media_type")
 
 
 def _decode_untyped(body: bytes) -> Any:

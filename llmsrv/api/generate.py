@@ -58,7 +58,7 @@ class Job:
             raise
 
     async def admitted(self) -> None:
-        """Returns when every prompt is, or after ADMISSION_S; raises the ApiError that came instead."""
+        """Returns when every prompt is, or after ADMISSION_S; raises what came instead."""
         try:
             async with asyncio.timeout(ADMISSION_S):
                 for generation in self._generations:
@@ -136,7 +136,7 @@ def check_stream_options(request: GenerationRequest) -> None:
 
 
 def sampling_of(request: GenerationRequest, num_logprobs: int) -> Sampling:
-    """The request's parameters as the engine takes them; a request without a seed gets a random one."""
+    """The request's parameters as the engine takes them; without a seed, with a random one."""
     seed = secrets.randbits(64) if request.seed is None else request.seed % 2**64
     return Sampling(
         seed=seed,

@@ -94,14 +94,11 @@ class ChoiceOutput:
 
     def _remember(self, tokens: Tokens, position: int) -> None:
         alternatives = tokens.alternatives[position] if tokens.alternatives else []
-        self._entries.append(
-            TokenEntry(
-                tokens.ids[position], tokens.logprobs[position], alternatives, self._num_decoded
-            )
-        )
+        id, logprob = tokens.ids[position], tokens.logprobs[position]
+        self._entries.append(TokenEntry(id, logprob, alternatives, self._num_decoded))
 
     def _delta(self, text: str) -> Delta:
-        """Log-probabilities go with the text they stand for; what a stop string cut off has none."""
+        """Log-probabilities go with their text; what a stop string cut off has none."""
         self._num_sent += len(text)
         shown = [entry for entry in self._entries if entry.start < self._num_sent]
         if self.finish_reason and not self._is_cut:

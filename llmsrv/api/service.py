@@ -1,4 +1,4 @@
-"""What the routes share: the served model with its engine, and whether a request would be served now."""
+"""What the routes share: the served model, its engine, and whether a request would be served now."""
 
 import hashlib
 import time
@@ -36,11 +36,12 @@ def load_text_model(path: Path, chat_template: str | None) -> TextModel:
     """
     model = open_gguf(path)
     tokenizer = load_tokenizer(model)
+    source = model.metadata.get("tokenizer.chat_template")
+    origin = str(path)
     if chat_template is not None:
-        source: object = _read_template(chat_template)
-    else:
-        source = model.metadata.get("tokenizer.chat_template")
-    return TextModel(tokenizer, ChatTemplate(source, tokenizer) if isinstance(source, str) else None)
+        source, origin = _read_template(chat_template), chat_template
+    template = ChatTemplate(source, tokenizer, origin) if isinstance(source, str) else None
+    return TextModel(tokenizer, template)
 
 
 def _read_template(path: str) -> str:
@@ -66,6 +67,10 @@ class Service:
     is_draining: bool = False
     counters: Counters = field(default_factory=Counters)
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def body_limit_bytes(self) -> int:
+        return self.config.body_limit_mb * 2**20
 
     @property
     def fingerprint(self) -> str:

@@ -129,7 +129,7 @@ BODIES = [
     (b'{"model": "tiny", "prompt": "a", "stream": "yes"}', "invalid_type"),
     (b'{"model": "tiny", "prompt": "a", "n": true}', "invalid_type"),
     (b'{"model": "tiny", "prompt": "a", "n": 1' + b"0" * 5000 + b"}", "invalid_value"),
-    (b'{"model": "tiny", "prompt": "a", "max_tokens": 1' + b"0" * 30 + b"}", "integer_above_max_value"),
+    (b'{"model": "tiny", "prompt": "a", "max_tokens": 10000000000}', "integer_above_max_value"),
 ]  # fmt: skip
 
 
@@ -139,6 +139,30 @@ def test_a_body_that_is_no_request_is_400(
 ) -> None:
     status, _, answer = ask(tiny_server, "POST", "/v1/completions", JSON, body)
     assert (status, error(answer)["code"]) == (400, code)
+
+
+@pytest.mark.parametrize(
+    "fields, status",
+    [
+        ({"Content-Type": "application/json; charset=utf-8"}, 200),
+        ({"Content-Type": 'Application/JSON;charset="UTF-8"'}, 200),
+        ({}, 200),
+        ({"Origin": "https://app.example"}, 415),
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
+        ({"Content-Type": "application/json; charset=utf-16"}, 415),
+        ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, 415),
+    ],
+    ids=str,
+)
+def test_a_body_must_be_announced_as_json(
+    tiny_server: RunningServer, fields: dict[str, str], status: int
+) -> None:
+    body = b'{"model": "tiny", "prompt": "a", "max_tokens": 1}'
+    got, _, answer = ask(tiny_server, "POST", "/v1/completions", AUTHORIZED | fields, body)
+    assert got == status
+    if status == 415:
+        assert error(answer)["code"] == "unsupported_media_type"
 
 
 def test_the_last_of_two_equal_keys_counts(tiny_server: RunningServer) -> None:
