@@ -48,9 +48,10 @@ class ChatTemplate:
         try:
             self._template = _environment().from_string(source)
         except Exception as error:  # the compiler computes constants, so it may raise anything
-            line = f" at line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+            line = getattr(error, "lineno", None)
+            place = f" at line {line}" if line else ""
             raise StartupError(
-                f"{origin}: its chat template does not compile{line}: {error}; "
+                f"{origin}: its chat template does not compile{place}: {error}; "
                 "--chat-template FILE takes another"
             ) from None
 
@@ -122,15 +123,17 @@ class ChatTemplate:
     def _guarded_text(self, text: str, hidden: "_Hidden") -> str:
         if self._special is None:
             return text
-        # The end may become a special token together with what the template puts behind it, and
-        # templates like to strip blanks.
-        stripped = text.rstrip()
-        size = len(stripped)
-        shortest_cut = max(0, size - self._longest_beginning)
-        starts = range(shortest_cut, size)
-        cut = next((start for start in starts if stripped[start:] in self._beginnings), size)
-        end = hidden.put_away(stripped[cut:]) + text[size:] if cut < size else text[size:]
-        return self._special.sub(lambda match: hidden.put_away(match[0]), text[:cut]) + end
+        size = len(text.rstrip())  # as templates like to strip blanks
+        cut = self._open_end(text, size)
+        head = self._special.sub(lambda match: hidden.put_away(match[0]), text[:cut])
+        tail = hidden.put_away(text[cut:size]) if cut < size else ""
+        return head + tail + text[size:]
+
+    def _open_end(self, text: str, size: int) -> int:
+        """Where text[:size] ends with the beginning of a special token, which what the template
+        puts behind it could complete; size where it does not."""
+        starts = range(max(0, size - self._longest_beginning), size)
+        return next((start for start in starts if text[start:size] in self._beginnings), size)
 
 
 class _Hidden:

@@ -47,7 +47,7 @@ class StopMatcher:
         return pending[:num_safe], False
 
     def flush(self) -> str:
-        """At the end of the text: what was withheld, as no stop string can be completed any more."""
+        """At the end of the text: what was withheld, since no stop string can be completed now."""
         withheld, self._withheld = self._withheld, ""
         return withheld
 
