@@ -1,0 +1,129 @@
+"""One request and its response, as the ASGI application talks to them."""
+
+import asyncio
+from typing import Protocol
+
+from llmsrv.asgi.types import Message
+from llmsrv.asgi.types import Scope
+from llmsrv.errors import ApiError
+from llmsrv.server.head import RequestHead
+from llmsrv.server.response import CONTINUE
+from llmsrv.server.response import ResponseWriter
+
+DISCONNECT: Message = {"type": "http.disconnect"}
+
+
+class Wire(Protocol):
+    """What an exchange needs of its connection.
+
+    buffer          what the client sent beyond the head
+    changed         set when the buffer has grown
+    writable        clear while too much of the response waits to be sent
+    may_keep_alive  whether the connection may serve another request
+    """
+
+    buffer: bytearray
+    changed: asyncio.Event
+    writable: asyncio.Event
+
+    @property
+    def may_keep_alive(self) -> bool: ...
+
+    def write(self, data: bytes) -> None: ...
+
+    def want_body(self) -> None:
+        """The application waits for the body: read on, and start the client's deadline."""
+
+    def refuse(self, error: ApiError) -> None:
+        """The body is malformed: answer if that is still possible, and close."""
+
+
+class Exchange:
+    """receive() and send() of one request.
+
+    After disconnect() receive() says so, and send() does nothing.
+    """
+
+    def __init__(self, wire: Wire, head: RequestHead, scope: Scope) -> None:
+        self.scope = scope
+        self.response = ResponseWriter(head.method, head.http_version)
+        self.keep_alive = head.keep_alive
+        self.body_bytes = 0
+        self._wire = wire
+        self._body = head.body
+        self._pending = b""  # of the body, read but not yet received by the application
+        self._has_received_all = False
+        self._awaits_continue = head.expects_continue
+        self._is_disconnected = False
+
+    async def receive(self) -> Message:
+        while not (self._is_disconnected or self.response.is_complete):
+            if not self._has_received_all and (message := self._maybe_body()):
+                return message
+            self._wire.changed.clear()
+            await self._wire.changed.wait()
+        return DISCONNECT
+
+    async def send(self, message: Message) -> None:
+        if self._is_disconnected:
+            return
+        if message["type"] == "http.response.body":
+            data = self._framed(message.get("body", b""), message.get("more_body", False))
+            if data:
+                self._wire.write(data)
+                if not self._wire.writable.is_set():
+                    await self._wire.writable.wait()
+        elif message["type"] == "http.response.start":
+            self.response.start(message["status"], message.get("headers", ()))
+        else:
+            raise RuntimeError(f"unknown ASGI message {message['type']}")
+
+    def disconnect(self) -> None:
+        self._is_disconnected = True
+        self._wire.changed.set()
+        self._wire.writable.set()
+
+    def has_whole_body(self) -> bool:
+        """Whether the client has sent all of the body; takes what there is from the buffer."""
+        self._pull()
+        return self._body.is_complete
+
+    def _framed(self, body: bytes, more_body: bool) -> bytes:
+        response = self.response
+        if not response.is_started:
+            # An answer that does not wait for the body ends the connection: what follows is
+            # body, and cheaper to drop than to read.
+            self.keep_alive = (
+                self.keep_alive and self._wire.may_keep_alive and self.has_whole_body()
+            )
+            if self._is_disconnected:
+                return b""
+        return response.body(body, more_body, close=not self.keep_alive)
+
+    def _maybe_body(self) -> Message | None:
+        """The next part of the body, None when there is none yet."""
+        self._pull()
+        if self._is_disconnected:
+            return None
+        if not self._pending and not self._body.is_complete:
+            if self._awaits_continue and not self.response.is_started:
+                self._awaits_continue = False
+                self._wire.write(CONTINUE)
+            self._wire.want_body()
+            return None
+        body, self._pending = self._pending, b""
+        self._has_received_all = self._body.is_complete
+        return {"type": "http.request", "body": body, "more_body": not self._body.is_complete}
+
+    def _pull(self) -> None:
+        if self._body.is_complete or self._is_disconnected:
+            return
+        try:
+            data = self._body.read(self._wire.buffer)
+        except ApiError as error:
+            self._wire.refuse(error)
+            return
+        if data:
+            self._awaits_continue = False
+            self.body_bytes += len(data)
+            self._pending += data

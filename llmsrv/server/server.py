@@ -1,0 +1,91 @@
+"""Serves an ASGI 3 application over HTTP/1.1: starting, draining, and the event loop.
+
+Only the `http` protocol of ASGI: no lifespan, whoever starts a server starts its application too,
+and no websockets.  Signals are the caller's business.
+"""
+
+import asyncio
+import socket
+from collections.abc import Coroutine
+from collections.abc import Sequence
+from typing import Any
+from typing import TypeVar
+
+from llmsrv.asgi.types import ASGIApp
+from llmsrv.server.connection import Connection
+from llmsrv.server.connection import Context
+from llmsrv.server.listener import Acceptor
+from llmsrv.server.settings import ServerCounters
+from llmsrv.server.settings import ServerSettings
+
+# What applications get to notice that their clients were cut off.
+ABORT_GRACE_S = 1.0
+
+T = TypeVar("T")
+
+
+class Server:
+    """An application on listening sockets (see listener.bind), from start() to drain()."""
+
+    def __init__(
+        self, app: ASGIApp, sockets: Sequence[socket.socket], settings: ServerSettings
+    ) -> None:
+        self.counters = ServerCounters()
+        self._app = app
+        self._sockets = sockets
+        self._settings = settings
+        self._context: Context
+        self._acceptor: Acceptor
+        self._attaching: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        self._context = Context(self._app, self._settings, self.counters)
+        self._acceptor = Acceptor(
+            self._sockets, self._connect, self.counters, self._settings.accept_pause_s
+        )
+
+    async def drain(self, grace_s: float) -> None:
+        """Stops accepting, closes idle connections, and lets running requests end.
+
+        What still runs after grace_s is cut off, and its application told by http.disconnect.
+        May be cancelled and called again with less grace.
+        """
+        context = self._context
+        context.is_draining = True
+        self._acceptor.close()
+        for connection in list(context.connections):
+            connection.close_if_idle()
+        context.note_gone()
+        if not await self._are_all_gone(grace_s):
+            for connection in list(context.connections):
+                connection.abort()
+            await self._are_all_gone(ABORT_GRACE_S)
+
+    async def _are_all_gone(self, within_s: float) -> bool:
+        try:
+            await asyncio.wait_for(self._context.all_gone.wait(), within_s)
+        except TimeoutError:
+            return False
+        return True
+
+    def _connect(self, sock: socket.socket) -> None:
+        task = asyncio.ensure_future(self._attach(sock))
+        self._attaching.add(task)
+        task.add_done_callback(self._attaching.discard)
+
+    async def _attach(self, sock: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.connect_accepted_socket(lambda: Connection(self._context), sock)
+        except OSError:
+            sock.close()  # the client was gone before we came to it
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Runs main on uvloop where that is installed, else on asyncio's own loop."""
+    try:
+        from uvloop import new_event_loop
+    except ImportError:
+        return asyncio.run(main)
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(main)
