@@ -8,6 +8,7 @@ import logging
 import logging.handlers
 import queue
 import sys
+from typing import Any
 
 QUEUE_LENGTH = 1000
 
@@ -17,22 +18,32 @@ class _DroppingHandler(logging.handlers.QueueHandler):
 
     dropped = 0
 
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        return record  # the queue stays in this process, so nothing needs to be pickled
+
     def enqueue(self, record: logging.LogRecord) -> None:
         try:
             if self.dropped:
                 record.msg = f"{record.msg} ({self.dropped} lines dropped before this one)"
-            self.queue.put_nowait(record)  # type: ignore[attr-defined]
+            self.queue.put_nowait(record)
             self.dropped = 0
         except queue.Full:
             self.dropped += 1
 
 
 class _EscapingFormatter(logging.Formatter):
-    """One record, one line: what a client sent can neither break lines nor colour them."""
+    """What a client sent can neither break lines nor colour them; a traceback keeps its own lines."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = _escaped(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(_escaped(line) for line in super().formatException(ei).split("\n"))
+
+
+def _escaped(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def set_up(level: str) -> logging.handlers.QueueListener:

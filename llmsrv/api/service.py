@@ -1,4 +1,4 @@
-"""What the routes share: the served model, its engine, and whether a request would be served now."""
+"""What the routes share: the served model, its engine, and whether it would answer now."""
 
 import hashlib
 import time

@@ -227,7 +227,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
     ({"seed": 2**63}, "seed", "integer_above_max_value"),
     ({"logit_bias": {"1": 5}}, "logit_bias", "unsupported_parameter"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_parameter"),
+    ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
 ]
 
 

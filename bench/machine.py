@@ -1,0 +1,37 @@
+"""What every benchmark prints first: the machine, the command, and when."""
+
+import os
+import platform
+import sys
+from datetime import UTC
+from datetime import datetime
+from pathlib import Path
+
+
+def describe() -> str:
+    """One line on the machine, one with the command."""
+    now = datetime.now(UTC).strftime("%Y-%m-%d")
+    return (
+        f"{now}, {_cpu()}, {os.cpu_count()} cores, {_memory_gib()} GiB, "
+        f"{platform.system()}, Python {platform.python_version()}\n"
+        f"$ python -m bench.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}"
+    )
+
+
+def rss_mb(pid: int) -> float:
+    """Resident memory of a process in MB, its share of pages it shares with others (PSS)."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) / 1000
+    raise ValueError("no Pss in smaps_rollup")
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _memory_gib() -> int:
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
