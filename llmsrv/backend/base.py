@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from llmsrv.backend.sampling import Samples
@@ -117,7 +116,7 @@ class GatedActivation:
 
 @dataclass(frozen=True)
 class SelectLogitRows:
-    """out = x[logit_rows]: from here on a buffer has R rows; everything after runs for them alone"""
+    """out = x[logit_rows], R rows: every operation after this one runs for them alone"""
 
     out: str
     x: str
@@ -156,7 +155,8 @@ class Limits:
 class Batch:
     """The rows of one step.
 
-    ids           [T] int32; an id, or -1 - r for 'what logit row r of the step before sampled'
+    ids           [T] int32; an id, or -1 - r for 'what logit row r of the step before sampled',
+                  which is id 0 where that row failed
     positions     [T] int32, the row's position in its sequence
     sequences     [T] int32, index into block_tables; the rows of a sequence lie together, ascending
     slot_mapping  [T] int64, block * BLOCK_SIZE + offset: where the row's k and v are stored
@@ -179,14 +179,15 @@ class Plan(ABC):
 
     @abstractmethod
     def forward(self, batch: Batch) -> None:
-        """Runs every operation for the batch; the logits stay in the plan until the next forward."""
+        """Runs every operation for the batch; the logits stay until the next forward."""
 
     @abstractmethod
     def sample(self, slots: Array, output_positions: Array) -> Samples:
         """Samples each logit row of the last forward by the parameters in its slot.
 
-        slots             [R] int32, index into `sampling`, in the order of logit_rows
+        slots             [R] int32, index into `sampling`, in the order of logit_rows; distinct
         output_positions  [R] int64, how many tokens the sequence has already put out at that row
+        A row that cannot be sampled has id FAILED (sampling.py) and harms no other.
         """
 
 
