@@ -33,6 +33,7 @@ class EngineConfig:
     max_num_sequence: int = 32  # sequences that are in steps at once
     max_total_tokens: int = 16384  # positions in the KV cache, all sequences together
     prefill_chunk_size: int = 512  # rows of one step
+    log_level: str = "info"
 
 
 # MLC's modes, with our figures: sequences at once, and KV positions for all of them together.

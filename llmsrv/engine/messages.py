@@ -2,6 +2,9 @@
 
 Encoded with msgpack, one frame a message (queues.py).  The request number is the server's own,
 never anything that a client chose.  Times are time.monotonic seconds, the same clock on both sides.
+
+Every Submit is answered by exactly one terminal event a choice: its Finished, or the one Failed
+that ends all choices of the request that have not finished.
 """
 
 import msgspec
@@ -19,8 +22,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
-    """A request to generate, accepted by the server: it will get exactly one Finished a choice, or
-    one Failed."""
+    """A request to generate, accepted by the server."""
 
     request: int
     prompt_ids: list[int]
@@ -31,7 +33,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
-    """Ends a request, or one choice of it, at once; unknown numbers are ignored (it may just have ended)."""
+    """Ends a request, or one choice of it, at once; one that is unknown has just ended."""
 
     request: int
     choice: int | None = None
@@ -62,7 +64,10 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
 
 
 class Tokens(msgspec.Struct, frozen=True, array_like=True):
-    """New tokens of one choice; the lists are as long as ids, or empty when nothing was asked for."""
+    """New tokens of one choice, an end id included.
+
+    logprobs and alternatives are as long as ids, or empty when nothing was asked for.
+    """
 
     request: int
     choice: int
@@ -72,28 +77,34 @@ class Tokens(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True):
-    """A choice ended.  reason: "stop" (an end id), "length" (max_tokens or context) or "abort"."""
+    """A choice ended.  reason: "stop" (an end id), "length" (max_tokens or context) or "abort".
+
+    A time of 0 says that the choice ended before it came to that.
+    """
 
     request: int
     choice: int
     reason: str
     num_prompt_tokens: int
     num_output_tokens: int
-    queued_s: float  # when the engine took it from the queue, monotonic
+    queued_s: float  # when the engine received it
     scheduled_s: float  # when it first was part of a step
     first_token_s: float
     last_token_s: float
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True):
-    """A request ended with an error; code as in OpenAI's error object."""
+    """A request ended with an error; status, code and message are those of errors.ApiError."""
 
     request: int
-    code: str
+    status: int
+    code: str | None
     message: str
 
 
 class Gauges(msgspec.Struct, frozen=True, array_like=True):
+    """How the engine is now.  running and waiting count sequences: a choice is one."""
+
     running: int = 0
     waiting: int = 0
     used_blocks: int = 0
@@ -102,9 +113,9 @@ class Gauges(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
-    """Everything that one step brought, in one frame."""
+    """Everything that one step brought, in one frame; to be taken in the order of its fields."""
 
-    admitted: list[int]
+    admitted: list[int]  # requests whose first choice has become part of a step
     tokens: list[Tokens]
     finished: list[Finished]
     failed: list[Failed]

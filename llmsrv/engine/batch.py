@@ -1,0 +1,38 @@
+"""From the chunks of a step to the arrays that a backend takes."""
+
+import numpy as np
+
+from llmsrv.backend.base import BLOCK_SIZE
+from llmsrv.backend.base import Array
+from llmsrv.backend.base import Batch
+from llmsrv.engine.kv_cache import num_blocks_for
+from llmsrv.engine.scheduler import Chunk
+
+
+def build_batch(chunks: list[Chunk], block_tables: Array) -> Batch:
+    """The rows of the chunks, in their order; a row's logits are wanted where a chunk completes its
+    sequence.
+
+    block_tables  [max_num_sequence, max_blocks] int32, of every slot, as KVCache has them
+    """
+    ids: list[int] = []
+    for sequence, num_rows in chunks:
+        ids += sequence.ids(sequence.num_computed, sequence.num_computed + num_rows)
+    counts = np.array([num_rows for _, num_rows in chunks])  # [S]
+    firsts = np.array([sequence.num_computed for sequence, _ in chunks])  # [S]
+    slots = np.array([sequence.slot for sequence, _ in chunks])  # [S]
+    completes = np.array([sequence.num_uncomputed == num_rows for sequence, num_rows in chunks])
+    ends = counts.cumsum()  # [S]
+
+    sequences = np.arange(len(chunks), dtype=np.int32).repeat(counts)  # [T]
+    positions = np.arange(len(ids)) + (firsts + counts - ends).repeat(counts)  # [T]
+    tables = block_tables[slots, : num_blocks_for(int((firsts + counts).max()))]
+    blocks = tables[sequences, positions // BLOCK_SIZE].astype(np.int64)  # [T]
+    return Batch(
+        ids=np.array(ids, np.int32),
+        positions=positions.astype(np.int32),
+        sequences=sequences,
+        slot_mapping=blocks * BLOCK_SIZE + positions % BLOCK_SIZE,
+        block_tables=tables,
+        logit_rows=(ends[completes] - 1).astype(np.int32),
+    )

@@ -1,0 +1,310 @@
+"""The engine as the API sees it: requests go in, their tokens come out, whatever becomes of the
+process behind it.
+
+EngineClient keeps one engine process running: it starts it, starts it again with growing pauses
+when it dies or hangs, and gives up only where the first start says that the model cannot be run.
+Each request is a Generation, and ends exactly once: finished, failed, aborted, or lost with the
+engine.  Nothing is ever submitted twice: whether to try again is the caller's choice.
+
+Runs in the server's event loop and is for its thread alone.  Start it from the main thread: on
+Linux the engine is killed when the thread that started it ends.
+"""
+
+import asyncio
+import enum
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from llmsrv.config import EngineConfig
+from llmsrv.engine.messages import Abort
+from llmsrv.engine.messages import Finished
+from llmsrv.engine.messages import FromEngine
+from llmsrv.engine.messages import Gauges
+from llmsrv.engine.messages import Ready
+from llmsrv.engine.messages import Sampling
+from llmsrv.engine.messages import Step
+from llmsrv.engine.messages import Submit
+from llmsrv.engine.messages import Tokens
+from llmsrv.engine.supervisor import EngineProcess
+from llmsrv.engine.supervisor import Patience
+from llmsrv.errors import ApiError
+from llmsrv.errors import StartupError
+
+log = logging.getLogger("llmsrv.engine")
+
+# With so much not even taken by the pipe, the engine has not read for long.
+MAX_UNSENT_BYTES = 8 << 20
+FIRST_PAUSE_S = 0.5  # before the engine is started again; doubled each time
+LONGEST_PAUSE_S = 30.0
+HEALTHY_S = 60.0  # an engine that was ready for so long makes the next pause the first again
+RETRY = {"Retry-After": "1", "x-should-retry": "true"}
+
+
+class EngineState(enum.Enum):
+    LOADING = "loading"
+    READY = "ready"
+    RESTARTING = "restarting"
+    REFUSED = "refused"  # for good: the model cannot be run
+    STOPPED = "stopped"
+
+
+class Generation:
+    """One request's events in the order they came, for one task to await.
+
+    Use it in `async with`, or exhaust or abort it: it is followed until then.  Events that nobody
+    takes wait here; the engine never waits for them.
+    """
+
+    def __init__(self, request: int, n: int, abort: Callable[[int, int | None], None]) -> None:
+        self.request = request
+        self._abort = abort
+        self._events: deque[Tokens | Finished] = deque()
+        self._unfinished = set(range(n))  # choices; empty once the request has ended in any way
+        self._error: ApiError | None = None
+        self._is_admitted = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def admitted(self) -> None:
+        """Returns when a choice is part of a step; raises the ApiError that came instead."""
+        while not self._is_admitted and self._unfinished:
+            await self._wait()
+        if self._error and not self._is_admitted:
+            raise self._error
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Tokens | Finished:
+        """The next event; after an abort there is none.  Raises the ApiError that ended it."""
+        while not self._events:
+            if self._error:
+                raise self._error
+            if not self._unfinished:
+                raise StopAsyncIteration
+            await self._wait()
+        return self._events.popleft()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.abort()
+
+    def abort(self, choice: int | None = None) -> None:
+        """Ends the request, or one choice of it, which then finishes with "abort".  May be called
+        at any time, and again."""
+        if choice is None:
+            self._events.clear()
+        if choice in self._unfinished or (choice is None and self._unfinished):
+            self._abort(self.request, choice)
+
+    # What follows is for EngineClient.
+
+    @property
+    def has_ended(self) -> bool:
+        return not self._unfinished
+
+    def admit(self) -> None:
+        self._is_admitted = True
+        self._wake()
+
+    def push(self, event: Tokens | Finished) -> None:
+        self._events.append(event)
+        if isinstance(event, Finished):
+            self._unfinished.discard(event.choice)
+        self._wake()
+
+    def end(self, error: ApiError | None) -> None:
+        self._error = error
+        self._unfinished.clear()
+        self._wake()
+
+    def lose(self, reason: str, code: str) -> None:
+        """Ends it together with its engine.  What never was in a step may well be tried again."""
+        if self._is_admitted:
+            message = f"The server had an error while processing your request: {reason}."
+            self.end(ApiError(500, message, code=code))
+        else:
+            message = f"The model is not ready: {reason}."
+            self.end(ApiError(503, message, code=code, headers=RETRY))
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _wait(self) -> None:
+        assert self._waiter is None, "a generation is for one task"
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+
+class EngineClient:
+    """state         what the engine is now, and `reason` why, as a clause
+    ready         what the engine said when it was ready last; None until it first was
+    gauges        of the last step; zeros while there is no engine
+    num_restarts  how often it was started again
+    """
+
+    def __init__(self, config: EngineConfig, patience: Patience = Patience()) -> None:
+        self._config = config
+        self._patience = patience
+        self.state = EngineState.LOADING
+        self.reason = "the model is being loaded"
+        self.ready: Ready | None = None
+        self.gauges = Gauges()
+        self.num_restarts = 0
+        self._changed = asyncio.Event()  # replaced at each change of state
+        self._requests = itertools.count(1)
+        self._generations: dict[int, Generation] = {}  # by request, those that have not ended
+        self._supervision: asyncio.Task[None] | None = None
+
+        # Of the engine process that runs now
+        self._process: EngineProcess | None = None
+        self._ready_s: float | None = None  # when it was ready, monotonic
+        self._refusal: str | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    async def start(self) -> None:
+        """Starts the engine and its supervision; returns before the model is loaded."""
+        assert self._supervision is None
+        self._supervision = asyncio.create_task(self._supervise())
+
+    async def wait_ready(self) -> None:
+        """Returns when requests are served.  Raises StartupError when they never will be."""
+        while self.state in (EngineState.LOADING, EngineState.RESTARTING):
+            await self._changed.wait()
+        if self.state is not EngineState.READY:
+            raise StartupError(self.reason)
+
+    def submit(
+        self,
+        prompt_ids: list[int],
+        max_tokens: int,
+        end_ids: list[int],
+        sampling: Sampling,
+        n: int = 1,
+    ) -> Generation:
+        """Hands a request to the engine; see messages.Submit.  Raises ApiError 503 when it cannot
+        be served now."""
+        if self.state is not EngineState.READY or self._process is None:
+            message = f"The model is not ready: {self.reason}."
+            raise ApiError(503, message, code="model_not_ready", headers=RETRY)
+        if self._process.num_waiting_bytes > MAX_UNSENT_BYTES:
+            message = "The server is overloaded. Please try again later."
+            raise ApiError(503, message, code="server_is_overloaded", headers=RETRY)
+        request = next(self._requests)
+        self._process.send(Submit(request, prompt_ids, max_tokens, end_ids, sampling, n))
+        generation = self._generations[request] = Generation(request, n, self._abort)
+        return generation
+
+    async def stop(self) -> None:
+        """Ends the engine and what still runs; safe at any time, and twice."""
+        self._set_state(EngineState.STOPPED, "the server is shutting down")
+        if self._supervision is not None:
+            self._supervision.cancel()
+            await asyncio.wait([self._supervision])
+        self._lose_all("server_shutting_down")
+        if self._process is not None:
+            await self._process.stop()
+            self._process = None
+
+    async def _supervise(self) -> None:
+        """Keeps an engine running, until it refuses the model at the first start."""
+        pause_s = FIRST_PAUSE_S
+        for generation in itertools.count(1):
+            reason, ready_for_s = await self._run_one(generation)
+            if self.state is EngineState.REFUSED:
+                return
+            if ready_for_s > HEALTHY_S:
+                pause_s = FIRST_PAUSE_S
+            log.error("%s; it is started again in %g s", reason, pause_s)
+            await asyncio.sleep(pause_s)
+            self.num_restarts += 1
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    async def _run_one(self, generation: int) -> tuple[str, float]:
+        """Runs an engine process from its start to its end; why it ended, as a clause, and for how
+        many seconds it had been ready."""
+        self._ready_s = self._refusal = None
+        try:
+            engine = EngineProcess(self._config, generation, self._receive, self._patience)
+        except OSError as error:
+            reason = f"the engine cannot be started ({error})"
+            self._set_state(EngineState.RESTARTING, reason)
+            return reason, 0.0
+        self._process = engine
+        reason = await asyncio.shield(engine.ended)
+        ready_for_s = time.monotonic() - self._ready_s if self._ready_s else 0.0
+        if self._refusal and self.ready is None:
+            self._set_state(EngineState.REFUSED, self._refusal)
+        else:
+            self._set_state(EngineState.RESTARTING, f"{reason}, and is started again")
+        self._lose_all("engine_restarted")
+        await engine.gone()
+        self._process = None
+        return self._refusal or reason, ready_for_s
+
+    def _receive(self, message: FromEngine) -> None:
+        if self.state is EngineState.STOPPED:
+            return
+        if isinstance(message, Step):
+            self._take(message)
+        elif isinstance(message, Ready):
+            self.ready = message
+            self._ready_s = time.monotonic()
+            self._set_state(EngineState.READY, "ready")
+        else:
+            self._refusal = message.message
+
+    def _take(self, step: Step) -> None:
+        """Hands a step to its requests; one that is unknown here was aborted a moment ago."""
+        generations = self._generations
+        for request in step.admitted:
+            if generation := generations.get(request):
+                generation.admit()
+        for tokens in step.tokens:
+            if generation := generations.get(tokens.request):
+                generation.push(tokens)
+        for finished in step.finished:
+            if generation := generations.get(finished.request):
+                generation.push(finished)
+                if generation.has_ended:
+                    del generations[finished.request]
+        for failed in step.failed:
+            if generation := generations.pop(failed.request, None):
+                generation.end(ApiError(failed.status, failed.message, code=failed.code))
+        self.gauges = step.gauges
+
+    def _abort(self, request: int, choice: int | None) -> None:
+        if choice is None:
+            self._generations.pop(request).end(None)
+        if self._process is not None:
+            self._process.send(Abort(request, choice))
+
+    def _lose_all(self, code: str) -> None:
+        """Ends every request that has not ended, with the state's reason."""
+        generations, self._generations = self._generations, {}
+        for generation in generations.values():
+            generation.lose(self.reason, code)
+        self.gauges = Gauges()
+
+    def _set_state(self, state: EngineState, reason: str) -> None:
+        self.state, self.reason = state, reason
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()

@@ -1,0 +1,186 @@
+"""The engine without its process: requests in, and one step after the other out.
+
+A step schedules rows, runs the model over them, samples the sequences whose rows are complete, and
+reports what came of it in one message.  What goes wrong for one request fails that request; what
+goes wrong in the model's own computation is raised, and ends the engine.
+"""
+
+import logging
+import time
+
+import numpy as np
+
+from llmsrv.backend.base import Limits
+from llmsrv.backend.base import Plan
+from llmsrv.backend.sampling import Samples
+from llmsrv.engine.batch import build_batch
+from llmsrv.engine.kv_cache import KVCache
+from llmsrv.engine.messages import Abort
+from llmsrv.engine.messages import Failed
+from llmsrv.engine.messages import Finished
+from llmsrv.engine.messages import Gauges
+from llmsrv.engine.messages import Step
+from llmsrv.engine.messages import Submit
+from llmsrv.engine.messages import Tokens
+from llmsrv.engine.sampling import check_sampling
+from llmsrv.engine.sampling import write_sampling
+from llmsrv.engine.scheduler import Chunk
+from llmsrv.engine.scheduler import Scheduler
+from llmsrv.engine.sequence import Sequence
+from llmsrv.engine.sequence import State
+from llmsrv.errors import ApiError
+
+log = logging.getLogger("llmsrv.engine")
+
+
+class EngineCore:
+    def __init__(self, plan: Plan, limits: Limits, context_length: int, vocab_size: int) -> None:
+        """limits are those that the plan was compiled for; its cache must hold one sequence of
+        context_length."""
+        self._plan = plan
+        self._context_length = context_length
+        self._vocab_size = vocab_size
+        self._kv_cache = KVCache(limits.num_blocks, limits.max_slots, context_length)
+        self._scheduler = Scheduler(self._kv_cache, limits.max_slots, limits.max_rows)
+        self._sequences: dict[int, list[Sequence]] = {}  # by request, what has not ended
+
+        # Since the last report
+        self._admitted: list[int] = []
+        self._tokens: list[Tokens] = []
+        self._finished: list[Finished] = []
+        self._failed: list[Failed] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would compute or report anything."""
+        return bool(self._sequences or self._finished or self._failed)
+
+    def submit(self, submit: Submit) -> None:
+        """Queues a request, or fails it."""
+        assert submit.request not in self._sequences, f"request {submit.request} came twice"
+        now_s = time.monotonic()
+        try:
+            self._check(submit)
+            room = self._context_length - len(submit.prompt_ids)
+            max_tokens, end_ids = min(submit.max_tokens, room), frozenset(submit.end_ids)
+            sequences = [
+                Sequence(submit, choice, max_tokens, end_ids, now_s) for choice in range(submit.n)
+            ]
+        except Exception as error:
+            self._failed.append(_failed(submit.request, error))
+            return
+        self._sequences[submit.request] = sequences
+        for sequence in sequences:
+            self._scheduler.add(sequence)
+
+    def abort(self, abort: Abort) -> None:
+        """Ends the choices at once; the next step reports it."""
+        for sequence in list(self._sequences.get(abort.request, ())):
+            if abort.choice in (None, sequence.choice):
+                self._finish(sequence, "abort")
+
+    def step(self) -> Step:
+        """Computes one step and returns what it brought, with what ended since the last one."""
+        if chunks := self._scheduler.schedule():
+            self._enter(chunks)
+            self._compute(chunks)
+        return self._report()
+
+    def _check(self, submit: Submit) -> None:
+        """Raises ApiError when the request can never be computed."""
+        num_prompt = len(submit.prompt_ids)
+        if num_prompt >= self._context_length:
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {self._context_length} tokens. However, "
+                f"the prompt has {num_prompt} tokens, and one is needed for the completion.",
+                code="context_length_exceeded",
+            )
+        if num_prompt == 0:
+            raise ApiError(400, "the prompt is empty; expected at least 1 token")
+        if not 0 <= min(submit.prompt_ids) <= max(submit.prompt_ids) < self._vocab_size:
+            raise ApiError(400, f"a token id of the prompt is not in [0, {self._vocab_size})")
+        if submit.max_tokens < 1 or submit.n < 1:
+            raise ApiError(400, "max_tokens and n must be at least 1")
+        check_sampling(submit.sampling)
+
+    def _enter(self, chunks: list[Chunk]) -> None:
+        """Prepares the sequences that have just been admitted, for the first time or again."""
+        for sequence, _ in chunks:
+            if sequence.num_computed == 0:
+                sampling = sequence.submit.sampling
+                write_sampling(self._plan.sampling, sequence.slot, sampling, sequence.choice)
+                if not sequence.scheduled_s:
+                    sequence.scheduled_s = time.monotonic()
+                    self._admitted.append(sequence.submit.request)
+
+    def _compute(self, chunks: list[Chunk]) -> None:
+        self._plan.forward(build_batch(chunks, self._kv_cache.block_tables))
+        for sequence, num_rows in chunks:
+            sequence.num_computed += num_rows
+        sampled = [sequence for sequence, _ in chunks if sequence.num_uncomputed == 0]
+        if sampled:
+            slots = np.array([sequence.slot for sequence in sampled], np.int32)
+            output_positions = np.array([len(s.output_ids) for s in sampled], np.int64)
+            self._take(sampled, self._plan.sample(slots, output_positions))
+
+    def _take(self, sampled: list[Sequence], samples: Samples) -> None:
+        now_s = time.monotonic()
+        for row, (sequence, id) in enumerate(zip(sampled, samples.ids.tolist(), strict=True)):
+            if sequence.state is State.ENDED:
+                continue  # another choice has failed the request in this very step
+            try:
+                self._advance(sequence, row, id, samples, now_s)
+            except Exception as error:
+                self._fail(sequence.submit.request, error)
+
+    def _advance(
+        self, sequence: Sequence, row: int, id: int, samples: Samples, now_s: float
+    ) -> None:
+        if id < 0:
+            raise ApiError(500, "The model's output is not a number; nothing can be sampled.")
+        logprobs: list[float] = []
+        alternatives: list[list[tuple[int, float]]] = []
+        if sequence.submit.sampling.num_logprobs >= 0:
+            ids, values = samples.alternatives[row]
+            logprobs = [float(samples.logprobs[row])]
+            alternatives = [list(zip(ids.tolist(), values.tolist(), strict=True))]
+        reason = sequence.append(id, now_s)
+        self._tokens.append(
+            Tokens(sequence.submit.request, sequence.choice, [id], logprobs, alternatives)
+        )
+        if reason:
+            self._finish(sequence, reason)
+
+    def _finish(self, sequence: Sequence, reason: str) -> None:
+        self._scheduler.remove(sequence)
+        self._finished.append(sequence.finished(reason))
+        request = sequence.submit.request
+        self._sequences[request].remove(sequence)
+        if not self._sequences[request]:
+            del self._sequences[request]
+
+    def _fail(self, request: int, error: Exception) -> None:
+        for sequence in self._sequences.pop(request):
+            self._scheduler.remove(sequence)
+        self._failed.append(_failed(request, error))
+
+    def _report(self) -> Step:
+        gauges = Gauges(
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            used_blocks=self._kv_cache.num_used,
+            total_blocks=self._kv_cache.num_total,
+            num_preemptions=self._scheduler.num_preemptions,
+        )
+        step = Step(self._admitted, self._tokens, self._finished, self._failed, gauges)
+        self._admitted, self._tokens, self._finished, self._failed = [], [], [], []
+        return step
+
+
+def _failed(request: int, error: Exception) -> Failed:
+    """What the client is told; an error that is ours is logged, and told in general words."""
+    if not isinstance(error, ApiError):
+        log.error("request %d failed", request, exc_info=error)
+        error = ApiError(500, "The server had an error while processing your request.")
+    return Failed(request, error.status, error.code, error.message)

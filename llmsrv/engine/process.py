@@ -1,0 +1,187 @@
+"""The engine process: started by supervisor.py, told what to do through a pipe, and gone when its
+parent is.
+
+The top of this module imports only the standard library and messages: what the engine needs is
+imported in main(), after the environment is set, and the server process, which imports this module
+for its name, never loads numpy.
+"""
+
+import ctypes
+import logging
+import multiprocessing
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+from llmsrv import log
+from llmsrv.config import EngineConfig
+from llmsrv.engine.messages import FromEngine
+from llmsrv.engine.messages import Ready
+from llmsrv.engine.messages import Refused
+from llmsrv.engine.messages import Stop
+from llmsrv.engine.messages import Submit
+from llmsrv.engine.messages import ToEngine
+from llmsrv.errors import StartupError
+
+if TYPE_CHECKING:
+    from llmsrv.engine.core import EngineCore
+    from llmsrv.engine.queues import Receiver
+
+# A step makes many small products, for which OpenBLAS's threads cost more than they bring, and its
+# threads spin on the cores that the server needs.
+ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}
+IDLE_TURN_S = 0.5  # how often an idle engine shows that it lives
+# With so much unread by the server no further step is made: 128 streams need about 5 KB a step.
+MAX_UNREAD_BYTES = 8 << 20
+# Added to the kernel's own figure, out of 1000: of all that use memory, the engine goes first, and
+# the server tells its clients and starts it again.
+OOM_SCORE_ADJ = "500"
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def main(
+    config: EngineConfig,
+    receive: Connection,
+    send: Connection,
+    generation: int,
+    heartbeat: "ctypes.c_ulonglong",
+) -> None:
+    """Loads the model, says Ready or Refused, and makes steps until Stop or the parent's end.
+
+    receive, send  this process's ends of the two pipes (queues.py)
+    heartbeat      a counter in shared memory that grows while the engine gets on: with each weight
+                   loaded, each operation of a plan, each turn of the loop
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which tells us
+    _die_with_parent()
+    _offer_to_oom_killer()
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    listener = log.set_up(config.log_level)
+    try:
+        _run(config, receive.fileno(), send.fileno(), generation, heartbeat)
+    except EOFError:
+        pass  # the server is gone
+    except Exception:
+        logging.getLogger("llmsrv.engine").critical("the engine ends by an error", exc_info=True)
+        sys.exit(1)
+    finally:
+        listener.stop()
+
+
+def _run(
+    config: EngineConfig,
+    receive_fd: int,
+    send_fd: int,
+    generation: int,
+    heartbeat: "ctypes.c_ulonglong",
+) -> None:
+    from llmsrv.engine import queues
+
+    def tick() -> None:
+        heartbeat.value += 1
+
+    sender = queues.Sender(send_fd, generation)
+    receiver: Receiver[ToEngine] = queues.Receiver(receive_fd, generation, ToEngine)
+    message: FromEngine
+    try:
+        core, message = _load(config, tick)
+    except StartupError as error:
+        sender.send(Refused(str(error)))  # into an empty pipe: it fits
+        return
+    sender.send(message)
+    wait = _Waiter(receive_fd, send_fd)
+    while _take(receiver, core):
+        sender.flush()
+        if core.has_work and sender.num_waiting_bytes < MAX_UNREAD_BYTES:
+            sender.send(core.step())
+        else:
+            wait(IDLE_TURN_S, for_writing=sender.num_waiting_bytes > 0)
+        tick()
+
+
+def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, Ready]":
+    """Everything from the file to an engine that can make steps.  Raises StartupError."""
+    from pathlib import Path
+
+    from llmsrv.backend.base import BLOCK_SIZE
+    from llmsrv.backend.base import Limits
+    from llmsrv.backend.choose import choose_backend
+    from llmsrv.engine.core import EngineCore
+    from llmsrv.model.load import load_model
+
+    start_s = time.monotonic()
+    num_blocks = config.max_total_tokens // BLOCK_SIZE
+    limits = Limits(
+        max_rows=max(config.prefill_chunk_size, config.max_num_sequence),
+        max_logit_rows=config.max_num_sequence,
+        max_slots=config.max_num_sequence,
+        num_blocks=num_blocks + 1,
+    )
+    backend, reason = choose_backend(config.backend)
+    model = load_model(Path(config.model_path), tick)
+    plan = backend.compile(model.program, limits, tick)
+    context_length = min(model.config.context_length, num_blocks * BLOCK_SIZE)
+    ready = Ready(
+        architecture=model.config.architecture,
+        backend=backend.name,
+        backend_reason=reason,
+        vocab_size=model.program.vocab_size,
+        context_length=context_length,
+        max_num_sequence=config.max_num_sequence,
+        num_blocks=num_blocks,
+        block_size=BLOCK_SIZE,
+        load_s=time.monotonic() - start_s,
+    )
+    return EngineCore(plan, limits, context_length, model.program.vocab_size), ready
+
+
+def _take(receiver: "Receiver[ToEngine]", core: "EngineCore") -> bool:
+    """Hands what has come to the core; False when that was Stop."""
+    for message in receiver.receive():
+        if isinstance(message, Submit):
+            core.submit(message)
+        elif isinstance(message, Stop):
+            return False
+        else:
+            core.abort(message)
+    return True
+
+
+class _Waiter:
+    """Sleeps until there is something to read, or room to write."""
+
+    def __init__(self, receive_fd: int, send_fd: int) -> None:
+        self._send_fd = send_fd
+        self._poll = select.poll()
+        self._poll.register(receive_fd, select.POLLIN)
+
+    def __call__(self, timeout_s: float, for_writing: bool) -> None:
+        if for_writing:
+            self._poll.register(self._send_fd, select.POLLOUT)
+        self._poll.poll(timeout_s * 1000)
+        if for_writing:
+            self._poll.unregister(self._send_fd)
+
+
+def _die_with_parent() -> None:
+    """Where the kernel can, have it end us with the server; elsewhere the pipe's end tells us."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:
+        os._exit(1)  # it was gone before we asked
+
+
+def _offer_to_oom_killer() -> None:
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write(OOM_SCORE_ADJ)
+    except OSError:
+        pass  # not Linux, or a container that forbids it

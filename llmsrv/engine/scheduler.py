@@ -1,0 +1,117 @@
+"""Which rows the next step computes: continuous batching, first come first served.
+
+Each step has a budget of rows.  Sequences in decode take one row each, before anything else, so a
+long prompt never stops the running streams; what is left goes to prompts, in chunks, in the order
+of arrival; then sequences are admitted from the queue while slots, blocks and rows last.
+
+When a sequence in decode needs a block and none is free, the youngest running sequence is
+preempted: its blocks are freed, it goes back to the front of the queue, and when it is admitted
+again its prompt and its output so far are computed again.  Nothing older than it is ever preempted
+before it, and the KV cache holds at least one sequence of full length, so the oldest always goes on
+and every sequence ends.  (running + waiting) is always in the order of arrival.
+
+Knows nothing of tokens, sampling or messages.
+"""
+
+from collections import deque
+from typing import NamedTuple
+
+from llmsrv.engine.kv_cache import KVCache
+from llmsrv.engine.kv_cache import num_blocks_for
+from llmsrv.engine.sequence import NO_SLOT
+from llmsrv.engine.sequence import Sequence
+from llmsrv.engine.sequence import State
+
+
+class Chunk(NamedTuple):
+    """The next num_rows uncomputed tokens of a sequence."""
+
+    sequence: Sequence
+    num_rows: int
+
+
+class Scheduler:
+    def __init__(self, kv_cache: KVCache, max_num_sequence: int, max_rows: int) -> None:
+        # Fewer rows than sequences could give decode all of them, and prefill none for ever.
+        assert max_rows >= max_num_sequence
+        self._kv_cache = kv_cache
+        self._max_rows = max_rows
+        self._free_slots = list(range(max_num_sequence - 1, -1, -1))
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Ends a sequence wherever it is; its slot and blocks are free at once."""
+        if sequence.state is State.RUNNING:
+            self.running.remove(sequence)
+            self._release(sequence)
+        else:
+            self.waiting.remove(sequence)
+        sequence.move_to(State.ENDED)
+
+    def schedule(self) -> list[Chunk]:
+        """The chunks of the next step, at most one a sequence; blocks for all of them are held.
+
+        Empty only when there is no sequence at all.
+        """
+        chunks = self._schedule_decode()
+        budget = self._max_rows - len(chunks)
+        for sequence in self.running:
+            if budget and sequence.num_uncomputed > 1:
+                chunks.append(Chunk(sequence, min(budget, sequence.num_uncomputed)))
+                budget -= chunks[-1].num_rows
+        while budget and (admitted := self._maybe_admit()):
+            chunks.append(Chunk(admitted, min(budget, admitted.num_uncomputed)))
+            budget -= chunks[-1].num_rows
+        return chunks
+
+    def _schedule_decode(self) -> list[Chunk]:
+        """Oldest first; a preemption takes sequences from the end of the list that is walked."""
+        chunks = []
+        for sequence in self.running:
+            if sequence.num_uncomputed == 1 and self._make_room(sequence):
+                chunks.append(Chunk(sequence, 1))
+        return chunks
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Gets the block for the sequence's next token; False when it had to give way itself."""
+        while not self._kv_cache.grow(sequence.slot, sequence.num_tokens):
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.move_to(State.WAITING)
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+    def _maybe_admit(self) -> Sequence | None:
+        """Moves the head of the queue to running, when it and all that run have room to go on."""
+        if not self.waiting or not self._free_slots:
+            return None
+        sequence = self.waiting[0]
+        # A block to grow into for each that runs already: admitting into the last free blocks
+        # would only lead to a preemption, and to computing the same prompt again.
+        needed = num_blocks_for(sequence.num_tokens) + len(self.running)
+        if needed > self._kv_cache.num_free:
+            return None
+        self.waiting.popleft()
+        sequence.move_to(State.RUNNING)
+        sequence.slot = self._free_slots.pop()
+        self._kv_cache.grow(sequence.slot, sequence.num_tokens)
+        self.running.append(sequence)
+        return sequence
+
+    def _release(self, sequence: Sequence) -> None:
+        self._kv_cache.release(sequence.slot)
+        self._free_slots.append(sequence.slot)
+        sequence.slot = NO_SLOT
+        sequence.num_computed = 0

@@ -1,0 +1,93 @@
+"""One sequence: a choice of a request, from the queue to its end.
+
+A request of n choices is n sequences.  What a sequence has put out survives a preemption; what it
+has computed in the KV cache does not.
+"""
+
+import enum
+from dataclasses import dataclass
+from dataclasses import field
+
+from llmsrv.engine.messages import Finished
+from llmsrv.engine.messages import Submit
+
+NO_SLOT = -1
+
+
+class State(enum.Enum):
+    WAITING = "waiting"  # in the queue, never scheduled or preempted: holds no slot and no block
+    RUNNING = "running"  # has a slot, and rows in steps
+    ENDED = "ended"
+
+
+TRANSITIONS = {
+    (State.WAITING, State.RUNNING),  # admitted
+    (State.RUNNING, State.WAITING),  # preempted
+    (State.WAITING, State.ENDED),
+    (State.RUNNING, State.ENDED),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """max_tokens is what the context leaves of what was asked for; at least 1."""
+
+    submit: Submit
+    choice: int
+    max_tokens: int
+    end_ids: frozenset[int]
+    queued_s: float
+    state: State = State.WAITING
+
+    # While it runs
+    slot: int = NO_SLOT
+    num_computed: int = 0  # positions whose keys and values are in the cache
+
+    # Over its whole life
+    output_ids: list[int] = field(default_factory=list)
+    scheduled_s: float = 0.0
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+
+    def move_to(self, state: State) -> None:
+        assert (self.state, state) in TRANSITIONS, (self.state, state)
+        self.state = state
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.submit.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Rows until the next token can be sampled: 1 in decode, more in prefill."""
+        return len(self.submit.prompt_ids) + len(self.output_ids) - self.num_computed
+
+    def ids(self, start: int, stop: int) -> list[int]:
+        """The tokens at positions [start, stop) of prompt and output."""
+        num_prompt = len(self.submit.prompt_ids)
+        if start >= num_prompt:
+            return self.output_ids[start - num_prompt : stop - num_prompt]
+        return self.submit.prompt_ids[start:stop] + self.output_ids[: max(0, stop - num_prompt)]
+
+    def append(self, id: int, now_s: float) -> str | None:
+        """Adds a sampled token; the finish reason when it is the last."""
+        if not self.output_ids:
+            self.first_token_s = now_s
+        self.last_token_s = now_s
+        self.output_ids.append(id)
+        if id in self.end_ids:
+            return "stop"
+        return "length" if len(self.output_ids) >= self.max_tokens else None
+
+    def finished(self, reason: str) -> Finished:
+        return Finished(
+            request=self.submit.request,
+            choice=self.choice,
+            reason=reason,
+            num_prompt_tokens=len(self.submit.prompt_ids),
+            num_output_tokens=len(self.output_ids),
+            queued_s=self.queued_s,
+            scheduled_s=self.scheduled_s,
+            first_token_s=self.first_token_s,
+            last_token_s=self.last_token_s,
+        )

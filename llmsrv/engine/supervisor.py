@@ -1,0 +1,207 @@
+"""One engine process as the server sees it: started, spoken to, watched, and ended.
+
+It ends once, for one reason: its process exits, its heartbeat stops, or it sends garbage.  In the
+last two cases it is killed.  What that means for requests, and whether there will be another one,
+is client.py's to decide.
+"""
+
+import asyncio
+import logging
+import multiprocessing
+import signal
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+
+from llmsrv.config import EngineConfig
+from llmsrv.engine import process
+from llmsrv.engine.messages import FromEngine
+from llmsrv.engine.messages import Ready
+from llmsrv.engine.messages import Stop
+from llmsrv.engine.messages import ToEngine
+from llmsrv.engine.queues import QueueError
+from llmsrv.engine.queues import Receiver
+from llmsrv.engine.queues import Sender
+
+log = logging.getLogger("llmsrv.engine")
+
+CHECKS = 10  # of the heartbeat, within the time that it may stand still
+STOP_S = 2.0  # for the step that is being made when Stop comes
+TERMINATE_S = 1.0
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long the heartbeat may stand still before the engine counts as hung."""
+
+    ready_s: float = 10.0
+    loading_s: float = 60.0
+
+
+class EngineProcess:
+    """Starts when it is made, which raises OSError when the system has no process or pipe left.
+
+    pid    of the process
+    ended  is set to the reason, as a clause, when the engine is lost or has stopped
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        generation: int,
+        on_message: Callable[[FromEngine], None],
+        patience: Patience,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._on_message = on_message
+        self._patience = patience
+        self._is_ready = False
+        self._is_gone = asyncio.Event()
+        self.ended: asyncio.Future[str] = self._loop.create_future()
+
+        context = multiprocessing.get_context("spawn")
+        child_receive, self._send_pipe = context.Pipe(duplex=False)
+        self._receive_pipe, child_send = context.Pipe(duplex=False)
+        self._sender = Sender(self._send_pipe.fileno(), generation)
+        self._receiver: Receiver[FromEngine] = Receiver(
+            self._receive_pipe.fileno(), generation, FromEngine
+        )
+        self._heartbeat = context.RawValue("Q", 0)
+        self._process = context.Process(
+            target=process.main,
+            args=(config, child_receive, child_send, generation, self._heartbeat),
+            name="llmsrv-engine",
+            daemon=True,
+        )
+        with _sigint_held():
+            self._process.start()
+        # While we held the child's ends open, neither of us would see the other's end.
+        child_receive.close()
+        child_send.close()
+        self.pid = self._process.pid
+        self._loop.add_reader(self._receive_pipe.fileno(), self._read)
+        self._loop.add_reader(self._process.sentinel, self._exited)
+        self._watch = self._loop.call_soon(self._check_heartbeat, -1, 0)
+
+    @property
+    def num_waiting_bytes(self) -> int:
+        """What was sent and has not been taken by the pipe yet."""
+        return self._sender.num_waiting_bytes
+
+    def send(self, message: ToEngine) -> None:
+        """Never waits.  To an engine that has ended, nothing is sent."""
+        if self.ended.done():
+            return
+        try:
+            self._sender.send(message)
+        except EOFError:
+            return  # _exited will follow
+        if self._sender.num_waiting_bytes:
+            self._loop.add_writer(self._send_pipe.fileno(), self._write)
+
+    async def stop(self) -> None:
+        """Ends the process: in order when it is ready, else at once; returns when it is gone."""
+        if self._is_ready:
+            self.send(Stop())
+            await self._gone_within(STOP_S)
+        self._process.terminate()
+        await self._gone_within(TERMINATE_S)
+        self._end("it was stopped")
+        await self.gone()
+
+    async def gone(self) -> None:
+        """Returns when the process has exited and its memory is free again."""
+        await self._is_gone.wait()
+
+    async def _gone_within(self, timeout_s: float) -> None:
+        try:
+            await asyncio.wait_for(self._is_gone.wait(), timeout_s)
+        except TimeoutError:
+            pass
+
+    def _read(self) -> None:
+        try:
+            self._receive()
+        except EOFError:
+            self._loop.remove_reader(self._receive_pipe.fileno())
+            self._process.kill()  # it lives no longer, or should not; _exited will follow
+
+    def _receive(self) -> None:
+        """Raises EOFError when there will be no more."""
+        try:
+            messages = self._receiver.receive()
+        except QueueError as error:
+            log.error("the engine's pipe: %s", error)
+            self._end("the engine sent garbage")
+            return
+        for message in messages:
+            if isinstance(message, Ready):
+                self._is_ready = True
+                self._watch.cancel()
+                self._check_heartbeat(-1, 0)
+            self._on_message(message)
+
+    def _write(self) -> None:
+        try:
+            self._sender.flush()
+        except EOFError:
+            self._loop.remove_writer(self._send_pipe.fileno())
+            return
+        if not self._sender.num_waiting_bytes:
+            self._loop.remove_writer(self._send_pipe.fileno())
+
+    def _check_heartbeat(self, last: int, num_still: int) -> None:
+        """Counts checks that saw no beat, not seconds: when this process was stopped as well, or
+        had no time, the engine is not to blame."""
+        patience_s = self._patience.ready_s if self._is_ready else self._patience.loading_s
+        beat = self._heartbeat.value
+        num_still = num_still + 1 if beat == last else 0
+        if num_still < CHECKS:
+            self._watch = self._loop.call_later(
+                patience_s / CHECKS, self._check_heartbeat, beat, num_still
+            )
+        else:
+            self._end(f"the engine has hung for {patience_s:g} s")
+
+    def _exited(self) -> None:
+        self._loop.remove_reader(self._process.sentinel)
+        try:
+            while not self.ended.done():  # what it sent before it went still counts
+                self._receive()
+        except EOFError:
+            pass
+        self._process.join()
+        self._end(_reason_of(self._process.exitcode))
+        self._is_gone.set()
+
+    def _end(self, reason: str) -> None:
+        """Nothing is received or sent from here on; only _exited may follow."""
+        if self.ended.done():
+            return
+        self.ended.set_result(reason)
+        self._watch.cancel()
+        self._loop.remove_reader(self._receive_pipe.fileno())
+        self._loop.remove_writer(self._send_pipe.fileno())
+        self._send_pipe.close()
+        self._receive_pipe.close()
+        self._process.kill()
+
+
+def _reason_of(exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        return f"the engine was ended by {signal.Signals(-exitcode).name}"
+    return f"the engine exited with code {exitcode}"
+
+
+@contextmanager
+def _sigint_held() -> Iterator[None]:
+    """Ctrl-C waits until the block ends, and a process started in it begins with SIGINT blocked:
+    Ctrl-C at the terminal cannot end it before it has got to ignoring it."""
+    resource_tracker.ensure_running()  # it unblocks SIGINT when it is started, so not within
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,502 @@
+"""The engine without its process, over a plan that notices every wrong block and position."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle
+from hypothesis.stateful import RuleBasedStateMachine
+from hypothesis.stateful import consumes
+from hypothesis.stateful import invariant
+from hypothesis.stateful import precondition
+from hypothesis.stateful import rule
+
+from llmsrv.backend.base import BLOCK_SIZE
+from llmsrv.backend.base import Array
+from llmsrv.backend.base import Limits
+from llmsrv.backend.sampling import Samples
+from llmsrv.engine.core import EngineCore
+from llmsrv.engine.messages import Abort
+from llmsrv.engine.messages import Failed
+from llmsrv.engine.messages import Finished
+from llmsrv.engine.messages import Gauges
+from llmsrv.engine.messages import Sampling
+from llmsrv.engine.messages import Step
+from llmsrv.engine.messages import Submit
+from tests.support.fake_plan import NAN_ID
+from tests.support.fake_plan import VOCAB_SIZE
+from tests.support.fake_plan import FakePlan
+from tests.support.fake_plan import next_id
+
+GREEDY = Sampling(seed=0, temperature=0.0)
+
+
+class Engine:
+    """A core over a fake plan, and everything that its steps have reported."""
+
+    def __init__(
+        self, *, max_sequences: int = 4, blocks: int = 64, max_rows: int = 32, context: int = 200
+    ) -> None:
+        limits = Limits(max_rows, max_sequences, max_sequences, blocks + 1)
+        self.plan = FakePlan(limits)
+        self.context = min(context, blocks * BLOCK_SIZE)
+        self.core = EngineCore(self.plan, limits, self.context, VOCAB_SIZE)
+        self.admitted: list[int] = []
+        self.outputs: dict[tuple[int, int], list[int]] = {}
+        self.finished: dict[tuple[int, int], Finished] = {}
+        self.failed: dict[int, Failed] = {}
+        self.gauges = Gauges()
+
+    def submit(self, request: int, prompt: list[int], **fields: object) -> Submit:
+        values = {"max_tokens": 10, "end_ids": [], "sampling": GREEDY, **fields}
+        submit = Submit(request=request, prompt_ids=prompt, **values)  # type: ignore[arg-type]
+        self.core.submit(submit)
+        return submit
+
+    def step(self) -> Step:
+        step = self.core.step()
+        self.admitted += step.admitted
+        for tokens in step.tokens:
+            key = tokens.request, tokens.choice
+            assert key not in self.finished and tokens.request not in self.failed
+            self.outputs.setdefault(key, []).extend(tokens.ids)
+        for finished in step.finished:
+            key = finished.request, finished.choice
+            assert key not in self.finished and finished.request not in self.failed
+            self.finished[key] = finished
+        for failed in step.failed:
+            assert failed.request not in self.failed
+            self.failed[failed.request] = failed
+        self.gauges = step.gauges
+        return step
+
+    def run(self, max_steps: int = 10_000) -> None:
+        for _ in range(max_steps):
+            if not self.core.has_work:
+                return
+            self.step()
+        raise AssertionError(f"no end after {max_steps} steps")
+
+    def assert_idle(self) -> None:
+        """free + used == total, and nothing used."""
+        cache = self.core._kv_cache
+        assert cache.num_free == cache.num_total and cache.num_used == 0
+        assert (cache.block_tables == 0).all()
+        assert (self.gauges.running, self.gauges.waiting, self.gauges.used_blocks) == (0, 0, 0)
+        assert self.gauges.total_blocks == cache.num_total
+
+
+def alone(submit: Submit, choice: int = 0, context: int = 200) -> tuple[list[int], str | None]:
+    """The output and finish reason that a choice must have; None where it fails by NaN."""
+    ids = list(submit.prompt_ids)
+    sampling = submit.sampling
+    output: list[int] = []
+    while len(output) < submit.max_tokens and len(ids) < context:
+        if ids[-1] == NAN_ID:
+            return output, None
+        seed = sampling.seed if sampling.temperature else 0
+        ids.append(next_id(ids, seed, choice, len(output)))
+        output.append(ids[-1])
+        if ids[-1] in submit.end_ids:
+            return output, "stop"
+    return output, "length"
+
+
+def healthy_prompt(length: int, start: int = 0, *, steps: int = 10) -> list[int]:
+    """A prompt whose greedy output meets no NaN."""
+    for start in range(start, start + 1000):
+        prompt = [(start * 7 + i) % NAN_ID for i in range(length)]
+        if alone(Submit(0, prompt, steps, [], GREEDY), context=2000)[1]:
+            return prompt
+    raise AssertionError("no such prompt")
+
+
+def test_a_request_puts_out_its_tokens_and_one_finish() -> None:
+    engine = Engine()
+    submit = engine.submit(1, healthy_prompt(5))
+    engine.run()
+    assert engine.admitted == [1]
+    assert engine.outputs[1, 0] == alone(submit)[0]
+    finished = engine.finished[1, 0]
+    assert (finished.reason, finished.num_prompt_tokens, finished.num_output_tokens) == (
+        "length",
+        5,
+        10,
+    )
+    times = [finished.queued_s, finished.scheduled_s, finished.first_token_s, finished.last_token_s]
+    assert times == sorted(times) and times[0] > 0
+    engine.assert_idle()
+
+
+def test_an_end_id_ends_the_choice_and_is_reported() -> None:
+    prompt = healthy_prompt(5)
+    output = alone(Submit(1, prompt, 10, [], GREEDY))[0]
+    end = output[4]
+    engine = Engine()
+    engine.submit(1, prompt, end_ids=[end])
+    engine.run()
+    assert engine.outputs[1, 0] == output[: output.index(end) + 1]
+    assert engine.finished[1, 0].reason == "stop"
+    engine.assert_idle()
+
+
+def test_the_context_ends_a_choice_with_length() -> None:
+    engine = Engine(context=32)
+    engine.submit(1, healthy_prompt(30, steps=40), max_tokens=1000)
+    engine.submit(2, healthy_prompt(31, steps=40), max_tokens=1000)
+    engine.run()
+    assert [engine.finished[r, 0].num_output_tokens for r in (1, 2)] == [2, 1]
+    assert engine.finished[1, 0].reason == "length"
+    engine.assert_idle()
+
+
+@pytest.mark.parametrize("blocks", [2, 3, 40])
+@pytest.mark.parametrize("length", [15, 16, 17, 31])
+def test_one_sequence_may_fill_the_whole_cache(blocks: int, length: int) -> None:
+    engine = Engine(blocks=blocks, context=1000)
+    prompt = healthy_prompt(length, steps=blocks * BLOCK_SIZE - length)
+    submit = engine.submit(1, prompt, max_tokens=1000)
+    engine.run()
+    expected = alone(submit, context=blocks * BLOCK_SIZE)[0]
+    assert engine.outputs[1, 0] == expected and len(prompt + expected) == blocks * BLOCK_SIZE
+    engine.assert_idle()
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "message"),
+    [
+        ({"prompt_ids": [1] * 200}, "context_length_exceeded", "200 tokens"),
+        ({"prompt_ids": []}, None, "empty"),
+        ({"prompt_ids": [1, VOCAB_SIZE]}, None, "not in"),
+        ({"prompt_ids": [-1, 1]}, None, "not in"),
+        ({"max_tokens": 0}, None, "at least 1"),
+        ({"n": 0}, None, "at least 1"),
+        ({"sampling": Sampling(seed=1, temperature=float("nan"))}, "invalid_value", "temperature"),
+        ({"sampling": Sampling(seed=1, top_p=1.5)}, "invalid_value", "top_p"),
+        ({"sampling": Sampling(seed=-1)}, "invalid_value", "seed"),
+        ({"sampling": Sampling(seed=1, top_k=2**31)}, "invalid_value", "top_k"),
+    ],
+)
+def test_what_can_never_be_computed_fails_at_once_and_alone(
+    fields: dict[str, object], code: str | None, message: str
+) -> None:
+    engine = Engine()
+    healthy = engine.submit(1, healthy_prompt(3))
+    bad = {"prompt_ids": [1, 2], "max_tokens": 3, "end_ids": [], "sampling": GREEDY, **fields}
+    engine.core.submit(Submit(request=2, **bad))  # type: ignore[arg-type]
+    engine.step()
+    assert engine.failed[2].code == code and message in engine.failed[2].message
+    assert engine.failed[2].status == 400
+    engine.run()
+    assert engine.outputs[1, 0] == alone(healthy)[0]
+    engine.assert_idle()
+
+
+def test_a_failure_is_reported_although_nothing_runs() -> None:
+    engine = Engine()
+    engine.submit(1, [])
+    assert engine.core.has_work
+    engine.step()
+    assert 1 in engine.failed and not engine.core.has_work and engine.plan.num_forwards == 0
+
+
+def test_a_row_without_usable_logits_fails_its_request_and_no_other() -> None:
+    engine = Engine()
+    others = [engine.submit(r, healthy_prompt(3 + r, r)) for r in (1, 2)]
+    engine.submit(3, [4, NAN_ID], n=2)
+    engine.run()
+    assert engine.failed[3].status == 500 and "not a number" in engine.failed[3].message
+    assert not any(request == 3 for request, _ in engine.finished)
+    for submit in others:
+        assert engine.outputs[submit.request, 0] == alone(submit)[0]
+    engine.assert_idle()
+
+
+def test_an_exception_for_one_request_inside_a_step_fails_it_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine()
+    advance = engine.core._advance
+
+    def faulty(sequence, *rest):  # type: ignore[no-untyped-def]
+        if sequence.submit.request == 2:
+            raise RuntimeError("a fault for this request")
+        advance(sequence, *rest)
+
+    monkeypatch.setattr(engine.core, "_advance", faulty)
+    healthy = engine.submit(1, healthy_prompt(3))
+    engine.submit(2, healthy_prompt(3), n=2)
+    engine.run()
+    assert engine.failed[2].status == 500 and "fault" not in engine.failed[2].message
+    assert "a fault for this request" in caplog.text
+    assert engine.outputs[1, 0] == alone(healthy)[0]
+    engine.assert_idle()
+
+
+def test_an_exception_at_admission_fails_that_request_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine()
+    check = engine.core._check
+
+    def faulty(submit: Submit) -> None:
+        if submit.request == 2:
+            raise MemoryError
+        check(submit)
+
+    monkeypatch.setattr(engine.core, "_check", faulty)
+    engine.submit(2, [1, 2])
+    engine.submit(1, healthy_prompt(3))
+    engine.run()
+    assert engine.failed[2].status == 500
+    assert engine.finished[1, 0].reason == "length"
+    engine.assert_idle()
+
+
+def test_an_exception_of_the_model_itself_is_raised() -> None:
+    engine = Engine()
+
+    def broken(batch: object) -> None:
+        raise FloatingPointError("the kernel is broken")
+
+    engine.plan.forward = broken  # type: ignore[method-assign,assignment]
+    engine.submit(1, [1, 2])
+    with pytest.raises(FloatingPointError):
+        engine.step()
+
+
+def test_choices_are_drawn_by_their_index_and_position() -> None:
+    engine = Engine(max_sequences=3)
+    submit = engine.submit(1, [3, 1, 4], sampling=Sampling(seed=12345), n=5)
+    engine.run()
+    outputs = [engine.outputs[1, choice] for choice in range(5)]
+    assert outputs == [alone(submit, choice)[0] for choice in range(5)]
+    assert len(set(map(tuple, outputs))) == 5
+    assert 1 in engine.admitted
+    engine.assert_idle()
+
+
+def test_log_probabilities_come_where_they_were_asked_for() -> None:
+    engine = Engine()
+    prompt = healthy_prompt(3)
+    for request, num_logprobs in enumerate((-1, 0, 3)):
+        engine.submit(request, prompt, sampling=Sampling(0, 0.0, num_logprobs=num_logprobs))
+    tokens = {t.request: t for t in engine.step().tokens}
+    assert tokens[0].logprobs == [] and tokens[0].alternatives == []
+    assert tokens[1].logprobs == [-0.5] and tokens[1].alternatives == [[]]
+    assert tokens[2].alternatives == [[(0, -1.0), (1, -2.0), (2, -3.0)]]
+
+
+def test_running_streams_go_on_during_a_long_prefill() -> None:
+    engine = Engine(max_rows=8)
+    engine.submit(1, healthy_prompt(4, steps=30), max_tokens=30)
+    engine.step()
+    engine.submit(2, healthy_prompt(100))
+    while 2 not in {request for request, _ in engine.outputs}:
+        assert [t.request for t in engine.step().tokens][:1] == [1]
+    assert len(engine.outputs[1, 0]) == 1 + -(-100 // 7)
+
+
+def test_prompts_are_computed_in_the_order_of_arrival() -> None:
+    engine = Engine(max_rows=16, max_sequences=16)
+    for request in range(6):
+        engine.submit(request, healthy_prompt(20, request), max_tokens=1)
+    engine.run()
+    assert engine.admitted == list(range(6)) == [request for request, _ in engine.finished]
+
+
+def test_more_sequences_than_rows_of_prefill_starve_nobody() -> None:
+    engine = Engine(max_rows=4, max_sequences=4)
+    for request in range(8):
+        engine.submit(request, healthy_prompt(40, request, steps=40), max_tokens=40)
+    engine.run(2000)
+    assert len(engine.finished) == 8
+    engine.assert_idle()
+
+
+def test_sixty_four_long_requests_in_a_cache_for_eight_all_finish_as_if_alone() -> None:
+    engine = Engine(max_sequences=32, blocks=8 * 4, max_rows=64, context=64)
+    submits = [
+        engine.submit(r, healthy_prompt(10 + r % 7, r, steps=45), max_tokens=45) for r in range(64)
+    ]
+    engine.run(5000)
+    assert engine.gauges.num_preemptions > 0
+    for submit in submits:
+        assert engine.outputs[submit.request, 0] == alone(submit)[0]
+    engine.assert_idle()
+
+
+def test_the_youngest_gives_way_and_sends_no_token_twice() -> None:
+    engine = Engine(max_sequences=2, blocks=4, context=64)
+    older = engine.submit(1, healthy_prompt(14, steps=45), max_tokens=45)
+    younger = engine.submit(2, healthy_prompt(14, 50, steps=45), max_tokens=45)
+    ended = []
+    while engine.core.has_work:
+        ended += [f.request for f in engine.step().finished]
+    assert ended == [1, 2] and engine.gauges.num_preemptions >= 1
+    assert engine.outputs[1, 0] == alone(older)[0]
+    assert engine.outputs[2, 0] == alone(younger)[0]
+    assert engine.admitted == [1, 2]  # once each, although the younger was admitted again
+    engine.assert_idle()
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 3, 6, 9])
+def test_an_abort_while_waiting_in_prefill_or_in_decode_frees_everything(num_steps: int) -> None:
+    engine = Engine(max_rows=8, max_sequences=1)
+    engine.submit(1, healthy_prompt(40, steps=50), max_tokens=50)
+    engine.submit(2, healthy_prompt(3))
+    for _ in range(num_steps):
+        engine.step()
+    engine.core.abort(Abort(1))
+    engine.core.abort(Abort(2))
+    engine.core.abort(Abort(2))
+    engine.core.abort(Abort(99))
+    step = engine.step()
+    assert {(f.request, f.reason) for f in step.finished} == {(1, "abort"), (2, "abort")}
+    assert not engine.core.has_work
+    engine.assert_idle()
+
+
+def test_aborting_one_choice_leaves_the_others() -> None:
+    engine = Engine(max_sequences=3)
+    engine.submit(1, healthy_prompt(3), n=3)
+    engine.step()
+    engine.core.abort(Abort(1, choice=1))
+    engine.run()
+    assert [engine.finished[1, c].reason for c in range(3)] == ["length", "abort", "length"]
+    engine.assert_idle()
+
+
+def test_a_failing_choice_fails_the_choices_after_it_in_the_same_step() -> None:
+    """A sequence that is no longer running must not take its sample."""
+    engine = Engine(max_sequences=3)
+    sample = engine.plan.sample
+
+    def first_row_fails(slots: Array, output_positions: Array) -> Samples:
+        samples = sample(slots, output_positions)
+        samples.ids[0] = -1
+        return samples
+
+    engine.plan.sample = first_row_fails  # type: ignore[method-assign]
+    engine.submit(1, healthy_prompt(3), n=3)
+    step = engine.step()
+    assert [f.request for f in step.failed] == [1] and not step.tokens and not step.finished
+    engine.run()
+    engine.assert_idle()
+
+
+class Anything(RuleBasedStateMachine):
+    """Submits, steps and aborts in any order, in a cache that is far too small."""
+
+    requests: Bundle[Submit] = Bundle("requests")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine = Engine(max_sequences=5, blocks=6, max_rows=9, context=80)
+        self.submits: dict[int, Submit] = {}
+        self.aborted: set[int] = set()
+
+    @rule(
+        target=requests,
+        prompt=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=20)
+        | st.integers(0, 100).map(lambda length: list(range(length % NAN_ID)) * 2),
+        max_tokens=st.integers(1, 70),
+        end_ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=2),
+        sampling=st.sampled_from([GREEDY, Sampling(seed=5), Sampling(seed=2**64 - 1)]),
+        n=st.integers(1, 4),
+    )
+    def submit(
+        self, prompt: list[int], max_tokens: int, end_ids: list[int], sampling: Sampling, n: int
+    ) -> Submit:
+        submit = Submit(len(self.submits), prompt, max_tokens, end_ids, sampling, n)
+        self.submits[submit.request] = submit
+        self.engine.core.submit(submit)
+        return submit
+
+    @rule(times=st.integers(1, 20))
+    def step(self, times: int) -> None:
+        for _ in range(times):
+            self.engine.step()
+
+    @rule(submit=requests, choice=st.none() | st.integers(0, 3))
+    def abort(self, submit: Submit, choice: int | None) -> None:
+        self.aborted.add(submit.request)
+        self.engine.core.abort(Abort(submit.request, choice))
+
+    @rule(submit=consumes(requests))
+    def abort_at_once(self, submit: Submit) -> None:
+        self.abort(submit, None)
+        assert submit.request not in self.engine.core._sequences
+
+    @precondition(lambda self: self.engine.core.has_work)
+    @rule()
+    def finish(self) -> None:
+        self.engine.run()
+        self.engine.assert_idle()
+        self.check_ends()
+
+    @invariant()
+    def every_block_is_free_or_held_once(self) -> None:
+        cache = self.engine.core._kv_cache
+        held = cache.block_tables[cache.block_tables > 0].tolist()
+        assert cache.num_free + cache.num_used == cache.num_total
+        assert Counter(held + cache._free) == Counter(range(1, cache.num_total + 1))
+
+    @invariant()
+    def slots_and_order_are_kept(self) -> None:
+        scheduler = self.engine.core._scheduler
+        slots = [sequence.slot for sequence in scheduler.running]
+        assert sorted(slots + scheduler._free_slots) == list(range(5))
+        order = [
+            (sequence.submit.request, sequence.choice)
+            for sequence in [*scheduler.running, *scheduler.waiting]
+        ]
+        assert order == sorted(order)
+
+    def check_ends(self) -> None:
+        """Exactly one terminal event a choice, and the output that it has alone."""
+        for request, submit in self.submits.items():
+            for choice in range(submit.n):
+                key = request, choice
+                finished = self.engine.finished.get(key)
+                assert finished or request in self.engine.failed
+                output = self.engine.outputs.get(key, [])
+                if not 0 < len(submit.prompt_ids) < 80:
+                    assert request in self.engine.failed and not output
+                    continue
+                expected, reason = alone(submit, choice, context=80)
+                assert output == expected[: len(output)]
+                if finished and finished.reason != "abort":
+                    assert (output, finished.reason) == (expected, reason)
+                    assert finished.num_output_tokens == len(output)
+                if finished and finished.reason == "abort":
+                    assert request in self.aborted
+
+    def teardown(self) -> None:
+        self.engine.run()
+        self.engine.assert_idle()
+        self.check_ends()
+
+
+TestAnything = Anything.TestCase
+TestAnything.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+
+
+def test_the_arrays_of_a_step_keep_their_types_when_sequences_differ_in_length() -> None:
+    """FakePlan checks the types; here a long and a short sequence share block tables of one width."""
+    engine = Engine(max_rows=64)
+    widths = []
+    forward = engine.plan.forward
+
+    def noting(batch):  # type: ignore[no-untyped-def]
+        widths.append(batch.block_tables.shape)
+        assert np.array_equal(batch.block_tables[0, 1:], np.zeros(batch.block_tables.shape[1] - 1))
+        forward(batch)
+
+    engine.plan.forward = noting  # type: ignore[method-assign]
+    engine.submit(1, healthy_prompt(3), max_tokens=2)
+    engine.submit(2, healthy_prompt(50), max_tokens=2)
+    engine.run()
+    assert widths == [(2, 4), (2, 4)]

@@ -1,0 +1,88 @@
+"""A Plan without a model: the next token is a function of every token before it.
+
+It keeps ids where a model keeps keys and values, and reads them back through the block tables, so
+a wrong block, a wrong position or a block given to two sequences shows as a wrong token.
+"""
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from llmsrv.backend.base import BLOCK_SIZE
+from llmsrv.backend.base import Array
+from llmsrv.backend.base import Batch
+from llmsrv.backend.base import Limits
+from llmsrv.backend.base import Plan
+from llmsrv.backend.sampling import FAILED
+from llmsrv.backend.sampling import Samples
+from llmsrv.backend.sampling import SamplingTable
+
+VOCAB_SIZE = 50
+NAN_ID = 49  # a sequence whose last token this is has no usable logits
+
+
+def next_id(ids: Sequence[int], seed: int, choice: int, position: int) -> int:
+    """What the fake draws after `ids`; greedy when seed is 0.  About one in 1000 is NAN_ID."""
+    draw = (seed, choice, position) if seed else ()
+    number = zlib.crc32(repr((list(ids), draw)).encode())
+    return NAN_ID if number % 997 == 0 else number % NAN_ID
+
+
+class FakePlan(Plan):
+    """Checks every batch against the contract of backend.base, and counts the forwards."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.sampling = SamplingTable(limits.max_slots, VOCAB_SIZE)
+        self.num_forwards = 0
+        self._limits = limits
+        self._cache = np.full(limits.num_blocks * BLOCK_SIZE, -1, np.int32)
+        self._logit_ids: list[list[int]] = []  # of each logit row, its sequence up to it
+
+    def forward(self, batch: Batch) -> None:
+        self.num_forwards += 1
+        assert 0 < len(batch.ids) <= self._limits.max_rows
+        assert len(batch.logit_rows) <= self._limits.max_logit_rows
+        _check_types(batch)
+        assert (np.diff(batch.sequences) >= 0).all() and (np.diff(batch.logit_rows) > 0).all()
+        for row, sequence in enumerate(batch.sequences.tolist()):
+            position = int(batch.positions[row])
+            if row and batch.sequences[row - 1] == sequence:
+                assert position == batch.positions[row - 1] + 1
+            block = int(batch.block_tables[sequence, position // BLOCK_SIZE])
+            assert 0 < block < self._limits.num_blocks
+            assert batch.slot_mapping[row] == block * BLOCK_SIZE + position % BLOCK_SIZE
+        self._cache[batch.slot_mapping] = batch.ids
+        self._logit_ids = [self._ids_up_to(batch, row) for row in batch.logit_rows.tolist()]
+
+    def _ids_up_to(self, batch: Batch, row: int) -> list[int]:
+        places = np.arange(batch.positions[row] + 1)
+        blocks = batch.block_tables[batch.sequences[row], places // BLOCK_SIZE].astype(np.int64)
+        ids: list[int] = self._cache[blocks * BLOCK_SIZE + places % BLOCK_SIZE].tolist()
+        return ids
+
+    def sample(self, slots: Array, output_positions: Array) -> Samples:
+        assert len(slots) == len(output_positions) == len(self._logit_ids)
+        assert len(set(slots.tolist())) == len(slots)
+        ids = np.full(len(slots), FAILED, np.int32)
+        logprobs = np.full(len(slots), np.nan, np.float32)
+        alternatives = []
+        for row, (slot, known) in enumerate(zip(slots.tolist(), self._logit_ids, strict=True)):
+            parameters = self.sampling.parameters[slot]
+            if known[-1] != NAN_ID:
+                seed = int(parameters["seed"]) if parameters["temperature"] else 0
+                choice, position = int(parameters["choice"]), int(output_positions[row])
+                ids[row] = next_id(known, seed, choice, position)
+            k = int(parameters["num_logprobs"])
+            if k >= 0:
+                logprobs[row] = -0.5
+            others = np.arange(max(k, 0), dtype=np.int32)
+            alternatives.append((others, -1.0 - others.astype(np.float32)))
+        return Samples(ids, logprobs, alternatives)
+
+
+def _check_types(batch: Batch) -> None:
+    for array in (batch.ids, batch.positions, batch.sequences, batch.block_tables):
+        assert array.dtype == np.int32
+    assert batch.logit_rows.dtype == np.int32 and batch.slot_mapping.dtype == np.int64
+    assert (batch.ids >= 0).all()
