@@ -230,6 +230,8 @@ class Connection(asyncio.BufferedProtocol):
         }
 
     async def _run(self, exchange: Exchange) -> None:
+        task = asyncio.current_task()
+        assert task is not None
         try:
             await self._context.app(exchange.scope, exchange.receive, exchange.send)
         except (ClientDisconnected, StreamBroken):
@@ -239,8 +241,6 @@ class Connection(asyncio.BufferedProtocol):
             path = exchange.scope["raw_path"].decode("latin-1")
             log.exception("%s %s failed", exchange.scope["method"], path)
         finally:
-            task = asyncio.current_task()
-            assert task is not None
             self._context.tasks.discard(task)
             self._context.note_gone()
             if self._phase is _Phase.RUNNING:

@@ -58,9 +58,10 @@ class Exchange:
 
     async def receive(self) -> Message:
         while not (self._is_disconnected or self.response.is_complete):
+            # Before looking and not after: to look can itself end the exchange, for a bad body.
+            self._wire.changed.clear()
             if not self._has_received_all and (message := self._maybe_body()):
                 return message
-            self._wire.changed.clear()
             await self._wire.changed.wait()
         return DISCONNECT
 
