@@ -32,7 +32,7 @@ class _DroppingHandler(logging.handlers.QueueHandler):
 
 
 class _EscapingFormatter(logging.Formatter):
-    """What a client sent can neither break lines nor colour them; a traceback keeps its own lines."""
+    """What a client sent can neither break lines nor colour them; tracebacks keep their lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = _escaped(record.message)
@@ -47,7 +47,7 @@ def _escaped(text: str) -> str:
 
 
 def set_up(level: str) -> logging.handlers.QueueListener:
-    """Starts logging to stderr at `level` (debug, info, warning, error); stop() the listener to flush."""
+    """Starts logging to stderr at `level`; stop() of the listener writes what is left."""
     sink = logging.StreamHandler(sys.stderr)
     sink.setFormatter(_EscapingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     records: queue.Queue[logging.LogRecord] = queue.Queue(QUEUE_LENGTH)

@@ -106,9 +106,9 @@ async def _shut_down(
     draining = asyncio.ensure_future(server.drain(grace_s + LAST_WORDS_S))
     await _first_of(draining, signals.second, timeout_s=grace_s)
     stopping = asyncio.ensure_future(engine.stop())
-    both = asyncio.gather(draining, stopping)
     # An engine that is still in a step does not hold a hurried user up: it is killed with us.
-    await asyncio.wait({both}, timeout=LAST_WORDS_S if signals.second.done() else None)
+    hurried_s = LAST_WORDS_S if signals.second.done() else None
+    await asyncio.wait({draining, stopping}, timeout=hurried_s)
 
 
 async def _first_of(*futures: "asyncio.Future[Any]", timeout_s: float | None = None) -> None:

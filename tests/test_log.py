@@ -2,12 +2,13 @@
 
 import logging
 import queue
+from typing import Any
 
 from llmsrv import log
 
 
-def formatted(message: str, *args: object, exc_info: object = None) -> str:
-    record = logging.LogRecord("llmsrv", logging.INFO, "", 0, message, args, exc_info)  # type: ignore[arg-type]
+def formatted(message: str, *args: object, exc_info: Any = None) -> str:
+    record = logging.LogRecord("llmsrv", logging.INFO, "", 0, message, args, exc_info)
     return log._EscapingFormatter("%(message)s").format(record)
 
 
