@@ -244,7 +244,9 @@ def sample(logits: Floats, table: SamplingTable, slots: Ids, output_positions: I
             ids[row] = FAILED
             continue
         if extras is not None or parameters["temperature"] > 0:
-            ids[row] = _sample_row(logits[row], parameters, extras, int(output_positions[row]))
+            seed, choice = int(parameters["seed"]), int(parameters["choice"])
+            bits = uniform_bits(seed, choice, int(output_positions[row]))
+            ids[row] = _draw(*candidates(logits[row], parameters, extras), bits)
         if ids[row] == FAILED:
             continue
         table.count(slot, int(ids[row]))
@@ -274,18 +276,19 @@ def largest_of(values: Floats, k: int) -> Integers:
     return places[np.argsort(-values[places], kind="stable")[:k]]
 
 
-def _sample_row(logits: Floats, parameters: Any, extras: Extras | None, position: int) -> int:
-    """One id for the logits [vocab_size] of a row, whose largest is finite, or FAILED."""
+def candidates(logits: Floats, parameters: Any, extras: Extras | None) -> tuple[Ids, Integers]:
+    """Steps 1 to 8 for the logits [vocab_size] of one row: the ids that may be drawn, in id order,
+    and their weights.  Both are empty where nothing is left to choose."""
     if extras is not None:
         logits = _adjusted(logits, parameters, extras)
-    best = int(logits.argmax())
+    best = logits.argmax()
     if not np.isfinite(logits[best]):
-        return FAILED
+        return np.zeros(0, np.int32), np.zeros(0, np.int64)
     if parameters["temperature"] == 0:
-        return best
+        return np.array([best], np.int32), np.array([1], np.int64)
     # From here on parallel arrays in id order, of the ids that are left.
     x = (logits - logits[best]) / parameters["temperature"]
-    ids = np.flatnonzero(x >= LEAST_X)
+    ids = np.flatnonzero(x >= LEAST_X).astype(np.int32)
     x = x[ids]
     if 0 < parameters["top_k"] < len(ids):
         kept = np.sort(largest_of(x, int(parameters["top_k"])))
@@ -300,7 +303,13 @@ def _sample_row(logits: Floats, parameters: Any, extras: Extras | None, position
     if parameters["typical_p"] < 1 << FRACTION_BITS:
         kept = _typical_p(x, weights, int(parameters["typical_p"]))
         ids, weights = ids[kept], weights[kept]
-    bits = uniform_bits(int(parameters["seed"]), int(parameters["choice"]), position)
+    return ids, weights
+
+
+def _draw(ids: Ids, weights: Integers, bits: int) -> int:
+    """Step 9, with 64 random bits."""
+    if len(ids) == 0:
+        return FAILED
     sums = weights.cumsum()
     return int(ids[np.searchsorted(sums, bits * int(sums[-1]) >> 64, side="right")])
 

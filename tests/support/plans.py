@@ -1,4 +1,4 @@
-"""Runs sequences on a plan as an engine would, without one: blocks, chunks, batches and greedy ids."""
+"""Runs sequences on a plan as an engine would, without one: blocks, chunks, batches, greedy ids."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,70 +13,72 @@ from llmsrv.backend.sampling import SamplingParameters
 
 
 @dataclass
+class Piece:
+    """Consecutive rows of one sequence."""
+
+    ids: Sequence[int]
+    start: int  # position of the first
+    blocks: Sequence[int]  # the sequence's, from position 0 on
+    wants_logits: bool = True  # of the last row
+
+
+@dataclass
 class Run:
     """One sequence: what it was asked, what it put out."""
 
     prompt_ids: Sequence[int]
     max_tokens: int
     parameters: SamplingParameters = SamplingParameters(temperature=0.0)
-    forced_ids: Sequence[int] = ()  # fed instead of what was sampled
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     alternatives: list[dict[int, float]] = field(default_factory=list)
     num_computed: int = 0
 
-    def fed(self) -> list[int]:
-        return [*self.prompt_ids, *(self.forced_ids or self.ids)]
+    @property
+    def num_blocks(self) -> int:
+        return -(-(len(self.prompt_ids) + self.max_tokens) // BLOCK_SIZE)
+
+    def next_piece(self, chunk: int, blocks: Sequence[int]) -> Piece:
+        ids = [*self.prompt_ids, *self.ids][self.num_computed:]
+        piece = Piece(ids[:chunk], self.num_computed, blocks, wants_logits=len(ids) <= chunk)
+        self.num_computed += len(piece.ids)
+        return piece
 
 
-def batch_of(rows: Sequence[tuple[Sequence[int], int, Sequence[int]]]) -> Batch:
-    """A batch of whole pieces: (ids, first position, blocks) of each; the last row's logits."""
-    lengths = [len(ids) for ids, _, _ in rows]
-    positions = np.concatenate([np.arange(start, start + len(ids)) for ids, start, _ in rows])
-    sequences = np.repeat(np.arange(len(rows)), lengths)
-    tables = np.zeros((len(rows), max(len(blocks) for _, _, blocks in rows)), np.int32)
-    for table, (_, _, blocks) in zip(tables, rows):
-        table[: len(blocks)] = blocks
-    slot_mapping = tables[sequences, positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE
+def batch_of(pieces: Sequence[Piece]) -> Batch:
+    lengths = [len(piece.ids) for piece in pieces]
+    positions = np.concatenate([piece.start + np.arange(len(piece.ids)) for piece in pieces])
+    sequences = np.repeat(np.arange(len(pieces)), lengths)
+    tables = np.zeros((len(pieces), max(len(piece.blocks) for piece in pieces)), np.int32)
+    for table, piece in zip(tables, pieces):
+        table[: len(piece.blocks)] = piece.blocks
+    slots = tables[sequences, positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE
+    wanted = [piece.wants_logits for piece in pieces]
     return Batch(
-        ids=np.concatenate([np.asarray(ids, np.int32) for ids, _, _ in rows]),
+        ids=np.concatenate([np.asarray(piece.ids, np.int32) for piece in pieces]),
         positions=positions.astype(np.int32),
         sequences=sequences.astype(np.int32),
-        slot_mapping=slot_mapping + positions % BLOCK_SIZE,
+        slot_mapping=slots + positions % BLOCK_SIZE,
         block_tables=tables,
-        logit_rows=(np.cumsum(lengths) - 1).astype(np.int32),
+        logit_rows=(np.cumsum(lengths) - 1)[wanted].astype(np.int32),
     )
 
 
-def generate(plan: Plan, runs: Sequence[Run], chunk: int, seed: int = 0) -> None:
-    """Runs them all to their end in one batch, prompts `chunk` tokens at a time, each in blocks
-    scattered over the cache; of a chunk inside a prompt the logits are computed and left alone."""
-    free = iter(np.random.default_rng(seed).permutation(_num_blocks(runs)) + 1)
-    blocks = [[next(free) for _ in range(_blocks(run))] for run in runs]
+def generate(plan: Plan, runs: Sequence[Run], chunk: int = 512, seed: int = 0) -> None:
+    """Runs them all to their end, one piece of at most `chunk` rows of each in every batch, their
+    blocks scattered over the cache."""
+    free = np.random.default_rng(seed).permutation(sum(run.num_blocks for run in runs)) + 1
+    blocks = np.split(free, np.cumsum([run.num_blocks for run in runs])[:-1])
     for slot, run in enumerate(runs):
-        plan.sampling.set(slot, run.parameters)
+        plan.sampling.set(slot, run.parameters, run.prompt_ids)
     while active := [i for i, run in enumerate(runs) if len(run.ids) < run.max_tokens]:
-        rows = []
-        for i in active:
-            run = runs[i]
-            rows.append((run.fed()[run.num_computed:][:chunk], run.num_computed, blocks[i]))
-            run.num_computed += len(rows[-1][0])
-        plan.forward(batch_of(rows))
-        positions = np.array([len(runs[i].ids) for i in active], np.int64)
-        samples = plan.sample(np.array(active, np.int32), positions)
-        for i, id, logprob, best in zip(
-            active, samples.ids.tolist(), samples.logprobs.tolist(), samples.alternatives
-        ):
-            run = runs[i]
-            if run.num_computed >= len(run.prompt_ids) + len(run.ids):
-                run.ids.append(id)
-                run.logprobs.append(logprob)
-                run.alternatives.append(dict(zip(best[0].tolist(), best[1].tolist())))
-
-
-def _blocks(run: Run) -> int:
-    return -(-(len(run.prompt_ids) + run.max_tokens) // BLOCK_SIZE)
-
-
-def _num_blocks(runs: Sequence[Run]) -> int:
-    return sum(_blocks(run) for run in runs)
+        pieces = [runs[i].next_piece(chunk, blocks[i].tolist()) for i in active]
+        plan.forward(batch_of(pieces))
+        slots = [i for i, piece in zip(active, pieces) if piece.wants_logits]
+        positions = np.array([len(runs[i].ids) for i in slots], np.int64)
+        samples = plan.sample(np.array(slots, np.int32), positions)
+        for row, slot in enumerate(slots):
+            runs[slot].ids.append(int(samples.ids[row]))
+            runs[slot].logprobs.append(float(samples.logprobs[row]))
+            ids, logprobs = samples.alternatives[row]
+            runs[slot].alternatives.append(dict(zip(ids.tolist(), logprobs.tolist())))
