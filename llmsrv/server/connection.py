@@ -176,6 +176,9 @@ class Connection(asyncio.BufferedProtocol):
         self._transport.write(data)
 
     def want_body(self) -> None:
+        if self._has_eof:
+            self._linger()
+            return
         if self._body_began_at is None:
             self._body_began_at = self._context.loop.time()
             self._read_deadline.set(self._settings.body_timeout_s)
@@ -205,9 +208,11 @@ class Connection(asyncio.BufferedProtocol):
 
     def _start_request(self, head: RequestHead) -> None:
         self._context.counters.requests += 1
-        self._read_deadline.clear()
-        self._body_began_at = None
         self._phase = _Phase.RUNNING
+        self._body_began_at = None
+        self._read_deadline.clear()
+        if self._has_eof:
+            self._read_deadline.set(self._settings.half_close_grace_s)
         self._exchange = Exchange(self, head, self._scope(head))
         task = self._context.loop.create_task(self._run(self._exchange))
         self._context.tasks.add(task)
