@@ -29,7 +29,7 @@ LIST is a JSON list or names separated by commas.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the program; the exit code: 0 stopped in order, 1 cannot run, 2 bad usage, 130 Ctrl-C."""
+    """Runs the program: 0 when it stopped in order, 1 when it cannot run, 2 on bad usage."""
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments, os.environ)
         if sys.platform == "win32":

@@ -26,7 +26,7 @@ def default_cache_dir() -> Path:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What an engine process is started with; plain values, since it crosses to a spawned process."""
+    """What an engine process is started with; plain values, since they cross to it."""
 
     model_path: str
     backend: str = "auto"

@@ -1,4 +1,4 @@
-"""What goes wrong, in two kinds: errors told to a client, and errors told to whoever started the server.
+"""What goes wrong, in two kinds: errors told to a client, and to whoever started the server.
 
 ApiError is OpenAI's error object and nothing else: the one shape of every 4xx and 5xx answer and
 of every error event in a stream.  Knows nothing of HTTP framing, routes or engines.
@@ -40,7 +40,7 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> bytes:
-        """OpenAI's error object as JSON; all four keys are always there, null when they say nothing."""
+        """OpenAI's error object as JSON; all four keys are always there, null or not."""
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return json.dumps({"error": error}).encode()
 

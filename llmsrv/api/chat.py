@@ -4,8 +4,6 @@ Source: OpenAI API reference, "Chat Completions".
 """
 
 import asyncio
-import secrets
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -53,7 +51,7 @@ class ChatCompletions:
         await generate.start(request, job)
         answer = _Answer(self._service, model.tokenizer, asked, job)
         if asked.stream:
-            return EventStream(answer.events())
+            return EventStream(answer.events(), on_end=job.end)
         async with request.cancel_on_disconnect():
             return Response(body=await answer.whole())
 
@@ -85,31 +83,20 @@ class _Answer:
         self._job = job
         self._with_logprobs = bool(asked.logprobs)
         self._token_ids_as_text = bool(asked.return_tokens_as_token_ids)
-        self._include_usage = bool(asked.stream_options and asked.stream_options.include_usage)
-        self._head = {
-            "id": f"chatcmpl-{secrets.token_hex(16)}",
-            "object": "chat.completion.chunk" if asked.stream else "chat.completion",
-            "created": int(time.time()),
-            "model": asked.model,
-            "system_fingerprint": service.fingerprint,
-        }
+        self._include_usage = generate.wants_usage(asked)
+        kind = "chat.completion.chunk" if asked.stream else "chat.completion"
+        self._head = generate.head(service, asked.model, kind, "chatcmpl")
 
     async def whole(self) -> bytes:
         """The answer as one object, when every choice has ended."""
-        texts = [""] * len(self._job.outputs)
-        entries: list[list[TokenEntry]] = [[] for _ in texts]
-        async with aclosing(self._job.deltas()) as deltas:
-            async for delta in deltas:
-                texts[delta.index] += delta.text
-                entries[delta.index] += delta.entries
         choices = [
             {
-                "index": output.index,
-                "message": {"role": "assistant", "content": texts[i], "refusal": None},
-                "logprobs": self._logprobs(entries[i]),
-                "finish_reason": output.finish_reason,
+                "index": choice.index,
+                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "logprobs": self._logprobs(choice.entries),
+                "finish_reason": choice.finish_reason,
             }
-            for i, output in enumerate(self._job.outputs)
+            for choice in await self._job.whole()
         ]
         return orjson.dumps(self._head | {"choices": choices, "usage": self._job.usage()})
 

@@ -4,8 +4,6 @@ Source: OpenAI API reference, "Completions".
 """
 
 import asyncio
-import secrets
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -54,7 +52,7 @@ class Completions:
         await generate.start(request, job)
         answer = _Answer(self._service, tokenizer, asked, job)
         if asked.stream:
-            return EventStream(answer.events())
+            return EventStream(answer.events(), on_end=job.end)
         async with request.cancel_on_disconnect():
             return Response(body=await answer.whole())
 
@@ -84,24 +82,12 @@ class _Answer:
         self._job = job
         self._with_logprobs = asked.logprobs is not None
         self._token_ids_as_text = bool(asked.return_tokens_as_token_ids)
-        self._include_usage = bool(asked.stream_options and asked.stream_options.include_usage)
-        self._head = {
-            "id": f"cmpl-{secrets.token_hex(16)}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": asked.model,
-            "system_fingerprint": service.fingerprint,
-        }
+        self._include_usage = generate.wants_usage(asked)
+        self._head = generate.head(service, asked.model, "text_completion", "cmpl")
 
     async def whole(self) -> bytes:
         """The answer as one object, when every choice has ended."""
-        whole = [Delta(output.index, "") for output in self._job.outputs]
-        async with aclosing(self._job.deltas()) as deltas:
-            async for delta in deltas:
-                whole[delta.index].text += delta.text
-                whole[delta.index].entries += delta.entries
-                whole[delta.index].finish_reason = delta.finish_reason
-        choices = [self._choice(delta) for delta in whole]
+        choices = [self._choice(choice) for choice in await self._job.whole()]
         return orjson.dumps(self._head | {"choices": choices, "usage": self._job.usage()})
 
     async def events(self) -> AsyncGenerator[bytes, None]:

@@ -6,9 +6,11 @@ Knows token ids and deltas of text; the shapes of chat and completions are in th
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence
 from contextlib import aclosing
+from typing import Any
 
 from llmsrv.api.output import ChoiceOutput
 from llmsrv.api.output import Delta
@@ -40,6 +42,7 @@ class Job:
         self.num_prompt_tokens = sum(map(len, prompts))
         self._service = service
         self._n = request.n or 1
+        self._has_ended = False
         end_ids = [] if request.ignore_eos else sorted(tokenizer.end_ids)
         stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
         self.outputs = [
@@ -54,7 +57,7 @@ class Job:
                     service.engine.submit(ids, limit, end_ids, sampling, self._n)
                 )
         except ApiError:
-            self.abort()
+            self.end()
             raise
 
     async def admitted(self) -> None:
@@ -67,19 +70,33 @@ class Job:
             pass  # the answer begins now, and pings keep it alive until there is a token
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """Every choice's deltas as they come; aborts what still runs when it is closed."""
+        """Every choice's deltas as they come; ends the job when it is exhausted or closed."""
         streams = [self._follow(i, generation) for i, generation in enumerate(self._generations)]
         try:
             async with aclosing(streams[0] if len(streams) == 1 else _merge(streams)) as merged:
                 async for delta in merged:
                     yield delta
         finally:
-            self.abort()
-            self._count()
+            self.end()
 
-    def abort(self) -> None:
+    async def whole(self) -> list[Delta]:
+        """Each choice as one delta, when all have ended."""
+        whole = [Delta(output.index, "") for output in self.outputs]
+        async with aclosing(self.deltas()) as deltas:
+            async for delta in deltas:
+                whole[delta.index].text += delta.text
+                whole[delta.index].entries += delta.entries
+                whole[delta.index].finish_reason = delta.finish_reason
+        return whole
+
+    def end(self) -> None:
+        """Aborts what still runs and counts the request, once."""
+        if self._has_ended:
+            return
+        self._has_ended = True
         for generation in self._generations:
             generation.abort()
+        self._count()
 
     def usage(self) -> dict[str, int]:
         num_output_tokens = sum(output.num_tokens for output in self.outputs)
@@ -120,7 +137,7 @@ async def start(request: Request, job: Job) -> Job:
         async with request.cancel_on_disconnect():
             await job.admitted()
     except BaseException:
-        job.abort()
+        job.end()
         raise
     return job
 
@@ -177,6 +194,22 @@ def refuse_too_long(service: Service, tokenizer: Tokenizer, text: str, param: st
     at_least = len(text) // tokenizer.longest_token
     if at_least >= service.engine.ready.context_length:
         output_limit(service, at_least, None, None, param)
+
+
+def head(service: Service, model: str, kind: str, prefix: str) -> dict[str, Any]:
+    """The fields with which every response object of a request begins."""
+    return {
+        "id": f"{prefix}-{secrets.token_hex(16)}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": service.fingerprint,
+    }
+
+
+def wants_usage(request: GenerationRequest) -> bool:
+    """Whether a stream ends with a chunk of usage; all others then say `"usage": null`."""
+    return bool(request.stream_options and request.stream_options.include_usage)
 
 
 def logprob(value: float) -> float:

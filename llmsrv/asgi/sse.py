@@ -6,6 +6,7 @@ field without data makes an empty event of it and fails to parse that as JSON.
 
 import asyncio
 from collections.abc import AsyncIterator
+from collections.abc import Callable
 
 from llmsrv.asgi.types import ClientDisconnected
 from llmsrv.asgi.types import Message
@@ -30,16 +31,22 @@ class EventStream:
     The status and headers go out at once, not with the first event.  After ping_s quiet seconds a
     comment keeps proxies and the client's read timeout from ending the connection.  When `events`
     raises, the error is the last event and the connection breaks off without the final chunk:
-    after the status only this tells a client that the answer is not complete.  `events` is closed
-    (aclose) however the stream ends.
+    after the status only this tells a client that the answer is not complete.  However the stream
+    ends, `events` is closed (aclose), and on_end called: a generator that was never begun does not
+    come to its own `finally`.
     """
 
     def __init__(
-        self, events: AsyncIterator[bytes], ping_s: float = 10.0, headers: RawHeaders = ()
+        self,
+        events: AsyncIterator[bytes],
+        ping_s: float = 10.0,
+        headers: RawHeaders = (),
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self.headers = [*HEADERS, *headers]
         self._events = events
         self._ping_s = ping_s
+        self._on_end = on_end
         self._last_sent_at = 0.0
 
     async def __call__(self, send: Send) -> None:
@@ -61,6 +68,7 @@ class EventStream:
         finally:
             if pinger:
                 pinger.cancel()
+            self._on_end()
             if aclose := getattr(self._events, "aclose", None):
                 await aclose()
         await send(_body(b"", more_body=False))
