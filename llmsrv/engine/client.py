@@ -249,16 +249,17 @@ class EngineClient:
             self._set_state(EngineState.RESTARTING, reason)
             return reason, 0.0
         self._process = engine
-        reason = await asyncio.shield(engine.ended)
+        ended = await asyncio.shield(engine.ended)
         ready_for_s = time.monotonic() - self._ready_s if self._ready_s else 0.0
         if self._refusal and self.ready is None:
             self._set_state(EngineState.REFUSED, self._refusal)
         else:
-            self._set_state(EngineState.RESTARTING, f"{reason}, and is started again")
+            reason = self._refusal or ended
+            self._set_state(EngineState.RESTARTING, f"{reason}; it is started again")
         self._lose_all("engine_restarted")
         await engine.gone()
         self._process = None
-        return self._refusal or reason, ready_for_s
+        return self._refusal or ended, ready_for_s
 
     def _receive(self, message: FromEngine) -> None:
         if self.state is EngineState.STOPPED:

@@ -107,6 +107,7 @@ def _run(
 
 def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, Ready]":
     """Everything from the file to an engine that can make steps.  Raises StartupError."""
+    start_s = time.monotonic()
     from pathlib import Path
 
     from llmsrv.backend.base import BLOCK_SIZE
@@ -115,7 +116,6 @@ def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, 
     from llmsrv.engine.core import EngineCore
     from llmsrv.model.load import load_model
 
-    start_s = time.monotonic()
     num_blocks = config.max_total_tokens // BLOCK_SIZE
     limits = Limits(
         max_rows=max(config.prefill_chunk_size, config.max_num_sequence),

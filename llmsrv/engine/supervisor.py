@@ -28,6 +28,7 @@ from llmsrv.engine.queues import Sender
 log = logging.getLogger("llmsrv.engine")
 
 CHECKS = 10  # of the heartbeat, within the time that it may stand still
+EXIT_S = 0.5  # from the end of its pipe to its own end
 STOP_S = 2.0  # for the step that is being made when Stop comes
 TERMINATE_S = 1.0
 
@@ -126,7 +127,8 @@ class EngineProcess:
             self._receive()
         except EOFError:
             self._loop.remove_reader(self._receive_pipe.fileno())
-            self._process.kill()  # it lives no longer, or should not; _exited will follow
+            # _exited follows at once and knows more, unless the process is slow to go.
+            self._loop.call_later(EXIT_S, self._end, "the engine closed its pipe")
 
     def _receive(self) -> None:
         """Raises EOFError when there will be no more."""

@@ -485,7 +485,7 @@ TestAnything.settings = settings(max_examples=40, stateful_step_count=25, deadli
 
 
 def test_the_arrays_of_a_step_keep_their_types_when_sequences_differ_in_length() -> None:
-    """FakePlan checks the types; here a long and a short sequence share block tables of one width."""
+    """FakePlan checks the types; here the block tables are as wide as the longest sequence needs."""
     engine = Engine(max_rows=64)
     widths = []
     forward = engine.plan.forward

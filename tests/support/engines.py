@@ -1,0 +1,111 @@
+"""Engine processes for tests: real ones by a client, and mains that misbehave in the child."""
+
+import asyncio
+import ctypes
+import functools
+import os
+import select
+import time
+from collections.abc import AsyncIterator
+from collections.abc import Awaitable
+from collections.abc import Callable
+from contextlib import asynccontextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from llmsrv.config import EngineConfig
+from llmsrv.engine import process
+from llmsrv.engine.client import EngineClient
+from llmsrv.engine.messages import Gauges
+from llmsrv.engine.supervisor import Patience
+
+PROCESS_MAIN = process.main  # tests put their own in its place
+
+
+def in_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """Runs an async test in a loop of its own, for 30 s at most."""
+
+    @functools.wraps(test)
+    def run(**fixtures: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(**fixtures), 30))
+
+    return run
+
+
+@asynccontextmanager
+async def engine(
+    model: Path, patience: Patience = Patience(), **config: Any
+) -> AsyncIterator[EngineClient]:
+    """A client whose engine is ready; afterwards it is stopped and its process gone."""
+    client = EngineClient(EngineConfig(str(model), backend="reference", **config), patience)
+    await client.start()
+    try:
+        await client.wait_ready()
+        yield client
+    finally:
+        pid = client.pid
+        await client.stop()
+        assert client.gauges == Gauges()
+        assert pid is None or has_exited(pid, 0)
+
+
+async def gauges_at_rest(client: EngineClient) -> None:
+    """Returns when nothing runs, waits or holds a block."""
+    await until(lambda: client.gauges.total_blocks > 0 and _is_at_rest(client.gauges))
+
+
+def _is_at_rest(gauges: Gauges) -> bool:
+    return gauges.running == gauges.waiting == gauges.used_blocks == 0
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def has_exited(pid: int, timeout_s: float) -> bool:
+    """Whether the process, no child of ours perhaps, exits within the time."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([pidfd], [], [], timeout_s)[0])
+    finally:
+        os.close(pidfd)
+
+
+# ---- Mains of the child, picked by name in the spawned process.
+
+FATAL_ID = 66  # a prompt that begins so ends the engine
+
+
+def main_with_a_fatal_id(*arguments: Any) -> None:
+    from llmsrv.engine.core import EngineCore
+
+    submit = EngineCore.submit
+
+    def guarded(self: EngineCore, message: Any) -> None:
+        if message.prompt_ids[0] == FATAL_ID:
+            raise RuntimeError("a fault of the step itself")
+        submit(self, message)
+
+    EngineCore.submit = guarded  # type: ignore[method-assign]
+    PROCESS_MAIN(*arguments)
+
+
+def main_that_hangs(*arguments: Any) -> None:
+    time.sleep(3600)
+
+
+def main_that_sends_garbage(
+    config: EngineConfig,
+    receive: Connection,
+    send: Connection,
+    generation: int,
+    heartbeat: ctypes.c_ulonglong,
+) -> None:
+    os.write(send.fileno(), b"\xff" * 64)
+    time.sleep(3600)
