@@ -47,12 +47,12 @@ class KVCache:
         """Gives the slot blocks for so many positions; False, and nothing changes, when too few are
         free."""
         num_held = self._num_blocks[slot]
-        num_new = num_blocks_for(num_positions) - num_held
-        if num_new > len(self._free):
+        num_needed = max(num_held, num_blocks_for(num_positions))
+        if num_needed - num_held > len(self._free):
             return False
-        for index in range(num_held, num_held + num_new):
+        for index in range(num_held, num_needed):
             self.block_tables[slot, index] = self._free.pop()
-        self._num_blocks[slot] = max(num_held, num_held + num_new)
+        self._num_blocks[slot] = num_needed
         return True
 
     def release(self, slot: int) -> None:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 
 from llmsrv import log
 from llmsrv.config import EngineConfig
-from llmsrv.engine.messages import FromEngine
 from llmsrv.engine.messages import Ready
 from llmsrv.engine.messages import Refused
 from llmsrv.engine.messages import Stop
@@ -31,6 +30,8 @@ from llmsrv.errors import StartupError
 if TYPE_CHECKING:
     from llmsrv.engine.core import EngineCore
     from llmsrv.engine.queues import Receiver
+
+logger = logging.getLogger("llmsrv.engine")
 
 # A step makes many small products, for which OpenBLAS's threads cost more than they bring, and its
 # threads spin on the cores that the server needs.
@@ -68,7 +69,7 @@ def main(
     except EOFError:
         pass  # the server is gone
     except Exception:
-        logging.getLogger("llmsrv.engine").critical("the engine ends by an error", exc_info=True)
+        logger.critical("the engine ends by an error", exc_info=True)
         sys.exit(1)
     finally:
         listener.stop()
@@ -88,13 +89,12 @@ def _run(
 
     sender = queues.Sender(send_fd, generation)
     receiver: Receiver[ToEngine] = queues.Receiver(receive_fd, generation, ToEngine)
-    message: FromEngine
     try:
-        core, message = _load(config, tick)
-    except StartupError as error:
-        sender.send(Refused(str(error)))  # into an empty pipe: it fits
+        core, ready = _load(config, tick)
+    except Exception as error:
+        sender.send(Refused(_told(error)))  # into an empty pipe: it fits
         return
-    sender.send(message)
+    sender.send(ready)
     wait = _Waiter(receive_fd, send_fd)
     while _take(receiver, core):
         sender.flush()
@@ -106,7 +106,7 @@ def _run(
 
 
 def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, Ready]":
-    """Everything from the file to an engine that can make steps.  Raises StartupError."""
+    """Everything from the file to an engine that can make steps."""
     start_s = time.monotonic()
     from pathlib import Path
 
@@ -139,6 +139,19 @@ def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, 
         load_s=time.monotonic() - start_s,
     )
     return EngineCore(plan, limits, context_length, model.program.vocab_size), ready
+
+
+def _told(error: Exception) -> str:
+    """What is said to whoever started the server."""
+    if isinstance(error, StartupError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        if package != "llmsrv":
+            install = f"{sys.executable} -m pip install ."
+            return f"the Python package {package} is not installed; run: {install}"
+    logger.critical("the model cannot be loaded", exc_info=error)
+    return f"the model cannot be loaded: {error!r}"
 
 
 def _take(receiver: "Receiver[ToEngine]", core: "EngineCore") -> bool:

@@ -80,18 +80,17 @@ class Scheduler:
     def _make_room(self, sequence: Sequence) -> bool:
         """Gets the block for the sequence's next token; False when it had to give way itself."""
         while not self._kv_cache.grow(sequence.slot, sequence.num_tokens):
-            youngest = self.running[-1]
-            self._preempt(youngest)
-            if youngest is sequence:
+            if self._preempt_youngest() is sequence:
                 return False
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
+    def _preempt_youngest(self) -> Sequence:
+        sequence = self.running.pop()
         self._release(sequence)
         sequence.move_to(State.WAITING)
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
+        return sequence
 
     def _maybe_admit(self) -> Sequence | None:
         """Moves the head of the queue to running, when it and all that run have room to go on."""

@@ -103,14 +103,14 @@ class EngineProcess:
             self._loop.add_writer(self._send_pipe.fileno(), self._write)
 
     async def stop(self) -> None:
-        """Ends the process: in order when it is ready, else at once; returns when it is gone."""
+        """Ends the process, in order when it is ready, else at once, and waits until it is gone."""
         if self._is_ready:
             self.send(Stop())
             await self._gone_within(STOP_S)
         self._process.terminate()
         await self._gone_within(TERMINATE_S)
         self._end("it was stopped")
-        await self.gone()
+        await self._gone_within(EXIT_S)
 
     async def gone(self) -> None:
         """Returns when the process has exited and its memory is free again."""

@@ -1,6 +1,7 @@
 """The engine without its process, over a plan that notices every wrong block and position."""
 
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from hypothesis.stateful import rule
 from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Array
 from llmsrv.backend.base import Limits
+from llmsrv.backend.base import Plan
+from llmsrv.backend.reference import ReferenceBackend
 from llmsrv.backend.sampling import Samples
 from llmsrv.engine.core import EngineCore
 from llmsrv.engine.messages import Abort
@@ -25,10 +28,12 @@ from llmsrv.engine.messages import Gauges
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.messages import Step
 from llmsrv.engine.messages import Submit
+from llmsrv.model.load import load_model
 from tests.support.fake_plan import NAN_ID
 from tests.support.fake_plan import VOCAB_SIZE
 from tests.support.fake_plan import FakePlan
 from tests.support.fake_plan import next_id
+from tests.support.gguf_writer import write_tiny_llama
 
 GREEDY = Sampling(seed=0, temperature=0.0)
 
@@ -37,12 +42,18 @@ class Engine:
     """A core over a fake plan, and everything that its steps have reported."""
 
     def __init__(
-        self, *, max_sequences: int = 4, blocks: int = 64, max_rows: int = 32, context: int = 200
+        self,
+        *,
+        max_sequences: int = 4,
+        blocks: int = 64,
+        max_rows: int = 32,
+        context: int = 200,
+        make_plan: Callable[[Limits], Plan] = FakePlan,
     ) -> None:
         limits = Limits(max_rows, max_sequences, max_sequences, blocks + 1)
-        self.plan = FakePlan(limits)
-        self.context = min(context, blocks * BLOCK_SIZE)
-        self.core = EngineCore(self.plan, limits, self.context, VOCAB_SIZE)
+        self.plan = make_plan(limits)
+        context_length = min(context, blocks * BLOCK_SIZE)
+        self.core = EngineCore(self.plan, limits, context_length, VOCAB_SIZE)
         self.admitted: list[int] = []
         self.outputs: dict[tuple[int, int], list[int]] = {}
         self.finished: dict[tuple[int, int], Finished] = {}
@@ -199,7 +210,7 @@ def test_a_failure_is_reported_although_nothing_runs() -> None:
     engine.submit(1, [])
     assert engine.core.has_work
     engine.step()
-    assert 1 in engine.failed and not engine.core.has_work and engine.plan.num_forwards == 0
+    assert 1 in engine.failed and not engine.core.has_work
 
 
 def test_a_row_without_usable_logits_fails_its_request_and_no_other() -> None:
@@ -261,7 +272,7 @@ def test_an_exception_of_the_model_itself_is_raised() -> None:
     def broken(batch: object) -> None:
         raise FloatingPointError("the kernel is broken")
 
-    engine.plan.forward = broken  # type: ignore[method-assign,assignment]
+    engine.plan.forward = broken  # type: ignore[method-assign]
     engine.submit(1, [1, 2])
     with pytest.raises(FloatingPointError):
         engine.step()
@@ -485,7 +496,7 @@ TestAnything.settings = settings(max_examples=40, stateful_step_count=25, deadli
 
 
 def test_the_arrays_of_a_step_keep_their_types_when_sequences_differ_in_length() -> None:
-    """FakePlan checks the types; here the block tables are as wide as the longest sequence needs."""
+    """FakePlan checks the types; here the tables are as wide as the longest sequence needs."""
     engine = Engine(max_rows=64)
     widths = []
     forward = engine.plan.forward
@@ -500,3 +511,56 @@ def test_the_arrays_of_a_step_keep_their_types_when_sequences_differ_in_length()
     engine.submit(2, healthy_prompt(50), max_tokens=2)
     engine.run()
     assert widths == [(2, 4), (2, 4)]
+
+
+@pytest.fixture(scope="module")
+def reference_plan(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Limits], Plan]:
+    """Makes plans of a tiny llama on the reference backend."""
+    path = write_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
+    program = load_model(path, lambda: None).program
+    return lambda limits: ReferenceBackend().compile(program, limits, lambda: None)
+
+
+def test_a_real_plan_gives_the_same_tokens_under_preemption_as_alone(
+    reference_plan: Callable[[Limits], Plan],
+) -> None:
+    samplings = [GREEDY, Sampling(seed=11), Sampling(seed=12, temperature=0.7, top_p=0.9)]
+    requests = [(healthy_prompt(9 + 5 * r, r), samplings[r % 3]) for r in range(9)]
+    crowd = Engine(max_sequences=5, blocks=8, max_rows=16, make_plan=reference_plan)
+    for request, (prompt, sampling) in enumerate(requests):
+        crowd.submit(request, prompt, sampling=sampling, max_tokens=40)
+    crowd.run()
+    assert crowd.gauges.num_preemptions > 0
+    crowd.assert_idle()
+    for request, (prompt, sampling) in enumerate(requests):
+        single = Engine(max_rows=64, make_plan=reference_plan)
+        single.submit(request, prompt, sampling=sampling, max_tokens=40)
+        single.run()
+        assert single.outputs == {(request, 0): crowd.outputs[request, 0]}
+
+
+def test_the_fake_plan_behaves_as_the_real_one(reference_plan: Callable[[Limits], Plan]) -> None:
+    """The same requests make the same steps, since neither says when a sequence has to end."""
+    kinds: list[list[object]] = []
+    for make_plan in (FakePlan, reference_plan):
+        engine = Engine(max_sequences=3, blocks=7, max_rows=8, context=64, make_plan=make_plan)
+        for request in range(5):
+            sampling = Sampling(0, 0.0, num_logprobs=request % 3 - 1)
+            engine.submit(
+                request,
+                healthy_prompt(5 + 9 * request, request, steps=20),
+                n=1 + request % 2,
+                max_tokens=20,
+                sampling=sampling,
+            )
+        kinds.append([])
+        while engine.core.has_work:
+            step = engine.step()
+            tokens = [
+                (t.request, t.choice, len(t.ids), len(t.logprobs), [len(a) for a in t.alternatives])
+                for t in step.tokens
+            ]
+            ends = [(f.request, f.choice, f.reason) for f in step.finished]
+            kinds[-1].append((step.admitted, tokens, ends, step.gauges))
+        engine.assert_idle()
+    assert kinds[0] == kinds[1]

@@ -258,6 +258,34 @@ def test_a_model_that_cannot_be_run_is_refused_for_good(
     scenario()
 
 
+@pytest.mark.parametrize(
+    ("main", "told", "logged"),
+    [
+        (engines.main_without_numpy, "numpy is not installed; run: .* -m pip install", ""),
+        (engines.main_that_cannot_load, "cannot be loaded: .*a fault", "Traceback"),
+    ],
+)
+def test_a_fault_while_loading_for_the_first_time_is_told_and_not_repeated(
+    main: object,
+    told: str,
+    logged: str,
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    @in_loop
+    async def scenario() -> None:
+        monkeypatch.setattr(process, "main", main)
+        client = EngineClient(EngineConfig(str(tiny)))
+        await client.start()
+        with pytest.raises(StartupError, match=told):
+            await client.wait_ready()
+        await client.stop()
+        assert logged in capfd.readouterr().err
+
+    scenario()
+
+
 @in_loop
 async def test_a_model_that_disappears_later_is_asked_for_again(tmp_path: Path) -> None:
     path = write_tiny_llama(tmp_path / "tiny.gguf")

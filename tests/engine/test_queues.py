@@ -21,7 +21,7 @@ from llmsrv.engine.queues import Sender
 
 GENERATION = 7
 SUBMIT = Submit(1, [5, 70_000, 3], 16, [2], Sampling(seed=2**64 - 1, temperature=0.5), n=2)
-MESSAGES = [SUBMIT, Abort(1), Abort(2, choice=1), Stop()]
+MESSAGES: list[ToEngine] = [SUBMIT, Abort(1), Abort(2, choice=1), Stop()]
 
 
 class Pipe:

@@ -5,6 +5,7 @@ import ctypes
 import functools
 import os
 import select
+import sys
 import time
 from collections.abc import AsyncIterator
 from collections.abc import Awaitable
@@ -92,7 +93,22 @@ def main_with_a_fatal_id(*arguments: Any) -> None:
             raise RuntimeError("a fault of the step itself")
         submit(self, message)
 
-    EngineCore.submit = guarded  # type: ignore[method-assign]
+    EngineCore.submit = guarded  # type: ignore[method-assign,assignment]
+    PROCESS_MAIN(*arguments)
+
+
+def main_without_numpy(*arguments: Any) -> None:
+    sys.modules["numpy"] = None  # type: ignore[assignment]
+    PROCESS_MAIN(*arguments)
+
+
+def main_that_cannot_load(*arguments: Any) -> None:
+    import llmsrv.model.load
+
+    def load_model(path: Path, tick: object) -> None:
+        raise KeyError("a fault while loading")
+
+    llmsrv.model.load.load_model = load_model  # type: ignore[assignment]
     PROCESS_MAIN(*arguments)
 
 
