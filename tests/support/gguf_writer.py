@@ -211,9 +211,11 @@ def write_tiny_llama(
     tied: bool = True,
     seed: int = 0,
     metadata: Mapping[str, object] | None = None,
+    tensors: Mapping[str, Array | RawTensor] | None = None,
 ) -> Path:
     """A random llama of about 0.1 M parameters that loads in milliseconds; the same seed gives the
-    same bytes.  Matrices are of weight_type, norms float32; `metadata` adds to or replaces ours."""
+    same bytes.  Matrices are of weight_type, norms float32; `metadata` and `tensors` add to ours or
+    replace them."""
     vocabulary = tiny_vocabulary(vocab_size)
     tokens = vocabulary["tokenizer.ggml.tokens"]
     assert isinstance(tokens, list)
@@ -244,19 +246,19 @@ def write_tiny_llama(
     def norm() -> Array:
         return rng.normal(1, 0.05, hidden_size).astype(np.float32)
 
-    tensors: dict[str, Array | RawTensor] = {"token_embd.weight": matrix(len(tokens), hidden_size)}
+    ours: dict[str, Array | RawTensor] = {"token_embd.weight": matrix(len(tokens), hidden_size)}
     for layer in range(layers):
         block = f"blk.{layer}."
-        tensors[block + "attn_norm.weight"] = norm()
-        tensors[block + "attn_q.weight"] = matrix(hidden_size, hidden_size)
-        tensors[block + "attn_k.weight"] = matrix(num_kv_heads * head_dim, hidden_size)
-        tensors[block + "attn_v.weight"] = matrix(num_kv_heads * head_dim, hidden_size)
-        tensors[block + "attn_output.weight"] = matrix(hidden_size, hidden_size)
-        tensors[block + "ffn_norm.weight"] = norm()
-        tensors[block + "ffn_gate.weight"] = matrix(intermediate_size, hidden_size)
-        tensors[block + "ffn_up.weight"] = matrix(intermediate_size, hidden_size)
-        tensors[block + "ffn_down.weight"] = matrix(hidden_size, intermediate_size)
-    tensors["output_norm.weight"] = norm()
+        ours[block + "attn_norm.weight"] = norm()
+        ours[block + "attn_q.weight"] = matrix(hidden_size, hidden_size)
+        ours[block + "attn_k.weight"] = matrix(num_kv_heads * head_dim, hidden_size)
+        ours[block + "attn_v.weight"] = matrix(num_kv_heads * head_dim, hidden_size)
+        ours[block + "attn_output.weight"] = matrix(hidden_size, hidden_size)
+        ours[block + "ffn_norm.weight"] = norm()
+        ours[block + "ffn_gate.weight"] = matrix(intermediate_size, hidden_size)
+        ours[block + "ffn_up.weight"] = matrix(intermediate_size, hidden_size)
+        ours[block + "ffn_down.weight"] = matrix(hidden_size, intermediate_size)
+    ours["output_norm.weight"] = norm()
     if not tied:
-        tensors["output.weight"] = matrix(len(tokens), hidden_size)
-    return write_gguf(path, entries, tensors)
+        ours["output.weight"] = matrix(len(tokens), hidden_size)
+    return write_gguf(path, entries, {**ours, **(tensors or {})})

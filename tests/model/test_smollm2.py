@@ -1,0 +1,72 @@
+"""The default model against transformers in float32 (tests/data/golden)."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmsrv.backend.base import Limits
+from llmsrv.backend.reference import ReferenceBackend
+from llmsrv.backend.sampling import SamplingParameters
+from llmsrv.model.load import load_model
+from tests.support.plans import Run
+from tests.support.plans import generate
+
+GOLDEN = Path(__file__).parents[1] / "data/golden/smollm2-135m-instruct-q4_1.json"
+CASES = json.loads(GOLDEN.read_text())["cases"]
+SHORT = [0, 1]  # the two that end after a few tokens
+NEAR = 2e-3  # of a log-probability
+
+
+@pytest.fixture(scope="module")
+def plan(smollm2):
+    limits = Limits(max_rows=2048, max_logit_rows=16, max_slots=16, num_blocks=128)
+    program = load_model(smollm2, lambda: None).program
+    return ReferenceBackend().compile(program, limits, lambda: None)
+
+
+def run_of(case):
+    parameters = SamplingParameters(temperature=0, num_logprobs=11)
+    return Run(case["prompt_ids"], len(case["greedy_ids"]), parameters)
+
+
+def check(run, case):
+    assert run.ids == case["greedy_ids"]
+    for step, golden in enumerate(case["top10_logprobs"]):
+        theirs, ours = dict(golden), run.alternatives[step]
+        assert run.logprobs[step] == pytest.approx(theirs[run.ids[step]], abs=NEAR)
+        # Eleven are asked for, so that the tenth and the eleventh may change places.
+        assert {id: ours.get(id) for id in theirs} == pytest.approx(theirs, abs=NEAR)
+
+
+def test_all_cases_together_give_the_golden_tokens_and_log_probabilities(plan):
+    runs = [run_of(case) for case in CASES]
+    generate(plan, runs, chunk=512)
+    for run, case in zip(runs, CASES):
+        check(run, case)
+
+
+@pytest.mark.parametrize("chunk", [3, 512])
+@pytest.mark.parametrize("index", SHORT)
+def test_a_short_case_gives_the_golden_tokens_alone_and_in_chunks(plan, index, chunk):
+    run = run_of(CASES[index])
+    generate(plan, [run], chunk, seed=chunk)
+    check(run, CASES[index])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [1, 3, 16, 512])
+@pytest.mark.parametrize("index", range(len(CASES)))
+def test_every_case_gives_the_golden_tokens_alone_in_chunks_of_any_size(plan, index, chunk):
+    run = run_of(CASES[index])
+    generate(plan, [run], chunk, seed=chunk)
+    check(run, CASES[index])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [1, 16, 100])
+def test_all_cases_together_in_chunks_give_the_golden_tokens(plan, chunk):
+    runs = [run_of(case) for case in CASES]
+    generate(plan, runs, chunk, seed=chunk)
+    for run, case in zip(runs, CASES):
+        check(run, case)
