@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 # Control tokens that end an answer even where the file's metadata do not say so.
 END_TEXTS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>")
+# The texts of special tokens, far above any model known: one, and all together.
+MAX_SPECIAL_LENGTH = 256
+MAX_SPECIAL_TOTAL = 1 << 18
 
 
 class TokenType(IntEnum):
@@ -74,6 +77,7 @@ class Tokenizer:
         self.special_tokens = {t: i for i, t in enumerate(tokens) if types[i] in SPECIAL}
         user_defined = {t: i for i, t in enumerate(tokens) if types[i] == TokenType.USER_DEFINED}
         self._id_of = self.special_tokens | user_defined
+        _check_lengths(self._id_of)
         self._user_defined = any_of(user_defined)
         self._all_verbatim = any_of(self._id_of)
 
@@ -85,7 +89,8 @@ class Tokenizer:
         self.named_tokens = {f"{name}_token": tokens[id] for name, id in ids.items()}
 
     def encode(self, text: str, *, parse_special: bool) -> list[int]:
-        """The ids of `text`, without BOS; 0.5 M tokens a second.
+        """The ids of `text`, without BOS; 0.5 M tokens a second.  A byte that the vocabulary has no
+        token for is dropped, as the field's tokenizers do.
 
         parse_special   whether a control token's text means that token; user-defined tokens are
                         found either way, as they belong to the plain vocabulary"""
@@ -127,6 +132,15 @@ class Tokenizer:
     def is_special(self, id: int) -> bool:
         """Whether the id is a control token, which readers are not shown."""
         return self._types[id] in SPECIAL
+
+
+def _check_lengths(texts: Collection[str]) -> None:
+    longest, total = max(map(len, texts), default=0), sum(map(len, texts))
+    if longest > MAX_SPECIAL_LENGTH or total > MAX_SPECIAL_TOTAL:
+        raise ValueError(
+            f"its special tokens have up to {longest} characters, {total} together; at most "
+            f"{MAX_SPECIAL_LENGTH} and {MAX_SPECIAL_TOTAL} are possible"
+        )
 
 
 def alternate(pieces: Iterable[str]) -> Iterable[tuple[bool, str]]:
@@ -207,7 +221,7 @@ def load_tokenizer(gguf: GGUFFile) -> Tokenizer:
             ids=_named_ids(gguf, len(tokens)),
             add_bos=pre_tokenizer.add_bos if add_bos is None else add_bos,
         )
-    except Exception as error:  # the library raises bare Exceptions; deep trees a RecursionError
+    except Exception as error:  # what the library raises is nothing narrower
         raise ModelError(f"{gguf.path}: its vocabulary is not usable: {error}") from None
 
 
