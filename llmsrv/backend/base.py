@@ -13,6 +13,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from typing import Literal
 
 import numpy.typing as npt
 
@@ -29,7 +30,7 @@ class Tensor:
     """A weight exactly as its file has it.
 
     name   the file's name for it, for messages
-    type   ggml's name of the storage type: F32, F16, BF16, Q4_0, Q4_1, Q8_0
+    type   ggml's name of the storage type, as Q4_1 (quants.TYPES)
     shape  (rows, columns) or (columns,); a matrix is row-major, quantised in blocks along columns
     data   uint8, one dimension, read-only: the mapped bytes
     """
@@ -51,17 +52,21 @@ class Embed:
 
 @dataclass(frozen=True)
 class Norm:
-    """out = x / sqrt(mean(x ** 2) + eps) * weight, over each row (Zhang & Sennrich 2019)"""
+    """out = x / sqrt(mean(x ** 2) + eps) * weight over each row, or out += when `accumulate`.
+
+    Source: Zhang & Sennrich 2019.
+    """
 
     out: str
     x: str
     weight: Tensor
     eps: float
+    accumulate: bool = False
 
 
 @dataclass(frozen=True)
 class Linear:
-    """out = x @ W.T + bias, or out += x @ W.T + bias when `accumulate`.
+    """out = (x @ W.T + bias) * scale, or out += when `accumulate`.
 
     W is `weights` stacked by rows (q, k and v are one product); `biases` is empty or one a weight.
     """
@@ -70,48 +75,91 @@ class Linear:
     x: str
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...] = ()
+    scale: float = 1.0
     accumulate: bool = False
 
 
 @dataclass(frozen=True)
 class RopeAndStore:
-    """Rotates q and k of `qkv` in place by their positions, then stores k and v in the KV cache.
+    """Norms and rotates q and k of `qkv` in place, then stores k and v in the KV cache.
 
     qkv          buffer [T, (num_heads + 2 * num_kv_heads) * head_dim]: q heads, k heads, v heads
-    frequencies  [rotary_dim / 2] float32, radians a position, every scaling of the context applied
+    frequencies  [rotary_dim / 2] float32, radians a position, every scaling of the context applied;
+                 None for a layer that does not rotate
+    long_frequencies  instead of them for long sequences (batch.is_long); None: the same (longrope)
     magnitude    factor of cos and sin (yarn and longrope), else 1
     interleaved  True: pairs (0, 1), (2, 3), ...; False: pairs (i, i + rotary_dim / 2)
+    q_norm       None, or the weights of a Norm with `eps` before the rotation: [head_dim], of each
+                 head by itself, or [num_heads * head_dim], of all heads together; k_norm likewise
     Source: Su et al. 2021, section 3.4.
     """
 
     qkv: str
     layer: int
-    frequencies: Array
+    frequencies: Array | None
+    long_frequencies: Array | None = None
     magnitude: float = 1.0
     interleaved: bool = False
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    eps: float = 0.0
 
 
 @dataclass(frozen=True)
 class Attention:
-    """out = softmax(q @ K.T * scale, causal) @ V over the row's own sequence in the KV cache.
+    """out = softmax(cap(q @ K.T * scale), causal) @ V over the row's own sequence in the KV cache.
 
-    qkv   buffer as RopeAndStore leaves it; only its q heads are read
-    out   buffer [T, num_heads * head_dim]
-    A row attends to every stored position of its sequence up to and including its own.
+    qkv      buffer as RopeAndStore leaves it; only its q heads are read
+    out      buffer [T, num_heads * head_dim]
+    window   the row's own position and so many - 1 before it are attended to; None: all before it
+    softcap  cap(s) = softcap * tanh(s / softcap) (Gemma 2); None: no cap
     """
 
     out: str
     qkv: str
     layer: int
     scale: float
+    window: int | None = None
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
 class GatedActivation:
-    """out = silu(gate) * up, where x is [gate, up] side by side"""
+    """out = f(gate) * up, where x is [gate, up] side by side; f is `silu`, or `gelu` by tanh"""
 
     out: str
     x: str
+    function: Literal["silu", "gelu"] = "silu"
+
+
+@dataclass(frozen=True)
+class Experts:
+    """out += scale * sum of w_e * down_e(f(gate_e(x)) * up_e(x)) over the num_chosen experts e.
+
+    router   [num_experts, hidden]: the experts with the largest logits x @ router.T are chosen, the
+             lowest first among equals, and summed in descending order of logits
+    w        softmax over the chosen logits when `normalise`, else over all of them
+    gate_up  for each expert its gate and up weights [intermediate, hidden]
+    down     for each expert [hidden, intermediate]
+    """
+
+    out: str
+    x: str
+    router: Tensor
+    gate_up: tuple[tuple[Tensor, Tensor], ...]
+    down: tuple[Tensor, ...]
+    num_chosen: int
+    normalise: bool
+    function: Literal["silu", "gelu"] = "silu"
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Softcap:
+    """x = cap * tanh(x / cap), in place (the logits of Gemma 2)"""
+
+    x: str
+    cap: float
 
 
 @dataclass(frozen=True)
@@ -122,14 +170,36 @@ class SelectLogitRows:
     x: str
 
 
-Operation = Embed | Norm | Linear | RopeAndStore | Attention | GatedActivation | SelectLogitRows
+@dataclass(frozen=True)
+class Pool:
+    """out = one row for each logit row: of the rows of its sequence in the batch up to itself, the
+    `last` or the `mean`.  A sequence that is pooled is computed in one step."""
+
+    out: str
+    x: str
+    kind: Literal["last", "mean"]
+
+
+Operation = (
+    Embed
+    | Norm
+    | Linear
+    | RopeAndStore
+    | Attention
+    | GatedActivation
+    | Experts
+    | SelectLogitRows
+    | Softcap
+    | Pool
+)
 
 
 @dataclass(frozen=True)
 class Program:
     """An architecture with its weights, as the list of operations of one step.
 
-    buffers   name -> width in float32 values; one is called `logits` and has vocab_size columns
+    buffers    name -> width in float32 values; one is called `logits` and has vocab_size columns
+    long_from  sequences that may become longer than this are long ones (longrope); None: none are
     """
 
     operations: tuple[Operation, ...]
@@ -139,6 +209,7 @@ class Program:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
+    long_from: int | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +232,7 @@ class Batch:
     sequences     [T] int32, index into block_tables; the rows of a sequence lie together, ascending
     slot_mapping  [T] int64, block * BLOCK_SIZE + offset: where the row's k and v are stored
     block_tables  [S, max_blocks] int32, padded with 0
+    is_long       [S] bool, the same in every step of a sequence (Program.long_from)
     logit_rows    [R] int32, the rows whose logits are wanted, ascending
     """
 

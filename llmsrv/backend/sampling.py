@@ -238,12 +238,10 @@ def sample(logits: Floats, table: SamplingTable, slots: Ids, output_positions: I
     logprobs = np.full(len(logits), np.nan, np.float32)
     alternatives = [(np.zeros(0, np.int32), np.zeros(0, np.float32)) for _ in range(len(logits))]
     for row, slot in enumerate(slots.tolist()):
-        parameters = table.parameters[slot]
-        extras = table.extras.get(slot)
+        parameters, extras = table.parameters[slot], table.extras.get(slot)
         if not sound[row]:
             ids[row] = FAILED
-            continue
-        if extras is not None or parameters["temperature"] > 0:
+        elif extras is not None or parameters["temperature"] > 0:
             seed, choice = int(parameters["seed"]), int(parameters["choice"])
             bits = uniform_bits(seed, choice, int(output_positions[row]))
             ids[row] = _draw(*candidates(logits[row], parameters, extras), bits)
@@ -252,9 +250,9 @@ def sample(logits: Floats, table: SamplingTable, slots: Ids, output_positions: I
         table.count(slot, int(ids[row]))
         if parameters["num_logprobs"] >= 0:
             best = largest_of(logits[row], int(parameters["num_logprobs"]))
-            of_all = log_softmax(logits[row], np.append(best, ids[row]))
-            logprobs[row] = of_all[-1]
-            alternatives[row] = best.astype(np.int32), of_all[:-1]
+            values = log_softmax(logits[row], np.append(best, ids[row]))
+            logprobs[row] = values[-1]
+            alternatives[row] = best.astype(np.int32), values[:-1]
     return Samples(ids, logprobs, alternatives)
 
 
