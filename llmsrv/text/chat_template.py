@@ -46,6 +46,7 @@ class ChatTemplate:
         self._beginnings = _beginnings(tokenizer)
         self._longest_beginning = max(map(len, self._beginnings), default=0)
         try:
+            source.encode()  # a model's file may hold bytes that are no UTF-8
             self._template = _environment().from_string(source)
         except Exception as error:  # the compiler computes constants, so it may raise anything
             line = getattr(error, "lineno", None)

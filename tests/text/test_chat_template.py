@@ -261,6 +261,11 @@ def test_a_template_that_does_not_compile_names_its_origin(tokenizer, source):
         ChatTemplate(source, tokenizer, "m")
 
 
+def test_a_template_that_is_not_utf8_is_refused(tokenizer):
+    with pytest.raises(StartupError, match="does not compile: 'utf-8' codec"):
+        ChatTemplate("a\udcff", tokenizer)
+
+
 def test_a_template_nested_beyond_reason_is_refused(tokenizer):
     with pytest.raises(StartupError, match="does not compile"):
         ChatTemplate("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", tokenizer)
