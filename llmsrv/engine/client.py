@@ -254,7 +254,8 @@ class EngineClient:
         if self._refusal and self.ready is None:
             self._set_state(EngineState.REFUSED, self._refusal)
         else:
-            reason = self._refusal or ended
+            # Clients are told the reason, so it is not the refusal, which names the file.
+            reason = "the engine could not load the model" if self._refusal else ended
             self._set_state(EngineState.RESTARTING, f"{reason}; it is started again")
         self._lose_all("engine_restarted")
         await engine.gone()

@@ -4,10 +4,10 @@ The cache is cut into blocks of BLOCK_SIZE positions, and a sequence takes block
 that are free, so nothing is reserved and nothing is fragmented (Kwon et al. 2023, section 4).  The
 keys and values themselves are the backend's; here are only numbers.  Index ranges, half open:
 
-    block     [0, num_blocks)                block 0 is never handed out: padding points at it
-    slot      [0, max_num_sequence)          a running sequence's line in block_tables
-    position  [0, context_length)            of a token in its sequence
-    line      [0, num_blocks * BLOCK_SIZE)   block * BLOCK_SIZE + position % BLOCK_SIZE
+    position      [0, context_length)           of a token in its sequence
+    block         [0, num_blocks)               block 0 is never handed out: padding points at it
+    slot          [0, max_num_sequence)         a running sequence's row of block_tables
+    slot_mapping  [0, num_blocks * BLOCK_SIZE)  block * BLOCK_SIZE + position % BLOCK_SIZE
 
 Always: num_free + num_used == num_total.
 """

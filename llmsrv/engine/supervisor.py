@@ -170,8 +170,8 @@ class EngineProcess:
     def _exited(self) -> None:
         self._loop.remove_reader(self._process.sentinel)
         try:
-            while not self.ended.done():  # what it sent before it went still counts
-                self._receive()
+            if not self.ended.done():
+                self._receive()  # what it sent last still counts; one call empties a pipe
         except EOFError:
             pass
         self._process.join()
@@ -192,9 +192,10 @@ class EngineProcess:
 
 
 def _reason_of(exitcode: int | None) -> str:
-    if exitcode is not None and exitcode < 0:
-        return f"the engine was ended by {signal.Signals(-exitcode).name}"
-    return f"the engine exited with code {exitcode}"
+    if exitcode is None or exitcode >= 0:
+        return f"the engine exited with code {exitcode}"
+    names = {known.value: known.name for known in signal.Signals}
+    return f"the engine was ended by {names.get(-exitcode, f'signal {-exitcode}')}"
 
 
 @contextmanager

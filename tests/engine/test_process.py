@@ -45,6 +45,7 @@ from tests.support.gguf_writer import write_tiny_llama
 GREEDY = Sampling(seed=0, temperature=0.0)
 ENDLESS = 10_000  # tokens: many seconds of work
 ROOT = Path(__file__).parents[2]
+needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc")
 
 
 @pytest.fixture(scope="module")
@@ -293,8 +294,8 @@ async def test_a_model_that_disappears_later_is_asked_for_again(tmp_path: Path) 
         path.rename(tmp_path / "away")
         assert client.pid
         os.kill(client.pid, signal.SIGKILL)
-        await until(lambda: "tiny.gguf" in client.reason)
-        assert client.state is EngineState.RESTARTING
+        await until(lambda: "could not load the model" in client.reason)
+        assert client.state is EngineState.RESTARTING and "tiny" not in client.reason
         (tmp_path / "away").rename(path)
         await client.wait_ready()
         assert client.num_restarts >= 2
@@ -418,6 +419,7 @@ async def test_stopping_before_the_start_has_happened(tiny: Path) -> None:
     assert client.state is EngineState.STOPPED
 
 
+@needs_proc
 @in_loop
 async def test_an_engine_ignores_ctrl_c_and_is_the_first_to_go_when_memory_is_short(
     tiny: Path,
@@ -430,6 +432,7 @@ async def test_an_engine_ignores_ctrl_c_and_is_the_first_to_go_when_memory_is_sh
         assert Path(f"/proc/{client.pid}/oom_score_adj").read_text() == "500\n"
 
 
+@needs_proc
 @in_loop
 async def test_an_engine_holds_no_socket_and_the_server_none_of_its_pipe_ends(tiny: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)):
@@ -578,7 +581,6 @@ def test_an_engine_that_is_not_read_stops_making_steps_but_still_reads(
     assert is_blocked.wait(10)
     beats = engine_thread.heartbeat.value
     engine_thread.sender.send(Submit(9, [1] * 300_000, 5, [], GREEDY))
-    assert engine_thread.sender.num_waiting_bytes > 0
     while engine_thread.sender.num_waiting_bytes:  # the engine reads, or this never ends
         engine_thread.sender.flush()
     assert engine_thread.heartbeat.value > beats

@@ -68,6 +68,8 @@ async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
 
 def has_exited(pid: int, timeout_s: float) -> bool:
     """Whether the process, no child of ours perhaps, exits within the time."""
+    if not hasattr(os, "pidfd_open"):  # macOS, where init reaps orphans at once
+        return _is_unknown(pid, time.monotonic() + timeout_s)
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -76,6 +78,16 @@ def has_exited(pid: int, timeout_s: float) -> bool:
         return bool(select.select([pidfd], [], [], timeout_s)[0])
     finally:
         os.close(pidfd)
+
+
+def _is_unknown(pid: int, deadline_s: float) -> bool:
+    while True:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        if time.monotonic() > deadline_s:
+            return False
 
 
 # ---- Mains of the child, picked by name in the spawned process.
