@@ -291,8 +291,11 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.close()
         elif not self._transport.is_closing():
             self._resume_reading()
-            self._transport.write_eof()
             self._read_deadline.set(self._settings.linger_timeout_s)
+            try:
+                self._transport.write_eof()
+            except OSError:
+                self.abort()  # the client has reset it, and the loop has yet to tell
         self._watch_drain()
 
     # Deadlines and flow.

@@ -53,6 +53,8 @@ class Server:
         context = self._context
         context.is_draining = True
         self._acceptor.close()
+        if self._attaching:
+            await asyncio.wait(self._attaching)
         for connection in list(context.connections):
             connection.close_if_idle()
         context.note_gone()

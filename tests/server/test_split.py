@@ -1,5 +1,5 @@
-"""However the bytes of requests are cut into reads, and wherever FIN comes, the application sees the
-same and so does the client.  In memory, with a transport that behaves as a socket's."""
+"""However the bytes of requests are cut into reads, and wherever FIN comes, the application and
+the client see the same.  In memory, with a transport that behaves as a socket's."""
 
 import asyncio
 import re

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from typing import TypeVar
+from typing import cast
 
 import uvloop
 
@@ -87,10 +88,11 @@ class Client:
 def parse_answers(data: bytes, methods: tuple[str, ...] = ()) -> list[Answer]:
     """All responses in data, read by http.client; `methods` are those of the requests."""
     stream = io.BytesIO(data)
-    answers = []
+    answers: list[Answer] = []
     while stream.tell() < len(data):
         method = methods[len(answers)] if len(answers) < len(methods) else "GET"
-        response = http.client.HTTPResponse(_Socket(stream), method=method)  # type: ignore[arg-type]
+        sock = cast(socket.socket, _Socket(stream))
+        response = http.client.HTTPResponse(sock, method=method)
         response.begin()
         if response.status == 100:
             continue
@@ -111,7 +113,7 @@ class _Socket:
 class _Unclosable(io.BufferedReader):
     def __init__(self, stream: io.BytesIO) -> None:
         # A buffer of one byte, so that nothing of the next response is read ahead.
-        super().__init__(stream, buffer_size=1)  # type: ignore[arg-type]
+        super().__init__(stream, buffer_size=1)
 
     def close(self) -> None:
         pass
@@ -183,7 +185,7 @@ async def read_body(receive: Receive) -> bytes | None:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
-        body += message["body"]
+        body += bytes(message["body"])
         if not message["more_body"]:
             return body
 

@@ -1,0 +1,136 @@
+"""CPU time of a GET /health and of a streamed chunk: our server beside uvicorn with h11.
+
+    python bench/http_cpu.py        needs uvicorn, which is no dependency of the server
+
+Each server runs in a process of its own and tells its CPU time; the client is one keep-alive
+connection.  Rounds go round the servers in turn, so that a busy machine is busy for all of them.
+"""
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import platform
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+EVENT = b"data: " + json.dumps({"id": "chatcmpl-1", "choices": [{"delta": "x" * 200}]}).encode()
+SERVERS = ("llmsrv uvloop", "llmsrv asyncio", "uvicorn uvloop", "uvicorn asyncio")
+FIELDS = (
+    b"Host: 127.0.0.1\r\nAccept: application/json\r\nAccept-Encoding: gzip, deflate\r\n"
+    b"Connection: keep-alive\r\nContent-Type: application/json\r\nUser-Agent: bench\r\n\r\n"
+)
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    """/health, /cpu (seconds so far) and /stream?N (N chunks, one in each turn of the loop)."""
+    if scope["path"] == "/stream":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(int(scope["query_string"])):
+            await send({"type": "http.response.body", "body": EVENT, "more_body": True})
+            await asyncio.sleep(0)
+        await send({"type": "http.response.body", "body": b""})
+        return
+    body = b'{"status":"ok"}' if scope["path"] == "/health" else b"{%.6f}" % time.process_time()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def serve(name: str, port: Any) -> None:
+    from llmsrv.server.listener import bind
+
+    server, loop = name.split()
+    sockets = bind("127.0.0.1", 0)
+    port.send(sockets[0].getsockname()[1])
+    if server == "uvicorn":
+        import uvicorn
+
+        options: dict[str, Any] = {"http": "h11", "loop": loop, "lifespan": "off"}
+        config = uvicorn.Config(app, access_log=False, log_level="warning", **options)
+        uvicorn.Server(config).run(sockets)
+    else:
+        from llmsrv.server.server import run
+
+        (run if loop == "uvloop" else asyncio.run)(serve_ours(sockets))
+
+
+async def serve_ours(sockets: list[socket.socket]) -> None:
+    from llmsrv.server.server import Server
+    from llmsrv.server.settings import ServerSettings
+
+    await Server(app, sockets, ServerSettings()).start()
+    await asyncio.Event().wait()
+
+
+class Client:
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port))
+
+    def get(self, target: bytes, end: bytes = b"}") -> bytes:
+        """Reads until what was read ends with `end`; returns the last read."""
+        self._socket.sendall(b"GET %b HTTP/1.1\r\n%b" % (target, FIELDS))
+        data = self._socket.recv(262144)
+        while not data.endswith(end):
+            data = data[-len(end) :] + self._socket.recv(262144)
+        return data
+
+    def server_cpu_s(self) -> float:
+        return float(self.get(b"/cpu").rpartition(b"{")[2][:-1])
+
+
+def microseconds(client: Client, work: Callable[[], object], times: int) -> float:
+    """The server's CPU time for each of `times` pieces of work."""
+    before = client.server_cpu_s()
+    work()
+    return (client.server_cpu_s() - before) / times * 1e6
+
+
+def measure(clients: dict[str, Client], requests: int, rounds: int) -> dict[str, list[list[float]]]:
+    times: dict[str, list[list[float]]] = {name: [[], []] for name in clients}
+    for _ in range(rounds):
+        for name, client in clients.items():
+            stream = b"/stream?%d" % (requests * 5)
+            of_health = microseconds(
+                client, lambda: [client.get(b"/health") for _ in range(requests)], requests
+            )
+            of_chunk = microseconds(
+                client, lambda: client.get(stream, b"0\r\n\r\n"), requests * 5
+            )
+            times[name][0].append(of_health)
+            times[name][1].append(of_chunk)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+
+    context = multiprocessing.get_context("spawn")
+    clients, processes = {}, []
+    for name in SERVERS:
+        ours, theirs = context.Pipe()
+        processes.append(context.Process(target=serve, args=(name, theirs), daemon=True))
+        processes[-1].start()
+        clients[name] = Client(ours.recv())
+
+    print(f"{platform.platform()}, {platform.processor()}, Python {platform.python_version()}")
+    print("  ".join(f"{p} {version(p)}" for p in ("uvicorn", "h11", "uvloop")))
+    print("python", *sys.argv, f"(median of {options.rounds} rounds)")
+    times = measure(clients, options.requests, options.rounds)
+    print(f"{'server':18} {'GET /health, us':>16} {'chunk, us':>10}")
+    for name, (health, chunk) in times.items():
+        print(f"{name:18} {statistics.median(health):16.1f} {statistics.median(chunk):10.2f}")
+    for process in processes:
+        process.kill()
+
+
+if __name__ == "__main__":
+    main()
