@@ -41,6 +41,10 @@ from llmsrv.errors import StartupError
 # the shapes of SmolLM2-135M); above they are equal.
 FEW_ROWS = 32
 
+# Rows of a long chunk that attend together: few, since none looks beyond the last of them and their
+# scores should stay in the cache; not too few, since k and v are gathered for each span.
+SPAN_ROWS = 128
+
 Stack = tuple[Tensor, ...]
 
 
@@ -159,7 +163,7 @@ class ReferencePlan(Plan):
 
 @dataclass(frozen=True)
 class Span:
-    """The rows of one sequence in a batch: its blocks, and the positions stored up to its last."""
+    """Some rows of one sequence: its blocks, and how many positions the last of them sees."""
 
     rows: slice
     blocks: Array
@@ -168,10 +172,12 @@ class Span:
 
 def _spans(batch: Batch) -> Iterator[Span]:
     starts = np.flatnonzero(np.diff(batch.sequences, prepend=-1)).tolist()
-    for start, stop in zip(starts, [*starts[1:], len(batch.sequences)]):
-        length = int(batch.positions[stop - 1]) + 1
-        blocks = batch.block_tables[batch.sequences[start], : -(-length // BLOCK_SIZE)]
-        yield Span(slice(start, stop), blocks, length)
+    for start, end in zip(starts, [*starts[1:], len(batch.sequences)]):
+        for first in range(start, end, SPAN_ROWS):
+            stop = min(first + SPAN_ROWS, end)
+            length = int(batch.positions[stop - 1]) + 1
+            blocks = batch.block_tables[batch.sequences[start], : -(-length // BLOCK_SIZE)]
+            yield Span(slice(first, stop), blocks, length)
 
 
 def attend(q: Floats, k: Floats, v: Floats, positions: Array, scale: float) -> Floats:
