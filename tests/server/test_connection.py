@@ -345,6 +345,18 @@ async def _running_tasks() -> int:
     return len(asyncio.all_tasks()) - 1
 
 
+def test_after_its_response_an_application_is_told_of_a_disconnect(serve: Serve) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await read_body(receive)
+        watch = asyncio.ensure_future(receive())
+        await asyncio.sleep(0)
+        await send_response(send, b"ok")
+        assert (await watch)["type"] == (await receive())["type"] == "http.disconnect"
+
+    with serve(app) as server:
+        assert [answer.body for answer in server.exchange(GET + CLOSE)] == [b"ok", b"ok"]
+
+
 # Applications that fail.
 
 

@@ -295,7 +295,9 @@ def test_a_request_is_served_and_the_connection_goes_on(
     scopes.clear()
     answers = server.exchange(data + LAST)
     assert [answer.status for answer in answers] == [200] * (len(seen) + 1)
-    requests = [(s["method"], s["raw_path"], s["query_string"], s["body"]) for s in scopes]
+    # An application of the test before may have noticed the end of its client only now.
+    whole = [scope for scope in scopes if scope["body"] is not None]
+    requests = [(s["method"], s["raw_path"], s["query_string"], s["body"]) for s in whole]
     assert requests == [*seen, ("GET", b"/last", b"", b"")]
     assert "connection" not in answers[0].headers
 
