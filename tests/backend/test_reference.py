@@ -98,7 +98,7 @@ def test_linear_stacks_weights_adds_biases_and_accumulates(num_rows, has_biases,
         "x",
         tuple(tensor(f"w{i}", w) for i, w in enumerate(weights)),
         tuple(tensor(f"b{i}", b) for i, b in enumerate(biases)) if has_biases else (),
-        accumulate,
+        accumulate=accumulate,
     )
     np.testing.assert_allclose(run(operation, x=x, out=before), expected, atol=2e-5)
 
@@ -138,7 +138,8 @@ def rotated(head, position, frequencies, interleaved, magnitude):
 @pytest.mark.parametrize("magnitude", [1.0, 1.25])
 def test_rope_turns_q_and_k_and_stores_k_and_v(interleaved, rotary_dim, magnitude):
     frequencies = np.float32(100.0) ** -(np.arange(0, rotary_dim, 2, dtype=np.float32) / rotary_dim)
-    plan = compiled(RopeAndStore("out", 0, frequencies, magnitude, interleaved))
+    rope = RopeAndStore("out", 0, frequencies, magnitude=magnitude, interleaved=interleaved)
+    plan = compiled(rope)
     qkv = random(21, QKV_HEADS * HEAD_DIM)
     plan.buffers["out"] = qkv.copy()
     # 18 rows from position 14 on: the end of one block, a whole one and the start of another.
