@@ -1,6 +1,6 @@
 """CPU time of a GET /health and of a streamed chunk: our server beside uvicorn with h11.
 
-    python bench/http_cpu.py        needs uvicorn, which is no dependency of the server
+python -m bench.http_cpu [--requests N] [--rounds N]        (needs uvicorn)
 
 Each server runs in a process of its own and tells its CPU time; the client is one keep-alive
 connection.  Rounds go round the servers in turn, so that a busy machine is busy for all of them.
@@ -10,14 +10,14 @@ import argparse
 import asyncio
 import json
 import multiprocessing
-import platform
 import socket
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
+
+from bench.machine import describe
 
 EVENT = b"data: " + json.dumps({"id": "chatcmpl-1", "choices": [{"delta": "x" * 200}]}).encode()
 SERVERS = ("llmsrv uvloop", "llmsrv asyncio", "uvicorn uvloop", "uvicorn asyncio")
@@ -91,20 +91,14 @@ def microseconds(client: Client, work: Callable[[], object], times: int) -> floa
     return (client.server_cpu_s() - before) / times * 1e6
 
 
-def measure(clients: dict[str, Client], requests: int, rounds: int) -> dict[str, list[list[float]]]:
-    times: dict[str, list[list[float]]] = {name: [[], []] for name in clients}
-    for _ in range(rounds):
-        for name, client in clients.items():
-            stream = b"/stream?%d" % (requests * 5)
-            of_health = microseconds(
-                client, lambda: [client.get(b"/health") for _ in range(requests)], requests
-            )
-            of_chunk = microseconds(
-                client, lambda: client.get(stream, b"0\r\n\r\n"), requests * 5
-            )
-            times[name][0].append(of_health)
-            times[name][1].append(of_chunk)
-    return times
+def measure(client: Client, requests: int) -> tuple[float, float]:
+    """Of a GET /health and of a chunk."""
+    chunks = requests * 5
+    stream = b"/stream?%d" % chunks
+    return (
+        microseconds(client, lambda: [client.get(b"/health") for _ in range(requests)], requests),
+        microseconds(client, lambda: client.get(stream, b"0\r\n\r\n"), chunks),
+    )
 
 
 def main() -> None:
@@ -121,13 +115,17 @@ def main() -> None:
         processes[-1].start()
         clients[name] = Client(ours.recv())
 
-    print(f"{platform.platform()}, {platform.processor()}, Python {platform.python_version()}")
-    print("  ".join(f"{p} {version(p)}" for p in ("uvicorn", "h11", "uvloop")))
-    print("python", *sys.argv, f"(median of {options.rounds} rounds)")
-    times = measure(clients, options.requests, options.rounds)
+    print(describe())
+    versions = ", ".join(f"{name} {version(name)}" for name in ("uvicorn", "h11", "uvloop"))
+    print(f"{versions}; medians of {options.rounds} rounds")
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in SERVERS}
+    for _ in range(options.rounds):
+        for name, client in clients.items():
+            times[name].append(measure(client, options.requests))
     print(f"{'server':18} {'GET /health, us':>16} {'chunk, us':>10}")
-    for name, (health, chunk) in times.items():
-        print(f"{name:18} {statistics.median(health):16.1f} {statistics.median(chunk):10.2f}")
+    for name, rounds in times.items():
+        health, chunk = (statistics.median(column) for column in zip(*rounds))
+        print(f"{name:18} {health:16.1f} {chunk:10.2f}")
     for process in processes:
         process.kill()
 
