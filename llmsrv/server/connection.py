@@ -63,6 +63,8 @@ class _Phase(Enum):
 
 
 class Connection(asyncio.BufferedProtocol):
+    """The loop's protocol of one socket, and the Wire of the exchange that is running."""
+
     def __init__(self, context: Context) -> None:
         self._context = context
         self._settings = context.settings
