@@ -8,9 +8,16 @@ import pytest
 from llmsrv.config import DEFAULT_MODEL
 from llmsrv.config import default_cache_dir
 from llmsrv.files.source import resolve_model
+from tests.support.gemma3 import fetch_gemma3
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The default model, fetched into the user's cache on first use as the server does."""
     return resolve_model(DEFAULT_MODEL, default_cache_dir(), sys.stderr)
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> Path:
+    """Gemma 3 270M base as GGUF; 253 MB, so only for tests marked slow."""
+    return fetch_gemma3(default_cache_dir() / "models", sys.stderr)
