@@ -72,10 +72,10 @@ class Exchange:
             data = self._framed(message.get("body", b""), message.get("more_body", False))
             if data:
                 self._wire.write(data)
-                if self.response.is_complete:
-                    self._wire.changed.set()  # receive() may be waiting for the disconnect
-                if not self._wire.writable.is_set():
-                    await self._wire.writable.wait()
+            if self.response.is_complete:
+                self._wire.changed.set()  # receive() may be waiting for the disconnect
+            if not self._wire.writable.is_set():
+                await self._wire.writable.wait()
         elif message["type"] == "http.response.start":
             self.response.start(message["status"], message.get("headers", ()))
         else:
