@@ -131,6 +131,17 @@ def test_a_cancelled_stream_closes_its_events(where: str) -> None:
     asyncio.run(main())
 
 
+def test_a_stream_that_is_cut_before_its_first_event_still_says_that_it_ended() -> None:
+    async def send_to_nobody(message: Message) -> None:
+        raise ClientDisconnected
+
+    ends: list[str] = []
+    stream = EventStream(iterate(b"{}"), on_end=lambda: ends.append("ended"))
+    with pytest.raises(ClientDisconnected):
+        asyncio.run(stream(send_to_nobody))
+    assert ends == ["ended"]
+
+
 def test_the_openai_client_reads_every_event_and_no_other() -> None:
     outbox = Outbox()
     payloads = ['{"a":"\\n\u2028é"}'.encode(), b"[DONE]"]
