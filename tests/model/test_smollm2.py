@@ -45,7 +45,7 @@ def test_all_cases_together_give_the_golden_tokens_and_log_probabilities(plan):
         check(run, case)
 
 
-@pytest.mark.parametrize("index, chunk", [(0, 3), (1, 512)])  # the two that end after a few tokens
+@pytest.mark.parametrize("index, chunk", [(0, 1), (1, 3)])  # the two that end after a few tokens
 def test_a_short_case_gives_the_golden_tokens_alone(plan, index, chunk):
     run = run_of(CASES[index])
     generate(plan, [run], chunk, seed=chunk)
@@ -53,7 +53,7 @@ def test_a_short_case_gives_the_golden_tokens_alone(plan, index, chunk):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk", [1, 3, 16, 512])
+@pytest.mark.parametrize("chunk", [3, 512])
 @pytest.mark.parametrize("index", range(len(CASES)))
 def test_every_case_gives_the_golden_tokens_alone_in_chunks_of_any_size(plan, index, chunk):
     run = run_of(CASES[index])
@@ -62,9 +62,8 @@ def test_every_case_gives_the_golden_tokens_alone_in_chunks_of_any_size(plan, in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk", [1, 16, 100])
-def test_all_cases_together_in_chunks_give_the_golden_tokens(plan, chunk):
+def test_all_cases_together_in_chunks_give_the_golden_tokens(plan):
     runs = [run_of(case) for case in CASES]
-    generate(plan, runs, chunk, seed=chunk)
+    generate(plan, runs, chunk=16, seed=1)
     for run, case in zip(runs, CASES):
         check(run, case)
