@@ -111,7 +111,8 @@ def _converter(field: "dataclasses.Field[Any]") -> Any:
     if field.metadata.get("many"):
         return _list
     if field.type is int:
-        return lambda text: _number(text, field.metadata["least"])
+        least, most = field.metadata["least"], field.metadata.get("most", 10**9)
+        return lambda text: _number(text, least, most)
     return Path if field.type is Path else str
 
 
@@ -128,13 +129,13 @@ def _list(text: str) -> list[str]:
     return list(names)
 
 
-def _number(text: str, least: int) -> int:
+def _number(text: str, least: int, most: int) -> int:
     try:
         number = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a whole number, got '{text}'") from None
-    if number < least:
-        raise argparse.ArgumentTypeError(f"expected at least {least}, got {number}")
+    if not least <= number <= most:
+        raise argparse.ArgumentTypeError(f"expected {least} to {most}, got {number}")
     return number
 
 

@@ -47,8 +47,8 @@ MODES = {
 def option(default: Any, group: str, help: str, **metadata: Any) -> Any:
     """A field of Config.
 
-    metadata  choices: the values allowed; metavar: the word in --help; least: a number's minimum;
-              many: True when the flag may be repeated or take a JSON list or commas
+    metadata  choices: the values allowed; metavar: the word in --help; least, most: a number's
+              bounds; many: True when the flag may be repeated or take a JSON list or commas
     """
     keep = {"group": group, "help": help, **metadata}
     if isinstance(default, list):
@@ -79,7 +79,9 @@ class Config:
         "auto", "Engine", "what computes: auto takes the fastest that runs here", choices=BACKENDS
     )
     host: str = option("127.0.0.1", "Network", "the address to listen on", metavar="ADDRESS")
-    port: int = option(8000, "Network", "the port to listen on; 0 takes a free one", least=0)
+    port: int = option(
+        8000, "Network", "the port to listen on; 0 takes a free one", least=0, most=65535
+    )
     allowed_hosts: list[str] = option(
         [],
         "Network",

@@ -63,6 +63,7 @@ def test_a_switch_in_the_environment_is_on_or_off(text: str, wanted: bool) -> No
     [
         (["--port", "eighty"], {}, "--port"),
         (["--port", "-1"], {}, "--port"),
+        (["--port", "65536"], {}, "--port"),
         (["--mode", "fast"], {}, "--mode"),
         (["--allow-origins", "[1]"], {}, "--allow-origins"),
         (["--nonsense"], {}, "--nonsense"),
