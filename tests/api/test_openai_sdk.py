@@ -207,6 +207,40 @@ def test_the_async_client_streams_many_at_once_each_its_own_answer(server: Runni
         assert got
 
 
+def test_the_async_client_gets_what_the_sync_one_gets(
+    client: OpenAI, server: RunningServer
+) -> None:
+    settings: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 5}
+    prompt = "The quick brown fox"
+
+    async def ask() -> tuple[Any, Any, str, Any, list[str], str]:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as other:
+            chat = await other.chat.completions.create(
+                messages=QUESTION, logprobs=True, top_logprobs=2, **settings
+            )
+            completion = await other.completions.create(prompt=prompt, logprobs=2, **settings)
+            stream = await other.chat.completions.create(
+                messages=QUESTION, stream=True, stream_options={"include_usage": True}, **settings
+            )
+            text, usage = "", None
+            async for chunk in stream:
+                usage = chunk.usage or usage
+                text += "".join(choice.delta.content or "" for choice in chunk.choices)
+            models = [model.id async for model in other.models.list()]
+            with pytest.raises(openai.NotFoundError) as caught:
+                await other.models.retrieve("gpt-5")
+            return chat, completion, text, usage, models, str(caught.value.code)
+
+    chat_answer, completion, text, usage, models, code = asyncio.run(ask())
+    wanted = chat(client, temperature=0, max_tokens=5, logprobs=True, top_logprobs=2)
+    assert chat_answer.choices == wanted.choices
+    assert text == wanted.choices[0].message.content and usage == wanted.usage
+    wanted_completion = client.completions.create(prompt=prompt, logprobs=2, **settings)
+    assert completion.choices == wanted_completion.choices
+    assert models == [MODEL]
+    assert code == "model_not_found"
+
+
 # Fields of a chat request -> the field and code of the error.
 BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"temperature": "hot"}, "temperature", "invalid_type"),
