@@ -14,11 +14,9 @@ Source: the GGUF specification (docs/gguf.md of the ggml project), versions 2 an
 """
 
 import mmap
-import os
-import stat
+import re
 import struct
 from array import array
-from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -27,6 +25,10 @@ from typing import NoReturn
 from typing import TypeVar
 
 from llmsrv.errors import ModelError
+from llmsrv.files.mapped import MAX_TENSORS
+from llmsrv.files.mapped import TensorInfo
+from llmsrv.files.mapped import map_file
+from llmsrv.files.mapped import shown
 
 T = TypeVar("T")
 
@@ -38,7 +40,6 @@ U64 = struct.Struct("<Q")
 # a crafted header is refused within a second and 100 MB.
 MAX_HEADER_BYTES = 1 << 26
 MAX_KEYS = 1 << 16
-MAX_TENSORS = 1 << 16
 MAX_ITEMS = 1 << 20  # strings and booleans of all arrays together
 MAX_KEY_BYTES = (1 << 16) - 1  # this, the next two and the multiple of 8: the specification
 MAX_NAME_BYTES = 64
@@ -108,42 +109,27 @@ NUMBERS = {
 BOOL, STRING, ARRAY = 7, 8, 9
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One tensor of a file.
-
-    type     the name of a TensorType, as "Q4_1"
-    shape    outermost first: (rows, columns); 1 to 4 dimensions, none is zero
-    offset   bytes from the start of the file
-    size     bytes
-    """
-
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    offset: int
-    size: int
-
-
 class GGUFFile:
-    """An open file.  The mapping lives as long as this object or a view from data() does.
+    """An open file, or the files that a large model was split into, which look like one.  A mapping
+    lives as long as this object or a view from data() does.
 
+    path       of the first file
     metadata   str (bytes that are not UTF-8 as surrogate escapes), int, float, bool, list[str],
-               list[bool], or array.array for numbers; in the file's order
-    tensors    by name, in the file's order
+               list[bool], or array.array for numbers; in the file's order; of the first file
+    tensors    by name, in the files' order
     """
 
     def __init__(
         self,
         path: Path,
-        mapping: mmap.mmap,
         metadata: dict[str, object],
         tensors: dict[str, TensorInfo],
+        views: dict[str, memoryview],
     ) -> None:
         self.path = path
         self.metadata = metadata
         self.tensors = tensors
-        self._view = memoryview(mapping)
+        self.views = views  # tensor's name -> the whole file that it is in
 
     def data(self, tensor: TensorInfo) -> memoryview:
         """The tensor's bytes, read-only, straight from the mapped file.
@@ -151,7 +137,7 @@ class GGUFFile:
         Should another process truncate the file, touching what is gone raises SIGBUS: only the
         engine process, which can be started again, reads weights."""
         end = tensor.offset + tensor.size
-        return self._view[tensor.offset:end]
+        return self.views[tensor.name][tensor.offset:end]
 
     def get(self, key: str, kind: type[T]) -> T | None:
         """A metadata value, None where the key is missing; ModelError when it is not a `kind`."""
@@ -164,34 +150,53 @@ class GGUFFile:
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """Opens and checks a GGUF file; raises ModelError, and nothing else, when it is refused.
+    """Opens and checks a GGUF file, with the rest of its parts where it is the first of a split
+    model; raises ModelError, and nothing else, when it is refused.
 
     49k tokens and as many merges take 0.04 s."""
-    try:
-        mapping = _map(path)
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ModelError(f"{path}: cannot be read: {reason}") from None
-    reader = _Reader(path, mapping)
+    first = _open_one(path)
+    count = first.get("split.count", int) or 1  # 0 once the parts have been merged
+    return first if count == 1 else _joined(first, count)
+
+
+def _open_one(path: Path) -> GGUFFile:
+    reader = _Reader(path, map_file(path, "a GGUF file", HEADER.size))
     try:
         return reader.read_file()
     except struct.error:
         reader.refuse_for_its_end()
 
 
-def _map(path: Path) -> mmap.mmap:
-    # Without O_NONBLOCK, opening a FIFO would wait for a writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            what = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            raise ModelError(f"{path}: is {what}; expected a GGUF file")
-        if status.st_size < HEADER.size:
-            raise ModelError(f"{path}: is too short for a GGUF file: {status.st_size} bytes")
-        return mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)
-    finally:
-        os.close(descriptor)
+def _joined(first: GGUFFile, count: int) -> GGUFFile:
+    """A split model: NAME-00001-of-00003.gguf and so on, metadata in the first, each with its own
+    tensors.  Source: gguf-split of the ggml project."""
+    name = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", first.path.name)
+    if name is None or int(name[3]) != count:
+        wanted = f"NAME-00001-of-{count:05d}.gguf"
+        raise ModelError(f"{first.path}: is one of {count} parts; they must be named {wanted}")
+    tensors: dict[str, TensorInfo] = {}
+    views: dict[str, memoryview] = {}
+    for number in range(1, count + 1):
+        path = first.path.with_name(f"{name[1]}-{number:05d}-of-{count:05d}.gguf")
+        part = first if path == first.path else _open_one(path)
+        _check_is_part(part, number, count)
+        for tensor in part.tensors.keys() & tensors.keys():
+            raise ModelError(f"{path}: has the tensor {shown(tensor)}, as an earlier part does")
+        tensors.update(part.tensors)
+        views.update(part.views)
+    total = first.get("split.tensors.count", int)
+    if total != len(tensors):
+        raise ModelError(
+            f"{first.path}: key 'split.tensors.count' is {total}, but the parts have {len(tensors)}"
+        )
+    return GGUFFile(first.path, first.metadata, tensors, views)
+
+
+def _check_is_part(part: GGUFFile, number: int, count: int) -> None:
+    for key, wanted in (("split.no", number - 1), ("split.count", count)):
+        found = part.get(key, int)
+        if found != wanted:
+            raise ModelError(f"{part.path}: key '{key}' is {found}; expected {wanted}")
 
 
 class _Reader:
@@ -227,7 +232,9 @@ class _Reader:
         entries = [self.read_tensor() for _ in range(num_tensors)]
         alignment = self.alignment(metadata)
         start = -(-self.at // alignment) * alignment
-        return GGUFFile(self.path, self.data, metadata, self.placed(entries, start, alignment))
+        tensors = self.placed(entries, start, alignment)
+        views = dict.fromkeys(tensors, memoryview(self.data))
+        return GGUFFile(self.path, metadata, tensors, views)
 
     def check_version(self, magic: bytes, version: int) -> None:
         if magic != b"GGUF":
@@ -242,18 +249,18 @@ class _Reader:
     def read_key_into(self, metadata: dict[str, object]) -> None:
         key = self.read_string(MAX_KEY_BYTES, "a metadata key")
         if key in metadata:
-            self.refuse(f"has the key {_shown(key)} twice")
+            self.refuse(f"has the key {shown(key)} twice")
         metadata[key] = self.read_value(key, self.read_int(U32))
 
     def read_value(self, key: str, type_: int) -> object:
         if type_ == STRING:
-            return self.read_string(MAX_HEADER_BYTES, f"key {_shown(key)}")
+            return self.read_string(MAX_HEADER_BYTES, f"key {shown(key)}")
         if type_ == BOOL:
             return self.bools(key, self.take(1))[0]
         if type_ == ARRAY:
             return self.read_array(key, self.read_int(U32), self.read_int(U64))
         if type_ not in NUMBERS:
-            self.refuse(f"key {_shown(key)} has the unknown value type {type_}")
+            self.refuse(f"key {shown(key)} has the unknown value type {type_}")
         (number,) = NUMBERS[type_].unpack(self.take(NUMBERS[type_].size))
         return number
 
@@ -264,9 +271,9 @@ class _Reader:
             self.count_items(key, count)
             return self.bools(key, self.take(count))
         if type_ == ARRAY:
-            self.refuse(f"key {_shown(key)} is an array of arrays, which no model needs")
+            self.refuse(f"key {shown(key)} is an array of arrays, which no model needs")
         if type_ not in NUMBERS:
-            self.refuse(f"key {_shown(key)} has items of the unknown value type {type_}")
+            self.refuse(f"key {shown(key)} has items of the unknown value type {type_}")
         number = NUMBERS[type_]
         return array(number.format[-1], self.take(count * number.size))
 
@@ -289,11 +296,11 @@ class _Reader:
     def count_items(self, key: str, count: int) -> None:
         self.items_left -= count
         if self.items_left < 0:
-            self.refuse(f"key {_shown(key)} has {count} items; at most {MAX_ITEMS} are read")
+            self.refuse(f"key {shown(key)} has {count} items; at most {MAX_ITEMS} are read")
 
     def bools(self, key: str, data: bytes) -> list[bool]:
         if data.strip(b"\0\1"):
-            self.refuse(f"key {_shown(key)} has a boolean that is neither 0 nor 1")
+            self.refuse(f"key {shown(key)} has a boolean that is neither 0 nor 1")
         return [byte == 1 for byte in data]
 
     # ---- Tensors
@@ -303,7 +310,7 @@ class _Reader:
         name = self.read_string(MAX_NAME_BYTES, "a tensor's name")
         num_dimensions = self.read_int(U32)
         if not 1 <= num_dimensions <= MAX_DIMENSIONS:
-            self.refuse(f"tensor {_shown(name)} has {num_dimensions} dimensions; expected 1 to 4")
+            self.refuse(f"tensor {shown(name)} has {num_dimensions} dimensions; expected 1 to 4")
         shape = [self.read_int(U64) for _ in range(num_dimensions)]
         return name, tuple(reversed(shape)), self.read_int(U32), self.read_int(U64)
 
@@ -314,31 +321,31 @@ class _Reader:
         tensors: dict[str, TensorInfo] = {}
         for name, shape, type_, offset in entries:
             if name in tensors:
-                self.refuse(f"has the tensor {_shown(name)} twice")
+                self.refuse(f"has the tensor {shown(name)} twice")
             if offset % alignment:
-                self.refuse(f"tensor {_shown(name)} is not aligned to {alignment} bytes")
+                self.refuse(f"tensor {shown(name)} is not aligned to {alignment} bytes")
             type_name, size = self.layout(name, shape, type_)
             tensors[name] = TensorInfo(name, type_name, shape, start + offset, size)
             if start + offset + size > len(self.data):
                 self.refuse(
-                    f"tensor {_shown(name)} ends at byte {start + offset + size}, but the file has "
+                    f"tensor {shown(name)} ends at byte {start + offset + size}, but the file has "
                     f"{len(self.data)}; is it a whole download?"
                 )
         for before, after in pairwise(sorted(tensors.values(), key=lambda tensor: tensor.offset)):
             if before.offset + before.size > after.offset:
-                self.refuse(f"tensors {_shown(before.name)} and {_shown(after.name)} overlap")
+                self.refuse(f"tensors {shown(before.name)} and {shown(after.name)} overlap")
         return tensors
 
     def layout(self, name: str, shape: tuple[int, ...], type_: int) -> tuple[str, int]:
         """The name of the type, and the tensor's size in bytes."""
         if type_ not in TENSOR_TYPES:
-            self.refuse(f"tensor {_shown(name)} has the unknown type {type_}")
+            self.refuse(f"tensor {shown(name)} has the unknown type {type_}")
         type_name, block_size, block_bytes = TENSOR_TYPES[type_]
         if 0 in shape:
-            self.refuse(f"tensor {_shown(name)} has a dimension of 0: {shape}")
+            self.refuse(f"tensor {shown(name)} has a dimension of 0: {shape}")
         if shape[-1] % block_size:
             self.refuse(
-                f"tensor {_shown(name)} has rows of {shape[-1]} values; {type_name} needs a "
+                f"tensor {shown(name)} has rows of {shape[-1]} values; {type_name} needs a "
                 f"multiple of {block_size}"
             )
         return type_name, prod(shape) // block_size * block_bytes
@@ -349,7 +356,7 @@ class _Reader:
         if type(alignment) is not int or not is_power_of_two or alignment < MIN_ALIGNMENT:
             self.refuse(
                 "key 'general.alignment' must be a power of two and at least 8, "
-                f"got {_shown(alignment)}"
+                f"got {shown(alignment)}"
             )
         return alignment
 
@@ -372,9 +379,3 @@ class _Reader:
         if self.at > self.end:
             raise struct.error
         return self.data[start:self.at]
-
-
-def _shown(value: object) -> str:
-    """A name from the file, escaped and short enough for a message."""
-    text = repr(value)
-    return text if len(text) <= 100 else text[:100] + "..."

@@ -1,0 +1,123 @@
+"""Opens a model's Hugging Face folder: its JSON files, its chat template and its safetensors
+weights, in one file or in shards.  Knows nothing of architectures or tokenizers.
+
+Nothing in a folder is ever run or unpickled: Python files beside the model are not looked at, and
+pickled weights (.bin, .pt) are refused where there are no others.
+Source: transformers' file names (utils/__init__.py) and order of preference (modeling_utils.py).
+"""
+
+from pathlib import Path
+
+from llmsrv.errors import ModelError
+from llmsrv.files.mapped import TensorInfo
+from llmsrv.files.mapped import parse_object
+from llmsrv.files.mapped import read_text
+from llmsrv.files.mapped import shown
+from llmsrv.files.safetensors import SafetensorsFile
+from llmsrv.files.safetensors import open_safetensors
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
+
+
+class ModelFolder:
+    """An open folder.  The mappings live as long as this object or a view from data() does.
+
+    config              config.json
+    generation_config   generation_config.json, {} where there is none
+    tokenizer_config    tokenizer_config.json, {} where there is none
+    chat_template       chat_template.jinja, else the default one of tokenizer_config
+    tokenizer_json      where tokenizer.json is, None where there is none
+    tensors             by Hugging Face's names, types F32, F16 or BF16, of all shards
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = _read_object(path / "config.json")
+        self.generation_config = _maybe_object(path / "generation_config.json")
+        self.tokenizer_config = _maybe_object(path / "tokenizer_config.json")
+        self.chat_template = _chat_template(path, self.tokenizer_config)
+        tokenizer_json = path / "tokenizer.json"
+        self.tokenizer_json = tokenizer_json if tokenizer_json.is_file() else None
+        self.tensors: dict[str, TensorInfo] = {}
+        self._views: dict[str, memoryview] = {}  # tensor's name -> the whole file that it is in
+        for file in _open_weights(path):
+            for name in file.tensors.keys() & self.tensors.keys():
+                raise ModelError(f"{file.path}: has the tensor {shown(name)}, as another shard has")
+            self.tensors.update(file.tensors)
+            self._views.update(dict.fromkeys(file.tensors, file.view))
+
+    def data(self, tensor: TensorInfo) -> memoryview:
+        """The tensor's bytes, read-only, straight from the mapped file; aligned to nothing.
+
+        Should another process truncate the file, touching what is gone raises SIGBUS: only the
+        engine process, which can be started again, reads weights."""
+        end = tensor.offset + tensor.size
+        return self._views[tensor.name][tensor.offset:end]
+
+
+def open_folder(path: Path) -> ModelFolder:
+    """Opens and checks a folder; raises ModelError, and nothing else, when it is refused."""
+    try:
+        return ModelFolder(path)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _read_object(path: Path) -> dict[str, object]:
+    return parse_object(path, read_text(path, "a JSON file"))
+
+
+def _maybe_object(path: Path) -> dict[str, object]:
+    return _read_object(path) if path.exists() else {}
+
+
+def _chat_template(path: Path, tokenizer_config: dict[str, object]) -> str | None:
+    file = path / "chat_template.jinja"
+    if file.exists():
+        return read_text(file, "a template")
+    template = tokenizer_config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = [entry for entry in template if isinstance(entry, dict)]
+        defaults = [entry.get("template") for entry in named if entry.get("name") == "default"]
+        template = defaults[0] if defaults else None
+    if template is not None and not isinstance(template, str):
+        where = path / "tokenizer_config.json"
+        raise ModelError(f"{where}: key 'chat_template' must be text, got {shown(template)}")
+    return template
+
+
+def _open_weights(path: Path) -> list[SafetensorsFile]:
+    if (path / WEIGHTS).exists():
+        return [open_safetensors(path / WEIGHTS)]
+    if (path / INDEX).exists():
+        return _open_shards(path / INDEX)
+    found = sorted(file.name for file in path.iterdir() if file.suffix in PICKLED)
+    if found:
+        raise ModelError(
+            f"{path}: has only pickled weights ({shown(found[0])}), which can run code when they "
+            "are opened; convert them to safetensors"
+        )
+    raise ModelError(f"{path}: has neither {WEIGHTS} nor {INDEX}")
+
+
+def _open_shards(index: Path) -> list[SafetensorsFile]:
+    """The files that the index names, each of which must have the tensors it is said to have."""
+    weight_map = _read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index}: key 'weight_map' must say which file each tensor is in")
+    shards: dict[str, SafetensorsFile] = {}
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not _is_file_name(name):
+            raise ModelError(f"{index}: tensor {shown(tensor)} is in {shown(name)}, no file's name")
+        if name not in shards:
+            shards[name] = open_safetensors(index.with_name(name))
+        if tensor not in shards[name].tensors:
+            raise ModelError(f"{shards[name].path}: lacks the tensor {shown(tensor)} of its index")
+    return list(shards.values())
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether this names a safetensors file in the folder itself, on any system."""
+    return name.endswith(".safetensors") and name.isprintable() and not set(name) & set("/\\:")

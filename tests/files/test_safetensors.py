@@ -1,0 +1,283 @@
+"""llmsrv.files.safetensors: what it reads, and what it refuses."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from llmsrv.errors import ModelError
+from llmsrv.files.mapped import MAX_JSON_BYTES
+from llmsrv.files.safetensors import open_safetensors
+from tests.support.fresh_process import open_in_a_fresh_process
+from tests.support.safetensors_writer import safetensors_of
+from tests.support.safetensors_writer import write_safetensors
+
+TINY = Path(__file__).parent.parent / "data/golden/tiny"
+
+
+def file_of(folder: Path, data: bytes) -> Path:
+    (folder / "model.safetensors").write_bytes(data)
+    return folder / "model.safetensors"
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def bytes_of(file, name):
+    info = file.tensors[name]
+    return bytes(file.view[info.offset:info.offset + info.size])
+
+
+def refusal(path: Path) -> str:
+    """The message of the ModelError, which must come within a second and name the file."""
+    start = time.perf_counter()
+    with pytest.raises(ModelError) as caught:
+        open_safetensors(path)
+    assert time.perf_counter() - start < 1
+    assert str(caught.value).startswith(f"{path}: ")
+    return str(caught.value).removeprefix(f"{path}: ")
+
+
+# ---- What it reads
+
+
+def test_tensors_come_back_as_they_were_written(tmp_path):
+    arrays = {
+        "rows": np.arange(12, dtype=np.float32).reshape(3, 4),
+        "half": np.arange(5, dtype=np.float16),
+        "brain": ("BF16", (1, 2, 3), bytes(range(12))),
+        "scalar": np.array(7, np.float32),
+    }
+    file = open_safetensors(write_safetensors(tmp_path / "m.safetensors", arrays))
+    assert {name: (t.type, t.shape, t.size) for name, t in file.tensors.items()} == {
+        "rows": ("F32", (3, 4), 48),
+        "half": ("F16", (5,), 10),
+        "brain": ("BF16", (1, 2, 3), 12),
+        "scalar": ("F32", (), 4),
+    }
+    assert bytes_of(file, "rows") == arrays["rows"].tobytes()
+    assert bytes_of(file, "half") == arrays["half"].tobytes()
+    assert bytes_of(file, "brain") == bytes(range(12))
+    assert file.view.readonly
+
+
+def test_tensors_may_lie_in_another_order_than_the_header_has_them(tmp_path):
+    header = {"b": entry(offsets=(8, 16)), "a": entry()}
+    file = open_safetensors(file_of(tmp_path, safetensors_of(header, bytes(range(16)))))
+    assert list(file.tensors) == ["a", "b"]
+    assert bytes_of(file, "b") == bytes(range(8, 16))
+
+
+def test_a_file_without_tensors_is_read(tmp_path):
+    assert open_safetensors(file_of(tmp_path, safetensors_of(b"{}"))).tensors == {}
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral"])
+def test_agrees_with_the_safetensors_package(name):
+    safetensors = pytest.importorskip("safetensors")
+    data = (TINY / name / "model.safetensors").read_bytes()
+    file = open_safetensors(TINY / name / "model.safetensors")
+    theirs = dict(safetensors.deserialize(data))
+    assert file.tensors.keys() == theirs.keys()
+    for tensor, wanted in theirs.items():
+        info = file.tensors[tensor]
+        assert (info.type, list(info.shape)) == (wanted["dtype"], wanted["shape"])
+        assert bytes_of(file, tensor) == bytes(wanted["data"])
+
+
+# ---- What it refuses
+
+HUGE = (1 << 64) - 1
+REFUSED = {
+    "nothing": (b"", "is too short for a safetensors file: 0 bytes"),
+    "7 bytes": (bytes(7), "is too short for a safetensors file: 7 bytes"),
+    "a GGUF file": (b"GGUF\3\0\0\0" + bytes(20), "claims a header of 14"),
+    "a length of 2^64-1": (b"\xff" * 8 + b"{}", "claims a header of 18446744073709551615 bytes"),
+    "a header past the end": (safetensors_of(b"{}")[:9], "ends inside its header"),
+    "an empty header": (safetensors_of(b""), "its header starts with ''"),
+    "a list": (safetensors_of(b"[]"), "its header starts with '['"),
+    "half a header": (safetensors_of(b'{"a":'), "is not JSON: Expecting value"),
+    "not UTF-8": (safetensors_of(b'{"\xff": 1}'), "is not UTF-8 at byte 2"),
+    "UTF-16": (safetensors_of("{}".encode("utf-16")), "is not UTF-8 at byte 0"),
+    "nested deeply": (safetensors_of(b'{"a":' + b"[" * 200_000), "is JSON nested too deeply"),
+    "a long number": (safetensors_of(b'{"a":' + b"9" * 5000 + b"}"), "is not JSON"),
+    "too many values": (
+        safetensors_of(b'{"a":[' + b"[]," * 1_000_000 + b"1]}"),
+        "has more than 786432 values",
+    ),
+    "a tensor twice": (
+        safetensors_of(b'{"x": 1, "y": 2, "x": 1}'),
+        "has the key 'x' twice",
+    ),
+    "a key of a tensor twice": (
+        safetensors_of(b'{"x": {"dtype": "F32", "dtype": "F16"}}'),
+        "has the key 'dtype' twice",
+    ),
+    "no object": (safetensors_of({"x": 1}), "tensor 'x' must have data_offsets, dtype, shape"),
+    "a missing key": (
+        safetensors_of({"x": {"dtype": "F32", "shape": [1]}}),
+        "tensor 'x' must have data_offsets, dtype, shape, got {'dtype'",
+    ),
+    "a hole": (
+        safetensors_of({"x": entry(), "y": entry(offsets=(9, 17))}, bytes(17)),
+        "tensor 'y' follows a hole",
+    ),
+    "a hole at the start": (
+        safetensors_of({"x": entry(offsets=(4, 12))}, bytes(12)),
+        "tensor 'x' follows a hole",
+    ),
+    "tensors that overlap": (
+        safetensors_of({"x": entry(), "y": entry(offsets=(4, 12))}, bytes(12)),
+        "tensor 'y' overlaps the tensor before it",
+    ),
+    "the same place twice": (
+        safetensors_of({"x": entry(), "y": entry()}, bytes(8)),
+        "tensor 'y' overlaps the tensor before it",
+    ),
+    "a tensor past the end": (
+        safetensors_of({"x": entry()}, bytes(7)),
+        "its tensors end at byte 77, but the file has 76; is it a whole download?",
+    ),
+    "bytes left over": (safetensors_of({"x": entry()}, bytes(9)), "has 1 bytes after its last"),
+}
+for _dtype in ("F64", "I64", "U8", "BOOL", "F8_E4M3", "F4", "f32", "", None, 0, ["F32"]):
+    REFUSED[f"dtype {_dtype}"] = (
+        safetensors_of({"x": entry(_dtype)}, bytes(8)),
+        f"tensor 'x' has the dtype {_dtype!r}; F32, F16, BF16 are read",
+    )
+for _shape in ([0], [2, -1], [True], [1.0], ["2"], [None], [1 << 64], [[2]], [1] * 9):
+    REFUSED[f"shape {_shape}"] = (
+        safetensors_of({"x": entry(shape=_shape)}, bytes(8)),
+        f"tensor 'x' has the shape {_shape!r}; expected up to 8 counts above 0",
+    )
+for _offsets in ([0], [0, 8, 8], [-8, 0], [0.0, 8], [False, 8], [0, 1 << 64], ["0", "8"]):
+    REFUSED[f"offsets {_offsets}"] = (
+        safetensors_of({"x": entry(offsets=_offsets)}, bytes(8)),
+        f"tensor 'x' has the data_offsets {_offsets!r}; expected two counts",
+    )
+for _offsets in ([8, 0], [0, 7], [0, HUGE], [HUGE, HUGE], [8, 8]):
+    REFUSED[f"a size by offsets {_offsets}"] = (
+        safetensors_of({"x": entry(offsets=_offsets)}, bytes(8)),
+        f"tensor 'x' has data_offsets of {_offsets[1] - _offsets[0]} bytes; F32 [2] takes 8",
+    )
+for _shape, _bytes in (([1 << 32, 1 << 30], 1 << 64), ([HUGE] * 8, 4 * HUGE**8)):
+    REFUSED[f"a size of {len(_shape)} overflowing counts"] = (
+        safetensors_of({"x": entry(shape=_shape, offsets=(0, 0))}),
+        f"takes {_bytes}",
+    )
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refuses(tmp_path, what):
+    data, message = REFUSED[what]
+    assert message in refusal(file_of(tmp_path, data))
+
+
+def test_a_message_stays_short_and_printable_whatever_the_name(tmp_path):
+    name = "\x1b[2J\n\ud800" + "x" * 60000
+    message = refusal(file_of(tmp_path, safetensors_of({name: 1})))
+    assert len(message) < 300 and message.isprintable()
+
+
+def test_refuses_what_is_no_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    assert refusal(tmp_path / "fifo") == "is not a regular file; expected a safetensors file"
+    assert refusal(tmp_path) == "is a directory; expected a safetensors file"
+    assert refusal(Path("/dev/zero")) == "is not a regular file; expected a safetensors file"
+    assert refusal(tmp_path / "missing") == "cannot be read: No such file or directory"
+    assert "cannot be read" in refusal(tmp_path / "null\0byte")
+    assert "cannot be read" in refusal(tmp_path / "lone\ud800surrogate")
+
+
+def test_refuses_a_file_cut_off_anywhere(tmp_path):
+    whole = (TINY / "llama/model.safetensors").read_bytes()
+    lengths = {*range(0, len(whole), 4096), *range(0, 200), len(whole) - 1}
+    for length in sorted(lengths):
+        refusal(file_of(tmp_path, whole[:length]))
+
+
+@settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_damaged_files_are_read_or_refused_and_nothing_else(tmp_path, data):
+    arrays = {"a": np.ones((2, 3), np.float32), "b": np.ones(4, np.float16)}
+    whole = write_safetensors(tmp_path / "small.safetensors", arrays).read_bytes()
+    damaged = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 4))):
+        position = data.draw(st.integers(0, len(whole) - 1))
+        damaged[position] = data.draw(st.sampled_from(b'{}[]",:0129e-\\u\xff\x00'))
+    length = data.draw(st.integers(0, len(whole)) | st.just(len(whole)))
+    opens_or_is_refused(file_of(tmp_path, bytes(damaged[:length])))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=10,
+)
+
+
+@settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(header=st.dictionaries(
+    st.text(max_size=3) | st.just("__metadata__"),
+    JSON | st.fixed_dictionaries({
+        "dtype": st.sampled_from(["F32", "BF16"]) | JSON,
+        "shape": st.lists(st.integers(0, 3)) | JSON,
+        "data_offsets": st.lists(st.integers(0, 20), min_size=2, max_size=2) | JSON,
+    }),
+    max_size=3,
+))
+def test_any_json_is_read_or_refused_and_nothing_else(tmp_path, header):
+    opens_or_is_refused(file_of(tmp_path, safetensors_of(header, bytes(16))))
+
+
+def opens_or_is_refused(path: Path) -> None:
+    """Any exception but ModelError fails the test."""
+    start = time.perf_counter()
+    try:
+        file = open_safetensors(path)
+        for name, info in file.tensors.items():
+            assert len(bytes_of(file, name)) == info.size > 0
+    except ModelError:
+        pass
+    assert time.perf_counter() - start < 1
+
+
+HOSTILE = {
+    "lists": b'{"a":[' + b"[]," * 390_000 + b"1]}",
+    "objects": b'{"a":[' + b"{}," * 390_000 + b"1]}",
+    "numbers": b'{"a":[' + b"99999," * 720_000 + b"1]}",
+    "keys": b"{" + b",".join(b'"%06d":0' % i for i in range(500_000)) + b"}",
+    "one wide character": '{"a":"🙂'.encode() + b"x" * (MAX_JSON_BYTES - 12) + b'"}',
+    "tensors": json.dumps({
+        f"{i:05d}": entry(offsets=(8 * i, 8 * i + 8)) for i in range(1 << 16)
+    }).encode(),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_headers_take_little_time_and_memory(tmp_path, what):
+    """64 MiB beside the file and Python itself, and a second."""
+    path = file_of(tmp_path, safetensors_of(HOSTILE[what], bytes(8 << 16)))
+    opened = open_in_a_fresh_process("llmsrv.files.safetensors", "open_safetensors", path)
+    assert opened.error == ("" if what == "tensors" else "ModelError")
+    assert opened.peak_bytes < path.stat().st_size + (64 << 20)
+    assert opened.seconds < 1
