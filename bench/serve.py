@@ -1,0 +1,157 @@
+"""How the server does under load, seen from its clients: tokens a second, time to the first token,
+time between tokens.
+
+python -m bench.serve [--streams 1,8,32] [--prompt 131] [--output 64] [--rounds 3]
+                      [--url URL --model NAME] [-- server options]
+
+Each stream is a connection of its own that sends its next request when the last has ended; prompts
+are random words, distinct, so that no prefix cache helps.  With --url another server is measured.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from dataclasses import field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from bench.machine import describe
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class Result:
+    """What one round of requests saw; times in seconds."""
+
+    wall_s: float = 0.0
+    num_tokens: int = 0
+    first_s: list[float] = field(default_factory=list)
+    between_s: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Load:
+    url: str
+    model: str
+    num_prompt_words: int
+    num_output_tokens: int
+
+
+async def one_request(load: Load, words: random.Random, result: Result) -> None:
+    prompt = " ".join(words.choice(WORDS) for _ in range(load.num_prompt_words))
+    body = json.dumps(
+        {
+            "model": load.model,
+            "prompt": prompt,
+            "max_tokens": load.num_output_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+        }
+    ).encode()
+    parts = urlsplit(load.url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    begun_s = last_s = time.perf_counter()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    writer.write(head.encode() + body)
+    num_events = 0
+    async for line in reader:
+        if line.startswith(b"data: {"):
+            now_s = time.perf_counter()
+            (result.between_s if num_events else result.first_s).append(now_s - last_s)
+            last_s = now_s
+            num_events += 1
+        elif line.startswith(b"HTTP/1.1 ") and b" 200 " not in line:
+            raise SystemExit(f"the server says {line.decode()}{(await reader.read()).decode()}")
+    writer.close()
+    result.num_tokens += load.num_output_tokens
+    result.wall_s = max(result.wall_s, time.perf_counter() - begun_s)
+
+
+async def one_round(load: Load, num_streams: int, requests_each: int) -> Result:
+    result = Result()
+
+    async def stream(number: int) -> None:
+        words = random.Random(f"{num_streams} {number}")
+        for _ in range(requests_each):
+            await one_request(load, words, result)
+
+    begun_s = time.perf_counter()
+    await asyncio.gather(*(stream(number) for number in range(num_streams)))
+    result.wall_s = time.perf_counter() - begun_s
+    return result
+
+
+def report(num_streams: int, results: list[Result]) -> str:
+    """One line: medians over the rounds; the 99th percentile over all of them."""
+    rate = statistics.median(r.num_tokens / r.wall_s for r in results)
+    first_s = statistics.median(s for r in results for s in r.first_s)
+    between_s = sorted(s for r in results for s in r.between_s)
+    p50_ms, p99_ms = (1e3 * between_s[int(len(between_s) * q)] for q in (0.5, 0.99))
+    return (
+        f"{num_streams:7} {rate:14.1f} {1e3 * first_s:15.1f} {p50_ms:12.2f} {p99_ms:12.2f}"
+    )
+
+
+@contextlib.contextmanager
+def our_server(options: list[str]) -> Iterator[str]:
+    """Starts llmsrv on a free port; yields its URL."""
+    process = subprocess.Popen(
+        [sys.executable, "llmsrv.py", "--port", "0", *options],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        print(line := process.stdout.readline().strip())
+        yield line.partition("ready at ")[2].partition(" ")[0]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def main() -> None:
+    own = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
+    server_options = sys.argv[len(own) + 2 :]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--streams", default="1,8,32")
+    parser.add_argument("--prompt", type=int, default=131, help="words, about as many tokens")
+    parser.add_argument("--output", type=int, default=64, help="tokens")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--url")
+    parser.add_argument("--model", default="SmolLM2-135M-Instruct")
+    options = parser.parse_args(own)
+    print(describe())
+    server = contextlib.nullcontext(options.url) if options.url else our_server(server_options)
+    with server as url:
+        load = Load(url, options.model, options.prompt, options.output)
+        asyncio.run(one_round(load, 1, 1))
+        print("streams  output tok/s  first token, ms  between, p50  between, p99")
+        for num_streams in map(int, options.streams.split(",")):
+            results = [
+                asyncio.run(one_round(load, num_streams, 1)) for _ in range(options.rounds)
+            ]
+            print(report(num_streams, results), flush=True)
+
+
+# Frequent words that are one token each in most vocabularies.
+WORDS = (
+    "the of and to in is you that it he was for on are as with his they at be this have from or "
+    "one had by word but not what all were we when your can said there use an each which she do "
+    "how their if will up other about out many then them these so some her would make like him "
+    "into time has look two more write go see number no way could people my than first water been"
+).split()
+
+if __name__ == "__main__":
+    main()
