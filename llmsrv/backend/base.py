@@ -241,6 +241,7 @@ class Batch:
     sequences: Array
     slot_mapping: Array
     block_tables: Array
+    is_long: Array
     logit_rows: Array
 
 

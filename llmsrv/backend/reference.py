@@ -8,7 +8,6 @@ the same greedy tokens alone and in any batch, not the same bits.
 import os
 from collections.abc import Callable
 from collections.abc import Iterator
-from dataclasses import dataclass
 from math import prod
 
 import numpy as np
@@ -19,19 +18,30 @@ from llmsrv.backend.base import Attention
 from llmsrv.backend.base import Backend
 from llmsrv.backend.base import Batch
 from llmsrv.backend.base import Embed
+from llmsrv.backend.base import Experts
 from llmsrv.backend.base import GatedActivation
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Linear
 from llmsrv.backend.base import Norm
 from llmsrv.backend.base import Operation
 from llmsrv.backend.base import Plan
+from llmsrv.backend.base import Pool
 from llmsrv.backend.base import Program
 from llmsrv.backend.base import RopeAndStore
 from llmsrv.backend.base import SelectLogitRows
+from llmsrv.backend.base import Softcap
 from llmsrv.backend.base import Tensor
 from llmsrv.backend.quants import TYPES
 from llmsrv.backend.quants import Floats
 from llmsrv.backend.quants import dequantise
+from llmsrv.backend.reference_ops import attend
+from llmsrv.backend.reference_ops import gated
+from llmsrv.backend.reference_ops import norm
+from llmsrv.backend.reference_ops import pooled
+from llmsrv.backend.reference_ops import rotate_heads
+from llmsrv.backend.reference_ops import route
+from llmsrv.backend.reference_ops import softcapped
+from llmsrv.backend.reference_ops import spans
 from llmsrv.backend.sampling import Samples
 from llmsrv.backend.sampling import SamplingTable
 from llmsrv.backend.sampling import sample
@@ -40,10 +50,6 @@ from llmsrv.errors import StartupError
 # Up to here OpenBLAS is faster at W @ x.T than at x @ W.T, by a third at 8 rows (0.3.31, AVX-512,
 # the shapes of SmolLM2-135M); above they are equal.
 FEW_ROWS = 32
-
-# Rows of a long chunk that attend together: few, since none looks beyond the last of them and their
-# scores should stay in the cache; not too few, since k and v are gathered for each span.
-SPAN_ROWS = 128
 
 Stack = tuple[Tensor, ...]
 
@@ -105,119 +111,95 @@ class ReferencePlan(Plan):
         match operation:
             case Embed():
                 ids = _resolved(batch.ids, self.sampled)
-                buffers[operation.out] = _embedded(ids, operation.table) * operation.scale
+                scale = np.float32(operation.scale)
+                buffers[operation.out] = _embedded(ids, operation.table) * scale
             case Norm():
                 weight = self.weights[_names((operation.weight,))]
-                buffers[operation.out] = _norm(buffers[operation.x], weight, operation.eps)
+                normed = norm(buffers[operation.x], weight, operation.eps)
+                self._put(operation.out, normed, operation.accumulate)
             case Linear():
-                product = self._linear(operation)
-                if operation.accumulate:
-                    product += buffers[operation.out]
-                buffers[operation.out] = product
+                self._put(operation.out, self._linear(operation), operation.accumulate)
             case RopeAndStore():
                 self._rope_and_store(operation, batch)
             case Attention():
                 buffers[operation.out] = self._attention(operation, batch)
             case GatedActivation():
-                gate, up = np.split(buffers[operation.x], 2, axis=1)
-                buffers[operation.out] = gate / (1 + np.exp(-gate)) * up
+                buffers[operation.out] = gated(buffers[operation.x], operation.function)
+            case Experts():
+                self._put(operation.out, self._experts(operation), accumulate=True)
             case SelectLogitRows():
                 buffers[operation.out] = buffers[operation.x][batch.logit_rows]
+            case Softcap():
+                buffers[operation.x] = softcapped(buffers[operation.x], operation.cap)
+            case Pool():
+                buffers[operation.out] = pooled(buffers[operation.x], batch, operation.kind)
+
+    def _put(self, out: str, values: Floats, accumulate: bool) -> None:
+        if accumulate:
+            values += self.buffers[out]
+        self.buffers[out] = values
 
     def _linear(self, operation: Linear) -> Floats:
-        x = self.buffers[operation.x]
-        w = self.weights[_names(operation.weights)]
-        product = np.ascontiguousarray((w @ x.T).T) if len(x) <= FEW_ROWS else x @ w.T
+        product = self._product(self.buffers[operation.x], operation.weights)
         if operation.biases:
             product += self.weights[_names(operation.biases)]
+        if operation.scale != 1:
+            product *= np.float32(operation.scale)
+        return product
+
+    def _product(self, x: Floats, stack: Stack) -> Floats:
+        w = self.weights[_names(stack)]
+        product: Floats = np.ascontiguousarray((w @ x.T).T) if len(x) <= FEW_ROWS else x @ w.T
         return product
 
     def _rope_and_store(self, operation: RopeAndStore, batch: Batch) -> None:
         num_heads, num_kv_heads = self.program.num_heads, self.program.num_kv_heads
         heads = self.buffers[operation.qkv].reshape(len(batch.ids), -1, self.program.head_dim)
         k_end = num_heads + num_kv_heads
-        angles = batch.positions[:, None].astype(np.float32) * operation.frequencies
-        cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]  # [T, 1, rotary_dim / 2]
-        magnitude = np.float32(operation.magnitude)
-        _rotate(heads[:, :k_end], cos * magnitude, sin * magnitude, operation.interleaved)
+        self._norm_heads(heads[:, :num_heads], operation.q_norm, operation.eps)
+        self._norm_heads(heads[:, num_heads:k_end], operation.k_norm, operation.eps)
+        rotate_heads(heads[:, :k_end], operation, batch)
         block, offset = np.divmod(batch.slot_mapping, BLOCK_SIZE)
         self.k_cache[block, operation.layer, offset] = heads[:, num_heads:k_end]
         self.v_cache[block, operation.layer, offset] = heads[:, k_end:]
+
+    def _norm_heads(self, heads: Floats, weight: Tensor | None, eps: float) -> None:
+        """In place, over as many values at a time as there are weights: a head, or all of them."""
+        if weight is not None:
+            values = self.weights[_names((weight,))]
+            x = heads.reshape(len(heads), -1, len(values))
+            heads[...] = norm(x, values, eps).reshape(heads.shape)
 
     def _attention(self, operation: Attention, batch: Batch) -> Floats:
         program = self.program
         heads = self.buffers[operation.qkv].reshape(len(batch.ids), -1, program.head_dim)
         out = np.empty((len(batch.ids), program.num_heads, program.head_dim), np.float32)
-        for span in _spans(batch):
+        for span in spans(batch, operation.window, BLOCK_SIZE):
             k = self.k_cache[span.blocks, operation.layer]  # [blocks, BLOCK_SIZE, kv heads, dim]
             v = self.v_cache[span.blocks, operation.layer]
             out[span.rows] = attend(
                 heads[span.rows, : program.num_heads],
-                k.reshape(-1, *k.shape[2:])[: span.length],
-                v.reshape(-1, *v.shape[2:])[: span.length],
+                k.reshape(-1, *k.shape[2:])[: span.end - span.first],
+                v.reshape(-1, *v.shape[2:])[: span.end - span.first],
                 batch.positions[span.rows],
-                operation.scale,
+                span.first,
+                operation,
             )
         return out.reshape(len(batch.ids), -1)
 
-
-@dataclass(frozen=True)
-class Span:
-    """Some rows of one sequence: its blocks, and how many positions the last of them sees."""
-
-    rows: slice
-    blocks: Array
-    length: int
-
-
-def _spans(batch: Batch) -> Iterator[Span]:
-    starts = np.flatnonzero(np.diff(batch.sequences, prepend=-1)).tolist()
-    for start, end in zip(starts, [*starts[1:], len(batch.sequences)]):
-        for first in range(start, end, SPAN_ROWS):
-            stop = min(first + SPAN_ROWS, end)
-            length = int(batch.positions[stop - 1]) + 1
-            blocks = batch.block_tables[batch.sequences[start], : -(-length // BLOCK_SIZE)]
-            yield Span(slice(first, stop), blocks, length)
-
-
-def attend(q: Floats, k: Floats, v: Floats, positions: Array, scale: float) -> Floats:
-    """Causal attention of some rows of one sequence over its positions 0 .. C - 1.
-
-    q  [T, num_heads, head_dim];  k, v  [C, num_kv_heads, head_dim];  positions  [T], below C
-    Returns [T, num_heads, head_dim].  Head h reads kv head h // (num_heads / num_kv_heads).
-    """
-    num_rows, num_heads, head_dim = q.shape
-    length, num_kv_heads, _ = k.shape
-    q = q.reshape(num_rows, num_kv_heads, -1, head_dim).transpose(1, 2, 0, 3)
-    q = q.reshape(num_kv_heads, -1, head_dim)  # [kv heads, group * T, dim]
-    scores: Floats = q @ k.transpose(1, 2, 0)  # [kv heads, group * T, C]
-    scores *= np.float32(scale)
-    future = np.arange(length) > positions[:, None]  # [T, C]
-    np.copyto(scores.reshape(num_kv_heads, -1, num_rows, length), -np.inf, where=future)
-    scores -= scores.max(axis=-1, keepdims=True)
-    np.exp(scores, out=scores)
-    scores /= scores.sum(axis=-1, keepdims=True)
-    out: Floats = scores @ v.transpose(1, 0, 2)
-    out = out.reshape(num_kv_heads, -1, num_rows, head_dim).transpose(2, 0, 1, 3)
-    return out.reshape(num_rows, num_heads, head_dim)
-
-
-def _norm(x: Floats, weight: Floats, eps: float) -> Floats:
-    mean_square = np.square(x).mean(axis=-1, keepdims=True)
-    normed: Floats = x / np.sqrt(mean_square + np.float32(eps)) * weight
-    return normed
-
-
-def _rotate(x: Floats, cos: Floats, sin: Floats, interleaved: bool) -> None:
-    """Turns the pairs of x [T, heads, head_dim] in place; cos, sin [T, 1, rotary_dim / 2]."""
-    half = cos.shape[-1]
-    if interleaved:
-        first, second = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
-    else:
-        first, second = x[..., :half], x[..., half : 2 * half]
-    turned = first * cos - second * sin
-    second[...] = second * cos + first * sin
-    first[...] = turned
+    def _experts(self, operation: Experts) -> Floats:
+        x = self.buffers[operation.x]
+        logits = self._product(x, (operation.router,))
+        chosen, weights = route(logits, operation.num_chosen, operation.normalise)
+        total = np.zeros((len(x), operation.down[0].shape[0]), np.float32)
+        for rank in range(operation.num_chosen):  # best first, as each row's sum is defined
+            for expert in np.unique(chosen[:, rank]).tolist():
+                rows = np.flatnonzero(chosen[:, rank] == expert)
+                gate_up = self._product(x[rows], operation.gate_up[expert])
+                activated = gated(gate_up, operation.function)
+                product = self._product(activated, (operation.down[expert],))
+                total[rows] += weights[rows, rank, None] * product
+        return total * np.float32(operation.scale)
 
 
 def _resolved(ids: Array, sampled: Array) -> Array:
@@ -246,6 +228,12 @@ def _stacks(program: Program) -> Iterator[Stack]:
                 yield operation.weights
                 if operation.biases:
                     yield operation.biases
+            case RopeAndStore():
+                yield from ((weight,) for weight in (operation.q_norm, operation.k_norm) if weight)
+            case Experts():
+                yield (operation.router,)
+                yield from operation.gate_up
+                yield from ((weight,) for weight in operation.down)
 
 
 def _names(stack: Stack) -> tuple[str, ...]:

@@ -34,5 +34,6 @@ def build_batch(chunks: list[Chunk], block_tables: Array) -> Batch:
         sequences=sequences,
         slot_mapping=blocks * BLOCK_SIZE + positions % BLOCK_SIZE,
         block_tables=tables,
+        is_long=np.array([sequence.is_long for sequence, _ in chunks]),
         logit_rows=(ends[completes] - 1).astype(np.int32),
     )

@@ -34,12 +34,20 @@ log = logging.getLogger("llmsrv.engine")
 
 
 class EngineCore:
-    def __init__(self, plan: Plan, limits: Limits, context_length: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        limits: Limits,
+        context_length: int,
+        vocab_size: int,
+        long_from: int | None = None,
+    ) -> None:
         """limits are those that the plan was compiled for; its cache must hold one sequence of
-        context_length."""
+        context_length.  long_from is the program's."""
         self._plan = plan
         self._context_length = context_length
         self._vocab_size = vocab_size
+        self._long_from = context_length if long_from is None else long_from
         self._kv_cache = KVCache(limits.num_blocks, limits.max_slots, context_length)
         self._scheduler = Scheduler(self._kv_cache, limits.max_slots, limits.max_rows)
         self._sequences: dict[int, list[Sequence]] = {}  # by request, what has not ended
@@ -61,10 +69,12 @@ class EngineCore:
         now_s = time.monotonic()
         try:
             self._check(submit)
-            room = self._context_length - len(submit.prompt_ids)
-            max_tokens, end_ids = min(submit.max_tokens, room), frozenset(submit.end_ids)
+            num_prompt, end_ids = len(submit.prompt_ids), frozenset(submit.end_ids)
+            max_tokens = min(submit.max_tokens, self._context_length - num_prompt)
+            is_long = num_prompt + max_tokens > self._long_from
             sequences = [
-                Sequence(submit, choice, max_tokens, end_ids, now_s) for choice in range(submit.n)
+                Sequence(submit, choice, max_tokens, end_ids, now_s, is_long)
+                for choice in range(submit.n)
             ]
         except Exception as error:
             self._failed.append(_failed(submit.request, error))

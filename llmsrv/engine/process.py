@@ -125,20 +125,22 @@ def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, 
     )
     backend, reason = choose_backend(config.backend)
     model = load_model(Path(config.model_path), tick)
-    plan = backend.compile(model.program, limits, tick)
+    program = model.program
+    plan = backend.compile(program, limits, tick)
     context_length = min(model.config.context_length, num_blocks * BLOCK_SIZE)
     ready = Ready(
         architecture=model.config.architecture,
         backend=backend.name,
         backend_reason=reason,
-        vocab_size=model.program.vocab_size,
+        vocab_size=program.vocab_size,
         context_length=context_length,
         max_num_sequence=config.max_num_sequence,
         num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
         load_s=time.monotonic() - start_s,
     )
-    return EngineCore(plan, limits, context_length, model.program.vocab_size), ready
+    core = EngineCore(plan, limits, context_length, program.vocab_size, program.long_from)
+    return core, ready
 
 
 def _told(error: Exception) -> str:

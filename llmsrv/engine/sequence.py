@@ -30,13 +30,15 @@ TRANSITIONS = {
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """max_tokens is what the context leaves of what was asked for; at least 1."""
+    """max_tokens is what the context leaves of what was asked for, at least 1; is_long as in
+    backend.base.Batch."""
 
     submit: Submit
     choice: int
     max_tokens: int
     end_ids: frozenset[int]
     queued_s: float
+    is_long: bool = False
     state: State = State.WAITING
 
     # While it runs

@@ -20,6 +20,7 @@ class Piece:
     start: int  # position of the first
     blocks: Sequence[int]  # the sequence's, from position 0 on
     wants_logits: bool = True  # of the last row
+    is_long: bool = False
 
 
 @dataclass
@@ -60,6 +61,7 @@ def batch_of(pieces: Sequence[Piece]) -> Batch:
         sequences=sequences.astype(np.int32),
         slot_mapping=slots + positions % BLOCK_SIZE,
         block_tables=tables,
+        is_long=np.array([piece.is_long for piece in pieces]),
         logit_rows=(np.cumsum(lengths) - 1)[wanted].astype(np.int32),
     )
 
