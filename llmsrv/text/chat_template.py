@@ -84,7 +84,7 @@ class ChatTemplate:
         ids: list[int] = []
         for is_special, piece in alternate(self._tokenizer.split(text, parse_special=True)):
             plain = hidden.put_back(piece)
-            ids += self._tokenizer.encode(plain, parse_special=is_special)
+            ids += self._tokenizer.encode(plain, parse_special=is_special, is_start=not ids)
         return self._tokenizer.with_bos(ids)
 
     def _render(

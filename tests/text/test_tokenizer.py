@@ -331,7 +331,8 @@ def test_special_tokens_within_each_other_as_deep_as_allowed(load):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "llama"}, "its tokenizer is of the kind 'llama'; only byte-level BPE"),
+        ({"model": "bert"}, "its tokenizer is of the kind 'bert'; byte-level BPE"),
+        ({"model": "llama"}, "key 'tokenizer.ggml.scores' must be an array of 270 numbers"),
         ({"model": None}, "its tokenizer is of the kind None"),
         ({"pre": "brand-new"}, "its pre-tokenizer 'brand-new' .* is not known; known: a.x-4.0, "),
         ({"tokens": None}, "key 'tokenizer.ggml.tokens' must be an array of strings"),
