@@ -80,7 +80,9 @@ async def _serve(
 
     async def load() -> None:
         log.info("loading %s", model_path)
-        service.text = await asyncio.to_thread(load_text_model, model_path, config.chat_template)
+        service.text = await asyncio.to_thread(
+            load_text_model, model_path, config.chat_template, config.cache_dir
+        )
         await engine.wait_ready()
         _tell_ready(service, sockets[0].getsockname(), bool(keys))
 

@@ -8,6 +8,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator
+from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any
@@ -50,7 +51,8 @@ class Job:
             for index in range(len(prompts) * self._n)
         ]
         self._generations: list[Generation] = []
-        sampling = sampling_of(request, num_logprobs)
+        assert service.text is not None
+        sampling = sampling_of(request, service.text.sampling_defaults, num_logprobs)
         try:
             for ids, limit in zip(prompts, max_tokens, strict=True):
                 self._generations.append(
@@ -152,15 +154,22 @@ def check_stream_options(request: GenerationRequest) -> None:
         )
 
 
-def sampling_of(request: GenerationRequest, num_logprobs: int) -> Sampling:
-    """The request's parameters as the engine takes them; without a seed, with a random one."""
-    seed = secrets.randbits(64) if request.seed is None else request.seed % 2**64
+def sampling_of(
+    request: GenerationRequest, defaults: Mapping[str, float], num_logprobs: int
+) -> Sampling:
+    """The request's parameters as the engine takes them, with the model's defaults for those that
+    it leaves out; without a seed, with a random one."""
+
+    def value(name: str, neutral: float) -> float:
+        asked: float | None = getattr(request, name)
+        return defaults.get(name, neutral) if asked is None else asked
+
     return Sampling(
-        seed=seed,
-        temperature=1.0 if request.temperature is None else request.temperature,
-        top_k=max(request.top_k or 0, 0),
-        top_p=1.0 if request.top_p is None else request.top_p,
-        min_p=request.min_p or 0.0,
+        seed=secrets.randbits(64) if request.seed is None else request.seed % 2**64,
+        temperature=value("temperature", 1.0),
+        top_k=max(int(value("top_k", 0)), 0),
+        top_p=value("top_p", 1.0),
+        min_p=value("min_p", 0.0),
         num_logprobs=num_logprobs,
     )
 

