@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from llmsrv.errors import StartupError
 from llmsrv.version import __version__
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+Environment = Mapping[str, str]
 
 EPILOG = """\
 Each option can also be set in the environment: --api-key as LLMSRV_API_KEY, and so on.
@@ -25,13 +27,28 @@ LIST is a JSON list or names separated by commas.
 
   python llmsrv.py                                   serve the default model on port 8000
   python llmsrv.py --model model.gguf --port 8001    serve a file
+  python llmsrv.py --model hf:org/name               serve a model of the Hugging Face hub
+
+Commands, each with its own --help:
+  pull NAME    fetch a model into the cache, or bring it up to date
+  models       list the models in the cache
+  rm NAME      remove a model from the cache
 """
+# Command -> what it does, and the options that it takes.
+COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "pull": ("Fetch a model into the cache, or bring it up to date.", ("hf_token", "cache_dir")),
+    "models": ("List the models in the cache.", ("cache_dir",)),
+    "rm": ("Remove a model from the cache.", ("cache_dir",)),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program: 0 when it stopped in order, 1 when it cannot run, 2 on bad usage."""
     try:
-        config = parse(sys.argv[1:] if arguments is None else arguments, os.environ)
+        given = sys.argv[1:] if arguments is None else arguments
+        if given and given[0] in COMMANDS:
+            return _run_command(given[0], given[1:])
+        config = parse(given, os.environ)
         if sys.platform == "win32":
             raise StartupError("llmsrv runs on Linux and macOS; on Windows use it inside WSL 2.")
         from llmsrv.serve import serve
@@ -53,9 +70,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def parse(arguments: Sequence[str], environment: dict[str, str] | os._Environ[str]) -> Config:
+def _run_command(command: str, arguments: Sequence[str]) -> int:
+    config = parse_command(command, arguments, os.environ)
+    from llmsrv import commands
+
+    run = {"pull": commands.pull, "models": commands.models, "rm": commands.rm}[command]
+    run(config)
+    return 0
+
+
+def parse(arguments: Sequence[str], environment: Environment) -> Config:
     """The options; argparse prints usage and exits with 2 when one of them cannot be."""
-    parser = _parser()
+    return _config(_parser(), arguments, environment)
+
+
+def parse_command(command: str, arguments: Sequence[str], environment: Environment) -> Config:
+    """As parse, for a command; what it names is `model`."""
+    help, options = COMMANDS[command]
+    parser = argparse.ArgumentParser(
+        prog=f"llmsrv {command}",
+        description=help,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    if command != "models":
+        parser.add_argument("model", metavar="NAME", help="a name that --model takes")
+    for field in dataclasses.fields(Config):
+        if field.name in options:
+            _add_argument(parser, field)
+    return _config(parser, arguments, environment)
+
+
+def _config(
+    parser: argparse.ArgumentParser, arguments: Sequence[str], environment: Environment
+) -> Config:
     given = vars(parser.parse_args(arguments))
     for field in dataclasses.fields(Config):
         variable = f"LLMSRV_{field.name.upper()}"

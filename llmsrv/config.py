@@ -61,13 +61,23 @@ class Config:
     """The options of one server; a field `api_key` is the flag --api-key and LLMSRV_API_KEY."""
 
     model: str = option(
-        DEFAULT_MODEL, "Model", "a GGUF file, or the name of a cached model", metavar="PATH|NAME"
+        DEFAULT_MODEL,
+        "Model",
+        "a GGUF file, a Hugging Face folder, hf:org/name[:file], or the name of a cached model",
+        metavar="PATH|NAME",
     )
     served_model_name: list[str] = option(
         [], "Model", "the model's id for clients, and aliases of it", metavar="NAME", many=True
     )
     chat_template: str | None = option(
         None, "Model", "a Jinja template to use instead of the model's own", metavar="FILE"
+    )
+    hf_token: str | None = option(
+        None,
+        "Model",
+        "a token for the Hugging Face hub; HF_TOKEN in the environment does not show in the "
+        "process list",
+        metavar="TOKEN",
     )
     mode: str = option(
         "local",

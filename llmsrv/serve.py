@@ -48,7 +48,9 @@ def serve(config: Config) -> int:
         keys = read_keys(config.api_key, config.api_key_file)
         _warn(config, keys)
         sockets = bind(config.host, config.port)
-        model_path = resolve_model(config.model, config.cache_dir, sys.stderr)
+        model_path = resolve_model(
+            config.model, config.cache_dir, sys.stderr, config.hf_token
+        )
         return run(_serve(config, keys, sockets, model_path))
     finally:
         listener.stop()

@@ -1,6 +1,8 @@
 """What the routes share: the served model, its engine, and whether it would answer now."""
 
 import hashlib
+import os
+import re
 import time
 from dataclasses import dataclass
 from dataclasses import field
@@ -12,6 +14,7 @@ from llmsrv.engine.client import EngineClient
 from llmsrv.engine.client import EngineState
 from llmsrv.errors import ApiError
 from llmsrv.errors import StartupError
+from llmsrv.files.hub import PREFIX
 from llmsrv.files.open import open_model
 from llmsrv.text.chat_template import ChatTemplate
 from llmsrv.text.defaults import chat_template
@@ -60,7 +63,17 @@ def _read_template(path: str) -> str:
 
 def model_names(config: Config) -> list[str]:
     """The ids that clients use, the first one canonical: names, never paths."""
-    return config.served_model_name or [Path(config.model).name.removesuffix(".gguf")]
+    return config.served_model_name or [name_of(config.model)]
+
+
+def name_of(model: str) -> str:
+    """The last part of a path or of a name on the hub, without what only files have: "tiny" for
+    models/tiny.gguf, hf:org/tiny and hf:org/repository:tiny-00001-of-00002.gguf."""
+    if model.startswith(PREFIX):
+        last = re.split("[/:]", model)[-1]
+    else:
+        last = os.path.basename(os.path.abspath(model))
+    return re.sub(r"(-00001-of-\d{5})?\.gguf$", "", last)
 
 
 @dataclass

@@ -19,10 +19,11 @@ PARAMETERS: dict[str, tuple[str, float, float]] = {
 
 
 def chat_template(model: GGUFFile | ModelFolder) -> str | None:
-    """The model's own template; ModelError when what is there is no text."""
+    """The model's own template, None where it has none."""
     if isinstance(model, ModelFolder):
         return model.chat_template
-    return model.get("tokenizer.chat_template", str)
+    template = model.metadata.get("tokenizer.chat_template")
+    return template if isinstance(template, str) else None
 
 
 def sampling_defaults(model: GGUFFile | ModelFolder) -> dict[str, float]:

@@ -1,0 +1,37 @@
+"""The commands beside serving: what they do to the cache of models, and what they print."""
+
+import sys
+
+from llmsrv.config import Config
+from llmsrv.files import hub
+from llmsrv.files.cache import cached_models
+from llmsrv.files.cache import remove
+from llmsrv.files.progress import MEGABYTE
+from llmsrv.files.source import resolve_model
+
+
+def pull(config: Config) -> None:
+    """Fetches a model; one of the hub as it is there now, also when it is in the cache."""
+    if config.model.startswith(hub.PREFIX):
+        folder = config.cache_dir.absolute() / "hf"
+        path = hub.fetch(config.model, folder, config.hf_token, sys.stderr)
+    else:
+        path = resolve_model(config.model, config.cache_dir, sys.stderr)
+    print(path)
+
+
+def models(config: Config) -> None:
+    """One line a model: name, size and place."""
+    found = cached_models(config.cache_dir)
+    if not found:
+        print(f"no models in {config.cache_dir}", file=sys.stderr)
+    width = max((len(model.name) for model in found), default=0)
+    for model in found:
+        size = f"{model.size_bytes / MEGABYTE:,.0f} MB"
+        print(f"{model.name:{width}}  {size:>10}  {model.path or 'not whole: pull it again'}")
+
+
+def rm(config: Config) -> None:
+    """Removes a model and says how much space that gave."""
+    removed = remove(config.model, config.cache_dir)
+    print(f"removed {removed.name}, {removed.size_bytes / MEGABYTE:,.0f} MB")
