@@ -1,0 +1,16 @@
+/* ATTEND and COMBINE: causal attention over the paged KV cache. */
+#ifndef ATTENTION_H
+#define ATTENTION_H
+
+#include "plan.h"
+
+/* Cuts the step into spans; called once a step, before its operations. */
+void attention_prepare(Plan *plan);
+int attention_units(const Plan *plan);
+void attention_run(const Plan *plan, const Operation *operation, int unit, int thread);
+void combine_run(const Plan *plan, const Operation *operation, int first, int end);
+
+/* Floats of scratch a thread needs. */
+int64_t attention_scratch(int num_heads, int num_kv_heads, int padded_dim);
+
+#endif

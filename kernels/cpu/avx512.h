@@ -1,0 +1,69 @@
+/* AVX-512 with VNNI: one register a vector. */
+#include <immintrin.h>
+
+INLINE f32x16 splat(float x) { return (f32x16)_mm512_set1_ps(x); }
+INLINE i32x16 splat_int(int32_t x) { return (i32x16)_mm512_set1_epi32(x); }
+
+INLINE f32x16 fma16(f32x16 a, f32x16 b, f32x16 c)
+{
+    return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+
+/* Of NaN and a number the second: callers look for NaN by other means. */
+INLINE f32x16 max16(f32x16 a, f32x16 b) { return (f32x16)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE f32x16 min16(f32x16 a, f32x16 b) { return (f32x16)_mm512_min_ps((__m512)a, (__m512)b); }
+
+INLINE i32x16 max_int(i32x16 a, i32x16 b)
+{
+    return (i32x16)_mm512_max_epi32((__m512i)a, (__m512i)b);
+}
+
+INLINE f32x16 to_float(i32x16 x) { return (f32x16)_mm512_cvtepi32_ps((__m512i)x); }
+INLINE i32x16 to_nearest(f32x16 x) { return (i32x16)_mm512_cvtps_epi32((__m512)x); }
+
+/* c + the dot product of four unsigned bytes of w and four signed bytes of x in each lane */
+INLINE i32x16 dot4(i32x16 c, u32x16 w, i32x16 x)
+{
+    return (i32x16)_mm512_dpbusd_epi32((__m512i)c, (__m512i)w, (__m512i)x);
+}
+
+INLINE f32x16 load_half(const uint16_t *p)
+{
+    return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)p));
+}
+
+INLINE void store_half(uint16_t *p, f32x16 x)
+{
+    _mm256_storeu_si256((void *)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+INLINE f32x16 load_bfloat(const uint16_t *p)
+{
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p));
+    return (f32x16)_mm512_slli_epi32(wide, 16);
+}
+
+INLINE f32x16 load_unsigned_bytes(const uint8_t *p)
+{
+    return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)));
+}
+
+INLINE f32x16 load_signed_bytes(const uint8_t *p)
+{
+    return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
+}
+
+/* The low bytes of the lanes. */
+INLINE void store_bytes(int8_t *p, i32x16 x)
+{
+    _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8((__m512i)x));
+}
+
+INLINE float sum16(f32x16 x) { return _mm512_reduce_add_ps((__m512)x); }
+INLINE float largest16(f32x16 x) { return _mm512_reduce_max_ps((__m512)x); }
+INLINE int32_t sum_int(i32x16 x) { return _mm512_reduce_add_epi32((__m512i)x); }
+INLINE int32_t largest_int(i32x16 x) { return _mm512_reduce_max_epi32((__m512i)x); }
+
+INLINE void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+INLINE void prefetch_far(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
+INLINE void pause_briefly(void) { _mm_pause(); }

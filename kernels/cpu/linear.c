@@ -1,0 +1,418 @@
+/* Products of quantised weights with activations in two planes of bytes, or one.
+ *
+ * y[r][i] = sum over blocks k of  d_w d_x (q_w . q_x)  +  m_w sum_x
+ *
+ * in float32, block by block, the dot product of integers exact: the order never depends on the
+ * number of rows, so neither do the bits of y.  Signed weights are stored with an offset, taken off
+ * again by starting the integers at minus offset times the sum of the activations.
+ *
+ * One vector holds four columns of sixteen weight rows (formats.h), and each activation word is
+ * broadcast from memory, which is free beside the dot products: their number bounds many rows, and
+ * the bytes of the weights bound a few.  Two groups by TILE rows keep the accumulators in registers;
+ * the sizes must be literals, or the compiler makes the arrays variable and spills them. */
+#include "linear.h"
+#include "formats.h"
+#include "simd.h"
+
+/* Few rows read each weight once, at the speed of memory: fetch this far ahead of the product. */
+enum { AHEAD = 10240 };
+
+/* ---- Activations to tiles */
+
+#if PLANES == 2
+static const float LARGEST = 32512; /* 127 * 256: the high byte must not reach 128 */
+#else
+static const float LARGEST = 127;
+#endif
+
+/* Words of 32 values at x, `R` apart. */
+INLINE void split_block(const float *x, int R, int32_t *words)
+{
+    f32x16 x0 = load(x), x1 = load(x + 16);
+    i32x16 no_sign = splat_int(0x7fffffff);
+    /* As integers sizes compare the same, and NaN is larger than all. */
+    int32_t bits = largest_int(max_int((i32x16)x0 & no_sign, (i32x16)x1 & no_sign));
+    float largest, inverse, d;
+    int32_t packed[8 * PLANES];
+    memcpy(&largest, &bits, sizeof largest);
+    d = largest / LARGEST;
+    inverse = d > 0x1p-120f ? LARGEST / largest : 0; /* of infinity and NaN 0, but d stays */
+    if (!(largest < INFINITY)) {
+        d = NAN;
+        inverse = 0;
+        x0 = x1 = splat(0);
+    }
+    i32x16 i0 = to_nearest(x0 * splat(inverse)), i1 = to_nearest(x1 * splat(inverse));
+    int32_t second = -sum_int(i1), negative = second - sum_int(i0);
+#if PLANES == 2
+    store_bytes((int8_t *)packed, (i0 + 128) >> 8);
+    store_bytes((int8_t *)packed + 16, (i1 + 128) >> 8);
+    store_bytes((int8_t *)packed + 32, i0);
+    store_bytes((int8_t *)packed + 48, i1);
+#else
+    store_bytes((int8_t *)packed, i0);
+    store_bytes((int8_t *)packed + 16, i1);
+#endif
+    for (int i = 0; i < 8 * PLANES; i++)
+        words[i * R] = packed[i];
+    float value = -d * (float)negative;
+    memcpy(words + 8 * PLANES * R, &d, 4);
+    memcpy(words + (8 * PLANES + 1) * R, &value, 4);
+    words[(8 * PLANES + 2) * R] = negative;
+    words[(8 * PLANES + 3) * R] = second;
+}
+
+void split_tile(const float *x, int stride, int width, int R, int32_t *tile)
+{
+    for (int r = 0; r < R; r++)
+        for (int k = 0; k < width / 32; k++)
+            split_block(x + (int64_t)r * stride + 32 * k, R, tile + TILE_WORDS * R * k + r);
+}
+
+/* ---- Products */
+
+INLINE int32_t offset_of(int format)
+{
+    return format == Q4_0 ? 8 : format == Q5_0 ? 16 : format == Q6_K ? 32 : format == Q8_0 ? 128 : 0;
+}
+
+INLINE int has_minimum(int format)
+{
+    return format == Q4_1 || format == Q5_1 || format == Q4_K || format == Q5_K;
+}
+
+/* Words j (`low`) and j + 4 (`high`) of a block, each four columns of 16 rows. */
+INLINE void integers(int format, const uint8_t *w, int j, u32x16 *low, u32x16 *high)
+{
+    if (format == Q8_0) {
+        *low = load_bytes(w + 64 * j);
+        *high = load_bytes(w + 64 * (j + 4));
+        return;
+    }
+    u32x16 both = load_bytes(w + 64 * j);
+    *low = both & 0x0f0f0f0f;
+    *high = (both >> 4) & 0x0f0f0f0f;
+    if (format == Q5_0 || format == Q5_1 || format == Q5_K) {
+        u32x16 bits = load_bytes(w + 256);
+        *low |= (bits << (4 - j)) & 0x10101010;
+        *high |= (bits >> j) & 0x10101010;
+    }
+    if (format == Q6_K) {
+        u32x16 first = load_bytes(w + 256), second = load_bytes(w + 320);
+        *low |= (j < 2 ? first << (4 - 2 * j) : first >> (2 * j - 4)) & 0x30303030;
+        *high |= (j < 2 ? second << (4 - 2 * j) : second >> (2 * j - 4)) & 0x30303030;
+    }
+}
+
+/* Scale and minimum of 16 rows in a block; of Q6_K the scale without s. */
+INLINE void scales(int format, const uint8_t *w, f32x16 *d, f32x16 *m)
+{
+    int at = format == Q8_0                                                  ? 512
+             : format == Q5_0 || format == Q5_1 || format == Q5_K            ? 320
+             : format == Q6_K                                                ? 384
+                                                                             : 256;
+    *d = load_half((const uint16_t *)(w + at));
+    *m = *d;
+    if (has_minimum(format))
+        *m = load_half((const uint16_t *)(w + at + 32));
+    if (format == Q4_K || format == Q5_K) {
+        *d *= load_unsigned_bytes(w + at + 64);
+        *m *= splat(0) - load_unsigned_bytes(w + at + 80);
+    }
+}
+
+INLINE i32x16 start(int format, int32_t negative)
+{
+    return offset_of(format) ? splat_int(negative * offset_of(format)) : splat_int(0);
+}
+
+/* With `next` 256 bytes of it a block, for weights that several tiles pass over; else the bytes that
+ * this very stream will reach. */
+INLINE void fetch_ahead(const uint8_t *w, size_t size, int G, const uint8_t **next)
+{
+    if (*next) {
+        UNROLL for (int u = 0; u < 4; u++) prefetch_far(*next + 64 * u);
+        *next += 256;
+    } else {
+        UNROLL for (size_t u = 0; u < G * size; u += 64) prefetch(w + AHEAD + u);
+    }
+}
+
+/* y[g][r][0..15] for G groups and R rows of a tile. */
+INLINE void product(
+    const int format,
+    const int G,
+    const int R,
+    const uint8_t *w,
+    size_t group_size,
+    int num_blocks,
+    const int32_t *tile,
+    const uint8_t *next,
+    float *y)
+{
+    const size_t size = block_bytes(format);
+    f32x16 sums[2][TILE];
+    UNROLL for (int g = 0; g < G; g++) UNROLL for (int r = 0; r < R; r++) sums[g][r] = splat(0);
+    for (int k = 0; k < num_blocks; k++, w += size, tile += TILE_WORDS * R) {
+        const float *d_x = (const float *)(tile + 8 * PLANES * R), *sum_x = d_x + R;
+        const int32_t *negative = (const int32_t *)(sum_x + R);
+        fetch_ahead(w, size, G, &next);
+        i32x16 dots[PLANES][2][TILE];
+        UNROLL for (int g = 0; g < G; g++) UNROLL for (int r = 0; r < R; r++) {
+            UNROLL for (int p = 0; p < PLANES - 1; p++) dots[p][g][r] = splat_int(0);
+            dots[PLANES - 1][g][r] = start(format, negative[r]);
+        }
+        UNROLL for (int j = 0; j < 4; j++) {
+            u32x16 q[2][2];
+            UNROLL for (int g = 0; g < G; g++)
+                integers(format, w + g * group_size, j, &q[0][g], &q[1][g]);
+            UNROLL for (int h = 0; h < 2; h++) UNROLL for (int p = 0; p < PLANES; p++)
+                UNROLL for (int r = 0; r < R; r++) {
+                    i32x16 x = splat_int(tile[(8 * p + 4 * h + j) * R + r]);
+                    UNROLL for (int g = 0; g < G; g++)
+                        dots[p][g][r] = dot4(dots[p][g][r], q[h][g], x);
+                }
+        }
+        UNROLL for (int g = 0; g < G; g++) {
+            f32x16 d, m;
+            scales(format, w + g * group_size, &d, &m);
+            UNROLL for (int r = 0; r < R; r++) {
+                i32x16 dot = dots[PLANES - 1][g][r];
+                if (PLANES == 2)
+                    dot += dots[0][g][r] << 8;
+                sums[g][r] = fma16(to_float(dot), d * splat(d_x[r]), sums[g][r]);
+                if (has_minimum(format))
+                    sums[g][r] = fma16(m, splat(sum_x[r]), sums[g][r]);
+            }
+        }
+    }
+    UNROLL for (int g = 0; g < G; g++) UNROLL for (int r = 0; r < R; r++)
+        store(y + ROWS * (R * g + r), sums[g][r]);
+}
+
+/* Q6_K has a scale for each half of a block, and so twice the sums of integers: one group. */
+INLINE void product_q6_k(
+    const int R, const uint8_t *w, int num_blocks, const int32_t *tile, const uint8_t *next, float *y)
+{
+    const size_t size = block_bytes(Q6_K);
+    f32x16 sums[TILE];
+    UNROLL for (int r = 0; r < R; r++) sums[r] = splat(0);
+    for (int k = 0; k < num_blocks; k++, w += size, tile += TILE_WORDS * R) {
+        const float *d_x = (const float *)(tile + 8 * PLANES * R);
+        const int32_t *negative = tile + (8 * PLANES + 2) * R;
+        fetch_ahead(w, size, 1, &next);
+        f32x16 d = load_half((const uint16_t *)(w + 384));
+        f32x16 halves[TILE];
+        UNROLL for (int h = 0; h < 2; h++) {
+            i32x16 dots[PLANES][TILE];
+            UNROLL for (int r = 0; r < R; r++) {
+                UNROLL for (int p = 0; p < PLANES - 1; p++) dots[p][r] = splat_int(0);
+                int32_t second = negative[R + r];
+                dots[PLANES - 1][r] = start(Q6_K, h ? second : negative[r] - second);
+            }
+            UNROLL for (int j = 0; j < 4; j++) {
+                u32x16 q[2];
+                integers(Q6_K, w, j, &q[0], &q[1]);
+                UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < PLANES; p++)
+                    dots[p][r] =
+                        dot4(dots[p][r], q[h], splat_int(tile[(8 * p + 4 * h + j) * R + r]));
+            }
+            f32x16 s = load_signed_bytes(w + 416 + 16 * h);
+            UNROLL for (int r = 0; r < R; r++) {
+                i32x16 dot = dots[PLANES - 1][r];
+                if (PLANES == 2)
+                    dot += dots[0][r] << 8;
+                halves[r] = h ? fma16(to_float(dot), s, halves[r]) : to_float(dot) * s;
+            }
+        }
+        UNROLL for (int r = 0; r < R; r++)
+            sums[r] = fma16(halves[r], d * splat(d_x[r]), sums[r]);
+    }
+    UNROLL for (int r = 0; r < R; r++) store(y + ROWS * r, sums[r]);
+}
+
+/* Weights that are floats, times floats.  Four sums, by column modulo 4, hide the latency. */
+INLINE void product_float(
+    const int format, const int R, const uint8_t *w, int columns, const float *x, int stride, float *y)
+{
+    const size_t size = block_bytes(format);
+    f32x16 sums[4][TILE];
+    UNROLL for (int i = 0; i < 4; i++) UNROLL for (int r = 0; r < R; r++) sums[i][r] = splat(0);
+    int c = 0;
+#define STEP(i)                                                                                    \
+    {                                                                                              \
+        const uint8_t *p = w + size * (size_t)(c + i);                                             \
+        f32x16 v = format == F32   ? load((const float *)p)                                        \
+                   : format == F16 ? load_half((const uint16_t *)p)                                \
+                                   : load_bfloat((const uint16_t *)p);                             \
+        UNROLL for (int r = 0; r < R; r++) sums[i][r] =                                            \
+            fma16(v, splat(x[r * stride + c + i]), sums[i][r]);                                    \
+    }
+    for (; c + 4 <= columns; c += 4) {
+        if (R == 1)
+            UNROLL for (size_t u = 0; u < 4 * size; u += 64) prefetch(w + size * (size_t)c + AHEAD + u);
+        UNROLL for (int i = 0; i < 4; i++) STEP(i)
+    }
+    for (; c < columns; c++)
+        STEP(0)
+#undef STEP
+    UNROLL for (int r = 0; r < R; r++)
+        store(y + ROWS * r, (sums[0][r] + sums[1][r]) + (sums[2][r] + sums[3][r]));
+}
+
+/* ---- One function for each format and number of rows */
+
+typedef void (*Product)(
+    const uint8_t *w,
+    size_t group_size,
+    int num_blocks,
+    const int32_t *tile,
+    const uint8_t *next,
+    float *y);
+
+#define ONE(format, R)                                                                             \
+    static void format##_##R(                                                                      \
+        const uint8_t *w,                                                                          \
+        size_t group_size,                                                                         \
+        int num_blocks,                                                                            \
+        const int32_t *tile,                                                                       \
+        const uint8_t *next,                                                                       \
+        float *y)                                                                                  \
+    {                                                                                              \
+        if (format == Q6_K) {                                                                      \
+            product_q6_k(R, w, num_blocks, tile, next, y);                                         \
+            product_q6_k(R, w + group_size, num_blocks, tile, 0, y + ROWS * R);                    \
+        } else if (R == 1) {                                                                       \
+            product(format, 1, R, w, 0, num_blocks, tile, next, y);                                \
+            product(format, 1, R, w + group_size, 0, num_blocks, tile, next, y + ROWS * R);        \
+        } else {                                                                                   \
+            product(format, 2, R, w, group_size, num_blocks, tile, next, y);                       \
+        }                                                                                          \
+    }
+
+#if PLANES == 2
+#define TILE_SIZES(M, format) M(format, 1) M(format, 2) M(format, 3) M(format, 4)
+#define NAMES(format) {format##_1, format##_2, format##_3, format##_4}
+#else
+#define TILE_SIZES(M, format) M(format, 1) M(format, 2) M(format, 3) M(format, 4) M(format, 5)
+#define NAMES(format) {format##_1, format##_2, format##_3, format##_4, format##_5}
+#endif
+
+TILE_SIZES(ONE, Q4_0)
+TILE_SIZES(ONE, Q4_1)
+TILE_SIZES(ONE, Q5_0)
+TILE_SIZES(ONE, Q5_1)
+TILE_SIZES(ONE, Q8_0)
+TILE_SIZES(ONE, Q4_K)
+TILE_SIZES(ONE, Q5_K)
+TILE_SIZES(ONE, Q6_K)
+
+static const Product products[NUM_FORMATS][TILE] = {
+    [Q4_0] = NAMES(Q4_0), [Q4_1] = NAMES(Q4_1), [Q5_0] = NAMES(Q5_0), [Q5_1] = NAMES(Q5_1),
+    [Q8_0] = NAMES(Q8_0), [Q4_K] = NAMES(Q4_K), [Q5_K] = NAMES(Q5_K), [Q6_K] = NAMES(Q6_K),
+};
+
+typedef void (*FloatProduct)(const uint8_t *w, int columns, const float *x, int stride, float *y);
+
+#define ONE_FLOAT(format, R)                                                                       \
+    static void format##_##R(const uint8_t *w, int columns, const float *x, int stride, float *y)  \
+    {                                                                                              \
+        product_float(format, R, w, columns, x, stride, y);                                        \
+    }
+
+TILE_SIZES(ONE_FLOAT, F32)
+TILE_SIZES(ONE_FLOAT, F16)
+TILE_SIZES(ONE_FLOAT, BF16)
+
+static const FloatProduct float_products[3][TILE] = {
+    [F32] = NAMES(F32), [F16] = NAMES(F16), [BF16] = NAMES(BF16)};
+
+/* ---- Units of work */
+
+/* So many activation bytes stay in the second-level cache while weights pass by. */
+enum { CHUNK_BYTES = 384 << 10 };
+
+static int chunk_rows(const Operation *operation)
+{
+    int row_bytes = operation->width / 32 * TILE_WORDS * 4;
+    int rows = CHUNK_BYTES / (row_bytes ? row_bytes : 1);
+    return rows < TILE ? TILE : rows / TILE * TILE;
+}
+
+static int pairs_of(const Part *part, int queue)
+{
+    return (part->bounds[queue + 1] - part->bounds[queue] + 1) / 2;
+}
+
+static int pairs_of_all(const Operation *operation, int queue)
+{
+    int pairs = 0;
+    for (int i = 0; i < operation->num_parts; i++)
+        pairs += pairs_of(&operation->parts[i], queue);
+    return pairs;
+}
+
+int linear_units(const Operation *operation, int num_rows, int queue)
+{
+    int chunk = chunk_rows(operation);
+    return pairs_of_all(operation, queue) * ((num_rows + chunk - 1) / chunk);
+}
+
+/* Bias, scale and sum of R rows of one group, into columns column .. column + count - 1 of out. */
+static void finish(
+    const Operation *operation, int column, int count, int first_row, int R, const float *y)
+{
+    f32x16 bias = splat(0), scale = splat(operation->scale);
+    if (operation->weight)
+        bias = load_first(operation->weight + column, count);
+    for (int r = 0; r < R; r++) {
+        float *out = operation->out + (int64_t)(first_row + r) * operation->out_stride + column;
+        f32x16 value = (load(y + ROWS * r) + bias) * scale;
+        if (count == ROWS) {
+            store(out, operation->accumulate ? value + load(out) : value);
+        } else {
+            if (operation->accumulate)
+                value += load_first(out, count);
+            store_first(out, value, count);
+        }
+    }
+}
+
+static void run_pair(
+    const Operation *operation, const Part *part, int queue, int pair, int first_row, int end_row)
+{
+    size_t size = group_bytes(part->format, part->columns);
+    int group = part->bounds[queue] + 2 * pair, is_single = group + 1 == part->bounds[queue + 1];
+    const uint8_t *w = part->groups[queue] + 2 * size * (size_t)pair;
+    const uint8_t *next = w + 2 * size;
+    int num_blocks = part->columns / COLUMNS, is_few = end_row - first_row <= 2 * TILE;
+    float y[2 * ROWS * TILE] __attribute__((aligned(64)));
+    for (int row = first_row, R; row < end_row; row += R, next += 256 * (size_t)num_blocks) {
+        R = tile_rows(end_row, row);
+        if (is_float(part->format)) {
+            FloatProduct run = float_products[part->format][R - 1];
+            const float *x = operation->x + (int64_t)row * operation->x_stride;
+            for (int g = 0; g < 2 - is_single; g++)
+                run(w + (size_t)g * size, part->columns, x, operation->x_stride, y + ROWS * R * g);
+        } else {
+            const uint8_t *fetched = is_few ? 0 : next < w + 4 * size ? next : w;
+            products[part->format][R - 1](
+                w, is_single ? 0 : size, num_blocks, tile_at(operation, row), fetched, y);
+        }
+        for (int g = 0; g < 2 - is_single; g++) {
+            int left = part->rows - ROWS * (group + g), column = part->first_column + ROWS * (group + g);
+            finish(operation, column, left < ROWS ? left : ROWS, row, R, y + ROWS * R * g);
+        }
+    }
+}
+
+void linear_run(const Operation *operation, int num_rows, int queue, int unit)
+{
+    int pairs = pairs_of_all(operation, queue), chunk = chunk_rows(operation);
+    int first_row = unit / pairs * chunk, pair = unit % pairs;
+    int end_row = first_row + chunk < num_rows ? first_row + chunk : num_rows;
+    const Part *part = operation->parts;
+    for (; pair >= pairs_of(part, queue); part++)
+        pair -= pairs_of(part, queue);
+    run_pair(operation, part, queue, pair, first_row, end_row);
+}

@@ -1,0 +1,24 @@
+/* LINEAR: out = (x W' + bias) * scale, or out += that. */
+#ifndef LINEAR_H
+#define LINEAR_H
+
+#include "plan.h"
+
+/* The work of one thread's queue, in units of two groups of weights and a chunk of rows. */
+int linear_units(const Operation *operation, int num_rows, int queue);
+void linear_run(const Operation *operation, int num_rows, int queue, int unit);
+
+/* Floats of scaled rows to the tile at `tile`; R rows of `width` floats, `stride` apart. */
+void split_tile(const float *x, int stride, int width, int R, int32_t *tile);
+
+static inline int tile_rows(int num_rows, int first)
+{
+    return num_rows - first < TILE ? num_rows - first : TILE;
+}
+
+static inline int32_t *tile_at(const Operation *operation, int first)
+{
+    return operation->tiles + (int64_t)TILE_WORDS * first * (operation->width / 32);
+}
+
+#endif

@@ -1,0 +1,182 @@
+/* Rows of a file's tensors to groups of formats.h; the values stay what they are.
+ *
+ * The file's blocks are those of ggml-common.h.  A K block has 256 columns and becomes eight. */
+#include <stdint.h>
+#include <string.h>
+
+#include "formats.h"
+
+/* One row of 32 columns taken out of a file's block: its integers and its scales. */
+typedef struct {
+    uint8_t q[COLUMNS];
+    uint16_t d, m;
+    uint8_t s, t;
+} Block;
+
+static uint16_t half_at(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
+
+static void nibbles(uint8_t *q, const uint8_t *p)
+{
+    for (int i = 0; i < 16; i++) {
+        q[i] = p[i] & 15;
+        q[16 + i] = p[i] >> 4;
+    }
+}
+
+static void high_bits(uint8_t *q, const uint8_t *p)
+{
+    for (int i = 0; i < 32; i++)
+        q[i] |= (uint8_t)((p[i / 8] >> i % 8 & 1) << 4);
+}
+
+/* Six-bit scale and minimum of sub-block `i`: the first four are whole, the others in two parts. */
+static void scales_k4(Block *block, const uint8_t *p, int i)
+{
+    if (i < 4) {
+        block->s = p[i] & 63;
+        block->t = p[i + 4] & 63;
+    } else {
+        block->s = (uint8_t)((p[i + 4] & 15) | p[i - 4] >> 6 << 4);
+        block->t = (uint8_t)(p[i + 4] >> 4 | p[i] >> 6 << 4);
+    }
+}
+
+static void block_k4(Block *block, const uint8_t *p, const uint8_t *q, int i)
+{
+    block->d = half_at(p);
+    block->m = half_at(p + 2);
+    scales_k4(block, p + 4, i);
+    for (int c = 0; c < 32; c++)
+        block->q[c] = i % 2 ? q[32 * (i / 2) + c] >> 4 : q[32 * (i / 2) + c] & 15;
+}
+
+static void block_k6(Block *block, const uint8_t *p, int i)
+{
+    const uint8_t *low = p + 64 * (i / 4) + 32 * (i % 2), *high = p + 128 + 32 * (i / 4);
+    for (int c = 0; c < 32; c++) {
+        int four = i % 4 < 2 ? low[c] & 15 : low[c] >> 4;
+        block->q[c] = (uint8_t)(four | (high[c] >> 2 * (i % 4) & 3) << 4);
+    }
+    block->s = p[192 + 2 * i];
+    block->t = p[193 + 2 * i];
+    block->d = half_at(p + 208);
+}
+
+/* Block k of a row whose file blocks begin at `row`. */
+static Block take(int format, const uint8_t *row, int k)
+{
+    Block block = {{0}, 0, 0, 0, 0};
+    switch (format) {
+    case Q4_0:
+        row += 18 * k;
+        block.d = half_at(row);
+        nibbles(block.q, row + 2);
+        break;
+    case Q4_1:
+        row += 20 * k;
+        block.d = half_at(row);
+        block.m = half_at(row + 2);
+        nibbles(block.q, row + 4);
+        break;
+    case Q5_0:
+        row += 22 * k;
+        block.d = half_at(row);
+        nibbles(block.q, row + 6);
+        high_bits(block.q, row + 2);
+        break;
+    case Q5_1:
+        row += 24 * k;
+        block.d = half_at(row);
+        block.m = half_at(row + 2);
+        nibbles(block.q, row + 8);
+        high_bits(block.q, row + 4);
+        break;
+    case Q8_0:
+        row += 34 * k;
+        block.d = half_at(row);
+        for (int i = 0; i < 32; i++)
+            block.q[i] = row[2 + i] ^ 128;
+        break;
+    case Q4_K:
+        row += 144 * (k / 8);
+        block_k4(&block, row, row + 16, k % 8);
+        break;
+    case Q5_K:
+        row += 176 * (k / 8);
+        block_k4(&block, row, row + 48, k % 8);
+        for (int i = 0; i < 32; i++)
+            block.q[i] |= (uint8_t)((row[16 + i] >> k % 8 & 1) << 4);
+        break;
+    case Q6_K:
+        block_k6(&block, row + 210 * (k / 8), k % 8);
+        break;
+    }
+    return block;
+}
+
+/* Puts a block of row r where formats.h has it. */
+static void put(int format, uint8_t *out, const Block *block, int r)
+{
+    const uint8_t *q = block->q;
+    uint8_t *scales;
+    if (format == Q8_0) {
+        for (int c = 0; c < 32; c++)
+            out[64 * (c / 4) + 4 * r + c % 4] = q[c];
+        scales = out + 512;
+    } else {
+        for (int c = 0; c < 16; c++)
+            out[64 * (c / 4) + 4 * r + c % 4] = (uint8_t)((q[c] & 15) | (q[16 + c] & 15) << 4);
+        scales = out + 256;
+    }
+    if (format == Q5_0 || format == Q5_1 || format == Q5_K) {
+        for (int c = 0; c < 32; c++)
+            scales[4 * r + c % 4] |= (uint8_t)(q[c] >> 4 << c / 4);
+        scales += 64;
+    }
+    if (format == Q6_K) {
+        for (int c = 0; c < 32; c++)
+            scales[64 * (c / 16) + 4 * r + c % 4] |= (uint8_t)(q[c] >> 4 << 2 * (c % 16 / 4));
+        scales += 128;
+    }
+    memcpy(scales + 2 * r, &block->d, 2);
+    if (format == Q6_K) {
+        scales[32 + r] = block->s;
+        scales[48 + r] = block->t;
+    }
+    if (format == Q4_1 || format == Q5_1 || format == Q4_K || format == Q5_K)
+        memcpy(scales + 32 + 2 * r, &block->m, 2);
+    if (format == Q4_K || format == Q5_K) {
+        scales[64 + r] = block->s;
+        scales[80 + r] = block->t;
+    }
+}
+
+static void put_floats(int format, uint8_t *out, const uint8_t *row, int columns, int r)
+{
+    size_t size = format == F32 ? 4 : 2;
+    for (int c = 0; c < columns; c++)
+        memcpy(out + size * (size_t)(ROWS * c + r), row + size * (size_t)c, size);
+}
+
+/* Adds num_rows rows of a file, row_bytes apart, as rows `first` .. of the groups, which are zero. */
+void llmsrv_pack(
+    int32_t format,
+    int32_t columns,
+    const uint8_t *rows,
+    int64_t row_bytes,
+    int32_t num_rows,
+    int32_t first,
+    uint8_t *groups)
+{
+    for (int i = first; i < first + num_rows; i++, rows += row_bytes) {
+        uint8_t *out = groups + group_bytes(format, columns) * (size_t)(i / ROWS);
+        if (is_float(format)) {
+            put_floats(format, out, rows, columns, i % ROWS);
+            continue;
+        }
+        for (int k = 0; k < columns / COLUMNS; k++, out += block_bytes(format)) {
+            Block block = take(format, rows, k);
+            put(format, out, &block, i % ROWS);
+        }
+    }
+}

@@ -1,0 +1,181 @@
+/* Runs the operations of a plan, in one call a step. */
+#include "plan.h"
+
+#include <sys/mman.h>
+
+#include "attention.h"
+#include "linear.h"
+#include "pool.h"
+#include "rows.h"
+#include "sample.h"
+
+/* Rows times floats that one thread does sooner than two can agree on. */
+enum { SMALL = 4096, SMALL_ATTENTION = 32 << 10 };
+
+static int rows_of(const Plan *plan, const Operation *operation)
+{
+    return operation->selected ? plan->batch.num_logit_rows : plan->batch.num_rows;
+}
+
+static int is_small(void *context, int task)
+{
+    const Plan *plan = context;
+    const Operation *operation = &plan->operations[task];
+    int64_t num_rows = rows_of(plan, operation);
+    switch (operation->kind) {
+    case LINEAR: return num_rows == 0;
+    case ATTEND:
+        return num_rows * plan->num_heads * plan->head_dim * plan->num_chunks * CHUNK / 8
+               <= SMALL_ATTENTION;
+    case COMBINE: return !plan->is_split || num_rows * plan->num_chunks * operation->width <= SMALL;
+    default: return num_rows * operation->width <= SMALL;
+    }
+}
+
+/* Tiles of rows are the units of what goes row by row; queues get equal shares. */
+static int units_of_all(const Plan *plan, const Operation *operation)
+{
+    if (operation->kind == ATTEND)
+        return attention_units(plan);
+    if (operation->kind == COMBINE && !plan->is_split)
+        return 0;
+    return (rows_of(plan, operation) + TILE - 1) / TILE;
+}
+
+static int share_of(const Plan *plan, int units, int queue)
+{
+    return (int)((int64_t)units * queue / plan->num_threads);
+}
+
+static int units(void *context, int task, int queue)
+{
+    const Plan *plan = context;
+    const Operation *operation = &plan->operations[task];
+    if (operation->kind == LINEAR)
+        return linear_units(operation, rows_of(plan, operation), queue);
+    int all = units_of_all(plan, operation);
+    return share_of(plan, all, queue + 1) - share_of(plan, all, queue);
+}
+
+static void run_rows(const Plan *plan, const Operation *operation, int first, int end)
+{
+    switch (operation->kind) {
+    case ANGLES: run_angles(plan, operation, first, end); break;
+    case NORM: run_norm(operation, first, end); break;
+    case SPLIT: run_split(operation, first, end); break;
+    case ROPE: run_rope(plan, operation, first, end); break;
+    case COMBINE: combine_run(plan, operation, first, end); break;
+    case ACTIVATE: run_activate(operation, first, end); break;
+    case SELECT: run_select(plan, operation, first, end); break;
+    case SOFTCAP: run_softcap(operation, first, end); break;
+    case POOL: run_pool(plan, operation, first, end); break;
+    }
+}
+
+static void run(void *context, int task, int queue, int unit, int thread)
+{
+    const Plan *plan = context;
+    const Operation *operation = &plan->operations[task];
+    int num_rows = rows_of(plan, operation);
+    if (operation->kind == LINEAR) {
+        linear_run(operation, num_rows, queue, unit);
+        return;
+    }
+    unit += share_of(plan, units_of_all(plan, operation), queue);
+    if (operation->kind == ATTEND) {
+        attention_run(plan, operation, unit, thread);
+        return;
+    }
+    run_rows(plan, operation, TILE * unit, TILE * unit + tile_rows(num_rows, TILE * unit));
+}
+
+void llmsrv_forward(Plan *plan, const Batch *batch)
+{
+    plan->batch = *batch;
+    attention_prepare(plan);
+    Job job = {plan->num_operations, plan, is_small, units, run, plan->heartbeat};
+    pool_run(plan->pool, &job);
+}
+
+/* ---- Sampling */
+
+typedef struct {
+    const Plan *plan;
+    const float *logits;
+    int32_t stride, vocab_size, num_rows;
+    const Parameters *parameters;
+    const int32_t *slots;
+    const int64_t *output_positions;
+    char *scratch;
+    int32_t *ids;
+} Sampling;
+
+static int sampling_is_small(void *context, int task)
+{
+    (void)task;
+    return ((const Sampling *)context)->num_rows <= 1;
+}
+
+static int sampling_units(void *context, int task, int queue)
+{
+    const Sampling *s = context;
+    (void)task;
+    return share_of(s->plan, s->num_rows, queue + 1) - share_of(s->plan, s->num_rows, queue);
+}
+
+static void sampling_run(void *context, int task, int queue, int unit, int thread)
+{
+    const Sampling *s = context;
+    (void)task;
+    int row = unit + share_of(s->plan, s->num_rows, queue);
+    s->ids[row] = sample_row(
+        s->logits + (int64_t)row * s->stride, s->vocab_size, &s->parameters[s->slots[row]],
+        s->output_positions[row], s->scratch + thread * sample_scratch_bytes(s->vocab_size));
+}
+
+/* ids [num_rows]: what was drawn from each row of logits, or -1. */
+void llmsrv_sample(
+    const Plan *plan,
+    const float *logits,
+    int32_t stride,
+    int32_t vocab_size,
+    int32_t num_rows,
+    const Parameters *parameters,
+    const int32_t *slots,
+    const int64_t *output_positions,
+    void *scratch,
+    int32_t *ids)
+{
+    Sampling sampling = {plan, logits, stride, vocab_size, num_rows, parameters, slots,
+                         output_positions, scratch, ids};
+    Job job = {1, &sampling, sampling_is_small, sampling_units, sampling_run, plan->heartbeat};
+    pool_run(plan->pool, &job);
+}
+
+int64_t llmsrv_sample_scratch_bytes(int32_t vocab_size) { return sample_scratch_bytes(vocab_size); }
+
+/* ---- For laying a plan out */
+
+Pool *llmsrv_start_threads(int32_t num_threads) { return pool_start(num_threads); }
+void llmsrv_stop_threads(Pool *pool) { pool_stop(pool); }
+
+int64_t llmsrv_scratch_floats(int32_t num_heads, int32_t num_kv_heads, int32_t padded_dim)
+{
+    int64_t floats = attention_scratch(num_heads, num_kv_heads, padded_dim);
+    return (floats + 31) / 32 * 32;
+}
+
+/* Zeroed memory that takes pages as they are touched, huge ones where wanted; null: there is none. */
+void *llmsrv_allocate(int64_t size, int32_t wants_huge_pages)
+{
+    void *memory = mmap(0, (size_t)size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED)
+        return 0;
+#ifdef MADV_HUGEPAGE
+    if (wants_huge_pages)
+        madvise(memory, (size_t)size, MADV_HUGEPAGE);
+#endif
+    return memory;
+}
+
+void llmsrv_free(void *memory, int64_t size) { munmap(memory, (size_t)size); }

@@ -1,0 +1,94 @@
+/* What a plan is made of: laid out by backend/cpu.py, which mirrors these structures, and run by
+ * plan.c.  T rows in the batch, R logit rows; every row of a buffer is padded to 16 floats. */
+#ifndef PLAN_H
+#define PLAN_H
+
+#include <stdint.h>
+
+enum { BLOCK_SIZE = 16, CHUNK = 256 }; /* positions: of a cache block, of a step of attention */
+
+#ifndef ACTIVATION_BITS
+#define ACTIVATION_BITS 16
+#endif
+#define PLANES (ACTIVATION_BITS / 8)
+
+/* A tile is the activations of up to TILE rows, cut into blocks of 32 columns; of R rows, a block is
+ *     int32  high[8][R]    four columns each, signed bytes
+ *     int32  low[8][R]     with 16 bits only: the value is d (256 high + low)
+ *     float  d[R]
+ *     float  sum[R]        of the 32 values
+ *     int32  negative[R]   minus the sum of the 32 integers, and
+ *     int32  second[R]     of the last 16 of them
+ * 16 bits are exact to 2e-5 of a block's largest value; products with them cost two of 8 bits. */
+enum {
+    TILE = PLANES == 2 ? 4 : 5,
+    TILE_WORDS = 8 * PLANES + 4 /* a row and block */
+};
+
+enum Kind { ANGLES, NORM, SPLIT, LINEAR, ROPE, ATTEND, COMBINE, ACTIVATE, SELECT, SOFTCAP, POOL };
+
+/* Rows of a stacked weight that have one format.  Thread t owns groups bounds[t] .. bounds[t + 1]
+ * - 1, which lie at groups[t] in ascending order. */
+typedef struct {
+    int32_t format, rows, columns, first_column; /* rows become columns first_column .. of out */
+    const int32_t *bounds;
+    const uint8_t *const *groups;
+} Part;
+
+typedef struct {
+    int32_t kind;
+    int32_t selected;   /* runs for the logit rows alone */
+    int32_t width;      /* of x; of ACTIVATE, of out */
+    int32_t x_stride, out_stride;
+    int32_t layer;
+    int32_t accumulate;
+    int32_t option;     /* ROPE interleaved, ACTIVATE gelu, POOL mean, ANGLES long */
+    int32_t window;     /* ATTEND; 0: none */
+    int32_t num_parts;
+    int32_t half;       /* rotary_dim / 2 */
+    int32_t norms_all;  /* ROPE: 1 where q_norm, + 2 where k_norm, is of all heads together */
+    float eps, scale, cap, magnitude;
+    const float *x;
+    float *out;         /* null where only the tiles are wanted */
+    int32_t *tiles;     /* of NORM, SPLIT, ACTIVATE: written; of LINEAR: read */
+    const float *weight, *second_weight;
+    float *angles;      /* [T][2][half] cos, sin */
+    const Part *parts;
+} Operation;
+
+typedef struct {
+    int32_t num_rows, num_logit_rows, num_sequences, max_blocks;
+    const int32_t *positions, *sequences;
+    const int64_t *slot_mapping;
+    const int32_t *block_tables;
+    const uint8_t *is_long;
+    const int32_t *logit_rows;
+} Batch;
+
+/* Consecutive rows of one sequence that attend together. */
+typedef struct {
+    int32_t first, count;
+} Span;
+
+typedef struct Pool Pool;
+
+typedef struct {
+    /* Laid out once. */
+    int32_t num_operations, num_layers, num_heads, num_kv_heads, head_dim, padded_dim;
+    int32_t max_rows, max_split_rows, max_chunks, num_threads;
+    uint16_t *k_cache; /* [block][layer][kv head][padded_dim][BLOCK_SIZE] half */
+    uint16_t *v_cache; /* [block][layer][kv head][BLOCK_SIZE][padded_dim] half */
+    float *partials;   /* [split row][head][chunk][2 + padded_dim] */
+    float *scratch;    /* [thread][scratch_floats] */
+    int64_t scratch_floats;
+    Span *spans;       /* [max_rows] */
+    uint64_t *heartbeat;
+    const Operation *operations;
+    Pool *pool;
+
+    /* Of the step. */
+    Batch batch;
+    int32_t num_spans, num_chunks, is_split;
+} Plan;
+
+#endif

@@ -1,0 +1,279 @@
+"""The CPU backend: a plan's operations in C (kernels/cpu), a step in one call.
+
+Exactly the same logits alone and in any batch.  Linear reads each weight once for all rows of a
+step; activations are integers of 16 bits, or of 8 where asked for, 32 of them with one scale.
+"""
+
+import ctypes
+import os
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llmsrv.backend.base import BLOCK_SIZE
+from llmsrv.backend.base import Array
+from llmsrv.backend.base import Backend
+from llmsrv.backend.base import Batch
+from llmsrv.backend.base import Embed
+from llmsrv.backend.base import Limits
+from llmsrv.backend.base import Plan
+from llmsrv.backend.base import Program
+from llmsrv.backend.cpu_layout import Layout
+from llmsrv.backend.cpu_library import CHUNK
+from llmsrv.backend.cpu_library import Memory
+from llmsrv.backend.cpu_library import Operation
+from llmsrv.backend.cpu_library import PlanStruct
+from llmsrv.backend.cpu_library import Rows
+from llmsrv.backend.cpu_library import address_of
+from llmsrv.backend.cpu_library import declare
+from llmsrv.backend.quants import dequantise
+from llmsrv.backend.sampling import FRACTION_BITS
+from llmsrv.backend.sampling import Samples
+from llmsrv.backend.sampling import SamplingTable
+from llmsrv.backend.sampling import sample
+from llmsrv.backend.source import cpu_features
+from llmsrv.backend.source import kernel_texts
+from llmsrv.backend.source import load_library
+from llmsrv.errors import StartupError
+
+FLAGS = ("-std=gnu11", "-O2", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-pthread")
+# Up to so many rows the chunks of one row's attention are shared among the threads.
+MAX_SPLIT_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Tier:
+    """An instruction set: what of cpu_features() it needs, and the flags that use it."""
+
+    name: str
+    needs: frozenset[str]
+    flags: tuple[str, ...]
+
+
+TIERS = (
+    Tier(
+        "AVX-512",
+        frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "fma", "f16c"}),
+        (
+            "-DTIER_AVX512",
+            *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
+            *("-mfma", "-mf16c"),
+        ),
+    ),
+    Tier("portable", frozenset(), ()),
+)
+
+
+@dataclass(frozen=True)
+class CPUOptions:
+    """cache_dir: where compiled kernels are kept; num_threads: 0 takes one a physical core."""
+
+    cache_dir: Path
+    num_threads: int = 0
+    activation_bits: int = 16
+    tiers: tuple[Tier, ...] = TIERS
+
+
+class CPUBackend(Backend):
+    name = "cpu"
+
+    def __init__(self, options: CPUOptions) -> None:
+        """Compiles the kernels, or takes them from the cache; CompileError where that fails."""
+        features = cpu_features()
+        self.tier = next(tier for tier in options.tiers if tier.needs <= features)
+        self.activation_bits = options.activation_bits
+        self.num_threads = options.num_threads or default_threads()
+        flags = (*FLAGS, f"-DACTIVATION_BITS={options.activation_bits}", *self.tier.flags)
+        self._library = declare(load_library(kernel_texts("cpu"), flags, options.cache_dir))
+
+    def compile(self, program: Program, limits: Limits, tick: Callable[[], None]) -> Plan:
+        layout = Layout(
+            self._library, program, limits, self.num_threads, self.activation_bits, tick
+        )
+        return CPUPlan(self._library, layout, program, limits, self.num_threads, tick)
+
+
+class CPUPlan(Plan):
+    """A program laid out in memory, its threads, its KV cache and its sampling table."""
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        layout: Layout,
+        program: Program,
+        limits: Limits,
+        num_threads: int,
+        tick: Callable[[], None],
+    ) -> None:
+        self.program = program
+        self.buffers = layout.buffers
+        self.sampling = SamplingTable(limits.max_slots, program.vocab_size)
+        self._library = library
+        self._layout = layout
+        self._tick = tick
+        self._memory = Memory(library)
+        self._sampled = np.zeros(limits.max_logit_rows, np.int32)
+        self._operations = (Operation * len(layout.steps))(*layout.steps)
+        self._positions = self._memory.array((limits.max_rows,), np.int32)
+        self._sequences = self._memory.array((limits.max_rows,), np.int32)
+        self._slot_mapping = self._memory.array((limits.max_rows,), np.int64)
+        self._logit_rows = self._memory.array((limits.max_rows,), np.int32)
+        self._is_long = self._memory.array((limits.max_rows,), np.uint8)
+        self._scratch = self._memory.array(
+            (num_threads * library.llmsrv_sample_scratch_bytes(program.vocab_size),), np.uint8
+        )
+        self._rows = Rows(
+            positions=address_of(self._positions),
+            sequences=address_of(self._sequences),
+            slot_mapping=address_of(self._slot_mapping),
+            is_long=address_of(self._is_long),
+            logit_rows=address_of(self._logit_rows),
+        )
+        self._struct = self._lay_out(limits, num_threads)
+        self._at = ctypes.addressof(self._struct), ctypes.addressof(self._rows)
+
+    def forward(self, batch: Batch) -> None:
+        num_rows, num_logit_rows = len(batch.ids), len(batch.logit_rows)
+        for embed in self._layout.embeds:
+            self._embed(embed, batch.ids)
+        self._positions[:num_rows] = batch.positions
+        self._sequences[:num_rows] = batch.sequences
+        self._slot_mapping[:num_rows] = batch.slot_mapping
+        self._logit_rows[:num_logit_rows] = batch.logit_rows
+        block_tables = np.ascontiguousarray(batch.block_tables, np.int32)
+        if self.program.long_from is not None:
+            self._is_long[: len(batch.is_long)] = batch.is_long
+        rows = self._rows
+        rows.num_rows, rows.num_logit_rows = num_rows, num_logit_rows
+        rows.num_sequences, rows.max_blocks = block_tables.shape
+        rows.block_tables = address_of(block_tables)
+        self._library.llmsrv_forward(*self._at)
+        self._tick()
+
+    def sample(self, slots: Array, output_positions: Array) -> Samples:
+        logits, num_rows = self.buffers["logits"], len(slots)
+        slots = np.ascontiguousarray(slots, np.int32)
+        output_positions = np.ascontiguousarray(output_positions, np.int64)
+        ids = np.empty(num_rows, np.int32)
+        self._library.llmsrv_sample(
+            self._at[0],
+            address_of(logits),
+            logits.shape[1],
+            self.program.vocab_size,
+            num_rows,
+            address_of(self.sampling.parameters),
+            address_of(slots),
+            address_of(output_positions),
+            address_of(self._scratch),
+            address_of(ids),
+        )
+        logprobs = np.full(num_rows, np.nan, np.float32)
+        alternatives = [NO_ALTERNATIVES] * num_rows
+        for row in self._unusual(slots).tolist():
+            one = slice(row, row + 1)
+            values = logits[one, : self.program.vocab_size]
+            samples = sample(values, self.sampling, slots[one], output_positions[one])
+            ids[row], logprobs[row] = samples.ids[0], samples.logprobs[0]
+            alternatives[row] = samples.alternatives[0]
+        np.maximum(ids, 0, out=self._sampled[:num_rows])
+        return Samples(ids, logprobs, alternatives)
+
+    def _unusual(self, slots: Array) -> Array:
+        """The rows that ask for more than the C library does."""
+        parameters = self.sampling.parameters[slots]
+        return np.flatnonzero(
+            (parameters["has_extras"] != 0)
+            | (parameters["typical_p"] < 1 << FRACTION_BITS)
+            | (parameters["num_logprobs"] >= 0)
+        )
+
+    def _embed(self, embed: Embed, ids: Array) -> None:
+        """Rows of the table as the file has them, made float32; the rest of it is not touched."""
+        ids = np.where(ids < 0, self._sampled[np.maximum(-1 - ids, 0)], ids)
+        width = embed.table.shape[1]
+        packed = embed.table.data.reshape(embed.table.shape[0], -1)[ids]
+        values = np.empty((len(ids), width), np.float32)
+        dequantise(embed.table.type, packed.reshape(-1), values)
+        np.multiply(values, np.float32(embed.scale), out=self.buffers[embed.out][: len(ids), :width])
+
+    def _lay_out(self, limits: Limits, num_threads: int) -> PlanStruct:
+        program, array = self.program, self._memory.array
+        padded_dim = -(-program.head_dim // 16) * 16
+        cache = limits.num_blocks, program.num_layers, program.num_kv_heads, padded_dim * BLOCK_SIZE
+        self.k_cache, self.v_cache = array(cache, np.float16), array(cache, np.float16)
+        max_chunks = -(-limits.num_blocks * BLOCK_SIZE // CHUNK)
+        scratch_floats = self._library.llmsrv_scratch_floats(
+            program.num_heads, program.num_kv_heads, padded_dim
+        )
+        split_rows = min(MAX_SPLIT_ROWS, limits.max_rows)
+        self._kept = (
+            array((split_rows * program.num_heads * max_chunks, 2 + padded_dim), np.float32),
+            array((num_threads, scratch_floats), np.float32),
+            array((limits.max_rows, 2), np.int32),
+        )
+        partials, scratch, spans = map(address_of, self._kept)
+        pool = self._library.llmsrv_start_threads(num_threads)
+        if not pool:
+            raise StartupError(f"{num_threads} threads cannot be started; use --threads 1")
+        weakref.finalize(self, self._library.llmsrv_stop_threads, pool)
+        return PlanStruct(
+            num_operations=len(self._operations),
+            num_layers=program.num_layers,
+            num_heads=program.num_heads,
+            num_kv_heads=program.num_kv_heads,
+            head_dim=program.head_dim,
+            padded_dim=padded_dim,
+            max_rows=limits.max_rows,
+            max_split_rows=split_rows,
+            max_chunks=max_chunks,
+            num_threads=num_threads,
+            k_cache=address_of(self.k_cache),
+            v_cache=address_of(self.v_cache),
+            partials=partials,
+            scratch=scratch,
+            scratch_floats=scratch_floats,
+            spans=spans,
+            heartbeat=getattr(self._tick, "address", None),
+            operations=ctypes.addressof(self._operations),
+            pool=pool,
+        )
+
+
+NO_ALTERNATIVES = np.zeros(0, np.int32), np.zeros(0, np.float32)
+
+
+# ---- Threads
+
+
+def default_threads() -> int:
+    """The physical cores that this process may run on, at most the cgroup's quota of CPU time."""
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    if cpus is None:
+        return max(1, (os.cpu_count() or 1) // 2)
+    cores = {_siblings(cpu) for cpu in cpus}
+    return max(1, min(len(cores), _cgroup_cpus()))
+
+
+def _siblings(cpu: int) -> str:
+    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return str(cpu)
+
+
+def _cgroup_cpus() -> int:
+    """Whole CPUs of time that cgroup v2 or v1 grants; a large number when it sets no limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        directory = Path("/sys/fs/cgroup/cpu")
+        try:
+            quota = (directory / "cpu.cfs_quota_us").read_text()
+            period = (directory / "cpu.cfs_period_us").read_text()
+        except OSError:
+            return 1 << 16
+    return max(1, int(quota) // int(period)) if quota.strip() not in ("max", "-1") else 1 << 16

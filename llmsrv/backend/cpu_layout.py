@@ -1,0 +1,284 @@
+"""From a program to the list of operations that the C library runs: buffers, tiles, weights.
+
+Where products with quantised weights read a buffer, whatever writes it also leaves it as tiles of
+integers (plan.h), or a SPLIT after it does.  Cosines and sines are made once a step for each set of
+frequencies, not once a layer.
+"""
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import replace
+from math import prod
+
+import numpy as np
+
+from llmsrv.backend.base import BLOCK_SIZE
+from llmsrv.backend.base import Array
+from llmsrv.backend.base import Attention
+from llmsrv.backend.base import Embed
+from llmsrv.backend.base import GatedActivation
+from llmsrv.backend.base import Limits
+from llmsrv.backend.base import Linear
+from llmsrv.backend.base import Norm
+from llmsrv.backend.base import Operation
+from llmsrv.backend.base import Pool
+from llmsrv.backend.base import Program
+from llmsrv.backend.base import RopeAndStore
+from llmsrv.backend.base import SelectLogitRows
+from llmsrv.backend.base import Softcap
+from llmsrv.backend.base import Tensor
+from llmsrv.backend.cpu_library import ACTIVATE
+from llmsrv.backend.cpu_library import ANGLES
+from llmsrv.backend.cpu_library import ATTEND
+from llmsrv.backend.cpu_library import COMBINE
+from llmsrv.backend.cpu_library import FLOATS
+from llmsrv.backend.cpu_library import LINEAR
+from llmsrv.backend.cpu_library import MAX_HEAD_DIM
+from llmsrv.backend.cpu_library import NORM
+from llmsrv.backend.cpu_library import POOL
+from llmsrv.backend.cpu_library import ROPE
+from llmsrv.backend.cpu_library import SELECT
+from llmsrv.backend.cpu_library import SOFTCAP
+from llmsrv.backend.cpu_library import SPLIT
+from llmsrv.backend.cpu_library import Memory
+from llmsrv.backend.cpu_library import Operation as Step
+from llmsrv.backend.cpu_library import address_of
+from llmsrv.backend.cpu_weights import Weights
+from llmsrv.backend.cpu_weights import format_of
+from llmsrv.backend.quants import TYPES
+from llmsrv.backend.quants import dequantise
+from llmsrv.errors import StartupError
+
+LANES = 16
+# Operations that write tiles beside their floats.
+TILING = (NORM, ACTIVATE, SELECT, POOL)
+
+
+class Layout:
+    """The operations of a program in C's form, and all that they point at.
+
+    embeds   the Embed operations, which come first and are left to the caller
+    steps    the others
+    buffers  name -> [rows, width padded to LANES] float32
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        program: Program,
+        limits: Limits,
+        num_threads: int,
+        activation_bits: int,
+        tick: Callable[[], None],
+    ) -> None:
+        _check(program)
+        self._program = program
+        self._limits = limits
+        self._memory = Memory(library)
+        self._tile_bytes = 4 * (activation_bits // 8 * 8 + 4)  # of a row and a block of 32 columns
+        linears = [operation for operation in program.operations if isinstance(operation, Linear)]
+        stacks = {tuple(t.name for t in linear.weights): linear.weights for linear in linears}
+        self._weights = Weights(library, list(stacks.values()), num_threads, tick)
+        self._kept: list[object] = []
+        self._vectors: dict[tuple[str, ...], Array] = {}
+        self._angles: dict[tuple[object, ...], Array] = {}
+        self._is_selected = False
+        self.steps: list[Step] = []
+        self.embeds = [op for op in program.operations if isinstance(op, Embed)]
+        self.buffers = {name: self._buffer(name) for name in program.buffers}
+        self._tiles = {name: self._tiles_of(name) for name in _tiled(linears)}
+        for embed in self.embeds:
+            self._split_if_tiled(embed.out)
+        for operation in program.operations:
+            self._add(operation)
+
+    def _buffer(self, name: str) -> Array:
+        rows = self._limits.max_rows
+        if name in _written_after_select(self._program):
+            rows = min(rows, self._limits.max_logit_rows)
+        width = -(-self._program.buffers[name] // LANES) * LANES
+        return self._memory.array((rows, width), np.float32)
+
+    def _tiles_of(self, name: str) -> Array:
+        rows, width = len(self.buffers[name]), self._program.buffers[name]
+        return self._memory.array((rows * (width // 32) * self._tile_bytes,), np.uint8)
+
+    # ---- Steps
+
+    def _add(self, operation: Operation) -> None:
+        match operation:
+            case Norm():
+                step = self._step(NORM, operation.x, operation.out)
+                step.weight = self._vector(operation.weight)
+                step.eps, step.accumulate = operation.eps, operation.accumulate
+            case Linear():
+                self._add_linear(operation)
+            case RopeAndStore():
+                self._add_rope(operation)
+            case Attention():
+                for kind in (ATTEND, COMBINE):
+                    step = self._step(kind, operation.qkv, operation.out)
+                    step.layer, step.scale = operation.layer, operation.scale
+                    step.window, step.cap = operation.window or 0, operation.softcap or 0
+            case GatedActivation():
+                step = self._step(ACTIVATE, operation.x, operation.out)
+                step.option = operation.function == "gelu"
+            case Softcap():
+                self._step(SOFTCAP, operation.x, operation.x).cap = operation.cap
+            case SelectLogitRows():
+                self._is_selected = True
+                self._step(SELECT, operation.x, operation.out)
+            case Pool():
+                self._is_selected = True
+                self._step(POOL, operation.x, operation.out).option = operation.kind == "mean"
+        if not isinstance(operation, Embed):
+            self._tile_what_was_written()
+
+    def _step(self, kind: int, x: str, out: str) -> Step:
+        step = Step(kind=kind, selected=self._is_selected, scale=1)
+        step.x, step.out = address_of(self.buffers[x]), address_of(self.buffers[out])
+        step.x_stride, step.out_stride = self.buffers[x].shape[1], self.buffers[out].shape[1]
+        of_x = kind in (LINEAR, SPLIT)
+        step.width = self._program.buffers[x if of_x else out]
+        self.steps.append(step)
+        self._written = out
+        return step
+
+    def _tile_what_was_written(self) -> None:
+        """Leaves what the last step wrote as tiles, where products want it so."""
+        last = self.steps[-1]
+        if self._written in self._tiles and last.kind in TILING:
+            last.tiles = address_of(self._tiles[self._written])
+        elif last.kind not in (ROPE, ANGLES):
+            self._split_if_tiled(self._written)
+
+    def _split_if_tiled(self, name: str) -> None:
+        if name in self._tiles:
+            self._step(SPLIT, name, name).tiles = address_of(self._tiles[name])
+
+    def _add_linear(self, linear: Linear) -> None:
+        step = self._step(LINEAR, linear.x, linear.out)
+        parts = self._weights.parts(linear.weights)
+        step.parts, step.num_parts = ctypes.addressof(parts), len(parts)
+        step.accumulate, step.scale = linear.accumulate, linear.scale
+        if linear.x in self._tiles:
+            step.tiles = address_of(self._tiles[linear.x])
+        if linear.biases:
+            step.weight = self._vector(*linear.biases)
+
+    def _add_rope(self, rope: RopeAndStore) -> None:
+        angles = self._add_angles(rope)
+        step = self._step(ROPE, rope.qkv, rope.qkv)
+        step.layer, step.option, step.eps = rope.layer, rope.interleaved, rope.eps
+        if angles is not None:
+            assert rope.frequencies is not None
+            step.angles, step.half = address_of(angles), len(rope.frequencies)
+        if rope.q_norm is not None:
+            step.weight = self._vector(rope.q_norm)
+            step.norms_all |= rope.q_norm.shape[0] != self._program.head_dim
+        if rope.k_norm is not None:
+            step.second_weight = self._vector(rope.k_norm)
+            step.norms_all |= 2 * (rope.k_norm.shape[0] != self._program.head_dim)
+
+    def _add_angles(self, rope: RopeAndStore) -> Array | None:
+        """The cosines and sines that the layer needs; a step that makes them, the first time."""
+        if rope.frequencies is None:
+            return None
+        long = rope.long_frequencies
+        key = rope.frequencies.tobytes(), long is not None and long.tobytes(), rope.magnitude
+        if key not in self._angles:
+            half = len(rope.frequencies)
+            angles = self._memory.array((self._limits.max_rows, 2 * half), np.float32)
+            step = self._step(ANGLES, rope.qkv, rope.qkv)
+            step.half, step.magnitude, step.width = half, rope.magnitude, 16 * half
+            step.angles = address_of(angles)
+            step.weight = self._floats(rope.frequencies)
+            if long is not None:
+                step.second_weight = self._floats(long)
+            self._angles[key] = angles
+        return self._angles[key]
+
+    def _vector(self, *tensors: Tensor) -> int:
+        """The address of the tensors' values as float32, one after the other."""
+        key = tuple(tensor.name for tensor in tensors)
+        if key not in self._vectors:
+            values = np.empty(sum(prod(tensor.shape) for tensor in tensors), np.float32)
+            start = 0
+            for tensor in tensors:
+                size = prod(tensor.shape)
+                dequantise(tensor.type, tensor.data, values[start : start + size])
+                start += size
+            self._vectors[key] = values
+        address = address_of(self._vectors[key])
+        assert address is not None
+        return address
+
+    def _floats(self, values: Array) -> int:
+        kept = np.ascontiguousarray(values, np.float32)
+        self._kept.append(kept)
+        address = address_of(kept)
+        assert address is not None
+        return address
+
+
+def _tiled(linears: list[Linear]) -> set[str]:
+    """The buffers that products with quantised weights read."""
+    return {
+        linear.x
+        for linear in linears
+        if any(format_of(weight) not in FLOATS for weight in linear.weights)
+    }
+
+
+def _written_after_select(program: Program) -> set[str]:
+    """The buffers that hold logit rows and nothing else."""
+    before: set[str] = set()
+    after: set[str] = set()
+    written = before
+    for operation in program.operations:
+        if isinstance(operation, SelectLogitRows | Pool):
+            written = after
+        if isinstance(operation, Softcap):
+            written.add(operation.x)
+        elif isinstance(operation, RopeAndStore):
+            written.add(operation.qkv)
+        else:
+            written.add(operation.out)
+    return after - before
+
+
+def _check(program: Program) -> None:
+    """Raises StartupError for what the kernels do not do."""
+    known = Embed | Norm | Linear | RopeAndStore | Attention | GatedActivation
+    known |= SelectLogitRows | Softcap | Pool
+    is_first = True
+    for operation in program.operations:
+        if not isinstance(operation, known):
+            name = type(operation).__name__
+            raise StartupError(f"the cpu backend does not run {name} yet; use --backend reference")
+        is_first &= isinstance(operation, Embed)
+        if isinstance(operation, Embed) and not is_first:
+            raise StartupError("the cpu backend expects Embed before all other operations")
+        for tensor in _tensors(operation):
+            if tensor.type not in TYPES:
+                raise StartupError(
+                    f"tensor '{tensor.name}' has type {tensor.type}; the cpu backend runs "
+                    + ", ".join(TYPES)
+                )
+    if program.head_dim > MAX_HEAD_DIM:
+        raise StartupError(
+            f"heads of {program.head_dim} values are more than the cpu backend's {MAX_HEAD_DIM}"
+        )
+
+
+def _tensors(operation: Operation) -> list[Tensor]:
+    match operation:
+        case Embed():
+            return [operation.table]
+        case Norm():
+            return [operation.weight]
+        case Linear():
+            return [*operation.weights, *operation.biases]
+        case RopeAndStore():
+            return [norm for norm in (operation.q_norm, operation.k_norm) if norm is not None]
+    return []

@@ -1,0 +1,148 @@
+"""Weights in the groups of formats.h: each thread's in one stretch, in the order of execution.
+
+The values are those of the file.  Types that the products do not know become float32.
+"""
+
+import ctypes
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+
+import numpy as np
+
+from llmsrv.backend.base import Array
+from llmsrv.backend.base import Tensor
+from llmsrv.backend.cpu_library import FLOATS
+from llmsrv.backend.cpu_library import FORMATS
+from llmsrv.backend.cpu_library import ROWS
+from llmsrv.backend.cpu_library import Memory
+from llmsrv.backend.cpu_library import Part
+from llmsrv.backend.cpu_library import address_of
+from llmsrv.backend.cpu_library import drop_pages
+from llmsrv.backend.quants import dequantise
+
+ALIGNMENT = 64
+# Products fetch this far ahead of what they read, and may run over the end of a stretch.
+MARGIN_BYTES = 16384
+
+
+class Weights:
+    """Packs the stacked weights of products into one stretch of memory a thread."""
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        stacks: Sequence[Sequence[Tensor]],
+        num_threads: int,
+        tick: Callable[[], None],
+    ) -> None:
+        self._library = library
+        self._num_threads = num_threads
+        self._tick = tick
+        self._parts: dict[tuple[str, ...], ctypes.Array[Part]] = {}
+        self._kept: list[object] = []  # what the parts point at
+        sizes = [0] * num_threads
+        for stack in stacks:
+            for format, _, rows, columns in _runs(stack):
+                bounds = self._bounds(rows)
+                for thread in range(num_threads):
+                    groups = bounds[thread + 1] - bounds[thread]
+                    sizes[thread] += _aligned(groups * _group_bytes(format, columns))
+        memory = Memory(library)
+        self._stretches = [
+            memory.array((size + MARGIN_BYTES,), np.uint8, wants_huge_pages=True) for size in sizes
+        ]
+        self._used = [0] * num_threads
+        for stack in stacks:
+            self._parts[_names(stack)] = self._pack_stack(stack)
+
+    def parts(self, stack: Sequence[Tensor]) -> "ctypes.Array[Part]":
+        return self._parts[_names(stack)]
+
+    def _bounds(self, rows: int) -> list[int]:
+        groups = -(-rows // ROWS)
+        return [groups * thread // self._num_threads for thread in range(self._num_threads + 1)]
+
+    def _pack_stack(self, stack: Sequence[Tensor]) -> "ctypes.Array[Part]":
+        runs = list(_runs(stack))
+        parts = (Part * len(runs))()
+        first_column = 0
+        for part, (format, tensors, rows, columns) in zip(parts, runs):
+            bounds = np.array(self._bounds(rows), np.int32)
+            groups = np.zeros(self._num_threads, np.uint64)
+            size = _group_bytes(format, columns)
+            for thread in range(self._num_threads):
+                groups[thread] = address_of(self._stretches[thread]) + self._used[thread]
+                self._used[thread] += _aligned(int(bounds[thread + 1] - bounds[thread]) * size)
+            part.format = FORMATS[format][0]
+            part.rows, part.columns, part.first_column = rows, columns, first_column
+            part.bounds, part.groups = address_of(bounds), address_of(groups)
+            self._kept += [bounds, groups]
+            self._pack(format, tensors, columns, bounds, groups)
+            first_column += rows
+        self._kept.append(parts)
+        return parts
+
+    def _pack(
+        self, format: str, tensors: Sequence[Tensor], columns: int, bounds: Array, groups: Array
+    ) -> None:
+        """Each thread's rows of the tensors, which lie one below the other."""
+        start = 0
+        for tensor in tensors:
+            stop = start + tensor.shape[0]
+            data = _converted(tensor, format).reshape(tensor.shape[0], -1)
+            for thread in range(self._num_threads):
+                begin = ROWS * int(bounds[thread])
+                first, end = max(start, begin), min(stop, ROWS * int(bounds[thread + 1]))
+                if first < end:
+                    rows = data[first - start : end - start]
+                    self._library.llmsrv_pack(
+                        FORMATS[format][0],
+                        columns,
+                        address_of(rows),
+                        rows.strides[0],
+                        len(rows),
+                        first - begin,
+                        int(groups[thread]),
+                    )
+            drop_pages(tensor.data)
+            self._tick()
+            start = stop
+
+
+def _runs(stack: Sequence[Tensor]) -> Iterator[tuple[str, list[Tensor], int, int]]:
+    """Neighbours of one format: the format, the tensors, their rows together, their columns."""
+    run: list[Tensor] = []
+    for tensor in stack:
+        if run and format_of(run[0]) != format_of(tensor):
+            yield format_of(run[0]), run, sum(t.shape[0] for t in run), run[0].shape[1]
+            run = []
+        run.append(tensor)
+    yield format_of(run[0]), run, sum(t.shape[0] for t in run), run[0].shape[1]
+
+
+def _names(stack: Sequence[Tensor]) -> tuple[str, ...]:
+    return tuple(tensor.name for tensor in stack)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _group_bytes(format: str, columns: int) -> int:
+    size = FORMATS[format][1]
+    return size * (columns if format in FLOATS else columns // 32)
+
+
+def format_of(tensor: Tensor) -> str:
+    """The format that the tensor is packed to: its own type, or float32."""
+    return tensor.type if tensor.type in FORMATS else "F32"
+
+
+def _converted(tensor: Tensor, format: str) -> Array:
+    """The tensor's bytes, of a type that has no format of its own its values as float32."""
+    if tensor.type == format:
+        return tensor.data
+    values = np.empty(tensor.shape, np.float32)
+    dequantise(tensor.type, tensor.data, values)
+    return values.reshape(-1).view(np.uint8)

@@ -1,0 +1,218 @@
+"""Finds the kernels' text and a compiler, compiles, and keeps what comes of it in a cache.
+
+A library in the cache is called KEY-SHA256.so: the key is a hash of all that decides what is
+compiled (sources, flags, compiler, CPU), the other one of the library itself, so that the name is
+both the way to find it and the proof that it is whole.  It lies in a directory that nobody else can
+write to, gets there by one rename, and is read and compared before it is loaded; whatever is found
+to be wrong is compiled anew.  Two processes that compile at once make the same thing twice.
+Knows nothing of what the kernels do.
+"""
+
+import ctypes
+import hashlib
+import importlib.resources
+import importlib.util
+import logging
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from llmsrv.errors import StartupError
+
+log = logging.getLogger("llmsrv.backend")
+
+COMPILERS = ("cc", "gcc", "clang")
+COMPILE_TIMEOUT_S = 180.0
+INSTALL = "install a C compiler, or run: pip install 'llmsrv[cc]'"
+
+
+class CompileError(StartupError):
+    """There is no compiler, or it did not do its work; without kernels numpy computes."""
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """command: what starts it; identity: changes when another version takes its place."""
+
+    command: tuple[str, ...]
+    identity: str
+
+
+def find_compiler() -> Compiler:
+    """$CC, else the first of cc, gcc and clang, else the one in the package ziglang."""
+    if configured := os.environ.get("CC"):
+        command = shlex.split(configured)
+        path = shutil.which(command[0]) if command else None
+        if path is None:
+            raise CompileError(f"CC is '{configured}', which is no program here; {INSTALL}")
+        return _compiler(Path(path), command)
+    for name in COMPILERS:
+        if (path := shutil.which(name)) and not _is_xcode_stub(path):
+            return _compiler(Path(path), [path])
+    if spec := importlib.util.find_spec("ziglang"):
+        assert spec.origin is not None
+        return _compiler(Path(spec.origin), [sys.executable, "-m", "ziglang", "cc"])
+    raise CompileError(f"no C compiler was found ($CC, {', '.join(COMPILERS)}); {INSTALL}")
+
+
+def kernel_texts(folder: str) -> dict[str, bytes]:
+    """The files of one folder of kernels/, by name."""
+    directory = _kernels() / folder
+    return {
+        entry.name: entry.read_bytes()
+        for entry in sorted(directory.iterdir(), key=lambda entry: entry.name)
+        if entry.name.endswith((".c", ".h", ".cu", ".cuh"))
+    }
+
+
+def load_library(texts: dict[str, bytes], flags: Iterable[str], cache_dir: Path) -> ctypes.CDLL:
+    """Every .c of `texts` as one shared library, from the cache or compiled now.
+
+    cache_dir  where `kernels/` is made for the libraries; when it cannot be used, the library is
+               compiled for this process alone, with a warning
+    Raises CompileError.
+    """
+    compiler = find_compiler()
+    key = _key(texts, tuple(flags), compiler)
+    directory = _private_directory(cache_dir / "kernels")
+    if directory is not None and (cached := _cached(directory, key)):
+        try:
+            return ctypes.CDLL(str(cached))
+        except OSError as error:
+            log.warning("the cached kernels %s cannot be loaded: %s", cached, error)
+    try:
+        with tempfile.TemporaryDirectory(prefix="llmsrv-") as build:
+            library = _compile(compiler, texts, tuple(flags), Path(build))
+            kept = directory and _keep(library, directory, key)
+            return ctypes.CDLL(str(kept or library))
+    except OSError as error:
+        raise CompileError(f"the kernels cannot be compiled or loaded: {error}") from error
+
+
+def cpu_features() -> frozenset[str]:
+    """The names of the instruction sets this CPU has, as Linux lists them; elsewhere its name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset({platform.machine(), platform.processor()})
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+# ---- The parts
+
+
+def _compiler(path: Path, command: list[str]) -> Compiler:
+    real = path.resolve()
+    status = real.stat()
+    return Compiler(tuple(command), f"{shlex.join(command)} {real} {status.st_size} "
+                    f"{status.st_mtime_ns}")
+
+
+def _is_xcode_stub(path: str) -> bool:
+    """On macOS without its tools /usr/bin/cc only opens a window that offers them."""
+    if sys.platform != "darwin" or not path.startswith("/usr/bin/"):
+        return False
+    return subprocess.run(["xcode-select", "-p"], capture_output=True).returncode != 0
+
+
+def _kernels() -> Traversable:
+    package = importlib.resources.files("llmsrv")
+    installed = package / "kernels"
+    return installed if installed.is_dir() else Path(str(package)).parent / "kernels"
+
+
+def _key(texts: dict[str, bytes], flags: tuple[str, ...], compiler: Compiler) -> str:
+    told = [*flags, compiler.identity, platform.machine(), *sorted(cpu_features())]
+    digest = hashlib.sha256("\0".join(told).encode())
+    for name, text in sorted(texts.items()):
+        digest.update(b"\0%s\0%d\0" % (name.encode(), len(text)))
+        digest.update(text)
+    return digest.hexdigest()[:32]
+
+
+def _private_directory(directory: Path) -> Path | None:
+    """The directory, ours alone; None, after a warning, where there can be none."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = directory.lstat()
+        if not stat.S_ISDIR(status.st_mode):
+            raise OSError("it is not a directory")
+        if status.st_uid != os.getuid():
+            raise OSError(f"it belongs to user {status.st_uid}")
+        if status.st_mode & 0o022:
+            raise OSError("others can write to it")
+        return directory
+    except OSError as error:
+        log.warning("kernels are not kept in %s: %s; each start compiles them", directory, error)
+        return None
+
+
+def _cached(directory: Path, key: str) -> Path | None:
+    """A library of this key that is what its name says."""
+    for path in directory.glob(f"{key}-*.so"):
+        try:
+            if path.name == _name(key, path.read_bytes()):
+                return path
+        except OSError as error:
+            log.warning("%s cannot be read: %s", path, error)
+            continue
+        log.warning("%s is damaged; it is compiled again", path)
+        path.unlink(missing_ok=True)
+    return None
+
+
+def _name(key: str, content: bytes) -> str:
+    return f"{key}-{hashlib.sha256(content).hexdigest()}.so"
+
+
+def _compile(
+    compiler: Compiler, texts: dict[str, bytes], flags: tuple[str, ...], build: Path
+) -> Path:
+    for name, text in texts.items():
+        (build / name).write_bytes(text)
+    library = build / "kernels.so"
+    names = [name for name in texts if name.endswith(".c")]
+    command = [*compiler.command, *flags, "-shared", "-fPIC", "-o", library.name, *names, "-lm"]
+    try:
+        done = subprocess.run(
+            command, cwd=build, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        raise CompileError(f"{command[0]} was stopped after {COMPILE_TIMEOUT_S:.0f} s") from None
+    if done.returncode:
+        log.debug("%s\n%s", shlex.join(command), done.stderr)
+        said = next((line for line in done.stderr.splitlines() if "error" in line), "")
+        raise CompileError(f"{command[0]} failed with {done.returncode}: {said or 'no message'}")
+    return library
+
+
+def _keep(library: Path, directory: Path, key: str) -> Path | None:
+    """Puts the library into the cache; None, after a warning, where that fails."""
+    try:
+        content = library.read_bytes()
+        descriptor, temporary = tempfile.mkstemp(dir=directory)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(content)
+            kept = directory / _name(key, content)
+            os.replace(temporary, kept)
+            return kept
+        except OSError:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        log.warning("kernels cannot be kept in %s: %s; each start compiles them", directory, error)
+        return None
