@@ -92,8 +92,9 @@ def _last_pair(text: str, ranks: dict[str, int]) -> Pair | None:
 
 
 def _key(tokens: Sequence[str], types: Sequence[float], scores: Sequence[float]) -> str:
-    digest = hashlib.sha256("\0".join(tokens).encode("utf-8", "surrogateescape"))
-    digest.update(b"".join(array("d", numbers).tobytes() for numbers in (types, scores)))
+    digest = hashlib.sha256("".join(tokens).encode("utf-8", "surrogateescape"))
+    for numbers in (map(len, tokens), types, scores):
+        digest.update(array("d", numbers).tobytes())
     return digest.hexdigest()
 
 
@@ -124,8 +125,13 @@ def _write(path: Path, pairs: list[Pair], tokens: Sequence[str]) -> None:
     payload = ids.tobytes()
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as part:
-            part.write(hashlib.sha256(payload).digest() + payload)
-        os.replace(part.name, path)
+        descriptor, part = tempfile.mkstemp(dir=path.parent)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(hashlib.sha256(payload).digest() + payload)
+            os.replace(part, path)
+        except OSError:
+            os.unlink(part)
+            raise
     except OSError as error:
         log.warning("cannot keep the converted tokenizer in %s: %s", path.parent, error.strerror)
