@@ -43,10 +43,11 @@ class ModelFolder:
         self.tensors: dict[str, TensorInfo] = {}
         self._views: dict[str, memoryview] = {}  # tensor's name -> the whole file that it is in
         for file in _open_weights(path):
-            for name in file.tensors.keys() & self.tensors.keys():
-                raise ModelError(f"{file.path}: has the tensor {shown(name)}, as another shard has")
-            self.tensors.update(file.tensors)
-            self._views.update(dict.fromkeys(file.tensors, file.view))
+            twice = file.tensors.keys() & self.tensors.keys()
+            if twice:
+                raise ModelError(f"{file.path}: has tensor {shown(min(twice))}, as an earlier has")
+            self.tensors |= file.tensors
+            self._views |= dict.fromkeys(file.tensors, file.view)
 
     def data(self, tensor: TensorInfo) -> memoryview:
         """The tensor's bytes, read-only, straight from the mapped file; aligned to nothing.

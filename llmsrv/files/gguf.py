@@ -168,22 +168,23 @@ def _open_one(path: Path) -> GGUFFile:
 
 
 def _joined(first: GGUFFile, count: int) -> GGUFFile:
-    """A split model: NAME-00001-of-00003.gguf and so on, metadata in the first, each with its own
-    tensors.  Source: gguf-split of the ggml project."""
-    name = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", first.path.name)
-    if name is None or int(name[3]) != count:
-        wanted = f"NAME-00001-of-{count:05d}.gguf"
-        raise ModelError(f"{first.path}: is one of {count} parts; they must be named {wanted}")
+    """A split model: metadata in the first part, each part with its own tensors.
+
+    Source: gguf-split of the ggml project."""
+    names = _part_names(first.path, count)
+    parts = [first, *(_open_one(first.path.with_name(name)) for name in names[1:])]
     tensors: dict[str, TensorInfo] = {}
     views: dict[str, memoryview] = {}
-    for number in range(1, count + 1):
-        path = first.path.with_name(f"{name[1]}-{number:05d}-of-{count:05d}.gguf")
-        part = first if path == first.path else _open_one(path)
-        _check_is_part(part, number, count)
-        for tensor in part.tensors.keys() & tensors.keys():
-            raise ModelError(f"{path}: has the tensor {shown(tensor)}, as an earlier part does")
-        tensors.update(part.tensors)
-        views.update(part.views)
+    for number, part in enumerate(parts):
+        for key, wanted in (("split.no", number), ("split.count", count)):
+            if part.get(key, int) != wanted:
+                found = part.metadata.get(key)
+                raise ModelError(f"{part.path}: key '{key}' is {found}; expected {wanted}")
+        twice = part.tensors.keys() & tensors.keys()
+        if twice:
+            raise ModelError(f"{part.path}: has tensor {shown(min(twice))}, as an earlier part has")
+        tensors |= part.tensors
+        views |= part.views
     total = first.get("split.tensors.count", int)
     if total != len(tensors):
         raise ModelError(
@@ -192,11 +193,17 @@ def _joined(first: GGUFFile, count: int) -> GGUFFile:
     return GGUFFile(first.path, first.metadata, tensors, views)
 
 
-def _check_is_part(part: GGUFFile, number: int, count: int) -> None:
-    for key, wanted in (("split.no", number - 1), ("split.count", count)):
-        found = part.get(key, int)
-        if found != wanted:
-            raise ModelError(f"{part.path}: key '{key}' is {found}; expected {wanted}")
+def _part_names(first: Path, count: int) -> list[str]:
+    """NAME-00001-of-00003.gguf and so on; ModelError when that is not what `first` is named."""
+    match = re.fullmatch(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", first.name)
+    if match is None or int(match[3]) != count:
+        wanted = f"NAME-00001-of-{count:05d}.gguf and so on"
+        raise ModelError(f"{first}: is one of {count} parts; they must be named {wanted}")
+    names = [f"{match[1]}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+    if first.name != names[0]:
+        part = f"part {int(match[2])} of {count}"
+        raise ModelError(f"{first}: is {part}; name the first, {names[0]}")
+    return names
 
 
 class _Reader:

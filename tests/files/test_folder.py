@@ -8,6 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
 
 from llmsrv.errors import ModelError
 from llmsrv.files.folder import ModelFolder
@@ -225,7 +229,7 @@ def test_refuses_a_shard_without_a_tensor_that_the_index_puts_there(tmp_path):
 def test_refuses_a_tensor_in_two_shards(tmp_path):
     path = write_folder(tmp_path / "model", A, B)
     write_safetensors(path / SECOND, A | B)
-    assert refusal(path, path / SECOND) == "has the tensor 'a', as another shard has"
+    assert refusal(path, path / SECOND) == "has tensor 'a', as an earlier has"
 
 
 @pytest.mark.parametrize("name", [
@@ -252,6 +256,35 @@ def test_refuses_an_index_that_names_no_file_of_the_folder(tmp_path, name):
 def test_refuses_an_index_without_a_weight_map(tmp_path, weight_map):
     path = sharded(tmp_path / "model", weight_map)
     assert refusal(path, path / INDEX).startswith("key 'weight_map' must say which file")
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=6,
+)
+
+
+@settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    weight_map=ANYTHING | st.dictionaries(
+        st.sampled_from("abc"),
+        st.sampled_from([FIRST, SECOND, ".", "a.safetensors", ".safetensors"]) | ANYTHING,
+    ),
+    tokenizer_config=ANYTHING | st.fixed_dictionaries({"chat_template": ANYTHING}),
+)
+def test_any_json_is_read_or_refused_and_nothing_else(tmp_path, weight_map, tokenizer_config):
+    path = sharded(tmp_path / "model", weight_map)
+    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    try:
+        assert set(open_folder(path).tensors) <= {"a", "b"}
+    except ModelError:
+        pass
 
 
 def test_refuses_a_shard_that_is_another_format(tmp_path):
