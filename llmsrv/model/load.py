@@ -1,40 +1,96 @@
-"""Loads a model file: which architecture it is, its numbers, and its program."""
+"""Loads a model: which architecture it is, its numbers, and its program."""
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmsrv.backend.base import Program
 from llmsrv.errors import ModelError
-from llmsrv.files.gguf import open_gguf
+from llmsrv.files.folder import ModelFolder
+from llmsrv.files.gguf import GGUFFile
+from llmsrv.files.open import open_model
+from llmsrv.model.architecture import Architecture
 from llmsrv.model.config import ModelConfig
 from llmsrv.model.config import read_config
-from llmsrv.model.llama import llama
+from llmsrv.model.decoder import build_program
+from llmsrv.model.families.gemma import GEMMA2
+from llmsrv.model.families.gemma import GEMMA3
+from llmsrv.model.families.granite import GRANITE
+from llmsrv.model.families.llama import LLAMA
+from llmsrv.model.families.llama import MIXTRAL
+from llmsrv.model.families.olmo2 import OLMO2
+from llmsrv.model.families.phi3 import PHI3
+from llmsrv.model.families.qwen import QWEN2
+from llmsrv.model.families.qwen import QWEN3
+from llmsrv.model.families.qwen import QWEN3_MOE
+from llmsrv.model.families.smollm3 import SMOLLM3
+from llmsrv.model.keys import FolderKeys
+from llmsrv.model.keys import GGUFKeys
+from llmsrv.model.keys import Keys
+from llmsrv.model.tensors import FolderTensors
 from llmsrv.model.tensors import Tensors
 
-ARCHITECTURES: dict[str, Callable[[ModelConfig, Tensors], Program]] = {"llama": llama}
+ARCHITECTURES = (
+    LLAMA,
+    MIXTRAL,
+    SMOLLM3,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
+    GEMMA2,
+    GEMMA3,
+    PHI3,
+    OLMO2,
+    GRANITE,
+)
+BY_GGUF = {each.gguf: each for each in ARCHITECTURES if each.gguf}
+BY_MODEL_TYPE = {name: each for each in ARCHITECTURES for name in each.model_types}
 
 
 @dataclass(frozen=True)
 class Model:
     config: ModelConfig
-    program: Program  # its tensors are views of the mapped file
+    program: Program  # its tensors are views of the mapped files
 
 
 def load_model(path: Path, tick: Callable[[], None]) -> Model:
-    """Opens a GGUF file and lays out its program; `tick` is called once a tensor.
+    """Opens a GGUF file or a Hugging Face folder and lays out its program; `tick` is called once a
+    tensor.
 
     Raises ModelError, with the file and the key or tensor at fault, when it is refused."""
-    gguf = open_gguf(path)
-    architecture = gguf.get("general.architecture", str)
-    if architecture not in ARCHITECTURES:
-        found = "is missing" if architecture is None else f"is {architecture!r:.100}"
-        known = ", ".join(ARCHITECTURES)
-        raise ModelError(
-            f"{path}: key 'general.architecture' {found}; this version runs {known}"
-        )
-    config = read_config(gguf, architecture)
-    tensors = Tensors(gguf, tick)
-    program = ARCHITECTURES[architecture](config, tensors)
-    tensors.check_all_taken(architecture)
+    file = open_model(path)
+    parts = _gguf(file, tick) if isinstance(file, GGUFFile) else _folder(file, tick)
+    name, architecture, keys, tensors = parts
+    config = read_config(keys, name, architecture, tensors)
+    program = build_program(config, architecture, tensors)
+    tensors.check_all_taken(name)
     return Model(config, program)
+
+
+Parts = tuple[str, Architecture, Keys, Tensors]
+
+
+def _gguf(gguf: GGUFFile, tick: Callable[[], None]) -> Parts:
+    name = gguf.get("general.architecture", str)
+    if name not in BY_GGUF:
+        raise _unknown(gguf.path, "general.architecture", name, BY_GGUF)
+    return name, BY_GGUF[name], GGUFKeys(gguf, name), Tensors(gguf, tick)
+
+
+def _folder(folder: ModelFolder, tick: Callable[[], None]) -> Parts:
+    keys = FolderKeys(folder.path / "config.json", folder.config)
+    name = keys.get("model_type", str)
+    if name not in BY_MODEL_TYPE:
+        raise _unknown(keys.path, "model_type", name, BY_MODEL_TYPE)
+    classes = keys.get("architectures", list) or []
+    if classes and not str(classes[0]).endswith("ForCausalLM"):
+        keys.refuse("architectures", classes, "a class ...ForCausalLM, which generates text")
+    architecture = BY_MODEL_TYPE[name]
+    tensors = FolderTensors(folder, tick, architecture.names, architecture.norm_offset)
+    return name, architecture, keys, tensors
+
+
+def _unknown(path: Path, key: str, value: str | None, known: Iterable[str]) -> ModelError:
+    found = "is missing" if value is None else f"is {value!r:.100}"
+    return ModelError(f"{path}: key '{key}' {found}; this version runs {', '.join(known)}")

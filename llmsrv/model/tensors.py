@@ -1,7 +1,10 @@
-"""Hands a file's tensors to the architectures, each checked against what is expected of it."""
+"""Hands a model's tensors to the decoder, by GGUF's names and each checked against what is expected
+of it, whichever format they are in.
+"""
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from math import prod
 
 import numpy as np
 
@@ -10,52 +13,83 @@ from llmsrv.backend.base import Tensor
 from llmsrv.backend.quants import TYPES
 from llmsrv.backend.quants import dequantise
 from llmsrv.errors import ModelError
+from llmsrv.files.folder import ModelFolder
 from llmsrv.files.gguf import GGUFFile
 
-# In old files; every reader computes rope's frequencies itself.
-IGNORED = ".attn_rot_embd"
+# GGUF's names -> Hugging Face's, those of a layer without blk.N. and model.layers.N.
+FOLDER_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{expert}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{expert}.up_proj",
+    "ffn_down_exps": "mlp.experts.{expert}.down_proj",
+}
+# In files of old converters: rope's frequencies, which every reader computes itself.
+IGNORED = (".attn_rot_embd.", ".rotary_emb.inv_freq")
 
 
 class Tensors:
-    """The tensors of one file.  What was taken is remembered: what is left over is an error."""
+    """The tensors of one GGUF file; which were taken is remembered, since others are an error."""
 
-    def __init__(self, gguf: GGUFFile, tick: Callable[[], None]) -> None:
-        self.gguf = gguf
+    def __init__(self, file: GGUFFile | ModelFolder, tick: Callable[[], None]) -> None:
+        self.file = file
         self.tick = tick
         self.taken: set[str] = set()
+
+    def name(self, name: str) -> str:
+        """What the file calls the tensor."""
+        return name
 
     def take(self, name: str, *shape: int) -> Tensor:
         """A tensor that must be there, with this shape; ModelError when it is not."""
         tensor = self.maybe_take(name, *shape)
         if tensor is None:
-            raise ModelError(f"{self.gguf.path}: tensor '{name}' is missing; expected {shape}")
+            own = self.name(name)
+            raise ModelError(f"{self.file.path}: tensor '{own}' is missing; expected {shape}")
         return tensor
 
     def maybe_take(self, name: str, *shape: int) -> Tensor | None:
         """A tensor that may be missing; ModelError when it is there and not as expected."""
-        info = self.gguf.tensors.get(name)
+        info = self.file.tensors.get(self.name(name))
         if info is None:
             return None
-        where = f"{self.gguf.path}: tensor '{name}'"
+        where = f"{self.file.path}: tensor '{info.name}'"
         if info.shape != shape:
             raise ModelError(f"{where} has shape {info.shape}; expected {shape}")
         if info.type not in TYPES:
             known = ", ".join(TYPES)
             raise ModelError(f"{where} has type {info.type}; this version runs {known}")
-        self.taken.add(name)
+        self.taken.add(info.name)
         self.tick()
-        return Tensor(name, info.type, shape, np.frombuffer(self.gguf.data(info), np.uint8))
+        return Tensor(info.name, info.type, shape, np.frombuffer(self.file.data(info), np.uint8))
 
     def maybe_values(self, name: str, size: int) -> Array | None:
         """A small tensor's values as float32, all finite and above 0."""
         tensor = self.maybe_take(name, size)
         if tensor is None:
             return None
-        values = np.empty(size, np.float32)
-        dequantise(tensor.type, tensor.data, values)
+        values = _values(tensor)
         if not np.all((values > 0) & np.isfinite(values)):
-            raise ModelError(f"{self.gguf.path}: tensor '{name}' must be finite and above 0")
+            raise ModelError(f"{self.file.path}: tensor '{tensor.name}' must be finite and above 0")
         return values
+
+    def norm(self, name: str, size: int) -> Tensor:
+        """The weights of a norm."""
+        return self.take(f"{name}.weight", size)
 
     def linear(
         self, rows: Mapping[str, int], columns: int
@@ -63,15 +97,73 @@ class Tensors:
         """The weights NAME.weight [rows, columns] of a product, and NAME.bias [rows] of all or none
         of them."""
         weights = [self.take(f"{name}.weight", size, columns) for name, size in rows.items()]
-        has_biases = any(f"{name}.bias" in self.gguf.tensors for name in rows)
+        has_biases = any(self.name(f"{name}.bias") in self.file.tensors for name in rows)
         biases = [self.take(f"{name}.bias", size) for name, size in rows.items() if has_biases]
         return tuple(weights), tuple(biases)
 
+    def experts(self, name: str, num_experts: int, rows: int, columns: int) -> list[Tensor]:
+        """Each expert's part of NAME.weight [num_experts, rows, columns]."""
+        stacked = self.take(f"{name}.weight", num_experts, rows, columns)
+        parts = stacked.data.reshape(num_experts, -1)
+        return [
+            Tensor(f"{stacked.name}[{expert}]", stacked.type, (rows, columns), part)
+            for expert, part in enumerate(parts)
+        ]
+
+    def ignore(self, name: str) -> None:
+        self.taken.add(self.name(name))
+
     def check_all_taken(self, architecture: str) -> None:
         """A tensor that nobody asked for means that the model is not what its file says it is."""
-        left = [n for n in self.gguf.tensors if n not in self.taken and IGNORED not in n]
+        names = [name for name in self.file.tensors if name not in self.taken]
+        left = [name for name in names if not any(part in name for part in IGNORED)]
         if left:
             raise ModelError(
-                f"{self.gguf.path}: tensor '{left[0]}' is not part of a {architecture} as this "
+                f"{self.file.path}: tensor '{left[0]}' is not part of a {architecture} as this "
                 f"version knows it ({len(left)} such tensors)"
             )
+
+
+class FolderTensors(Tensors):
+    """The tensors of one Hugging Face folder.
+
+    names        as architecture.Architecture has them
+    norm_offset  is added to the weights of norms
+    """
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        tick: Callable[[], None],
+        names: Mapping[str, str],
+        norm_offset: float,
+    ) -> None:
+        super().__init__(folder, tick)
+        self.names = {**FOLDER_NAMES, **names}
+        self.norm_offset = norm_offset
+
+    def name(self, name: str) -> str:
+        """blk.3.ffn_up.weight -> model.layers.3.mlp.up_proj.weight; its own names it leaves."""
+        stem, _, suffix = name.rpartition(".")
+        if not stem.startswith("blk."):
+            return f"{self.names.get(stem, stem)}.{suffix}"
+        _, layer, stem = stem.split(".")
+        return f"model.layers.{layer}.{self.names.get(stem, stem)}.{suffix}"
+
+    def norm(self, name: str, size: int) -> Tensor:
+        tensor = super().norm(name, size)
+        if not self.norm_offset:
+            return tensor
+        values = _values(tensor) + np.float32(self.norm_offset)
+        return Tensor(tensor.name, "F32", tensor.shape, values.view(np.uint8))
+
+    def experts(self, name: str, num_experts: int, rows: int, columns: int) -> list[Tensor]:
+        own = self.name(f"{name}.weight")
+        names = [own.format(expert=expert) for expert in range(num_experts)]
+        return [self.take(name, rows, columns) for name in names]
+
+
+def _values(tensor: Tensor) -> Array:
+    values = np.empty(prod(tensor.shape), np.float32)
+    dequantise(tensor.type, tensor.data, values)
+    return values

@@ -1,0 +1,13 @@
+"""SmolLM 3: a llama in which every fourth layer does not rotate.
+
+Source: Yang et al. 2025, Rope to Nope and Back Again.
+"""
+
+from llmsrv.model.architecture import Architecture
+
+SMOLLM3 = Architecture(
+    gguf="smollm3",
+    model_types=("smollm3",),
+    rope_is_permuted=True,
+    rope_interval=4,
+)
