@@ -46,7 +46,13 @@ class ChatCompletions:
         )
         num_logprobs = (asked.top_logprobs or 0) if asked.logprobs else -1
         job = Job(
-            self._service, model.tokenizer, asked, [prompt_ids], [max_tokens], num_logprobs
+            self._service,
+            model.tokenizer,
+            asked,
+            [prompt_ids],
+            [max_tokens],
+            num_logprobs,
+            generate.tenant_of(request),
         )
         await generate.start(request, job)
         answer = _Answer(self._service, model.tokenizer, asked, job)

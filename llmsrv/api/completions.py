@@ -48,7 +48,8 @@ class Completions:
             for ids in prompts
         ]
         num_logprobs = -1 if asked.logprobs is None else asked.logprobs
-        job = Job(self._service, tokenizer, asked, prompts, max_tokens, num_logprobs)
+        tenant = generate.tenant_of(request)
+        job = Job(self._service, tokenizer, asked, prompts, max_tokens, num_logprobs, tenant)
         await generate.start(request, job)
         answer = _Answer(self._service, tokenizer, asked, job)
         if asked.stream:

@@ -28,11 +28,12 @@ class Gate:
         self._digests = {self._digest(key.encode()) for key in keys}
 
     def check(self, request: Request) -> None:
-        """Raises ApiError 403 or 401 for a request that may not come in."""
+        """Raises ApiError 403 or 401 for a request that may not come in; notes whose it is as
+        request.state["tenant"], bytes that say nothing of the key."""
         if self._checks_host:
             self._check_host(request.headers.get("host"))
         if self._digests and request.path not in OPEN_PATHS:
-            self._check_key(request.headers.get("authorization"))
+            request.state["tenant"] = self._check_key(request.headers.get("authorization"))
 
     def _check_host(self, host: str | None) -> None:
         name = host_name(host or "localhost")  # HTTP/1.0 may come without
@@ -44,14 +45,16 @@ class Gate:
                 code="host_not_allowed",
             )
 
-    def _check_key(self, authorization: str | None) -> None:
+    def _check_key(self, authorization: str | None) -> bytes:
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise _unauthorized(
                 "You didn't provide an API key. Send it as 'Authorization: Bearer KEY'.", None
             )
-        if self._digest(key.strip().encode("latin-1", "replace")) not in self._digests:
+        digest = self._digest(key.strip().encode("latin-1", "replace"))
+        if digest not in self._digests:
             raise _unauthorized("Incorrect API key provided.", "invalid_api_key")
+        return digest
 
     def _digest(self, key: bytes) -> bytes:
         return hmac.digest(self._secret, key, hashlib.sha256)

@@ -39,7 +39,9 @@ class Job:
         prompts: list[list[int]],
         max_tokens: list[int],
         num_logprobs: int,
+        tenant: bytes,
     ) -> None:
+        """tenant: requests of different tenants share no prefix, so none can time another's."""
         self.num_prompt_tokens = sum(map(len, prompts))
         self._service = service
         self._n = request.n or 1
@@ -56,7 +58,7 @@ class Job:
         try:
             for ids, limit in zip(prompts, max_tokens, strict=True):
                 self._generations.append(
-                    service.engine.submit(ids, limit, end_ids, sampling, self._n)
+                    service.engine.submit(ids, limit, end_ids, sampling, self._n, tenant)
                 )
         except ApiError:
             self.end()
@@ -100,12 +102,14 @@ class Job:
             generation.abort()
         self._count()
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         num_output_tokens = sum(output.num_tokens for output in self.outputs)
+        num_cached_tokens = sum(generation.num_cached_tokens for generation in self._generations)
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": num_output_tokens,
             "total_tokens": self.num_prompt_tokens + num_output_tokens,
+            "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
         }
 
     async def _follow(self, prompt: int, generation: Generation) -> AsyncGenerator[Delta, None]:
@@ -131,6 +135,11 @@ class Job:
         for output in self.outputs:
             counters.generation_tokens += output.num_tokens
             counters.finished[output.finish_reason or "abort"] += 1
+
+
+def tenant_of(request: Request) -> bytes:
+    tenant: bytes = request.state.get("tenant", b"")
+    return tenant
 
 
 async def start(request: Request, job: Job) -> Job:

@@ -59,6 +59,9 @@ class _ServiceCollector(Collector):
         yield self._gauge("vllm:kv_cache_usage_perc", "Part of the KV blocks in use", usage)
         yield self._counter("vllm:prompt_tokens", "Prompt tokens", counters.prompt_tokens)
         yield self._counter("vllm:generation_tokens", "Output tokens", counters.generation_tokens)
+        queries, hits = gauges.num_prefix_queries, gauges.num_prefix_hits
+        yield self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up", queries)
+        yield self._counter("vllm:prefix_cache_hits", "Prompt tokens found", hits)
         yield self._counter("vllm:num_preemptions", "Preemptions", gauges.num_preemptions)
         yield self._finished(counters)
 

@@ -62,6 +62,7 @@ class Generation:
 
     def __init__(self, request: int, n: int, abort: Callable[[int, int | None], None]) -> None:
         self.request = request
+        self.num_cached_tokens = 0  # of the prompt, once the first choice is admitted
         self._abort = abort
         self._events: deque[Tokens | Finished] = deque()
         self._unfinished = set(range(n))  # choices; empty once the request has ended in any way
@@ -114,7 +115,9 @@ class Generation:
     def has_ended(self) -> bool:
         return not self._unfinished
 
-    def admit(self) -> None:
+    def admit(self, num_cached_tokens: int) -> None:
+        if not self._is_admitted:
+            self.num_cached_tokens = num_cached_tokens
         self._is_admitted = True
         self._wake()
 
@@ -199,6 +202,7 @@ class EngineClient:
         end_ids: list[int],
         sampling: Sampling,
         n: int = 1,
+        salt: bytes = b"",
     ) -> Generation:
         """Hands a request to the engine; see messages.Submit.  Raises ApiError 503 when it cannot
         be served now."""
@@ -209,7 +213,7 @@ class EngineClient:
             message = "The server is overloaded. Please try again later."
             raise ApiError(503, message, code="server_is_overloaded", headers=RETRY)
         request = next(self._requests)
-        self._process.send(Submit(request, prompt_ids, max_tokens, end_ids, sampling, n))
+        self._process.send(Submit(request, prompt_ids, max_tokens, end_ids, sampling, n, salt))
         generation = self._generations[request] = Generation(request, n, self._abort)
         return generation
 
@@ -277,9 +281,9 @@ class EngineClient:
     def _take(self, step: Step) -> None:
         """Hands a step to its requests; one that is unknown here was aborted a moment ago."""
         generations = self._generations
-        for request in step.admitted:
-            if generation := generations.get(request):
-                generation.admit()
+        for admitted in step.admitted:
+            if generation := generations.get(admitted.request):
+                generation.admit(admitted.num_cached_tokens)
         for tokens in step.tokens:
             if generation := generations.get(tokens.request):
                 generation.push(tokens)

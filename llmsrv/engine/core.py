@@ -15,6 +15,8 @@ from llmsrv.backend.base import Plan
 from llmsrv.backend.sampling import Samples
 from llmsrv.engine.batch import build_batch
 from llmsrv.engine.kv_cache import KVCache
+from llmsrv.engine.kv_cache import Pages
+from llmsrv.engine.messages import Admitted
 from llmsrv.engine.messages import Abort
 from llmsrv.engine.messages import Failed
 from llmsrv.engine.messages import Finished
@@ -53,7 +55,7 @@ class EngineCore:
         self._sequences: dict[int, list[Sequence]] = {}  # by request, what has not ended
 
         # Since the last report
-        self._admitted: list[int] = []
+        self._admitted: list[Admitted] = []
         self._tokens: list[Tokens] = []
         self._finished: list[Finished] = []
         self._failed: list[Failed] = []
@@ -72,10 +74,13 @@ class EngineCore:
             num_prompt, end_ids = len(submit.prompt_ids), frozenset(submit.end_ids)
             max_tokens = min(submit.max_tokens, self._context_length - num_prompt)
             is_long = num_prompt + max_tokens > self._long_from
-            sequences = [
-                Sequence(submit, choice, max_tokens, end_ids, now_s, is_long)
-                for choice in range(submit.n)
-            ]
+            salt = submit.salt + bytes([is_long])
+            sequences: list[Sequence] = []
+            for choice in range(submit.n):
+                leader = sequences[0] if sequences else None
+                sequence = Sequence(submit, choice, max_tokens, end_ids, now_s, Pages(salt))
+                sequence.is_long, sequence.leader = is_long, leader
+                sequences.append(sequence)
         except Exception as error:
             self._failed.append(_failed(submit.request, error))
             return
@@ -92,7 +97,7 @@ class EngineCore:
     def step(self) -> Step:
         """Computes one step and returns what it brought, with what ended since the last one."""
         if chunks := self._scheduler.schedule():
-            self._enter(chunks)
+            self._enter(self._scheduler.admitted)
             self._compute(chunks)
         return self._report()
 
@@ -114,20 +119,19 @@ class EngineCore:
             raise ApiError(400, "max_tokens and n must be at least 1")
         check_sampling(submit.sampling)
 
-    def _enter(self, chunks: list[Chunk]) -> None:
+    def _enter(self, admitted: list[Sequence]) -> None:
         """Prepares the sequences that have just been admitted, for the first time or again."""
-        for sequence, _ in chunks:
-            if sequence.num_computed == 0:
-                sampling = sequence.submit.sampling
-                write_sampling(self._plan.sampling, sequence.slot, sampling, sequence.choice)
-                if not sequence.scheduled_s:
-                    sequence.scheduled_s = time.monotonic()
-                    self._admitted.append(sequence.submit.request)
+        for sequence in admitted:
+            sampling = sequence.submit.sampling
+            write_sampling(self._plan.sampling, sequence.slot, sampling, sequence.choice)
+            if not sequence.scheduled_s:
+                sequence.scheduled_s = time.monotonic()
+                self._admitted.append(Admitted(sequence.submit.request, sequence.num_cached))
 
     def _compute(self, chunks: list[Chunk]) -> None:
         self._plan.forward(build_batch(chunks, self._kv_cache.block_tables))
-        for sequence, num_rows in chunks:
-            sequence.num_computed += num_rows
+        for chunk in chunks:
+            self._scheduler.note_computed(chunk)
         sampled = [sequence for sequence, _ in chunks if sequence.num_uncomputed == 0]
         if sampled:
             slots = np.array([sequence.slot for sequence in sampled], np.int32)
@@ -182,6 +186,8 @@ class EngineCore:
             used_blocks=self._kv_cache.num_used,
             total_blocks=self._kv_cache.num_total,
             num_preemptions=self._scheduler.num_preemptions,
+            num_prefix_queries=self._scheduler.num_prefix_queries,
+            num_prefix_hits=self._scheduler.num_prefix_hits,
         )
         step = Step(self._admitted, self._tokens, self._finished, self._failed, gauges)
         self._admitted, self._tokens, self._finished, self._failed = [], [], [], []

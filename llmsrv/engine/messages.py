@@ -30,6 +30,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
     end_ids: list[int]  # a sampled id among these ends the choice with "stop"
     sampling: Sampling
     n: int = 1  # choices, each with its own choice index in the draw
+    salt: bytes = b""  # requests of different salts share nothing of the prefix cache
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
@@ -61,6 +62,13 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
     """The engine cannot run this model; starting it again would not help."""
 
     message: str
+
+
+class Admitted(msgspec.Struct, frozen=True, array_like=True):
+    """A choice of the request has become part of a step; it may come for each of them."""
+
+    request: int
+    num_cached_tokens: int  # of the prompt, found in the prefix cache
 
 
 class Tokens(msgspec.Struct, frozen=True, array_like=True):
@@ -109,13 +117,15 @@ class Gauges(msgspec.Struct, frozen=True, array_like=True):
     waiting: int = 0
     used_blocks: int = 0
     total_blocks: int = 0
-    num_preemptions: int = 0  # since the engine started
+    num_preemptions: int = 0  # since the engine started, as the following
+    num_prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
+    num_prefix_hits: int = 0  # and found there
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """Everything that one step brought, in one frame; to be taken in the order of its fields."""
 
-    admitted: list[int]  # requests whose first choice has become part of a step
+    admitted: list[Admitted]
     tokens: list[Tokens]
     finished: list[Finished]
     failed: list[Failed]

@@ -10,12 +10,16 @@ again its prompt and its output so far are computed again.  Nothing older than i
 before it, and the KV cache holds at least one sequence of full length, so the oldest always goes on
 and every sequence ends.  (running + waiting) is always in the order of arrival.
 
+A sequence is admitted with what is known already of its beginning (kv_cache.py); its last token is
+always computed, since its logits are wanted.
+
 Knows nothing of tokens, sampling or messages.
 """
 
 from collections import deque
 from typing import NamedTuple
 
+from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.engine.kv_cache import KVCache
 from llmsrv.engine.kv_cache import num_blocks_for
 from llmsrv.engine.sequence import NO_SLOT
@@ -39,7 +43,10 @@ class Scheduler:
         self._free_slots = list(range(max_num_sequence - 1, -1, -1))
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.admitted: list[Sequence] = []  # by the last schedule()
         self.num_preemptions = 0
+        self.num_prefix_queries = 0  # tokens that were looked up at admission
+        self.num_prefix_hits = 0  # and found
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -58,6 +65,7 @@ class Scheduler:
 
         Empty only when there is no sequence at all.
         """
+        self.admitted = []
         chunks = self._schedule_decode()
         budget = self._max_rows - len(chunks)
         for sequence in self.running:
@@ -68,6 +76,15 @@ class Scheduler:
             chunks.append(Chunk(admitted, min(budget, admitted.num_uncomputed)))
             budget -= chunks[-1].num_rows
         return chunks
+
+    def note_computed(self, chunk: Chunk) -> None:
+        """The chunk's rows are in the cache; blocks that they filled are known from now on."""
+        sequence, num_rows = chunk
+        num_pages = sequence.num_computed // BLOCK_SIZE
+        sequence.num_computed += num_rows
+        if sequence.num_computed // BLOCK_SIZE > num_pages:
+            pages = sequence.pages.upto(sequence.num_computed // BLOCK_SIZE, sequence.ids)
+            self._kv_cache.remember(sequence.slot, pages)
 
     def _schedule_decode(self) -> list[Chunk]:
         """Oldest first; a preemption takes sequences from the end of the list that is walked."""
@@ -97,16 +114,25 @@ class Scheduler:
         if not self.waiting or not self._free_slots:
             return None
         sequence = self.waiting[0]
+        if sequence.awaits_leader:
+            return None
+        pages = sequence.pages.upto((sequence.num_tokens - 1) // BLOCK_SIZE, sequence.ids)
+        known = self._kv_cache.find(pages)
         # A block to grow into for each that runs already: admitting into the last free blocks
         # would only lead to a preemption, and to computing the same prompt again.
-        needed = num_blocks_for(sequence.num_tokens) + len(self.running)
-        if needed > self._kv_cache.num_free:
+        needed = num_blocks_for(sequence.num_tokens) - len(known) + len(self.running)
+        if needed + self._kv_cache.num_taken_by(known) > self._kv_cache.num_free:
             return None
         self.waiting.popleft()
         sequence.move_to(State.RUNNING)
         sequence.slot = self._free_slots.pop()
+        self._kv_cache.adopt(sequence.slot, known)
         self._kv_cache.grow(sequence.slot, sequence.num_tokens)
+        sequence.num_computed = sequence.num_cached = len(known) * BLOCK_SIZE
+        self.num_prefix_queries += sequence.num_tokens
+        self.num_prefix_hits += sequence.num_cached
         self.running.append(sequence)
+        self.admitted.append(sequence)
         return sequence
 
     def _release(self, sequence: Sequence) -> None:

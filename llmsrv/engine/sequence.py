@@ -1,13 +1,14 @@
 """One sequence: a choice of a request, from the queue to its end.
 
-A request of n choices is n sequences.  What a sequence has put out survives a preemption; what it
-has computed in the KV cache does not.
+A request of n choices is n sequences; all share what the first computes of the prompt.  What a
+sequence has put out survives a preemption; what it has computed is likely to be found again.
 """
 
 import enum
 from dataclasses import dataclass
 from dataclasses import field
 
+from llmsrv.engine.kv_cache import Pages
 from llmsrv.engine.messages import Finished
 from llmsrv.engine.messages import Submit
 
@@ -30,20 +31,25 @@ TRANSITIONS = {
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """max_tokens is what the context leaves of what was asked for, at least 1; is_long as in
-    backend.base.Batch."""
+    """max_tokens  what the context leaves of what was asked for, at least 1
+    is_long     as in backend.base.Batch
+    leader      the first choice of its request, None for that one itself
+    """
 
     submit: Submit
     choice: int
     max_tokens: int
     end_ids: frozenset[int]
     queued_s: float
+    pages: Pages
     is_long: bool = False
+    leader: "Sequence | None" = None
     state: State = State.WAITING
 
     # While it runs
     slot: int = NO_SLOT
     num_computed: int = 0  # positions whose keys and values are in the cache
+    num_cached: int = 0  # of these, how many were there when it was admitted last
 
     # Over its whole life
     output_ids: list[int] = field(default_factory=list)
@@ -63,6 +69,15 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Rows until the next token can be sampled: 1 in decode, more in prefill."""
         return len(self.submit.prompt_ids) + len(self.output_ids) - self.num_computed
+
+    @property
+    def awaits_leader(self) -> bool:
+        """Whether the first choice is computing the prompt that both begin with."""
+        return (
+            self.leader is not None
+            and self.leader.state is State.RUNNING
+            and self.leader.num_computed < len(self.submit.prompt_ids)
+        )
 
     def ids(self, start: int, stop: int) -> list[int]:
         """The tokens at positions [start, stop) of prompt and output."""

@@ -55,6 +55,7 @@ class Engine:
         context_length = min(context, blocks * BLOCK_SIZE)
         self.core = EngineCore(self.plan, limits, context_length, VOCAB_SIZE)
         self.admitted: list[int] = []
+        self.num_cached: list[int] = []  # of each admission
         self.outputs: dict[tuple[int, int], list[int]] = {}
         self.finished: dict[tuple[int, int], Finished] = {}
         self.failed: dict[int, Failed] = {}
@@ -68,7 +69,8 @@ class Engine:
 
     def step(self) -> Step:
         step = self.core.step()
-        self.admitted += step.admitted
+        self.admitted += [admitted.request for admitted in step.admitted]
+        self.num_cached += [admitted.num_cached_tokens for admitted in step.admitted]
         for tokens in step.tokens:
             key = tokens.request, tokens.choice
             assert key not in self.finished and tokens.request not in self.failed
@@ -353,6 +355,73 @@ def test_the_youngest_gives_way_and_sends_no_token_twice() -> None:
     engine.assert_idle()
 
 
+def test_what_a_request_shares_with_an_earlier_one_is_not_computed_again() -> None:
+    engine = Engine(max_rows=16)
+    shared = healthy_prompt(100, steps=20)
+    first = engine.submit(1, shared)
+    engine.run()
+    second = engine.submit(2, shared)
+    third = engine.submit(3, shared[:50] + [1, 2, 3])
+    before = engine.plan.num_forwards
+    engine.run()
+    assert engine.num_cached == [0, 96, 48]
+    assert engine.plan.num_forwards - before < 100 // 16 + 10
+    for submit in (first, second, third):
+        assert engine.outputs.get((submit.request, 0), []) == alone(submit)[0]
+    assert engine.gauges.num_prefix_queries == 100 + 100 + 53
+    assert engine.gauges.num_prefix_hits == 96 + 48
+    engine.assert_idle()
+
+
+def test_a_conversation_finds_its_own_answer_in_the_cache() -> None:
+    engine = Engine()
+    prompt = healthy_prompt(20, steps=40)
+    engine.submit(1, prompt, max_tokens=40)
+    engine.run()
+    engine.submit(2, prompt + engine.outputs[1, 0] + [5], max_tokens=1)
+    engine.run()
+    assert engine.num_cached[-1] == 48  # of the 59 positions that were computed
+
+
+def test_a_prompt_that_is_known_whole_computes_its_last_token() -> None:
+    engine = Engine()
+    prompt = healthy_prompt(32, steps=3)
+    for request in (1, 2):
+        engine.submit(request, prompt, max_tokens=2)
+        engine.run()
+    assert engine.num_cached == [0, 16]
+    assert engine.outputs[1, 0] == engine.outputs[2, 0]
+
+
+def test_requests_of_different_salts_share_nothing() -> None:
+    engine = Engine()
+    prompt = healthy_prompt(40, steps=3)
+    for request, salt in enumerate((b"a", b"b", b"a")):
+        engine.submit(request, prompt, max_tokens=1, salt=salt)
+        engine.run()
+    assert engine.num_cached == [0, 0, 32]
+
+
+def test_the_choices_of_a_request_share_its_prompt_while_they_run() -> None:
+    engine = Engine(max_sequences=4, blocks=9, context=120)
+    submit = engine.submit(1, healthy_prompt(64, steps=30), n=4, sampling=Sampling(seed=5))
+    engine.run()  # four times 64 positions would be 16 blocks
+    assert engine.num_cached == [0, 48, 48, 48]
+    for choice in range(4):
+        assert engine.outputs[1, choice] == alone(submit, choice)[0]
+    engine.assert_idle()
+
+
+def test_what_was_let_go_longest_ago_is_forgotten_first() -> None:
+    engine = Engine(blocks=8, context=120)
+    old, new, other = (healthy_prompt(50, start, steps=3) for start in (1, 3, 5))
+    for request, prompt in enumerate((old, new, other, new, old)):
+        engine.submit(request, prompt, max_tokens=1)
+        engine.run()
+    assert engine.num_cached == [0, 0, 0, 48, 16]  # of the old one its end, not its beginning
+    engine.assert_idle()
+
+
 @pytest.mark.parametrize("num_steps", [0, 1, 3, 6, 9])
 def test_an_abort_while_waiting_in_prefill_or_in_decode_frees_everything(num_steps: int) -> None:
     engine = Engine(max_rows=8, max_sequences=1)
@@ -449,11 +518,15 @@ class Anything(RuleBasedStateMachine):
         self.check_ends()
 
     @invariant()
-    def every_block_is_free_or_held_once(self) -> None:
+    def every_block_is_free_held_or_remembered(self) -> None:
         cache = self.engine.core._kv_cache
-        held = cache.block_tables[cache.block_tables > 0].tolist()
+        holders = Counter(cache.block_tables[cache.block_tables > 0].tolist())
         assert cache.num_free + cache.num_used == cache.num_total
-        assert Counter(held + cache._free) == Counter(range(1, cache.num_total + 1))
+        blocks = [*holders, *cache._free, *cache._remembered]
+        assert Counter(blocks) == Counter(range(1, cache.num_total + 1))
+        assert all(cache._num_holders[block] == holders[block] for block in blocks)
+        assert cache._remembered.keys() <= cache._page_of.keys()
+        assert {page.key: block for block, page in cache._page_of.items()} == cache._block_of
 
     @invariant()
     def slots_and_order_are_kept(self) -> None:
