@@ -118,7 +118,9 @@ def _tokens(id_of: dict[str, int], config: dict[str, object]) -> list[str]:
     text_config = config.get("text_config")
     inner = text_config if isinstance(text_config, dict) else {}
     vocab_size = config.get("vocab_size", inner.get("vocab_size"))
-    size = max(id_of.values(), default=-1) + 1
+    if not id_of:
+        raise ValueError("it has no tokens")
+    size = max(id_of.values()) + 1
     if isinstance(vocab_size, int):
         size = max(size, min(vocab_size, MAX_IDS))
     tokens = [""] * size
@@ -232,7 +234,7 @@ def _end_ids(folder: ModelFolder, named_ids: dict[str, int], size: int) -> froze
 def _valid_ids(value: object, size: int) -> list[int]:
     """An id or a list of them, as far as the vocabulary has them."""
     ids = value if isinstance(value, list) else [value]
-    return [id for id in ids if isinstance(id, int) and 0 <= id < size]
+    return [id for id in ids if type(id) is int and 0 <= id < size]
 
 
 def _adds_bos(folder: ModelFolder, post_processor: Step | None, bos_id: int | None) -> bool:

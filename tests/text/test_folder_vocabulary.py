@@ -1,0 +1,398 @@
+"""Tokenizers of Hugging Face folders: the ids of the tokenizers library, and what the other files
+say."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from llmsrv.errors import ModelError
+from llmsrv.files.folder import open_folder
+from llmsrv.text.chat_template import ChatTemplate
+from llmsrv.text.defaults import chat_template
+from llmsrv.text.defaults import sampling_defaults
+from llmsrv.text.detokenizer import Detokenizer
+from llmsrv.text.sentencepiece import merges_from_scores
+from llmsrv.text.tokenizer import Tokenizer
+from llmsrv.text.tokenizer import load_tokenizer
+from tests.support.sentencepiece import LETTERS
+from tests.support.sentencepiece import sentencepiece_vocabulary
+
+TINY = Path(__file__).parents[1] / "data" / "golden" / "tiny"
+Json = dict[str, Any]
+Write = Callable[..., Path]
+
+
+def folder_with(path: Path, **files: Json) -> Path:
+    """A copy of the tiny llama's folder with some JSON files replaced, by name without ".json"."""
+    path.mkdir()
+    for name in os.listdir(TINY / "llama"):
+        (path / name).symlink_to(TINY / "llama" / name)
+    for stem, content in files.items():
+        (path / f"{stem}.json").unlink(missing_ok=True)
+        (path / f"{stem}.json").write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    return lambda **files: folder_with(tmp_path / f"model-{len(os.listdir(tmp_path))}", **files)
+
+
+def tiny_json(**changes: object) -> Json:
+    return json.loads((TINY / "llama" / "tokenizer.json").read_text()) | changes
+
+
+def token(text: str, id: int, **changes: bool) -> Json:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": id, "content": text, "special": True, **flags, **changes}
+
+
+# ---- The sixteen tiny models
+
+
+@pytest.mark.parametrize("name", sorted(os.listdir(TINY)))
+def test_every_tiny_folder_loads_and_renders_its_template(name: str) -> None:
+    model = open_folder(TINY / name)
+    tokenizer = load_tokenizer(model)
+    assert tokenizer.vocab_size == 512  # config.json's, where tokenizer.json has 500 tokens
+    assert tokenizer.end_ids == {1} and tokenizer.bos_id == 0 and not tokenizer.add_bos
+    assert tokenizer.special_tokens == {"<s>": 0, "</s>": 1, "<|user|>": 2, "<|assistant|>": 3}
+    source = chat_template(model)
+    assert source is not None
+    template = ChatTemplate(source, tokenizer)
+    messages = [{"role": "user", "content": "hello </s>"}]
+    assert template.render(messages) == "<s><|user|>hello </s></s><|assistant|>"
+    ids = template.encode(messages)
+    assert ids[:2] == [0, 2] and ids[-2:] == [1, 3] and ids.count(1) == 1
+
+
+def test_ids_without_a_token_print_nothing() -> None:
+    tokenizer = load_tokenizer(open_folder(TINY / "llama"))
+    assert [tokenizer.token_bytes(id) for id in range(500, 512)] == [b""] * 12
+    assert Detokenizer(tokenizer).push([511, *tokenizer.encode("a", parse_special=False)]) == "a"
+    assert tokenizer.encode("", parse_special=True) == []
+
+
+# ---- Against the library itself
+
+
+def byte_level() -> Json:
+    return tiny_json()
+
+
+def qwen() -> Json:
+    """A normalizer, a pattern before the bytes, and a token that is no special one."""
+    split = {"type": "Split", "pattern": {"Regex": r"\p{N}| ?\p{L}+|\s+"}, "behavior": "Isolated"}
+    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    description = tiny_json(
+        normalizer={"type": "NFC"},
+        pre_tokenizer={
+            "type": "Sequence",
+            "pretokenizers": [split | {"invert": False}, to_bytes | {"use_regex": False}],
+        },
+    )
+    description["added_tokens"] += [token("<tool>", 500, special=False)]
+    return description
+
+
+def phi() -> Json:
+    """Special tokens that swallow the white space beside them."""
+    description = tiny_json()
+    description["added_tokens"][2]["rstrip"] = True
+    description["added_tokens"][3]["lstrip"] = True
+    return description
+
+
+def sentencepiece(normalizer: Json | None, pre_tokenizer: Json | None) -> Json:
+    """The small vocabulary as a tokenizer.json."""
+    vocabulary = sentencepiece_vocabulary()
+    tokens, types, scores = (
+        vocabulary[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type", "scores")
+    )
+    assert isinstance(tokens, list) and isinstance(types, list) and isinstance(scores, list)
+    added = [token(text, id) for id, text in enumerate(tokens[:3])]
+    added += [
+        token(text, id, special=False) for id, text in enumerate(tokens) if types[id] == 4
+    ]
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": {"type": "ByteFallback"},
+        "model": {
+            "type": "BPE",
+            "unk_token": "<unk>",
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": {text: id for id, text in enumerate(tokens)},
+            "merges": [list(pair) for pair in merges_from_scores(tokens, types, scores)],
+        },
+    }
+
+
+def replace() -> Json:
+    return {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+
+
+def gemma() -> Json:
+    return sentencepiece(replace(), None)
+
+
+def llama2() -> Json:
+    prepend = {"type": "Prepend", "prepend": "▁"}
+    return sentencepiece({"type": "Sequence", "normalizers": [prepend, replace()]}, None)
+
+
+def metaspace(scheme: str) -> Json:
+    return {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+
+
+def mistral() -> Json:
+    return sentencepiece(None, metaspace("first"))
+
+
+def mistral_in_a_sequence() -> Json:
+    digits = {"type": "Digits", "individual_digits": True}
+    steps = {"type": "Sequence", "pretokenizers": [metaspace("first"), digits]}
+    return sentencepiece(None, steps)
+
+
+def metaspace_always() -> Json:
+    return sentencepiece(None, metaspace("always") | {"split": True})
+
+
+def metaspace_never() -> Json:
+    return sentencepiece(None, metaspace("never"))
+
+
+KINDS = [
+    byte_level,
+    qwen,
+    phi,
+    gemma,
+    llama2,
+    mistral,
+    mistral_in_a_sequence,
+    metaspace_always,
+    metaspace_never,
+]
+PIECES = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<tool>", "<b>", "\n", " ", "  ", "▁", "the"]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.__name__)
+def twins(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Tokenizer, tokenizers.Tokenizer]:
+    description = request.param()
+    path = folder_with(tmp_path_factory.mktemp("twins") / "model", tokenizer=description)
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(description))
+    return load_tokenizer(open_folder(path)), theirs
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    text=st.lists(
+        st.sampled_from(PIECES) | st.text(LETTERS + " 1", max_size=8) | st.text(max_size=3)
+    ).map("".join)
+)
+def test_ids_equal_those_of_the_tokenizers_library(
+    twins: tuple[Tokenizer, tokenizers.Tokenizer], text: str
+) -> None:
+    ours, theirs = twins
+    wanted = theirs.encode(text, add_special_tokens=False).ids
+    assert ours.encode(text, parse_special=True) == wanted
+
+
+def test_a_special_tokens_text_in_plain_text_is_no_token(
+    twins: tuple[Tokenizer, tokenizers.Tokenizer],
+) -> None:
+    ours, _ = twins
+    ids = ours.encode("<s>", parse_special=False)
+    assert len(ids) > 1 and not any(map(ours.is_special, ids))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(text=st.text(LETTERS + " 1<s>\n", max_size=30))
+def test_a_message_gives_the_ids_of_its_text(
+    twins: tuple[Tokenizer, tokenizers.Tokenizer], text: str
+) -> None:
+    """Pieces are encoded one by one, and still only the first is at the beginning."""
+    ours, theirs = twins
+    if any(special in text for special in ours.special_tokens):
+        return
+    template = ChatTemplate("<s>{{ messages[0].content }}</s>{{ messages[0].content }}", ours)
+    wanted = theirs.encode(f"<s>{text}</s>{text}", add_special_tokens=False).ids
+    assert template.encode([{"role": "user", "content": text}]) == wanted
+
+
+def test_blanks_and_bytes_are_printed(write: Write) -> None:
+    tokenizer = load_tokenizer(open_folder(write(tokenizer=gemma())))
+    ids = tokenizer.encode("a 東 🙂<b>", parse_special=True)
+    assert Detokenizer(tokenizer).push(ids) == "a 東 🙂<b>"
+    assert tokenizer.token_bytes(3 + 0x41) == b"A"
+
+
+# ---- What the other files say
+
+
+def load(path: Path) -> Tokenizer:
+    return load_tokenizer(open_folder(path))
+
+
+def test_tokens_with_a_meaning_are_texts_objects_or_ids(write: Write) -> None:
+    named = {"bos_token": {"content": "<|user|>", "lstrip": False}, "eos_token": None}
+    tokenizer = load(write(tokenizer_config=named | {"image_token": "</s>", "pad_token": "<none>"}))
+    assert tokenizer.bos_id == 2
+    assert tokenizer.named_tokens == {
+        "bos_token": "<|user|>",
+        "eos_token": "</s>",  # config.json and generation_config.json have its id
+        "pad_token": "</s>",
+        "image_token": "</s>",
+    }
+
+
+@pytest.mark.parametrize(
+    ("in_config", "in_generation_config", "in_tokenizer_config", "wanted"),
+    [
+        (1, 1, "</s>", {1}),
+        (1, [1, 3], "</s>", {1, 3}),
+        (1, [1, 3], "<|user|>", {1, 2, 3}),
+        ([2, 3], None, None, {2, 3}),
+        (None, None, None, set()),
+        (10**9, [-1, True, "1", 2.0, 3], None, {3}),
+    ],
+)
+def test_every_file_may_name_ids_that_end_an_answer(
+    write: Write,
+    in_config: object,
+    in_generation_config: object,
+    in_tokenizer_config: object,
+    wanted: set[int],
+) -> None:
+    config = json.loads((TINY / "llama" / "config.json").read_text())
+    path = write(
+        config=config | {"eos_token_id": in_config},
+        generation_config={"eos_token_id": in_generation_config},
+        tokenizer_config={"eos_token": in_tokenizer_config},
+    )
+    assert load(path).end_ids == wanted
+
+
+def test_bos_is_added_where_the_configuration_or_else_the_template_says_so(write: Write) -> None:
+    sequence = {"Sequence": {"id": "A", "type_id": 0}}
+    bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [bos, sequence],
+        "pair": [bos, sequence],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+    }
+    several = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}
+    named = {"bos_token": "<s>"}
+    for processor in (template, several):
+        description = tiny_json(post_processor=processor)
+        assert load(write(tokenizer=description, tokenizer_config=named)).add_bos
+        silent = write(tokenizer=description, tokenizer_config=named | {"add_bos_token": False})
+        assert not load(silent).add_bos
+        other = write(tokenizer=description, tokenizer_config={"bos_token": "</s>"})
+        assert not load(other).add_bos
+    assert load(write(tokenizer_config=named | {"add_bos_token": True})).add_bos
+    assert not load(write(tokenizer_config=named)).add_bos
+
+
+def test_the_vocabulary_is_as_large_as_its_largest_id(write: Write) -> None:
+    description = tiny_json()
+    description["added_tokens"].append(token("<far>", 700))
+    tokenizer = load(write(tokenizer=description))
+    assert tokenizer.vocab_size == 701
+    assert tokenizer.encode("<far>", parse_special=True) == [700]
+    assert tokenizer.token_bytes(650) == b""
+
+
+def test_one_of_several_named_templates_is_the_default(write: Write) -> None:
+    templates = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
+    path = write(tokenizer_config={"chat_template": templates})
+    (path / "chat_template.jinja").unlink()
+    assert chat_template(open_folder(path)) == "b"
+
+
+def test_sampling_defaults_are_those_that_can_be(
+    write: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    recommended = {"temperature": 0.7, "top_k": 20, "top_p": 1, "repetition_penalty": 1.1}
+    assert sampling_defaults(open_folder(write(generation_config=recommended))) == recommended
+    sampled = recommended | {"do_sample": True, "min_p": 0.05}
+    assert sampling_defaults(open_folder(write(generation_config=sampled)))["min_p"] == 0.05
+    greedy = recommended | {"do_sample": False}
+    assert sampling_defaults(open_folder(write(generation_config=greedy))) == {}
+    assert not caplog.text
+    odd = {"temperature": "hot", "top_k": 1.5, "top_p": 1.5, "min_p": True, "eta": 1}
+    assert sampling_defaults(open_folder(write(generation_config=odd))) == {}
+    for name in ("temperature 'hot'", "top_k 1.5", "top_p 1.5", "min_p True"):
+        assert f"recommends {name}, which cannot be" in caplog.text
+
+
+# ---- Refusals
+
+
+def without(description: Json, key: str) -> Json:
+    return {name: value for name, value in description.items() if name != key}
+
+
+def bpe(vocab: Json, *merges: object) -> Json:
+    model = {"type": "BPE", "vocab": vocab, "merges": merges}
+    return tiny_json(model=model, added_tokens=[])
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        (tiny_json(model={"type": "Unigram", "vocab": [["a", 0.0]]}), "is of the kind 'Unigram'"),
+        (tiny_json(model={"type": "WordPiece", "vocab": {"a": 0}}), "is of the kind 'WordPiece'"),
+        (tiny_json(model={"type": "WordLevel", "vocab": {"a": 0}}), "only BPE is supported"),
+        (tiny_json(model={"vocab": {}}), "is of the kind None; only BPE is supported"),
+        (tiny_json(model=None), "is not a tokenizer: Expected `object`, got `null`"),
+        (without(tiny_json(), "model"), "is not a tokenizer: .*missing required field `model`"),
+        (bpe({"a": -1}), "is not a tokenizer: Expected `int` >= 0"),
+        (bpe({"a": 2**40}), "is not a tokenizer: Expected `int` <= 4194303"),
+        (bpe({"a": "b"}), "is not a tokenizer: Expected `int`, got `str`"),
+        (bpe({"a": 0}, ["a"]), r"is not a tokenizer: .* at `\$.merges\[0\]"),
+        (bpe({"a": 0}, "a b"), "its vocabulary is not usable: "),
+        (bpe({}), "its vocabulary is not usable: it has no tokens"),
+        (tiny_json(added_tokens=[{"id": 1}]), "missing required field `content`"),
+        (tiny_json(added_tokens=[token("x", 1, single_word=True)]), "'x' stands for whole words"),
+        (tiny_json(pre_tokenizer={"type": "Mystery"}), "its vocabulary is not usable: "),
+        (tiny_json(pre_tokenizer=None, decoder={"type": "WordPiece"}), r"of the kind \['WordPi"),
+        ([], "is not a tokenizer: Expected `object`, got `array`"),
+    ],
+)
+def test_refuses_a_tokenizer_it_cannot_use(write: Write, description: Json, message: str) -> None:
+    path = write(tokenizer=description)
+    with pytest.raises(ModelError, match=message) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{}" * 9, b"\xff\xfe", b"[" * 100_000])
+def test_refuses_what_is_no_json(write: Write, content: bytes) -> None:
+    path = write(tokenizer={})
+    (path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ModelError, match="tokenizer.json: "):
+        load(path)
+
+
+def test_a_folder_without_tokenizer_json_is_refused(write: Write) -> None:
+    path = write()
+    (path / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="has no tokenizer.json"):
+        load(path)
