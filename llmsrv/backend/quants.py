@@ -22,7 +22,7 @@ import numpy as np
 from llmsrv.backend import iq_quants
 from llmsrv.backend import k_quants
 from llmsrv.backend.packed import Bytes
-from llmsrv.backend.packed import Floats as Floats
+from llmsrv.backend.packed import Floats
 from llmsrv.backend.packed import fields
 from llmsrv.backend.packed import half
 from llmsrv.backend.packed import scaled

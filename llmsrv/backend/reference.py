@@ -31,8 +31,8 @@ from llmsrv.backend.base import RopeAndStore
 from llmsrv.backend.base import SelectLogitRows
 from llmsrv.backend.base import Softcap
 from llmsrv.backend.base import Tensor
+from llmsrv.backend.packed import Floats
 from llmsrv.backend.quants import TYPES
-from llmsrv.backend.quants import Floats
 from llmsrv.backend.quants import dequantise
 from llmsrv.backend.reference_ops import attend
 from llmsrv.backend.reference_ops import gated
