@@ -224,8 +224,8 @@ def test_every_weight_and_every_operation_ticks():
 
 @pytest.mark.parametrize("operation", [Embed, lambda out, w: Linear(out, "x", (w,))])
 def test_a_type_that_it_does_not_know_is_refused_by_name(operation):
-    weight = Tensor("blk.0.attn_q.weight", "Q6_K", (2, 256), np.zeros(420, np.uint8))
-    with pytest.raises(StartupError, match="blk.0.attn_q.weight.* Q6_K.*Q4_0, Q4_1, Q8_0"):
+    weight = Tensor("blk.0.attn_q.weight", "Q8_K", (2, 256), np.zeros(584, np.uint8))
+    with pytest.raises(StartupError, match="blk.0.attn_q.weight.* Q8_K.*Q4_0, Q4_1, Q5_0"):
         compiled(operation("out", weight))
 
 
