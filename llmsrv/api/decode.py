@@ -16,7 +16,9 @@ from llmsrv.errors import ApiError
 
 T = TypeVar("T")
 
-_PATH = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL)
+_PATH = re.compile(
+    r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>.*)`)?$", re.DOTALL
+)
 _STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
 _BOUND = re.compile(
     r"Expected `(?P<type>\w+)`(?P<length> of length)? (?P<sign><=|>=|<|>) (?P<bound>\S+)"

@@ -47,9 +47,11 @@ class Job:
         self._n = request.n or 1
         self._has_ended = False
         end_ids = [] if request.ignore_eos else sorted(tokenizer.end_ids)
+        end_ids += request.stop_token_ids or []
+        min_tokens = request.min_tokens or 0
         stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
         self.outputs = [
-            ChoiceOutput(index, tokenizer, stops, end_ids)
+            ChoiceOutput(index, tokenizer, stops, end_ids, min_tokens)
             for index in range(len(prompts) * self._n)
         ]
         self._generations: list[Generation] = []
@@ -58,7 +60,9 @@ class Job:
         try:
             for ids, limit in zip(prompts, max_tokens, strict=True):
                 self._generations.append(
-                    service.engine.submit(ids, limit, end_ids, sampling, self._n, tenant)
+                    service.engine.submit(
+                        ids, limit, end_ids, sampling, self._n, tenant, min(min_tokens, limit)
+                    )
                 )
         except ApiError:
             self.end()
@@ -179,6 +183,12 @@ def sampling_of(
         top_k=max(int(value("top_k", 0)), 0),
         top_p=value("top_p", 1.0),
         min_p=value("min_p", 0.0),
+        typical_p=value("typical_p", 1.0),
+        repetition_penalty=value("repetition_penalty", 1.0),
+        presence_penalty=value("presence_penalty", 0.0),
+        frequency_penalty=value("frequency_penalty", 0.0),
+        logit_bias=request.logit_bias or {},
+        allowed_ids=request.allowed_token_ids or [],
         num_logprobs=num_logprobs,
     )
 

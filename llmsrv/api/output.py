@@ -43,8 +43,14 @@ class ChoiceOutput:
     """
 
     def __init__(
-        self, index: int, tokenizer: Tokenizer, stops: Sequence[str], end_ids: Sequence[int]
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        end_ids: Sequence[int],
+        min_tokens: int,
     ) -> None:
+        """No stop string is looked for in the text of the first min_tokens."""
         self.index = index
         self.num_tokens = 0
         self.finish_reason: str | None = None
@@ -52,6 +58,7 @@ class ChoiceOutput:
         self._stop = StopMatcher(stops) if stops else None
         self._is_cut = False  # a stop string ended the text
         self._end_ids = frozenset(end_ids)
+        self._min_tokens = min_tokens
         self._num_decoded = 0  # characters decoded, sent or not
         self._num_sent = 0
         self._entries: list[TokenEntry] = []  # of tokens whose text is not all sent
@@ -84,7 +91,7 @@ class ChoiceOutput:
 
     def _release(self, decoded: str) -> str:
         """What of the text may be shown now: all but the beginning of a possible stop string."""
-        if self._stop is None:
+        if self._stop is None or self.num_tokens <= self._min_tokens:
             return decoded
         text, matched = self._stop.push(decoded)
         if matched:

@@ -183,8 +183,8 @@ class SamplingTable:
         row["num_logprobs"] = min(parameters.num_logprobs, self.vocab_size)
         row["has_extras"] = extras is not None
 
-    def set_grammar(self, slot: int, mask: Mask) -> None:
-        """The ids that the slot's grammar allows next; it holds until the next call."""
+    def set_grammar(self, slot: int, mask: Mask | None) -> None:
+        """The ids that the slot may draw next, None for all; it holds until the next call."""
         extras = self.extras.setdefault(slot, _no_extras())
         extras.grammar = mask
         self.parameters[slot]["has_extras"] = 1

@@ -203,6 +203,7 @@ class EngineClient:
         sampling: Sampling,
         n: int = 1,
         salt: bytes = b"",
+        min_tokens: int = 0,
     ) -> Generation:
         """Hands a request to the engine; see messages.Submit.  Raises ApiError 503 when it cannot
         be served now."""
@@ -213,7 +214,10 @@ class EngineClient:
             message = "The server is overloaded. Please try again later."
             raise ApiError(503, message, code="server_is_overloaded", headers=RETRY)
         request = next(self._requests)
-        self._process.send(Submit(request, prompt_ids, max_tokens, end_ids, sampling, n, salt))
+        submit = Submit(
+            request, prompt_ids, max_tokens, end_ids, sampling, n, salt, min_tokens
+        )
+        self._process.send(submit)
         generation = self._generations[request] = Generation(request, n, self._abort)
         return generation
 
@@ -294,7 +298,10 @@ class EngineClient:
                     del generations[finished.request]
         for failed in step.failed:
             if generation := generations.pop(failed.request, None):
-                generation.end(ApiError(failed.status, failed.message, code=failed.code))
+                error = ApiError(
+                    failed.status, failed.message, param=failed.param, code=failed.code
+                )
+                generation.end(error)
         self.gauges = step.gauges
 
     def _abort(self, request: int, choice: int | None) -> None:

@@ -24,7 +24,9 @@ from llmsrv.engine.messages import Gauges
 from llmsrv.engine.messages import Step
 from llmsrv.engine.messages import Submit
 from llmsrv.engine.messages import Tokens
+from llmsrv.engine.sampling import check_ids
 from llmsrv.engine.sampling import check_sampling
+from llmsrv.engine.sampling import note_output
 from llmsrv.engine.sampling import write_sampling
 from llmsrv.engine.scheduler import Chunk
 from llmsrv.engine.scheduler import Scheduler
@@ -117,13 +119,13 @@ class EngineCore:
             raise ApiError(400, f"a token id of the prompt is not in [0, {self._vocab_size})")
         if submit.max_tokens < 1 or submit.n < 1:
             raise ApiError(400, "max_tokens and n must be at least 1")
-        check_sampling(submit.sampling)
+        check_ids("stop_token_ids", submit.end_ids, self._vocab_size)
+        check_sampling(submit.sampling, self._vocab_size)
 
     def _enter(self, admitted: list[Sequence]) -> None:
         """Prepares the sequences that have just been admitted, for the first time or again."""
         for sequence in admitted:
-            sampling = sequence.submit.sampling
-            write_sampling(self._plan.sampling, sequence.slot, sampling, sequence.choice)
+            write_sampling(self._plan.sampling, sequence)
             if not sequence.scheduled_s:
                 sequence.scheduled_s = time.monotonic()
                 self._admitted.append(Admitted(sequence.submit.request, sequence.num_cached))
@@ -160,6 +162,7 @@ class EngineCore:
             logprobs = [float(samples.logprobs[row])]
             alternatives = [list(zip(ids.tolist(), values.tolist(), strict=True))]
         reason = sequence.append(id, now_s)
+        note_output(self._plan.sampling, sequence)
         self._tokens.append(
             Tokens(sequence.submit.request, sequence.choice, [id], logprobs, alternatives)
         )
@@ -199,4 +202,4 @@ def _failed(request: int, error: Exception) -> Failed:
     if not isinstance(error, ApiError):
         log.error("request %d failed", request, exc_info=error)
         error = ApiError(500, "The server had an error while processing your request.")
-    return Failed(request, error.status, error.code, error.message)
+    return Failed(request, error.status, error.message, error.param, error.code)

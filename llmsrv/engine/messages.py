@@ -18,6 +18,12 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    allowed_ids: list[int] = []  # empty: all
     num_logprobs: int = -1  # -1: none; 0: the sampled token's; k: k alternatives beside it
 
 
@@ -31,6 +37,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
     sampling: Sampling
     n: int = 1  # choices, each with its own choice index in the draw
     salt: bytes = b""  # requests of different salts share nothing of the prefix cache
+    min_tokens: int = 0  # no end id is sampled before so many tokens
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
@@ -102,12 +109,13 @@ class Finished(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True):
-    """A request ended with an error; status, code and message are those of errors.ApiError."""
+    """A request ended with an error; the rest is that of errors.ApiError."""
 
     request: int
     status: int
-    code: str | None
     message: str
+    param: str | None = None
+    code: str | None = None
 
 
 class Gauges(msgspec.Struct, frozen=True, array_like=True):

@@ -1,8 +1,12 @@
 """From a request's sampling parameters to the backend's table of them."""
 
+from collections.abc import Iterable
+
 from llmsrv.backend.sampling import SamplingParameters
 from llmsrv.backend.sampling import SamplingTable
+from llmsrv.backend.sampling import mask_of
 from llmsrv.engine.messages import Sampling
+from llmsrv.engine.sequence import Sequence
 from llmsrv.errors import ApiError
 
 # Parameter -> least and largest value; what the API allows is narrower, what the table holds is not
@@ -13,34 +17,69 @@ RANGES = {
     "top_k": (0, 2**31 - 1),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
+    "typical_p": (0.0, 1.0),
+    "repetition_penalty": (1e-3, 1e3),
+    "presence_penalty": (-1e3, 1e3),
+    "frequency_penalty": (-1e3, 1e3),
     "num_logprobs": (-1, 1000),
 }
+MAX_BIAS = 1000
 
 
-def check_sampling(sampling: Sampling) -> None:
+def check_sampling(sampling: Sampling, vocab_size: int) -> None:
     """Raises ApiError naming the first parameter that is out of its range."""
     for name, (least, largest) in RANGES.items():
         value = getattr(sampling, name)
         if not least <= value <= largest:
-            raise ApiError(
-                400,
-                f"Invalid '{name}': expected a value from {least} to {largest}, but got {value}.",
-                param=name,
-                code="invalid_value",
-            )
+            raise _invalid(name, f"a value from {least} to {largest}", value)
+    check_ids("logit_bias", sampling.logit_bias, vocab_size)
+    check_ids("allowed_token_ids", sampling.allowed_ids, vocab_size)
+    for bias in sampling.logit_bias.values():
+        if not abs(bias) <= MAX_BIAS:
+            raise _invalid("logit_bias", f"values from -{MAX_BIAS} to {MAX_BIAS}", bias)
 
 
-def write_sampling(table: SamplingTable, slot: int, sampling: Sampling, choice: int) -> None:
-    """Gives the slot to a sequence of these parameters, which check_sampling has passed."""
+def check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
+    """Raises ApiError when one of the ids is not in the vocabulary."""
+    for id in ids:
+        if not 0 <= id < vocab_size:
+            raise _invalid(name, f"token ids below {vocab_size}", id)
+
+
+def _invalid(name: str, expected: str, got: object) -> ApiError:
+    message = f"Invalid '{name}': expected {expected}, but got {got}."
+    return ApiError(400, message, param=name, code="invalid_value")
+
+
+def write_sampling(table: SamplingTable, sequence: Sequence) -> None:
+    """Gives the sequence's slot its parameters, which check_sampling has passed, and its tokens."""
+    sampling, submit = sequence.submit.sampling, sequence.submit
+    allowed = mask_of(sampling.allowed_ids, table.vocab_size) if sampling.allowed_ids else None
     table.set(
-        slot,
+        sequence.slot,
         SamplingParameters(
             seed=sampling.seed,
-            choice=choice,
+            choice=sequence.choice,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             min_p=sampling.min_p,
+            typical_p=sampling.typical_p,
+            repetition_penalty=sampling.repetition_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
             num_logprobs=sampling.num_logprobs,
+            logit_bias=sampling.logit_bias,
+            allowed=allowed,
         ),
+        submit.prompt_ids,
+        sequence.output_ids,
     )
+    if len(sequence.output_ids) < submit.min_tokens:
+        table.set_grammar(sequence.slot, ~mask_of(submit.end_ids, table.vocab_size))
+
+
+def note_output(table: SamplingTable, sequence: Sequence) -> None:
+    """After a token: from min_tokens on the end ids may be drawn."""
+    if 0 < len(sequence.output_ids) == sequence.submit.min_tokens:
+        table.set_grammar(sequence.slot, None)

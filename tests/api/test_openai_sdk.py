@@ -201,6 +201,56 @@ def test_ignore_eos_goes_on_to_the_limit(client: OpenAI) -> None:
     assert answer.choices[0].finish_reason == "length"
 
 
+def test_a_biased_token_is_chosen_and_a_banned_one_never(client: OpenAI) -> None:
+    paris, the = 7042, 504  # " Paris", "The"
+    biased = chat(client, temperature=0, max_tokens=3, logit_bias={str(paris): 100})
+    assert biased.choices[0].message.content == " Paris Paris Paris"
+    banned = chat(client, temperature=0, max_tokens=3, logit_bias={str(the): -100})
+    assert not banned.choices[0].message.content.startswith("The")
+
+
+def test_only_allowed_tokens_are_drawn(client: OpenAI) -> None:
+    answer = chat(client, max_tokens=6, extra_body={"allowed_token_ids": [7042]})
+    assert answer.choices[0].message.content == " Paris" * 6
+
+
+def test_penalties_keep_a_model_from_repeating_itself(client: OpenAI) -> None:
+    def num_distinct(**settings: Any) -> int:
+        answer = client.completions.create(
+            model=MODEL,
+            prompt="a b a b a b a b",
+            temperature=0,
+            max_tokens=12,
+            logprobs=0,
+            **settings,
+        )
+        logprobs = answer.choices[0].logprobs
+        assert logprobs is not None and logprobs.tokens
+        return len(set(logprobs.tokens))
+
+    plain = num_distinct()
+    assert num_distinct(presence_penalty=2.0) > plain
+    assert num_distinct(frequency_penalty=2.0) > plain
+    assert num_distinct(extra_body={"repetition_penalty": 1.5}) > plain
+
+
+def test_a_stop_token_ends_the_answer_without_its_text(client: OpenAI) -> None:
+    answer = chat(client, temperature=0, extra_body={"stop_token_ids": [7042]})
+    assert answer.choices[0].message.content == "The capital of France is"
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens == 6
+
+
+def test_neither_end_token_nor_stop_string_ends_an_answer_before_min_tokens(
+    client: OpenAI,
+) -> None:
+    answer = chat(client, temperature=0, max_tokens=20, extra_body={"min_tokens": 12})
+    assert answer.choices[0].message.content.startswith(ANSWER)
+    assert answer.usage.completion_tokens >= 12
+    stopped = chat(client, temperature=0, stop=" capital", extra_body={"min_tokens": 5})
+    assert stopped.choices[0].message.content.startswith("The capital of France is")
+
+
 def test_models_are_listed_and_retrieved(client: OpenAI) -> None:
     models = client.models.list().data
     assert [model.id for model in models] == [MODEL]
@@ -278,7 +328,14 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "integer_above_max_value"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
     ({"seed": 2**63}, "seed", "integer_above_max_value"),
-    ({"logit_bias": {"1": 5}}, "logit_bias", "unsupported_parameter"),
+    ({"logit_bias": {"1": 500}}, "logit_bias", "decimal_above_max_value"),
+    ({"logit_bias": {"one": 5}}, "logit_bias", "invalid_type"),
+    ({"logit_bias": {"49152": 5}}, "logit_bias", "invalid_value"),
+    ({"presence_penalty": 2.5}, "presence_penalty", "decimal_above_max_value"),
+    ({"frequency_penalty": -2.5}, "frequency_penalty", "decimal_below_min_value"),
+    ({"extra_body": {"stop_token_ids": [49152]}}, "stop_token_ids", "invalid_value"),
+    ({"extra_body": {"allowed_token_ids": []}}, "allowed_token_ids", "array_below_min_length"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
     ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
 ]
 
