@@ -33,6 +33,7 @@ from llmsrv.backend.iq_grids import IQ3_XXS
 from llmsrv.backend.iq_grids import IQ4_CURVE
 from llmsrv.backend.packed import Bytes
 from llmsrv.backend.packed import Floats
+from llmsrv.backend.packed import bits_of
 from llmsrv.backend.packed import fields
 from llmsrv.backend.packed import half
 from llmsrv.backend.packed import scaled
@@ -72,7 +73,7 @@ def iq3_xxs(blocks: Bytes, out: Floats) -> None:
 
 
 def iq3_s(blocks: Bytes, out: Floats) -> None:
-    numbers = blocks[:, 2:66] | fields(blocks[:, 66:74], 1, 1).astype(np.uint16) << 8
+    numbers = blocks[:, 2:66] | bits_of(blocks[:, 66:74]).astype(np.uint16) << 8
     scales = half(blocks, 0) * (2 * fields(blocks[:, 106:], 4, 1) + 1)
     _signed_grid(IQ3_S, numbers, SIGNS[blocks[:, 74:106]], scales, out)
 

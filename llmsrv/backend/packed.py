@@ -24,6 +24,11 @@ def fields(packed: Bytes, bits: int, run: int) -> Bytes:
     return values.reshape(len(packed), -1)
 
 
+def bits_of(packed: Bytes) -> Bytes:
+    """The bits of bytes [N, size] as [N, 8 * size], those of a byte side by side, lowest first."""
+    return np.unpackbits(packed, axis=1, bitorder="little")
+
+
 def scaled(values: Bytes | npt.NDArray[np.int8], scales: Floats, out: Floats) -> Floats:
     """Writes values [N, size] times scales [N, groups], each over as many values, into out, and
     returns out as [N, groups, size // groups]."""

@@ -23,6 +23,7 @@ from llmsrv.backend import iq_quants
 from llmsrv.backend import k_quants
 from llmsrv.backend.packed import Bytes
 from llmsrv.backend.packed import Floats
+from llmsrv.backend.packed import bits_of
 from llmsrv.backend.packed import fields
 from llmsrv.backend.packed import half
 from llmsrv.backend.packed import scaled
@@ -48,7 +49,7 @@ def _bf16(blocks: Bytes, out: Floats) -> None:
 
 
 def _q1_0(blocks: Bytes, out: Floats) -> None:
-    q = fields(blocks[:, 2:], 1, 1) << 1
+    q = bits_of(blocks[:, 2:]) << 1
     q -= 1
     scaled(q.view(np.int8), half(blocks, 0), out)
 
@@ -66,14 +67,14 @@ def _q4_1(blocks: Bytes, out: Floats) -> None:
 
 def _q5_0(blocks: Bytes, out: Floats) -> None:
     q = fields(blocks[:, 6:], 4, 16)
-    q |= fields(blocks[:, 2:6], 1, 1) << 4
+    q |= bits_of(blocks[:, 2:6]) << 4
     q -= 16
     scaled(q.view(np.int8), half(blocks, 0), out)
 
 
 def _q5_1(blocks: Bytes, out: Floats) -> None:
     q = fields(blocks[:, 8:], 4, 16)
-    q |= fields(blocks[:, 4:8], 1, 1) << 4
+    q |= bits_of(blocks[:, 4:8]) << 4
     scaled(q, half(blocks, 0), out)
     out += half(blocks, 2)
 

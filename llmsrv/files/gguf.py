@@ -10,6 +10,7 @@ What does not fit raises ModelError with the file and the key or tensor at fault
     tensors    name, number of dimensions u32, dimensions u64 (innermost first), type u32, offset
     data       starts at the next multiple of general.alignment; offsets (u64) count from here
 Strings are a u64 length and bytes; arrays an item type u32, a u64 count and the items.
+A large model may be split into several such files, NAME-00001-of-00003.gguf and so on.
 Source: the GGUF specification (docs/gguf.md of the ggml project), versions 2 and 3, little-endian.
 """
 
