@@ -6,6 +6,7 @@ from llmsrv.config import Config
 from llmsrv.files import hub
 from llmsrv.files.cache import cached_models
 from llmsrv.files.cache import remove
+from llmsrv.files.hub_fetch import fetch_from_hub
 from llmsrv.files.progress import MEGABYTE
 from llmsrv.files.source import resolve_model
 
@@ -14,7 +15,7 @@ def pull(config: Config) -> None:
     """Fetches a model; one of the hub as it is there now, also when it is in the cache."""
     if config.model.startswith(hub.PREFIX):
         folder = config.cache_dir.absolute() / "hf"
-        path = hub.fetch(config.model, folder, config.hf_token, sys.stderr)
+        path = fetch_from_hub(config.model, folder, config.hf_token, sys.stderr)
     else:
         path = resolve_model(config.model, config.cache_dir, sys.stderr)
     print(path)

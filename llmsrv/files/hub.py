@@ -1,39 +1,28 @@
-"""Fetches models from the Hugging Face hub by the name hf:org/name[:file], and finds them again.
+"""Models of the Hugging Face hub, named hf:org/name[:file]: what is chosen of a repository, and
+where it is in the cache.
 
 Of a repository come either one GGUF file, with the others of its parts where it is split, or the
 weights in safetensors with their JSON and Jinja files: never a pickle, never code.  The folder has
-the hub's own layout, so its library resumes what was interrupted and fetches no file twice:
+the layout of the hub's own library:
 
-    models--org--name/blobs/        the files' contents
+    models--org--name/blobs/        contents by their digests; NAME.part is not whole yet
     models--org--name/snapshots/    COMMIT/file, links to them
     models--org--name/refs/main     the last commit that was fetched whole
-
-huggingface_hub is imported only when something is fetched: that takes a third of a second.
 """
 
-import errno
-import os
 import re
-import shutil
-import tempfile
-import threading
 from collections.abc import Collection
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pathlib import PurePosixPath
-from typing import TextIO
 
 from llmsrv.errors import StartupError
-from llmsrv.files.progress import MEGABYTE
-from llmsrv.files.progress import Progress
 
 PREFIX = "hf:"
 NAME = re.compile(r"hf:([A-Za-z0-9_.-]+)/([A-Za-z0-9_.-]+)(?::(.+))?")
-COMMIT = re.compile("[0-9a-f]{7,64}")
+DIGEST = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 SPLIT = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")
-WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+WEIGHTS = re.compile(r"model(\.safetensors)?(-\d{5}-of-\d{5})?\.safetensors")
 BESIDE_WEIGHTS = (
     "config.json",
     "generation_config.json",
@@ -42,8 +31,6 @@ BESIDE_WEIGHTS = (
     "chat_template.jinja",
     "model.safetensors.index.json",
 )
-POLL_S = 0.2
-TIMEOUT_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +69,7 @@ def cached(name: str, folder: Path) -> Path | None:
         return None
     files = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*")]
     try:
-        return _place(snapshot, choose(wanted, files))
+        return place(snapshot, choose(wanted, files))
     except StartupError:  # it was fetched for another of its files
         return None
 
@@ -94,32 +81,7 @@ def last_snapshot(repository: Path) -> Path | None:
     except (OSError, UnicodeDecodeError):
         return None
     snapshot = repository / "snapshots" / commit
-    return snapshot if COMMIT.fullmatch(commit) and snapshot.is_dir() else None
-
-
-def fetch(name: str, folder: Path, token: str | None, progress: TextIO) -> Path:
-    """The model's file or folder as the hub has it now; files that are there are not fetched again.
-
-    token   else HF_TOKEN, else what `hf auth login` has left
-    Raises StartupError with the next step to take; KeyboardInterrupt ends it at once."""
-    wanted = parse(name)
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read once, by the import
-    from huggingface_hub import hf_hub_download
-
-    with _explained(wanted, folder):
-        commit, sizes = _listing(wanted, token)
-        files = choose(wanted, sizes)
-        repository = folder / wanted.folder
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        total = sum(sizes[file] for file in files)
-        _check_space(folder, total - _bytes_in(repository / "blobs"))
-        with _watched(repository / "blobs", Progress(progress, f"fetching {wanted}", total)):
-            for file in files:
-                hf_hub_download(
-                    wanted.repository, file, revision=commit, cache_dir=folder, token=token
-                )
-        _note_commit(repository, commit)
-    return _place(repository / "snapshots" / commit, files)
+    return snapshot if DIGEST.fullmatch(commit) and snapshot.is_dir() else None
 
 
 def choose(wanted: HubName, files: Collection[str]) -> list[str]:
@@ -174,102 +136,5 @@ def _listed(files: list[str]) -> str:
     return ", ".join(sorted(files)[:20]) or "none"
 
 
-def _place(snapshot: Path, files: list[str]) -> Path:
+def place(snapshot: Path, files: list[str]) -> Path:
     return snapshot / files[0] if files[0].endswith(".gguf") else snapshot
-
-
-# ---- The hub
-
-
-def _listing(wanted: HubName, token: str | None) -> tuple[str, dict[str, int]]:
-    """The commit that is current, and its files with their sizes in bytes."""
-    from huggingface_hub import HfApi
-
-    info = HfApi(token=token).model_info(
-        wanted.repository, files_metadata=True, timeout=TIMEOUT_S
-    )
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    if info.sha is None or not COMMIT.fullmatch(info.sha):
-        raise StartupError(f"{wanted}: the hub tells no commit of it")
-    return info.sha, sizes
-
-
-@contextmanager
-def _explained(wanted: HubName, folder: Path) -> Iterator[None]:
-    """Turns what goes wrong into a StartupError that names the next step."""
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except StartupError:
-        raise
-    except errors.GatedRepoError:
-        raise StartupError(
-            f"{wanted} is there for those who accept its terms: do so on its page of the hub, then "
-            "give a token of that account with HF_TOKEN or --hf-token"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise StartupError(
-            f"the hub has no model {wanted.repository}, or it is private: check the name, or give "
-            "a token with HF_TOKEN or --hf-token"
-        ) from None
-    except Exception as error:  # the network's errors differ from version to version
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StartupError(
-                f"no space for {wanted} in {folder}; free some, or choose another place with "
-                "--cache-dir DIR"
-            ) from None
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        raise StartupError(
-            f"{wanted} could not be fetched, and it is not whole in the cache {folder}: {reason}\n"
-            "Is this machine online, and HF_HUB_OFFLINE not set?  What was fetched is kept, and "
-            f"'llmsrv pull {wanted}' goes on with it; or serve a model you have with --model PATH"
-        ) from None
-
-
-def _check_space(folder: Path, needed_bytes: int) -> None:
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < needed_bytes:
-        raise StartupError(
-            f"no space in {folder}: {needed_bytes // MEGABYTE} MB are needed and "
-            f"{free_bytes // MEGABYTE} free; choose another place with --cache-dir DIR"
-        )
-
-
-def _note_commit(repository: Path, commit: str) -> None:
-    """The whole of it is there: from now on it is found without asking the hub."""
-    refs = repository / "refs"
-    refs.mkdir(exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=refs, delete=False) as part:
-        part.write(commit)
-    os.replace(part.name, refs / "main")
-
-
-@contextmanager
-def _watched(blobs: Path, bar: Progress) -> Iterator[None]:
-    """Shows how the files grow while the block runs."""
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(POLL_S):
-            bar.show(_bytes_in(blobs))
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-        bar.show(_bytes_in(blobs))
-    finally:
-        done.set()
-        watcher.join()
-        bar.end()
-
-
-def _bytes_in(folder: Path) -> int:
-    sizes = 0
-    for path in folder.glob("*"):
-        try:
-            sizes += path.stat().st_size
-        except FileNotFoundError:  # it has just got its final name
-            pass
-    return sizes

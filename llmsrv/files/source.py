@@ -8,7 +8,6 @@ interrupted fetch left behind is nobody's and is removed.
 """
 
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -27,9 +26,10 @@ from typing import TextIO
 from llmsrv.config import DEFAULT_MODEL
 from llmsrv.errors import StartupError
 from llmsrv.files import hub
+from llmsrv.files.hub_fetch import fetch_from_hub
+from llmsrv.files.lock import locked
 from llmsrv.files.progress import MEGABYTE
 from llmsrv.files.progress import Progress
-from llmsrv.files.progress import tell
 
 CHUNK_BYTES = 1 << 20
 POLL_S = 0.1
@@ -75,7 +75,7 @@ def resolve_model(
         return fetch(DEFAULT_DOWNLOAD, models, progress)
     if name.startswith(hub.PREFIX):
         folder = cache_dir.absolute() / "hf"
-        return hub.cached(name, folder) or hub.fetch(name, folder, hf_token, progress)
+        return hub.cached(name, folder) or fetch_from_hub(name, folder, hf_token, progress)
     if os.path.exists(name):
         return Path(name)
     for cached in (models / name, models / f"{name}.gguf"):
@@ -103,7 +103,7 @@ def fetch(download: Download, models: Path, progress: TextIO) -> Path:
         if _is_there(target, download):
             return target
         _make_private(models)
-        with _lock(models, progress):
+        with locked(models, progress):
             if not _is_there(target, download):
                 _remove_leftovers(models)
                 _check_space(download, models)
@@ -126,20 +126,6 @@ def _is_there(target: Path, download: Download) -> bool:
 def _make_private(models: Path) -> None:
     models.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     models.mkdir(mode=0o700, exist_ok=True)
-
-
-@contextmanager
-def _lock(models: Path, progress: TextIO) -> Iterator[None]:
-    descriptor = os.open(models / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            tell(progress, "another process is fetching the model; waiting for it\n")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

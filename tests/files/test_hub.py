@@ -1,0 +1,285 @@
+"""llmsrv.files.hub and hub_fetch: what is chosen, and the real library against a hub of our own."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llmsrv.errors import StartupError
+from llmsrv.files import hub
+from llmsrv.files import hub_fetch
+from llmsrv.files.cache import cached_models
+from tests.support.fake_hub import COMMIT
+from tests.support.fake_hub import FakeHub
+from tests.support.fake_hub import fake_hub
+from tests.support.server import ROOT
+
+GGUF = b"GGUF" + bytes(range(256)) * 4000
+FOLDER = {
+    "config.json": b"{}",
+    "tokenizer.json": b"{ }",
+    "tokenizer_config.json": b"{  }",
+    "chat_template.jinja": b"x",
+    "model.safetensors.index.json": b"{   }",
+    "model-00001-of-00002.safetensors": b"1" * 1000,
+    "model-00002-of-00002.safetensors": b"2" * 1000,
+}
+UNWANTED = {
+    "pytorch_model.bin": b"pickle",
+    "model.pt": b"pickle",
+    "modeling_new.py": b"code",
+    "consolidated.safetensors": b"the same again",
+    "onnx/model.safetensors": b"elsewhere",
+    "README.md": b"text",
+    "training_args.json": b"{}",
+}
+
+
+# ---- Names and choices
+
+
+def test_a_name_has_an_organisation_a_repository_and_perhaps_a_file() -> None:
+    assert hub.parse("hf:org/na.me-1") == hub.HubName("org", "na.me-1", None)
+    named = hub.parse("hf:org/name:sub/file-Q4_K_M.gguf")
+    assert named == hub.HubName("org", "name", "sub/file-Q4_K_M.gguf")
+    assert str(named) == "hf:org/name:sub/file-Q4_K_M.gguf"
+
+
+@pytest.mark.parametrize("name", ["hf:", "hf:a", "hf:a/b/c", "hf:a/b:", "hf:a b/c", "hf:/c", "a/b"])
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(StartupError, match="is no name on the hub; write hf:org/name"):
+        hub.parse(name)
+
+
+SPLIT = [f"q/m-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "wanted"),
+    [
+        ("hf:o/n", ["m.gguf", "README.md"], ["m.gguf"]),
+        ("hf:o/n", ["m.gguf", *FOLDER, *UNWANTED], ["m.gguf"]),
+        ("hf:o/n", ["mmproj-m.gguf", "m.gguf"], ["m.gguf"]),
+        ("hf:o/n", [*SPLIT], SPLIT),
+        ("hf:o/n", [*FOLDER, *UNWANTED], list(FOLDER)),
+        ("hf:o/n", ["a.gguf", "b.gguf", *FOLDER], list(FOLDER)),
+        ("hf:o/n", ["config.json", "model.safetensors"], ["config.json", "model.safetensors"]),
+        ("hf:o/n:b.gguf", ["a.gguf", "b.gguf"], ["b.gguf"]),
+        ("hf:o/n:b", ["a.gguf", "b.gguf"], ["b.gguf"]),
+        ("hf:o/n:q/b.gguf", ["b.gguf", "q/b.gguf"], ["q/b.gguf"]),
+        (f"hf:o/n:{SPLIT[0]}", ["a.gguf", *SPLIT], SPLIT),
+    ],
+)
+def test_what_is_chosen_of_a_repository(name: str, files: list[str], wanted: list[str]) -> None:
+    assert hub.choose(hub.parse(name), files) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "message"),
+    [
+        ("hf:o/n", [], "hf:o/n has neither a GGUF file nor weights in safetensors"),
+        ("hf:o/n", list(UNWANTED), "neither a GGUF file nor weights"),
+        ("hf:o/n", ["a.gguf", "b.gguf"], "several GGUF files; name one as hf:o/n:a.gguf.  There"),
+        ("hf:o/n:c", ["a.gguf", "b.gguf"], "hf:o/n:c is not there; its GGUF files: a.gguf, b.gguf"),
+        ("hf:o/n:model.safetensors", list(FOLDER), "is not there; its GGUF files: none"),
+        ("hf:o/n:../a.gguf", ["../a.gguf"], "is not there"),
+        ("hf:o/n", ["../a.gguf", "/b.gguf", "c\\d.gguf"], "neither a GGUF file"),
+        ("hf:o/n", SPLIT[:2], "lacks a part of its model: q/m-00003-of-00003.gguf"),
+    ],
+)
+def test_what_cannot_be_chosen_is_said(name: str, files: list[str], message: str) -> None:
+    with pytest.raises(StartupError, match=message):
+        hub.choose(hub.parse(name), files)
+
+
+# ---- Fetching with the real library
+
+
+@pytest.fixture
+def server() -> Iterator[FakeHub]:
+    repositories = {
+        "org/one": {"m.gguf": GGUF, "README.md": b"text"},
+        "org/folder": FOLDER | UNWANTED,
+        "org/several": {"a.gguf": GGUF[:5000], "b.gguf": GGUF[:6000]},
+        "org/closed": {"m.gguf": GGUF},
+    }
+    with fake_hub(repositories) as running:
+        yield running
+
+
+def start_pull(
+    server: FakeHub, cache: Path, name: str, *options: str, **environment: str
+) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "llmsrv.py", "pull", name, "--cache-dir", str(cache), *options],
+        cwd=ROOT,
+        env=os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(cache / "home")} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def pull(
+    server: FakeHub, cache: Path, name: str, *options: str, **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    process = start_pull(server, cache, name, *options, **environment)
+    output, errors = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def test_a_gguf_file_is_fetched_once_and_found_without_the_hub(
+    server: FakeHub, tmp_path: Path
+) -> None:
+    ended = pull(server, tmp_path, "hf:org/one")
+    assert ended.returncode == 0, ended.stderr
+    path = Path(ended.stdout.strip())
+    assert path.name == "m.gguf" and path.read_bytes() == GGUF
+    assert ended.stderr.splitlines()[0] == "fetching hf:org/one (1 MB, once)"
+    assert ended.stderr.splitlines()[-1] == "fetching hf:org/one: 100 %"
+    assert server.fetched() == ["m.gguf"]
+    assert stat.S_IMODE((tmp_path / "hf").stat().st_mode) == 0o700
+    assert hub.cached("hf:org/one", tmp_path / "hf") == path
+    assert hub.cached("hf:org/one:m.gguf", tmp_path / "hf") == path
+    assert hub.cached("hf:org/one:other", tmp_path / "hf") is None
+    assert hub.cached("hf:org/two", tmp_path / "hf") is None
+
+
+def test_of_a_folder_come_weights_json_and_templates_alone(server: FakeHub, tmp_path: Path) -> None:
+    ended = pull(server, tmp_path, "hf:org/folder")
+    assert ended.returncode == 0, ended.stderr
+    folder = Path(ended.stdout.strip())
+    assert server.fetched() == list(FOLDER)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == FOLDER
+    assert hub.cached("hf:org/folder", tmp_path / "hf") == folder
+    again = pull(server, tmp_path, "hf:org/folder")
+    assert (again.returncode, again.stdout) == (0, ended.stdout)
+    assert server.fetched() == list(FOLDER)
+
+
+def test_what_an_interrupted_fetch_has_left_is_not_fetched_again(
+    server: FakeHub, tmp_path: Path
+) -> None:
+    content = os.urandom(12_000_000)  # the library writes 10 MiB at a time
+    server.repositories["org/large"] = {"m.gguf": content}
+    server.hold_after = 11_000_000
+    process = start_pull(server, tmp_path, "hf:org/large")
+    assert process.stderr is not None
+    while "80 %" not in (line := process.stderr.readline()):
+        assert line, process.wait()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert hub.cached("hf:org/large", tmp_path / "hf") is None
+    (unfinished,) = cached_models(tmp_path)
+    assert (unfinished.name, unfinished.path) == ("hf:org/large", None)
+    ended = pull(server, tmp_path, "hf:org/large")
+    assert ended.returncode == 0, ended.stderr
+    assert Path(ended.stdout.strip()).read_bytes() == content
+    asked = [request for request in server.requests if "/resolve/" in request]
+    assert [request.endswith(" Range") for request in asked] == [False, True]
+
+
+def test_what_is_not_what_the_hub_lists_is_not_kept(server: FakeHub, tmp_path: Path) -> None:
+    for name in ("hf:org/one", "hf:org/folder"):  # SHA-256 and git's SHA-1
+        server.wrong = True
+        ended = pull(server, tmp_path, name)
+        assert ended.returncode == 1
+        assert "is not what the hub lists; nothing of it was kept" in ended.stderr
+        assert hub.cached(name, tmp_path / "hf") is None
+        server.wrong = False
+        assert pull(server, tmp_path, name).returncode == 0
+
+
+def test_one_of_several_files_does_not_stand_for_another(server: FakeHub, tmp_path: Path) -> None:
+    assert "name one as hf:org/several:a.gguf" in pull(server, tmp_path, "hf:org/several").stderr
+    assert pull(server, tmp_path, "hf:org/several:a.gguf").returncode == 0
+    assert hub.cached("hf:org/several:a", tmp_path / "hf") is not None
+    assert hub.cached("hf:org/several:b", tmp_path / "hf") is None
+    assert server.fetched() == ["a.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [("RepoNotFound", "no model org/closed, or it is private"), ("GatedRepo", "accept its terms")],
+)
+def test_a_closed_repository_needs_a_token_that_nobody_sees(
+    server: FakeHub, tmp_path: Path, code: str, message: str
+) -> None:
+    server.closed["org/closed"] = code
+    refused = pull(server, tmp_path, "hf:org/closed")
+    assert refused.returncode == 1
+    assert message in refused.stderr and "HF_TOKEN or --hf-token" in refused.stderr
+    wrong = pull(server, tmp_path, "hf:org/closed", "--hf-token", "hf_wrong")
+    assert wrong.returncode == 1 and "hf_wrong" not in wrong.stderr
+    for options, environment in (
+        (["--hf-token", server.token], {}),
+        ([], {"HF_TOKEN": server.token}),
+        ([], {"LLMSRV_HF_TOKEN": server.token}),
+    ):
+        ended = pull(server, tmp_path, "hf:org/closed", *options, **environment)
+        assert ended.returncode == 0, ended.stderr
+        assert server.token not in ended.stdout + ended.stderr
+
+
+def test_a_name_that_the_hub_does_not_have(server: FakeHub, tmp_path: Path) -> None:
+    ended = pull(server, tmp_path, "hf:org/missing")
+    assert ended.returncode == 1
+    assert "the hub has no model org/missing" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}]
+)
+def test_without_the_hub_the_next_step_is_named(
+    server: FakeHub, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    start = time.monotonic()
+    ended = pull(server, tmp_path, "hf:org/one", **environment)
+    assert time.monotonic() - start < 20
+    assert ended.returncode == 1
+    assert "hf:org/one could not be fetched, and it is not whole in the cache" in ended.stderr
+    assert "'llmsrv pull hf:org/one' goes on with it" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_too_little_space_is_noticed_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = hub_fetch.shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(hub_fetch.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(StartupError, match="5 MB are needed and 1 free; choose another place"):
+        hub_fetch._check_space(tmp_path, 5_000_000)
+
+
+# ---- Finding
+
+
+@pytest.mark.parametrize("content", ["", "../../..", COMMIT.upper(), "a" * 40, "\udcff"])
+def test_a_last_commit_that_is_not_there_is_no_model(tmp_path: Path, content: str) -> None:
+    repository = tmp_path / "models--org--one"
+    (repository / "snapshots" / COMMIT).mkdir(parents=True)
+    (repository / "snapshots" / COMMIT / "m.gguf").write_bytes(GGUF)
+    assert hub.cached("hf:org/one", tmp_path) is None
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_bytes(content.encode("utf-8", "surrogateescape"))
+    assert hub.cached("hf:org/one", tmp_path) is None
+    (repository / "refs" / "main").write_text(COMMIT)
+    assert hub.cached("hf:org/one", tmp_path) == repository / "snapshots" / COMMIT / "m.gguf"
+
+
+def test_the_library_is_not_imported_where_nothing_is_fetched() -> None:
+    script = (
+        "import sys, llmsrv.serve, llmsrv.commands; from pathlib import Path\n"
+        "from llmsrv.files.source import resolve_model\n"
+        "assert resolve_model('llmsrv.py', Path('x'), sys.stderr)\n"
+        "assert 'huggingface_hub' not in sys.modules, sorted(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=60)
