@@ -110,6 +110,7 @@ def batch(num_sequences: int, positions: range, length: int) -> Batch:
         slot_mapping=tables[sequences, of_rows // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE
         + of_rows % BLOCK_SIZE,
         block_tables=tables,
+        is_long=np.zeros(num_sequences, np.bool_),
         logit_rows=np.arange(1, num_sequences + 1, dtype=np.int32) * len(positions) - 1,
     )
 

@@ -8,11 +8,11 @@
  * chunk is free.  With few rows the chunks are shared among the threads and joined by COMBINE; with
  * many a thread takes whole rows, some of one sequence at a time, which share k and v.
  *
- * Four queries of one kv head go through k and v together: each vector loaded serves four. */
+ * Eight queries of one kv head go through k and v together: each vector loaded serves all. */
 #include "attention.h"
 #include "simd.h"
 
-enum { QUERIES = 4, SPAN_QUERIES = 64 };
+enum { QUERIES = 8, FEW = 4, SPAN_QUERIES = 64 };
 
 #define NOTHING (-1e30f) /* below every score: of a masked position, and of no chunk */
 
@@ -166,9 +166,9 @@ INLINE void attend_chunk(
         }
         l[n] = sum16(sum);
     }
-    int at = 0;
-    for (; at + 64 <= range.dim; at += 64)
-        weigh(N, 4, &range, p, at, o);
+    int at = 0, S = N > FEW ? 2 : 4; /* so that the sums fit the registers */
+    for (; at + 16 * S <= range.dim; at += 16 * S)
+        weigh(N, S, &range, p, at, o);
     for (; at < range.dim; at += 16)
         weigh(N, 1, &range, p, at, o);
 }
@@ -241,12 +241,14 @@ static void attend(
     while (i < queries->count && last_of(plan, queries, i) < range.begin)
         i++;
     for (int N; i < queries->count; i += N) {
-        N = queries->count - i < QUERIES ? queries->count - i : QUERIES;
+        int left = queries->count - i;
+        N = left >= QUERIES ? QUERIES : left < FEW ? left : FEW;
         switch (N) {
         case 1: attend_chunk(1, plan, operation, queries, i, range, m, l, o); break;
         case 2: attend_chunk(2, plan, operation, queries, i, range, m, l, o); break;
         case 3: attend_chunk(3, plan, operation, queries, i, range, m, l, o); break;
-        default: attend_chunk(4, plan, operation, queries, i, range, m, l, o);
+        case 4: attend_chunk(4, plan, operation, queries, i, range, m, l, o); break;
+        default: attend_chunk(QUERIES, plan, operation, queries, i, range, m, l, o);
         }
         for (int n = 0; n < N; n++)
             join(queries->state + (i + n) * (2 + dim), m[n], l[n], o + n * dim, dim);

@@ -8,8 +8,8 @@
  *
  * One vector holds four columns of sixteen weight rows (formats.h), and each activation word is
  * broadcast from memory, which is free beside the dot products: their number bounds many rows, and
- * the bytes of the weights bound a few.  Two groups by TILE rows keep the accumulators in registers;
- * the sizes must be literals, or the compiler makes the arrays variable and spills them. */
+ * the bytes of the weights bound a few.  Sizes of arrays must be literals, or the compiler makes
+ * them variable and spills them. */
 #include "linear.h"
 #include "formats.h"
 #include "simd.h"
@@ -138,7 +138,50 @@ INLINE void fetch_ahead(const uint8_t *w, size_t size, int G, const uint8_t **ne
     }
 }
 
-/* y[g][r][0..15] for G groups and R rows of a tile. */
+/* The dot products of one block: G groups of integers q with R rows of a tile, both planes.  Many
+ * rows add the low plane to the shifted high one, in half the registers; a few keep two sums each,
+ * so that enough products are in flight to hide their latency.  Integers are exact either way. */
+INLINE void dot_products(
+    const int G,
+    const int R,
+    const int first, /* words first .. last - 1 of the eight */
+    const int last,
+    u32x16 (*q)[2],
+    const int32_t *tile,
+    i32x16 (*dots)[TILE])
+{
+    if (PLANES == 2 && R >= 4) {
+        i32x16 start[2][TILE];
+        UNROLL for (int g = 0; g < G; g++) UNROLL for (int r = 0; r < R; r++) {
+            start[g][r] = dots[g][r];
+            dots[g][r] = splat_int(0);
+        }
+        UNROLL for (int j = first; j < last; j++) UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int g = 0; g < G; g++)
+                dots[g][r] = dot4(dots[g][r], q[j][g], splat_int(tile[j * R + r]));
+        UNROLL for (int g = 0; g < G; g++) UNROLL for (int r = 0; r < R; r++)
+            dots[g][r] = (dots[g][r] << 8) + start[g][r];
+        UNROLL for (int j = first; j < last; j++) UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int g = 0; g < G; g++)
+                dots[g][r] = dot4(dots[g][r], q[j][g], splat_int(tile[(8 + j) * R + r]));
+        return;
+    }
+    i32x16 high[2][TILE];
+    UNROLL for (int g = 0; g < G; g++) UNROLL for (int r = 0; r < R; r++) high[g][r] = splat_int(0);
+    UNROLL for (int j = first; j < last; j++) UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int g = 0; g < G; g++) {
+            if (PLANES == 2)
+                high[g][r] = dot4(high[g][r], q[j][g], splat_int(tile[j * R + r]));
+            i32x16 x = splat_int(tile[(8 * (PLANES - 1) + j) * R + r]);
+            dots[g][r] = dot4(dots[g][r], q[j][g], x);
+        }
+    if (PLANES == 2)
+        UNROLL for (int g = 0; g < G; g++) UNROLL for (int r = 0; r < R; r++)
+            dots[g][r] += high[g][r] << 8;
+}
+
+/* y[g][r][0..15] for G groups and R rows of a tile; the sums of many rows stay in memory, since the
+ * integers of two groups take half of the registers. */
 INLINE void product(
     const int format,
     const int G,
@@ -151,84 +194,60 @@ INLINE void product(
     float *y)
 {
     const size_t size = block_bytes(format);
-    f32x16 sums[2][TILE];
-    UNROLL for (int g = 0; g < G; g++) UNROLL for (int r = 0; r < R; r++) sums[g][r] = splat(0);
+    UNROLL for (int i = 0; i < G * R; i++) store(y + ROWS * i, splat(0));
     for (int k = 0; k < num_blocks; k++, w += size, tile += TILE_WORDS * R) {
         const float *d_x = (const float *)(tile + 8 * PLANES * R), *sum_x = d_x + R;
         const int32_t *negative = (const int32_t *)(sum_x + R);
+        u32x16 q[8][2];
+        i32x16 dots[2][TILE];
         fetch_ahead(w, size, G, &next);
-        i32x16 dots[PLANES][2][TILE];
-        UNROLL for (int g = 0; g < G; g++) UNROLL for (int r = 0; r < R; r++) {
-            UNROLL for (int p = 0; p < PLANES - 1; p++) dots[p][g][r] = splat_int(0);
-            dots[PLANES - 1][g][r] = start(format, negative[r]);
+        UNROLL for (int g = 0; g < G; g++) {
+            UNROLL for (int j = 0; j < 4; j++)
+                integers(format, w + g * group_size, j, &q[j][g], &q[j + 4][g]);
+            UNROLL for (int r = 0; r < R; r++) dots[g][r] = start(format, negative[r]);
         }
-        UNROLL for (int j = 0; j < 4; j++) {
-            u32x16 q[2][2];
-            UNROLL for (int g = 0; g < G; g++)
-                integers(format, w + g * group_size, j, &q[0][g], &q[1][g]);
-            UNROLL for (int h = 0; h < 2; h++) UNROLL for (int p = 0; p < PLANES; p++)
-                UNROLL for (int r = 0; r < R; r++) {
-                    i32x16 x = splat_int(tile[(8 * p + 4 * h + j) * R + r]);
-                    UNROLL for (int g = 0; g < G; g++)
-                        dots[p][g][r] = dot4(dots[p][g][r], q[h][g], x);
-                }
-        }
+        dot_products(G, R, 0, 8, q, tile, dots);
         UNROLL for (int g = 0; g < G; g++) {
             f32x16 d, m;
             scales(format, w + g * group_size, &d, &m);
             UNROLL for (int r = 0; r < R; r++) {
-                i32x16 dot = dots[PLANES - 1][g][r];
-                if (PLANES == 2)
-                    dot += dots[0][g][r] << 8;
-                sums[g][r] = fma16(to_float(dot), d * splat(d_x[r]), sums[g][r]);
+                float *at = y + ROWS * (R * g + r);
+                f32x16 sum = fma16(to_float(dots[g][r]), d * splat(d_x[r]), load(at));
                 if (has_minimum(format))
-                    sums[g][r] = fma16(m, splat(sum_x[r]), sums[g][r]);
+                    sum = fma16(m, splat(sum_x[r]), sum);
+                store(at, sum);
             }
         }
     }
-    UNROLL for (int g = 0; g < G; g++) UNROLL for (int r = 0; r < R; r++)
-        store(y + ROWS * (R * g + r), sums[g][r]);
 }
 
-/* Q6_K has a scale for each half of a block, and so twice the sums of integers: one group. */
+/* Q6_K has a scale for each half of a block, and so two dot products: one group at a time. */
 INLINE void product_q6_k(
     const int R, const uint8_t *w, int num_blocks, const int32_t *tile, const uint8_t *next, float *y)
 {
     const size_t size = block_bytes(Q6_K);
-    f32x16 sums[TILE];
-    UNROLL for (int r = 0; r < R; r++) sums[r] = splat(0);
+    UNROLL for (int r = 0; r < R; r++) store(y + ROWS * r, splat(0));
     for (int k = 0; k < num_blocks; k++, w += size, tile += TILE_WORDS * R) {
         const float *d_x = (const float *)(tile + 8 * PLANES * R);
-        const int32_t *negative = tile + (8 * PLANES + 2) * R;
-        fetch_ahead(w, size, 1, &next);
+        const int32_t *negative = tile + (8 * PLANES + 2) * R, *second = negative + R;
         f32x16 d = load_half((const uint16_t *)(w + 384));
-        f32x16 halves[TILE];
+        u32x16 q[8][2];
+        f32x16 halves[2][TILE];
+        fetch_ahead(w, size, 1, &next);
+        UNROLL for (int j = 0; j < 4; j++) integers(Q6_K, w, j, &q[j][0], &q[j + 4][0]);
         UNROLL for (int h = 0; h < 2; h++) {
-            i32x16 dots[PLANES][TILE];
-            UNROLL for (int r = 0; r < R; r++) {
-                UNROLL for (int p = 0; p < PLANES - 1; p++) dots[p][r] = splat_int(0);
-                int32_t second = negative[R + r];
-                dots[PLANES - 1][r] = start(Q6_K, h ? second : negative[r] - second);
-            }
-            UNROLL for (int j = 0; j < 4; j++) {
-                u32x16 q[2];
-                integers(Q6_K, w, j, &q[0], &q[1]);
-                UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < PLANES; p++)
-                    dots[p][r] =
-                        dot4(dots[p][r], q[h], splat_int(tile[(8 * p + 4 * h + j) * R + r]));
-            }
-            f32x16 s = load_signed_bytes(w + 416 + 16 * h);
-            UNROLL for (int r = 0; r < R; r++) {
-                i32x16 dot = dots[PLANES - 1][r];
-                if (PLANES == 2)
-                    dot += dots[0][r] << 8;
-                halves[r] = h ? fma16(to_float(dot), s, halves[r]) : to_float(dot) * s;
-            }
+            i32x16 dots[2][TILE];
+            UNROLL for (int r = 0; r < R; r++)
+                dots[0][r] = start(Q6_K, h ? second[r] : negative[r] - second[r]);
+            dot_products(1, R, 4 * h, 4 * h + 4, q, tile, dots);
+            UNROLL for (int r = 0; r < R; r++) halves[h][r] = to_float(dots[0][r]);
         }
-        UNROLL for (int r = 0; r < R; r++)
-            sums[r] = fma16(halves[r], d * splat(d_x[r]), sums[r]);
+        f32x16 s0 = load_signed_bytes(w + 416), s1 = load_signed_bytes(w + 432);
+        UNROLL for (int r = 0; r < R; r++) {
+            f32x16 value = fma16(halves[1][r], s1, halves[0][r] * s0);
+            store(y + ROWS * r, fma16(value, d * splat(d_x[r]), load(y + ROWS * r)));
+        }
     }
-    UNROLL for (int r = 0; r < R; r++) store(y + ROWS * r, sums[r]);
 }
 
 /* Weights that are floats, times floats.  Four sums, by column modulo 4, hide the latency. */
@@ -290,13 +309,9 @@ typedef void (*Product)(
         }                                                                                          \
     }
 
-#if PLANES == 2
-#define TILE_SIZES(M, format) M(format, 1) M(format, 2) M(format, 3) M(format, 4)
-#define NAMES(format) {format##_1, format##_2, format##_3, format##_4}
-#else
-#define TILE_SIZES(M, format) M(format, 1) M(format, 2) M(format, 3) M(format, 4) M(format, 5)
-#define NAMES(format) {format##_1, format##_2, format##_3, format##_4, format##_5}
-#endif
+#define TILE_SIZES(M, format)                                                                      \
+    M(format, 1) M(format, 2) M(format, 3) M(format, 4) M(format, 5) M(format, 6)
+#define NAMES(format) {format##_1, format##_2, format##_3, format##_4, format##_5, format##_6}
 
 TILE_SIZES(ONE, Q4_0)
 TILE_SIZES(ONE, Q4_1)
@@ -330,13 +345,12 @@ static const FloatProduct float_products[3][TILE] = {
 /* ---- Units of work */
 
 /* So many activation bytes stay in the second-level cache while weights pass by. */
-enum { CHUNK_BYTES = 384 << 10 };
+enum { CHUNK_BYTES = 512 << 10 };
 
-static int chunk_rows(const Operation *operation)
+static int chunk_tiles(const Operation *operation)
 {
-    int row_bytes = operation->width / 32 * TILE_WORDS * 4;
-    int rows = CHUNK_BYTES / (row_bytes ? row_bytes : 1);
-    return rows < TILE ? TILE : rows / TILE * TILE;
+    int tiles = CHUNK_BYTES / (operation->width / 32 * TILE_WORDS * 4 * TILE + 1);
+    return tiles < 1 ? 1 : tiles;
 }
 
 static int pairs_of(const Part *part, int queue)
@@ -354,8 +368,8 @@ static int pairs_of_all(const Operation *operation, int queue)
 
 int linear_units(const Operation *operation, int num_rows, int queue)
 {
-    int chunk = chunk_rows(operation);
-    return pairs_of_all(operation, queue) * ((num_rows + chunk - 1) / chunk);
+    int chunk = chunk_tiles(operation);
+    return pairs_of_all(operation, queue) * ((num_tiles(num_rows) + chunk - 1) / chunk);
 }
 
 /* Bias, scale and sum of R rows of one group, into columns column .. column + count - 1 of out. */
@@ -368,51 +382,47 @@ static void finish(
     for (int r = 0; r < R; r++) {
         float *out = operation->out + (int64_t)(first_row + r) * operation->out_stride + column;
         f32x16 value = (load(y + ROWS * r) + bias) * scale;
-        if (count == ROWS) {
-            store(out, operation->accumulate ? value + load(out) : value);
-        } else {
-            if (operation->accumulate)
-                value += load_first(out, count);
-            store_first(out, value, count);
-        }
+        if (operation->accumulate)
+            value += load_first(out, count);
+        store_first(out, value, count);
     }
 }
 
+/* Two groups of weights, or the last one, for tiles first .. end - 1. */
 static void run_pair(
-    const Operation *operation, const Part *part, int queue, int pair, int first_row, int end_row)
+    const Operation *operation, const Part *part, int queue, int pair, int num_rows, int first, int end)
 {
     size_t size = group_bytes(part->format, part->columns);
     int group = part->bounds[queue] + 2 * pair, is_single = group + 1 == part->bounds[queue + 1];
-    const uint8_t *w = part->groups[queue] + 2 * size * (size_t)pair;
-    const uint8_t *next = w + 2 * size;
-    int num_blocks = part->columns / COLUMNS, is_few = end_row - first_row <= 2 * TILE;
+    int num_blocks = part->columns / COLUMNS, is_few = end - first <= 2;
+    const uint8_t *w = part->groups[queue] + 2 * size * (size_t)pair, *next = w + 2 * size;
     float y[2 * ROWS * TILE] __attribute__((aligned(64)));
-    for (int row = first_row, R; row < end_row; row += R, next += 256 * (size_t)num_blocks) {
-        R = tile_rows(end_row, row);
+    for (int tile = first; tile < end; tile++, next += 256 * (size_t)num_blocks) {
+        int row = tile_start(num_rows, tile), R = tile_start(num_rows, tile + 1) - row;
         if (is_float(part->format)) {
-            FloatProduct run = float_products[part->format][R - 1];
             const float *x = operation->x + (int64_t)row * operation->x_stride;
             for (int g = 0; g < 2 - is_single; g++)
-                run(w + (size_t)g * size, part->columns, x, operation->x_stride, y + ROWS * R * g);
+                float_products[part->format][R - 1](
+                    w + (size_t)g * size, part->columns, x, operation->x_stride, y + ROWS * R * g);
         } else {
             const uint8_t *fetched = is_few ? 0 : next < w + 4 * size ? next : w;
             products[part->format][R - 1](
                 w, is_single ? 0 : size, num_blocks, tile_at(operation, row), fetched, y);
         }
         for (int g = 0; g < 2 - is_single; g++) {
-            int left = part->rows - ROWS * (group + g), column = part->first_column + ROWS * (group + g);
-            finish(operation, column, left < ROWS ? left : ROWS, row, R, y + ROWS * R * g);
+            int below = ROWS * (group + g), left = part->rows - below;
+            finish(operation, part->first_column + below, left < ROWS ? left : ROWS, row, R,
+                   y + ROWS * R * g);
         }
     }
 }
 
 void linear_run(const Operation *operation, int num_rows, int queue, int unit)
 {
-    int pairs = pairs_of_all(operation, queue), chunk = chunk_rows(operation);
-    int first_row = unit / pairs * chunk, pair = unit % pairs;
-    int end_row = first_row + chunk < num_rows ? first_row + chunk : num_rows;
+    int pairs = pairs_of_all(operation, queue), chunk = chunk_tiles(operation);
+    int first = unit / pairs * chunk, pair = unit % pairs, all = num_tiles(num_rows);
     const Part *part = operation->parts;
     for (; pair >= pairs_of(part, queue); part++)
         pair -= pairs_of(part, queue);
-    run_pair(operation, part, queue, pair, first_row, end_row);
+    run_pair(operation, part, queue, pair, num_rows, first, first + chunk < all ? first + chunk : all);
 }

@@ -11,9 +11,12 @@ void linear_run(const Operation *operation, int num_rows, int queue, int unit);
 /* Floats of scaled rows to the tile at `tile`; R rows of `width` floats, `stride` apart. */
 void split_tile(const float *x, int stride, int width, int R, int32_t *tile);
 
-static inline int tile_rows(int num_rows, int first)
+/* The rows of a step are cut into as few tiles as possible, of nearly equal size. */
+static inline int num_tiles(int num_rows) { return (num_rows + TILE - 1) / TILE; }
+
+static inline int tile_start(int num_rows, int tile)
 {
-    return num_rows - first < TILE ? num_rows - first : TILE;
+    return num_rows == 0 ? 0 : (int)((int64_t)num_rows * tile / num_tiles(num_rows));
 }
 
 static inline int32_t *tile_at(const Operation *operation, int first)

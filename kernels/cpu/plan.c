@@ -39,7 +39,7 @@ static int units_of_all(const Plan *plan, const Operation *operation)
         return attention_units(plan);
     if (operation->kind == COMBINE && !plan->is_split)
         return 0;
-    return (rows_of(plan, operation) + TILE - 1) / TILE;
+    return num_tiles(rows_of(plan, operation));
 }
 
 static int share_of(const Plan *plan, int units, int queue)
@@ -86,7 +86,7 @@ static void run(void *context, int task, int queue, int unit, int thread)
         attention_run(plan, operation, unit, thread);
         return;
     }
-    run_rows(plan, operation, TILE * unit, TILE * unit + tile_rows(num_rows, TILE * unit));
+    run_rows(plan, operation, tile_start(num_rows, unit), tile_start(num_rows, unit + 1));
 }
 
 void llmsrv_forward(Plan *plan, const Batch *batch)

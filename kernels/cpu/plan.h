@@ -21,7 +21,7 @@ enum { BLOCK_SIZE = 16, CHUNK = 256 }; /* positions: of a cache block, of a step
  *     int32  second[R]     of the last 16 of them
  * 16 bits are exact to 2e-5 of a block's largest value; products with them cost two of 8 bits. */
 enum {
-    TILE = PLANES == 2 ? 4 : 5,
+    TILE = 6,
     TILE_WORDS = 8 * PLANES + 4 /* a row and block */
 };
 

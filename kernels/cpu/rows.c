@@ -139,13 +139,12 @@ void run_rope(const Plan *plan, const Operation *operation, int first, int end)
     }
 }
 
-/* x / (1 + exp(-x)), or by tanh x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) */
+/* silu: x / (1 + exp(-x)).  gelu by tanh: x / 2 (1 + tanh(u)) = x / (1 + exp(-2 u)) with
+ * u = sqrt(2 / pi) (x + 0.044715 x^3). */
 INLINE f32x16 activated(f32x16 x, int is_gelu)
 {
-    if (!is_gelu)
-        return x / (splat(1) + exp16(splat(0) - x));
-    f32x16 inner = splat(0.7978845608f) * (x + splat(0.044715f) * x * x * x);
-    return splat(0.5f) * x * (splat(1) + tanh16(inner));
+    f32x16 u = is_gelu ? splat(1.5957691216f) * (x + splat(0.044715f) * x * x * x) : x;
+    return x / (splat(1) + exp16(splat(0) - u));
 }
 
 void run_activate(const Operation *operation, int first, int end)

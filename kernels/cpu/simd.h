@@ -53,14 +53,22 @@ INLINE f32x16 choose(i32x16 mask, f32x16 a, f32x16 b)
 #include "portable.h"
 #endif
 
-/* x of n < 16 lanes is stored. */
-INLINE void store_first(float *p, f32x16 x, int n) { memcpy(p, &x, sizeof(float) * (size_t)n); }
-
+/* The first n lanes, 16 at most; the others are 0. */
 INLINE f32x16 load_first(const float *p, int n)
 {
     f32x16 x = {0};
+    if (n >= 16)
+        return load(p);
     memcpy(&x, p, sizeof(float) * (size_t)n);
     return x;
+}
+
+INLINE void store_first(float *p, f32x16 x, int n)
+{
+    if (n >= 16)
+        store(p, x);
+    else
+        memcpy(p, &x, sizeof(float) * (size_t)n);
 }
 
 INLINE i32x16 lanes(void)

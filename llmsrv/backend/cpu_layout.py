@@ -87,8 +87,8 @@ class Layout:
         self.embeds = [op for op in program.operations if isinstance(op, Embed)]
         self.buffers = {name: self._buffer(name) for name in program.buffers}
         self._tiles = {name: self._tiles_of(name) for name in _tiled(linears)}
-        for embed in self.embeds:
-            self._split_if_tiled(embed.out)
+        for name in _given(program):
+            self._split_if_tiled(name)
         for operation in program.operations:
             self._add(operation)
 
@@ -230,6 +230,24 @@ def _tiled(linears: list[Linear]) -> set[str]:
     }
 
 
+def _given(program: Program) -> set[str]:
+    """The buffers that hold something before the first step: what is embedded, or written by no
+    operation."""
+    embedded = {op.out for op in program.operations if isinstance(op, Embed)}
+    written = {_out_of(op) for op in program.operations if not isinstance(op, Embed)}
+    return embedded | (program.buffers.keys() - written)
+
+
+def _out_of(operation: Operation) -> str:
+    match operation:
+        case Softcap():
+            return operation.x
+        case RopeAndStore():
+            return operation.qkv
+        case _:
+            return operation.out
+
+
 def _written_after_select(program: Program) -> set[str]:
     """The buffers that hold logit rows and nothing else."""
     before: set[str] = set()
@@ -238,12 +256,7 @@ def _written_after_select(program: Program) -> set[str]:
     for operation in program.operations:
         if isinstance(operation, SelectLogitRows | Pool):
             written = after
-        if isinstance(operation, Softcap):
-            written.add(operation.x)
-        elif isinstance(operation, RopeAndStore):
-            written.add(operation.qkv)
-        else:
-            written.add(operation.out)
+        written.add(_out_of(operation))
     return after - before
 
 

@@ -1,0 +1,142 @@
+"""How fast the CPU backend is on the default model, beside what the machine can do in the same run.
+
+python -m bench.cpu [--runs N] [--bits 16|8] [--threads N] [--model PATH]
+
+Each run measures the machine (bytes read a second over the size of the weights, dpbusd products a
+second) and then decode for 1, 8 and 32 sequences, and a prompt of 1,000 tokens; figures are medians
+of the runs, shares those of the same run.  Needs AVX-512 with VNNI for the machine's limits.
+"""
+
+import argparse
+import ctypes
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from bench.machine import describe
+from bench.machine import rss_mb
+from bench.reference import batch
+from llmsrv.backend.base import Limits
+from llmsrv.backend.base import Plan
+from llmsrv.backend.cpu import CPUBackend
+from llmsrv.backend.cpu import CPUOptions
+from llmsrv.backend.sampling import SamplingParameters
+from llmsrv.backend.source import load_library
+from llmsrv.config import DEFAULT_MODEL
+from llmsrv.config import default_cache_dir
+from llmsrv.files.source import resolve_model
+from llmsrv.model.load import load_model
+
+LIMITS = Limits(max_rows=512, max_logit_rows=32, max_slots=32, num_blocks=1025)
+PROMPT_TOKENS = 131
+FLAGS = "-O2", "-pthread", "-mavx512f", "-mavx512vnni"
+MULTIPLY_PASSES = 2_000_000
+READ_PASSES = 5
+
+
+class Roofs:
+    """The machine's limits, measured by roofs.c on as many threads as the backend has."""
+
+    def __init__(self, num_threads: int, num_bytes: int) -> None:
+        text = Path(__file__).with_name("roofs.c").read_bytes()
+        self._library = load_library({"roofs.c": text}, FLAGS, default_cache_dir())
+        self._library.read_rate.restype = ctypes.c_double
+        self._library.read_rate.argtypes = (
+            ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int
+        )
+        self._library.multiply_rate.restype = ctypes.c_double
+        self._num_threads = num_threads
+        self._bytes = np.ones(num_bytes, np.uint8)
+
+    def bytes_a_second(self) -> float:
+        address, size = self._bytes.ctypes.data, len(self._bytes)
+        rate: float = self._library.read_rate(address, size, READ_PASSES, self._num_threads)
+        return rate
+
+    def products_a_second(self) -> float:
+        rate: float = self._library.multiply_rate(MULTIPLY_PASSES, self._num_threads)
+        return rate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--bits", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--model", type=Path)
+    arguments = parser.parse_args()
+    path = arguments.model or resolve_model(DEFAULT_MODEL, default_cache_dir(), sys.stderr)
+    start_s = time.perf_counter()
+    options = CPUOptions(default_cache_dir(), arguments.threads, arguments.bits)
+    backend = CPUBackend(options)
+    program = load_model(path, lambda: None).program
+    plan = backend.compile(program, LIMITS, lambda: None)
+    load_s = time.perf_counter() - start_s
+    print(describe())
+    print(f"{backend.tier.name}, {backend.num_threads} threads, {arguments.bits} bits")
+    weights = sum(t.data.nbytes for op in program.operations for t in getattr(op, "weights", ()))
+    products = sum(
+        t.shape[0] * t.shape[1] for op in program.operations for t in getattr(op, "weights", ())
+    ) - program.vocab_size * program.buffers["hidden"]
+    rss = rss_mb(os.getpid())
+    roofs = Roofs(backend.num_threads, weights)
+    results = [measure(plan, roofs, weights, products) for _ in range(arguments.runs)]
+    print(f"load {load_s:.2f} s, {rss:.0f} MB resident, {weights / 1e6:.1f} MB of weights")
+    for name in results[0]:
+        values = [result[name] for result in results]
+        print(f"{name:42}{statistics.median(values):10.3g}   best {max(values):.4g}")
+
+
+def measure(plan: Plan, roofs: Roofs, weights: int, products: int) -> dict[str, float]:
+    decode(plan, 1, 4)
+    read = roofs.bytes_a_second()
+    one = decode(plan, 1, 64)
+    eight = decode(plan, 8, 32)
+    thirty_two = decode(plan, 32, 16)
+    multiply = roofs.products_a_second()
+    prompt_s = prefill(plan)
+    return {
+        "read, GB/s": read / 1e9,
+        "multiply, GMAC/s": multiply / 1e9,
+        "1 stream, tokens/s": one,
+        "    of the bandwidth": one * weights / read,
+        "8 streams, tokens/s": eight,
+        "32 streams, tokens/s": thirty_two,
+        "prompt of 1000, tokens/s": 1000 / prompt_s,
+        "    layers' products of the 8-bit peak": 1000 / prompt_s * products / multiply,
+        "first token of 1000, s": prompt_s,
+    }
+
+
+def prefill(plan: Plan) -> float:
+    """Seconds for a prompt of 1,000 tokens in chunks as the scheduler makes them, and a token."""
+    plan.sampling.set(0, SamplingParameters(temperature=0))
+    start_s = time.perf_counter()
+    for start in range(0, 1000, LIMITS.max_rows):
+        plan.forward(batch(1, range(start, min(start + LIMITS.max_rows, 1000)), 1024))
+    plan.sample(np.zeros(1, np.int32), np.zeros(1, np.int64))
+    return time.perf_counter() - start_s
+
+
+def decode(plan: Plan, num_sequences: int, num_tokens: int) -> float:
+    """Tokens/s of greedy decoding behind prompts of PROMPT_TOKENS."""
+    length = PROMPT_TOKENS + num_tokens
+    slots = np.arange(num_sequences, dtype=np.int32)
+    for slot in slots.tolist():
+        plan.sampling.set(slot, SamplingParameters(temperature=0))
+    for start in range(0, PROMPT_TOKENS, 16):
+        plan.forward(batch(num_sequences, range(start, min(start + 16, PROMPT_TOKENS)), length))
+    start_s = time.perf_counter()
+    for step in range(num_tokens):
+        plan.sample(slots, np.full(num_sequences, step))
+        position = PROMPT_TOKENS + step
+        plan.forward(batch(num_sequences, range(position, position + 1), length))
+    return num_tokens * num_sequences / (time.perf_counter() - start_s)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,405 @@
+"""The CPU backend against the reference backend: operations, types, whole models, sampling."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from llmsrv.backend.base import Attention
+from llmsrv.backend.base import Embed
+from llmsrv.backend.base import GatedActivation
+from llmsrv.backend.base import Limits
+from llmsrv.backend.base import Linear
+from llmsrv.backend.base import Norm
+from llmsrv.backend.base import Pool
+from llmsrv.backend.base import Program
+from llmsrv.backend.base import RopeAndStore
+from llmsrv.backend.base import SelectLogitRows
+from llmsrv.backend.base import Softcap
+from llmsrv.backend.cpu import CPUBackend
+from llmsrv.backend.cpu import CPUOptions
+from llmsrv.backend.cpu_library import FORMATS
+from llmsrv.backend.quants import TYPES
+from llmsrv.backend.reference import ReferenceBackend
+from llmsrv.backend.sampling import SamplingParameters
+from llmsrv.backend.sampling import SamplingTable
+from llmsrv.backend.sampling import mask_of
+from llmsrv.backend.sampling import sample
+from llmsrv.config import default_cache_dir
+from tests.support.plans import Piece
+from tests.support.plans import Run
+from tests.support.plans import batch_of
+from tests.support.plans import generate
+from tests.support.tensors import HALVES
+from tests.support.tensors import random_tensor
+
+LIMITS = Limits(max_rows=300, max_logit_rows=40, max_slots=40, num_blocks=80)
+VOCAB = 97
+PACKED = [type for type in FORMATS if type in TYPES]
+OTHERS = [type for type in TYPES if type in HALVES and type not in FORMATS]
+
+
+@pytest.fixture(scope="session")
+def cpu():
+    return CPUBackend(CPUOptions(default_cache_dir(), num_threads=2))
+
+
+@pytest.fixture(scope="session")
+def cpu8():
+    return CPUBackend(CPUOptions(default_cache_dir(), num_threads=3, activation_bits=8))
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def tensor(name, values):
+    values = np.asarray(values, np.float32)
+    return dataclasses.replace(
+        random_tensor(name, "F32", values.shape), data=values.reshape(-1).view(np.uint8)
+    )
+
+
+def both(backend, operations, widths, pieces, heads=(4, 2, 16), **inputs):
+    """The buffers that the operations leave on the backend and on the reference backend."""
+    program = Program(tuple(operations), widths, 1, *heads, vocab_size=VOCAB)
+    plans = [b.compile(program, LIMITS, lambda: None) for b in (backend, ReferenceBackend())]
+    batch = batch_of(pieces)
+    for plan in plans:
+        for name, values in inputs.items():
+            if isinstance(plan.buffers.get(name), np.ndarray):
+                plan.buffers[name][: len(values), : values.shape[1]] = values
+            else:
+                plan.buffers[name] = values.copy()
+        plan.forward(batch)
+    ours, theirs = plans
+    return {
+        name: (ours.buffers[name][: len(theirs.buffers[name]), :width], theirs.buffers[name])
+        for name, width in widths.items()
+        if name in theirs.buffers
+    }
+
+
+def rows(count):
+    return [Piece([0] * count, 0, list(range(1, 2 + count // 16)))]
+
+
+# ---- Operations
+
+
+@pytest.mark.parametrize("type", PACKED)
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 6, 7, 13, 300])
+def test_linear_multiplies_weights_of_every_type(cpu, type, num_rows):
+    columns = 512 if type.endswith("_K") else 96
+    x = random(num_rows, columns)
+    x[:, 5] *= 20  # an outlier, as activations have them
+    weight = random_tensor("w", type, (45, columns))
+    linear = Linear("out", "x", (weight,))
+    ours, theirs = both(cpu, [linear], {"x": columns, "out": 45}, rows(num_rows), x=x)["out"]
+    size = np.abs(theirs).max()
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-4 * size)
+
+
+@pytest.mark.parametrize("type", PACKED)
+def test_linear_with_eight_bits_is_as_near_as_eight_bits_are(cpu8, type):
+    columns = 512 if type.endswith("_K") else 96
+    x = random(20, columns)
+    linear = Linear("out", "x", (random_tensor("w", type, (45, columns)),))
+    ours, theirs = both(cpu8, [linear], {"x": columns, "out": 45}, rows(20), x=x)["out"]
+    assert np.abs(ours - theirs).mean() < 0.02 * np.abs(theirs).mean()
+
+
+@pytest.mark.parametrize("type", OTHERS)
+def test_types_without_products_of_their_own_become_floats(cpu, type):
+    linear = Linear("out", "x", (random_tensor("w", type, (20, 512)),))
+    ours, theirs = both(cpu, [linear], {"x": 512, "out": 20}, rows(3), x=random(3, 512))["out"]
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(PACKED), st.integers(1, 70)), min_size=1, max_size=4),
+    st.integers(1, 40),
+    st.booleans(),
+    st.booleans(),
+)
+def test_linear_stacks_weights_of_several_types(cpu, stack, num_rows, has_biases, accumulate):
+    weights = tuple(
+        random_tensor(f"w{i}", type, (size, 256), seed=i) for i, (type, size) in enumerate(stack)
+    )
+    biases = tuple(tensor(f"b{i}", random(size, seed=i)) for i, (_, size) in enumerate(stack))
+    linear = Linear("out", "x", weights, biases if has_biases else (), 0.5, accumulate)
+    width = sum(size for _, size in stack)
+    before = random(num_rows, width, seed=9)
+    ours, theirs = both(
+        cpu, [linear], {"x": 256, "out": width}, rows(num_rows), x=random(num_rows, 256), out=before
+    )["out"]
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("width", [1, 16, 37, 96])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_norm_and_activation_of_any_width(cpu, width, accumulate):
+    operations = [
+        GatedActivation("gelu", "gate_up", "gelu"),
+        GatedActivation("silu", "gate_up"),
+        Norm("out", "silu", tensor("w", random(width)), 1e-5, accumulate),
+        Softcap("gelu", 2.0),
+    ]
+    widths = {"gate_up": 2 * width, "silu": width, "gelu": width, "out": width}
+    values = {"gate_up": random(7, 2 * width) * 5, "out": random(7, width, seed=1)}
+    for ours, theirs in both(cpu, operations, widths, rows(7), **values).values():
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["last", "mean"])
+def test_pool_takes_each_sequences_rows(cpu, kind):
+    pieces = [Piece([0] * 5, 0, [1]), Piece([0], 0, [2]), Piece([0] * 20, 0, [3, 4])]
+    results = both(cpu, [Pool("out", "x", kind)], {"x": 40, "out": 40}, pieces, x=random(26, 40))
+    ours, theirs = results["out"]
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+ATTENTIONS = [
+    # heads, kv heads, head_dim, window, softcap
+    (4, 2, 16, None, None),
+    (9, 3, 64, None, None),
+    (1, 1, 8, 20, None),
+    (6, 2, 24, 260, 30.0),
+    (16, 1, 32, 1, 5.0),
+    (4, 4, 256, None, None),
+]
+
+
+@pytest.mark.parametrize("heads, kv_heads, head_dim, window, softcap", ATTENTIONS)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_attention_over_the_cache(cpu, heads, kv_heads, head_dim, window, softcap, interleaved):
+    """A prompt of 290 rows, then seven decoding rows and two short prompts in one batch."""
+    width = (heads + 2 * kv_heads) * head_dim
+    frequencies = np.float32(100.0) ** -np.linspace(0, 1, head_dim // 2, dtype=np.float32)
+    norm = tensor("norm", random(head_dim, seed=3))
+    operations = (
+        RopeAndStore("qkv", 0, frequencies, None, 1.1, interleaved, norm, norm, 1e-6),
+        Attention("out", "qkv", 0, head_dim**-0.5, window, softcap),
+    )
+    widths = {"qkv": width, "out": heads * head_dim}
+    program = Program(operations, widths, 1, heads, kv_heads, head_dim, VOCAB)
+    plans = [b.compile(program, LIMITS, lambda: None) for b in (cpu, ReferenceBackend())]
+    blocks = list(np.random.default_rng(0).permutation(40) + 1)
+    steps = [
+        [Piece([0] * 290, 0, blocks[:20])],
+        [Piece([0] * 7, 290, blocks[:20])],
+        [Piece([0], 297, blocks[:20]), Piece([0] * 17, 0, blocks[20:22]), Piece([0], 0, [50])],
+    ]
+    for seed, pieces in enumerate(steps):
+        batch = batch_of(pieces)
+        qkv = random(len(batch.ids), width, seed=seed)
+        plans[0].buffers["qkv"][: len(qkv), :width] = qkv
+        plans[1].buffers["qkv"] = qkv.copy()
+        for plan in plans:
+            plan.forward(batch)
+        theirs = plans[1].buffers["out"]
+        ours = plans[0].buffers["out"][: len(theirs), : widths["out"]]
+        # What is stored is rounded to float16, and large scores make much of that.
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-2)
+        assert np.abs(ours - theirs).mean() < 5e-4
+
+
+# ---- Whole models
+
+
+def llama(type="Q8_0", hidden=64, heads=4, kv_heads=2, head_dim=16, inner=96, layers=3):
+    """A program as model/llama.py makes it, its weights scaled so that logits are of ordinary size."""
+    frequencies = np.float32(100.0) ** -np.linspace(0, 1, head_dim // 2, dtype=np.float32)
+    names = iter(range(10**6))
+
+    def weight(rows, columns):
+        name = f"w{next(names)}"
+        return random_tensor(name, type, (rows, columns), int(name[1:]), size=0.15)
+
+    def norm(out, x):
+        name = f"w{next(names)}"
+        return Norm(out, x, tensor(name, random(hidden, seed=int(name[1:]))), 1e-5)
+
+    table = random_tensor("table", type, (VOCAB, hidden), seed=77)
+    operations = [Embed("hidden", table)]
+    kv = kv_heads * head_dim
+    for layer in range(layers):
+        qkv = weight(heads * head_dim, hidden), weight(kv, hidden), weight(kv, hidden)
+        operations += [
+            norm("normed", "hidden"),
+            Linear("qkv", "normed", qkv),
+            RopeAndStore("qkv", layer, frequencies, interleaved=True),
+            Attention("attended", "qkv", layer, head_dim**-0.5),
+            Linear("hidden", "attended", (weight(hidden, heads * head_dim),), accumulate=True),
+            norm("normed", "hidden"),
+            Linear("gate_up", "normed", (weight(inner, hidden), weight(inner, hidden))),
+            GatedActivation("activated", "gate_up"),
+            Linear("hidden", "activated", (weight(hidden, inner),), accumulate=True),
+        ]
+    operations += [
+        SelectLogitRows("last", "hidden"),
+        norm("last_normed", "last"),
+        Linear("logits", "last_normed", (table,)),
+    ]
+    widths = {
+        "hidden": hidden,
+        "normed": hidden,
+        "qkv": (heads + 2 * kv_heads) * head_dim,
+        "attended": heads * head_dim,
+        "gate_up": 2 * inner,
+        "activated": inner,
+        "last": hidden,
+        "last_normed": hidden,
+        "logits": VOCAB,
+    }
+    return Program(tuple(operations), widths, layers, heads, kv_heads, head_dim, VOCAB)
+
+
+SHAPES = [
+    {},
+    {"type": "Q4_0", "heads": 2, "kv_heads": 1, "head_dim": 32},
+    {"type": "F16", "hidden": 50, "heads": 5, "kv_heads": 5, "head_dim": 10, "inner": 33},
+    {"type": "BF16", "hidden": 72, "head_dim": 8, "layers": 1},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_tiny_llama_gives_the_references_log_probabilities(cpu, shape):
+    program = llama(**shape)
+    parameters = SamplingParameters(temperature=0, num_logprobs=5)
+    prompts = [np.random.default_rng(i).integers(0, VOCAB, 3 + 40 * i).tolist() for i in range(4)]
+    results = []
+    for backend in (cpu, ReferenceBackend()):
+        plan = backend.compile(program, LIMITS, lambda: None)
+        runs = [Run(prompt, 6, parameters) for prompt in prompts]
+        generate(plan, runs, chunk=50)
+        results.append(runs)
+    for ours, theirs in zip(*results):
+        assert ours.ids == theirs.ids
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=0.01)
+
+
+def logits_of(plan, run, chunk):
+    """The logits of every step of a greedy run."""
+    rows = []
+    forward = plan.forward
+
+    def noted(batch):
+        forward(batch)
+        rows.extend(plan.buffers["logits"][: len(batch.logit_rows), :VOCAB].copy())
+
+    plan.forward = noted
+    generate(plan, [run], chunk)
+    plan.forward = forward
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("bits", ["cpu", "cpu8"])
+def test_logits_are_the_same_bits_alone_batched_and_in_chunks(request, bits):
+    program = llama(heads=6, kv_heads=2, layers=2)
+    backend = request.getfixturevalue(bits)
+    prompt = np.random.default_rng(5).integers(0, VOCAB, 285).tolist()
+    alone = logits_of(backend.compile(program, LIMITS, lambda: None), Run(prompt, 5), 300)
+    for chunk in (1, 7, 64, 256):
+        plan = backend.compile(program, LIMITS, lambda: None)
+        np.testing.assert_array_equal(logits_of(plan, Run(prompt, 5), chunk), alone)
+    plan = backend.compile(program, LIMITS, lambda: None)
+    others = [np.random.default_rng(i).integers(0, VOCAB, 11 * i + 1).tolist() for i in range(9)]
+    runs = [Run(prompt, 5), *(Run(other, 12) for other in others)]
+    seen = []
+    forward = plan.forward
+
+    def noted(batch):
+        forward(batch)
+        if 0 in batch.sequences[batch.logit_rows] and len(runs[0].ids) < 5:
+            seen.append(plan.buffers["logits"][0, :VOCAB].copy())
+
+    plan.forward = noted
+    generate(plan, runs, chunk=20)
+    np.testing.assert_array_equal(seen[-5:], alone)
+
+
+def test_a_row_that_is_not_a_number_fails_alone(cpu):
+    program = llama()
+    plan = cpu.compile(program, LIMITS, lambda: None)
+    table = program.operations[0].table
+    packed = table.data.reshape(VOCAB, -1).copy()
+    packed[3, :2] = np.array([np.nan], np.float16).view(np.uint8)
+    broken = dataclasses.replace(table, data=packed.reshape(-1))
+    first = dataclasses.replace(program.operations[0], table=broken)
+    program = dataclasses.replace(program, operations=(first, *program.operations[1:]))
+    plan = cpu.compile(program, LIMITS, lambda: None)
+    for slot in range(2):
+        plan.sampling.set(slot, SamplingParameters(temperature=0))
+    plan.forward(batch_of([Piece([1, 3], 0, [1]), Piece([1, 2], 0, [2])]))
+    ids = plan.sample(np.arange(2, dtype=np.int32), np.zeros(2, np.int64)).ids
+    assert ids[0] == -1 and ids[1] >= 0
+
+
+# ---- Sampling
+
+
+def parameters_of(draw_seed, **values):
+    return SamplingParameters(seed=draw_seed, **values)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**63),
+    st.sampled_from([0.0, 0.01, 0.7, 1.0, 2.0, 40.0]),
+    st.sampled_from([0, 1, 2, 40, 3000]),
+    st.sampled_from([1.0, 0.95, 0.5, 0.01, 1e-6]),
+    st.sampled_from([0.0, 0.05, 0.9, 1.0]),
+    st.sampled_from([97, 1000, 4099]),
+    st.booleans(),
+)
+def test_samples_are_those_of_the_contract(
+    cpu, seed, temperature, top_k, top_p, min_p, vocab, has_ties
+):
+    rng = np.random.default_rng(seed % 2**32)
+    logits = rng.normal(scale=3, size=(4, vocab)).astype(np.float32)
+    if has_ties:
+        logits = np.round(logits)
+    logits[3, rng.integers(vocab)] = rng.choice([np.nan, np.inf, -np.inf, 1e30])
+    check_samples(cpu, logits, seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+
+
+def check_samples(cpu, logits, seed, **values):
+    vocab = logits.shape[1]
+    program = Program((), {"logits": vocab}, 1, 1, 1, 16, vocab)
+    plan = cpu.compile(program, LIMITS, lambda: None)
+    plan.buffers["logits"][: len(logits), :vocab] = logits
+    table = SamplingTable(len(logits), vocab)
+    for slot in range(len(logits)):
+        for sampling in (plan.sampling, table):
+            sampling.set(slot, SamplingParameters(seed=seed, choice=slot, **values))
+    slots = np.arange(len(logits), dtype=np.int32)
+    positions = np.arange(len(logits), dtype=np.int64) * 2**33
+    ours, theirs = plan.sample(slots, positions), sample(logits, table, slots, positions)
+    assert ours.ids.tolist() == theirs.ids.tolist()
+    np.testing.assert_array_equal(ours.logprobs, theirs.logprobs)
+    for mine, yours in zip(ours.alternatives, theirs.alternatives, strict=True):
+        np.testing.assert_array_equal(mine[0], yours[0])
+
+
+@pytest.mark.parametrize("values", [
+    {"num_logprobs": 0},
+    {"num_logprobs": 20},
+    {"typical_p": 0.5},
+    {"repetition_penalty": 1.5},
+    {"logit_bias": {3: 100.0}},
+    {"allowed": mask_of([5, 6], 97)},
+])
+def test_rows_that_ask_for_more_get_it(cpu, values):
+    check_samples(cpu, random(4, 97), 7, **values)
+
+
+def test_all_logits_minus_infinity_fail_and_equal_ones_take_the_lowest_id(cpu):
+    logits = np.full((3, 97), -np.inf, np.float32)
+    logits[1], logits[2, [50, 60]] = 2.0, 1.0
+    check_samples(cpu, logits, 1, temperature=0)
+    check_samples(cpu, logits, 1, temperature=1.0, top_k=3)

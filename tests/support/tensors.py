@@ -1,0 +1,47 @@
+"""Tensors of any storage type with random values."""
+
+from typing import Any
+
+import numpy as np
+
+from llmsrv.backend.base import Tensor
+from llmsrv.backend.quants import TYPES
+
+# Where a block of the type has its float16 scales.
+HALVES = {
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+}
+
+
+def random_tensor(
+    name: str, type: str, shape: tuple[int, ...], seed: int = 0, size: float = 1.0
+) -> Tensor:
+    """Values of about `size`; blocks are random bytes with sensible scales."""
+    rng = np.random.default_rng(seed)
+    count = int(np.prod(shape))
+    if type not in HALVES:
+        return Tensor(name, type, shape, _floats(type, rng.normal(size=count) * size))
+    values, bytes_ = TYPES[type][:2]
+    blocks = rng.integers(0, 256, (count // values, bytes_), np.uint8)
+    for offset in HALVES[type]:
+        scales = (size * rng.uniform(-0.02, 0.02, len(blocks))).astype(np.float16)
+        blocks[:, offset : offset + 2] = scales[:, None].view(np.uint8)
+    return Tensor(name, type, shape, blocks.reshape(-1))
+
+
+def _floats(type: str, values: Any) -> Any:
+    if type == "BF16":
+        upper = np.asarray(values, np.float32).view(np.uint32) >> 16
+        return upper.astype(np.uint16).view(np.uint8)
+    return np.asarray(values, {"F32": np.float32, "F16": np.float16}[type]).view(np.uint8)
