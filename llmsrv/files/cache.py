@@ -16,7 +16,7 @@ from llmsrv.files.source import DEFAULT_DOWNLOAD
 class CachedModel:
     """name    what --model takes
     size_bytes  on the disk
-    path        what is served; None while it is not whole
+    path        its file, or the folder with its files; None while it is not whole
     root        what goes when the model is removed
     """
 

@@ -3,6 +3,9 @@
 A token may end in the middle of a character, so what comes out is always whole characters: an
 unfinished one is held back until the next ids complete it, or show that it never will be; then it
 becomes U+FFFD.  All pieces together are the bytes of all ids, decoded once with errors="replace".
+
+An answer continues its prompt: a blank that it begins with is text and stays, also where the
+tokenizer puts a blank before every prompt.
 """
 
 import codecs
