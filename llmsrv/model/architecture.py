@@ -26,9 +26,11 @@ class Architecture:
 
     # The model
     embedding_is_scaled: bool = False  # by the square root of hidden_size
+    default_window: int = 0  # where the file does not say; 0: none
     global_interval: int | None = None  # one layer in so many attends beyond the window
     rope_interval: int | None = None  # one layer in so many does not rotate
-    local_theta: float | None = None  # rope_theta of the layers with a window
+    local_rope_is_scaled: bool = True  # in layers with a window, as in the others
+    local_theta: float | None = None  # rope_theta of those layers; None: as in the others
     # GGUF does not say that a model of so many layers scales attention by hidden_size / num_heads
     # instead of head_dim.
     num_layers_of_wide_scale: int | None = None

@@ -195,9 +195,9 @@ def _layers(
     local_keys = _maybe_rope_keys_of(keys, "sliding_attention")
     if local_keys is not None:
         local_rope = read_rope(local_keys, tensors, head_dim, context_length)
-    elif architecture.local_theta is not None:
+    elif not architecture.local_rope_is_scaled:
         local_rope = read_local_rope(keys, head_dim, architecture.local_theta)
-    window = keys.integer("sliding_window", most=MOST_POSITIONS, default=0, least=0)
+    window = keys.integer("sliding_window", MOST_POSITIONS, architecture.default_window, least=0)
     is_local = _local_layers(keys, architecture, num_layers, bool(window))
     rotates = _rotating_layers(keys, architecture, num_layers)
     layers = [
@@ -213,12 +213,9 @@ def _local_layers(
     """Which layers attend to no more than the window."""
     if not has_window or not keys.flag("use_sliding_window", default=True):
         return [False] * num_layers
-    types = keys.get("layer_types", list)
-    if types is not None:
-        known = ("full_attention", "sliding_attention")
-        if len(types) != num_layers or any(type not in known for type in types):
-            keys.refuse("layer_types", types, f"{num_layers} times one of {', '.join(known)}")
-        return [type == "sliding_attention" for type in types]
+    windowed = keys.maybe_windowed(num_layers)
+    if windowed is not None:
+        return windowed
     first = keys.integer("max_window_layers", most=1 << 12, default=0, least=0)
     interval = architecture.global_interval
     if interval is not None:

@@ -103,6 +103,10 @@ class Keys(ABC):
                 self.refuse(key, f"with {value!r}", f"numbers above 0 and at most {most:g}")
         return [float(value) for value in values]
 
+    @abstractmethod
+    def maybe_windowed(self, num_layers: int) -> list[bool] | None:
+        """For each layer whether it has a window, where the file lists them."""
+
     def flag(self, key: str, default: bool) -> bool:
         value = self.get(key, bool)
         return default if value is None else value
@@ -123,6 +127,15 @@ class GGUFKeys(Keys):
 
     def get(self, key: str, kind: type[T]) -> T | None:
         return self.gguf.get(self.name(key), kind) if key in GGUF_KEYS else None
+
+    def maybe_windowed(self, num_layers: int) -> list[bool] | None:
+        key = "sliding_window_pattern"  # an interval, or a flag for each layer
+        flags = self.gguf.metadata.get(self.name(key))
+        if not isinstance(flags, list):
+            return None
+        if len(flags) != num_layers or any(type(flag) is not bool for flag in flags):
+            self.refuse(key, flags, f"{num_layers} booleans")
+        return flags
 
 
 class FolderKeys(Keys):
@@ -165,6 +178,14 @@ class FolderKeys(Keys):
         if not isinstance(values, dict):
             self.refuse(key, repr(values), "an object")
         return FolderKeys(self.path, values, f"{self.section}{key}.", self)
+
+    def maybe_windowed(self, num_layers: int) -> list[bool] | None:
+        types, known = self.get("layer_types", list), ("full_attention", "sliding_attention")
+        if types is None:
+            return None
+        if len(types) != num_layers or any(type not in known for type in types):
+            self.refuse("layer_types", types, f"{num_layers} times one of {', '.join(known)}")
+        return [type == "sliding_attention" for type in types]
 
     def _present(self, key: str) -> str:
         """The name of the two that a key may have under which there is a value."""

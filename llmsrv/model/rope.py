@@ -14,6 +14,7 @@ from llmsrv.model.keys import Keys
 from llmsrv.model.tensors import Tensors
 
 SCALINGS = ("default", "none", "linear", "llama3", "yarn", "longrope", "su")
+DEFAULT_THETA = 10000.0
 MOST_THETA = 1e12
 MOST_FACTOR = 1e6
 MOST_POSITIONS = 1 << 28
@@ -35,7 +36,7 @@ def read_rope(keys: Keys, tensors: Tensors, head_dim: int, context_length: int) 
     In GGUF files the divisors of llama3 and longrope are tensors; elsewhere they are in the keys.
     """
     rotary_dim = _rotary_dim(keys, head_dim)
-    theta = keys.real("rope_theta", MOST_THETA, default=10000.0)
+    theta = keys.real("rope_theta", MOST_THETA, default=DEFAULT_THETA)
     plain = _plain(rotary_dim, theta)
     short = tensors.maybe_values("rope_factors_short.weight", len(plain))
     kind = keys.get("rope_type", str) or keys.unnamed_scaling
@@ -53,9 +54,13 @@ def read_rope(keys: Keys, tensors: Tensors, head_dim: int, context_length: int) 
     return Rope(_float32(plain if divisors is None else plain / divisors))
 
 
-def read_local_rope(keys: Keys, head_dim: int, default_theta: float) -> Rope:
-    """That of the layers with a window, where it has a base of its own and no scaling."""
-    theta = keys.real("rope_local_base_freq", MOST_THETA, default=default_theta)
+def read_local_rope(keys: Keys, head_dim: int, theta: float | None) -> Rope:
+    """That of the layers with a window, where contexts are not scaled for them.
+
+    theta is the architecture's; where it has none, it is that of the other layers."""
+    if theta is None:
+        theta = keys.real("rope_theta", MOST_THETA, default=DEFAULT_THETA)
+    theta = keys.real("rope_local_base_freq", MOST_THETA, default=theta)
     return Rope(_float32(_plain(_rotary_dim(keys, head_dim), theta)))
 
 

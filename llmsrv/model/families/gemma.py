@@ -19,6 +19,7 @@ GEMMA2 = Architecture(
     function="gelu",
     norm_offset=1.0,
     embedding_is_scaled=True,
+    default_window=4096,
     global_interval=2,
     num_layers_of_wide_scale=46,  # 27B
 )
@@ -32,6 +33,7 @@ GEMMA3 = Architecture(
     norm_offset=1.0,
     embedding_is_scaled=True,
     global_interval=6,
+    local_rope_is_scaled=False,
     local_theta=10000.0,
     num_layers_of_wide_scale=62,  # 27B
 )

@@ -1,4 +1,5 @@
-"""OLMo 2: norms only after attention and feed-forward, and of q and k over all heads together.
+"""OLMo 2: norms only after attention and feed-forward, and of q and k over all heads together.  In
+GGUF files also OLMo 3, which has windows in three of four layers.
 
 Source: OLMo 2 report, 2025, section 3.2.
 """
@@ -15,4 +16,5 @@ OLMO2 = Architecture(
     has_pre_norms=False,
     has_post_norms=True,
     head_norms="all",
+    local_rope_is_scaled=False,
 )
