@@ -115,10 +115,20 @@ class Service:
         """The model that a request names; ApiError 404 for another, 503 while it cannot serve."""
         if name not in self.names:
             raise unknown_model(name)
-        if error := self.unavailable():
+        if error := self.unavailable() or self._overloaded():
             raise error
         assert self.text is not None
         return self.text
+
+    def _overloaded(self) -> ApiError | None:
+        """Decided before any work on a request, so that refusing many costs little."""
+        if self.engine.num_queued < self.config.max_queue:
+            return None
+        message = (
+            f"The server is overloaded: {self.config.max_queue} requests are waiting. "
+            "Please try again later."
+        )
+        return ApiError(503, message, code="server_is_overloaded", headers=RETRY)
 
 
 def unknown_model(name: str) -> ApiError:

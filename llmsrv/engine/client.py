@@ -115,6 +115,10 @@ class Generation:
     def has_ended(self) -> bool:
         return not self._unfinished
 
+    @property
+    def is_admitted(self) -> bool:
+        return self._is_admitted
+
     def admit(self, num_cached_tokens: int) -> None:
         if not self._is_admitted:
             self.num_cached_tokens = num_cached_tokens
@@ -182,6 +186,11 @@ class EngineClient:
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that are not part of a step yet."""
+        return sum(not generation.is_admitted for generation in self._generations.values())
 
     async def start(self) -> None:
         """Starts the engine and its supervision; returns before the model is loaded."""

@@ -84,6 +84,23 @@ def test_a_client_that_leaves_while_queued_is_never_scheduled(smollm2: Path) -> 
         eventually(lambda: is_idle(server))
 
 
+def test_what_comes_while_the_queue_is_full_is_told_to_come_again(smollm2: Path) -> None:
+    with run_server("--mode", "interactive", "--max-queue", "1") as server:
+        with connect(server) as first, connect(server) as second:
+            first.sendall(completion(stream=True))
+            eventually(lambda: running(server) == 1)
+            second.sendall(completion(stream=True))
+            eventually(lambda: gauges(server)["vllm:num_requests_waiting"] == 1)
+            client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+            with pytest.raises(openai.InternalServerError) as caught:
+                client.completions.create(model=MODEL, prompt="a")
+            assert caught.value.status_code == 503 and caught.value.code == "server_is_overloaded"
+            assert caught.value.response.headers["retry-after"] == "1"
+            assert running(server) == 1
+        eventually(lambda: is_idle(server))
+        client.completions.create(model=MODEL, prompt="a", max_tokens=1)
+
+
 def test_a_reader_that_stops_reading_does_not_stop_the_others(tiny_server: RunningServer) -> None:
     body = {"model": "tiny", "prompt": "a", "max_tokens": 400, "ignore_eos": True, "stream": True}
     stalled = connect(tiny_server)
