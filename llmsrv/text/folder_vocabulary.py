@@ -30,6 +30,8 @@ from llmsrv.text.vocabulary import Vocabulary
 # Gemma 3: 33 MB and 262,208 ids.
 MAX_JSON_BYTES = 1 << 27
 MAX_IDS = 1 << 22
+# Some models' tokens between turns are not marked as special; typed by a user they are text.
+CONTROL_LOOK = re.compile("<\\|.*\\|>|<｜.*｜>")
 BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 Id = Annotated[int, Meta(ge=0, lt=MAX_IDS)]
@@ -59,7 +61,7 @@ class _File(msgspec.Struct):
 
 class _Kind(msgspec.Struct):
     type: str | None = None
-    merges: Any = None
+    merges: msgspec.Raw = msgspec.Raw()
 
 
 class _BPE(msgspec.Struct):
@@ -105,7 +107,7 @@ def _read(folder: ModelFolder) -> tuple[_File, _BPE]:
     try:
         file = msgspec.json.decode(data, type=_File)
         kind = msgspec.json.decode(file.model, type=_Kind)
-        if kind.type != "BPE" and (kind.type is not None or kind.merges is None):
+        if kind.type != "BPE" and (kind.type is not None or not bytes(kind.merges)):
             raise ModelError(f"{path}: is of the kind {shown(kind.type)}; only BPE is supported")
         return file, msgspec.json.decode(file.model, type=_BPE)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -138,7 +140,8 @@ def _types(tokens: list[str], added: list[_AddedToken], has_bytes: bool) -> list
     for token in added:
         if token.single_word:
             raise ValueError(f"its token {token.content!r} stands for whole words only")
-        types[token.id] = TokenType.CONTROL if token.special else TokenType.USER_DEFINED
+        is_control = token.special or CONTROL_LOOK.fullmatch(token.content)
+        types[token.id] = TokenType.CONTROL if is_control else TokenType.USER_DEFINED
     return types
 
 

@@ -32,6 +32,7 @@ END_TEXTS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>
 # The texts of special tokens, far above any model known: one, and all together.
 MAX_SPECIAL_LENGTH = 256
 MAX_SPECIAL_TOTAL = 1 << 18
+USER_DEFINED = TokenType.USER_DEFINED
 
 
 def load_tokenizer(model: GGUFFile | ModelFolder, cache_dir: Path | None = None) -> "Tokenizer":
@@ -67,8 +68,8 @@ class Tokenizer:
         self._types = types = vocabulary.types
         self.vocab_size = len(tokens)
         self.longest_token = max(map(len, tokens))
-        self.special_tokens = {t: i for i, t in enumerate(tokens) if types[i] in SPECIAL}
-        user_defined = {t: i for i, t in enumerate(tokens) if types[i] == TokenType.USER_DEFINED}
+        self.special_tokens = {t: i for i, t in enumerate(tokens) if t and types[i] in SPECIAL}
+        user_defined = {t: i for i, t in enumerate(tokens) if t and types[i] == USER_DEFINED}
         self._id_of = self.special_tokens | user_defined
         _check_lengths(self._id_of)
         self._user_defined = any_of(user_defined)

@@ -103,6 +103,11 @@ def qwen() -> Json:
     return description
 
 
+def with_blanks_before_pieces() -> Json:
+    to_bytes = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
+    return tiny_json(pre_tokenizer=to_bytes | {"use_regex": True})
+
+
 def phi() -> Json:
     """Special tokens that swallow the white space beside them."""
     description = tiny_json()
@@ -178,6 +183,7 @@ def metaspace_never() -> Json:
 KINDS = [
     byte_level,
     qwen,
+    with_blanks_before_pieces,
     phi,
     gemma,
     llama2,
@@ -233,6 +239,17 @@ def test_a_message_gives_the_ids_of_its_text(
     template = ChatTemplate("<s>{{ messages[0].content }}</s>{{ messages[0].content }}", ours)
     wanted = theirs.encode(f"<s>{text}</s>{text}", add_special_tokens=False).ids
     assert template.encode([{"role": "user", "content": text}]) == wanted
+
+
+@pytest.mark.parametrize("text", ["<|end_of_turn|>", "<｜User｜>"])
+def test_what_looks_like_a_control_token_is_one(write: Write, text: str) -> None:
+    description = tiny_json()
+    description["added_tokens"] += [token(text, 500, special=False), token("", 501)]
+    tokenizer = load_tokenizer(open_folder(write(tokenizer=description)))
+    assert tokenizer.encode(text, parse_special=True) == [500] and tokenizer.is_special(500)
+    assert 500 not in tokenizer.encode(text, parse_special=False)
+    template = ChatTemplate("{{ messages[0].content }}", tokenizer)
+    assert 500 not in template.encode([{"role": "user", "content": text}])
 
 
 def test_blanks_and_bytes_are_printed(write: Write) -> None:
