@@ -23,7 +23,7 @@ from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Batch
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
-from llmsrv.backend.choose import choose_backend
+from llmsrv.backend.reference import ReferenceBackend
 from llmsrv.backend.sampling import SamplingParameters
 from llmsrv.config import DEFAULT_MODEL
 from llmsrv.config import default_cache_dir
@@ -64,7 +64,7 @@ def measure() -> list[float]:
     path = resolve_model(DEFAULT_MODEL, default_cache_dir(), sys.stderr)
     start_s = time.perf_counter()
     program = load_model(path, lambda: None).program
-    plan = choose_backend("reference")[0].compile(program, LIMITS, lambda: None)
+    plan = ReferenceBackend().compile(program, LIMITS, lambda: None)
     load_s = time.perf_counter() - start_s
     decode(plan, 1, 4)  # the first pages and threads
     alone = OUTPUT_TOKENS / decode(plan, 1, OUTPUT_TOKENS)

@@ -92,7 +92,11 @@ class Config:
         "auto", "Engine", "what computes: auto takes the fastest that runs here", choices=BACKENDS
     )
     threads: int = option(
-        0, "Engine", "threads that compute; 0 takes one for each physical core it may use", least=0, most=1024
+        0,
+        "Engine",
+        "threads that compute; 0 takes one for each physical core it may use",
+        least=0,
+        most=1024,
     )
     activation_bits: int = option(
         16,

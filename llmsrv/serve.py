@@ -62,7 +62,13 @@ async def _serve(
     signals = _Signals()
     engine = EngineClient(
         EngineConfig(
-            str(model_path), config.backend, log_level=config.log_level, **MODES[config.mode]
+            str(model_path),
+            config.backend,
+            threads=config.threads,
+            activation_bits=config.activation_bits,
+            cache_dir=str(config.cache_dir),
+            log_level=config.log_level,
+            **MODES[config.mode],
         )
     )
     await engine.start()

@@ -165,7 +165,7 @@ def test_the_ready_lines_say_where_what_and_on_what_and_how_to_try_it(tmp_path: 
     with run_server("--model", str(model)) as server:
         assert server.stop() == 0
         ready = server.output
-    assert "tiny" in ready and "reference backend" in ready
+    assert "tiny" in ready and " backend (" in ready
     assert f"curl {server.url}/v1/chat/completions" in ready
 
 

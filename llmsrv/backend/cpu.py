@@ -197,7 +197,8 @@ class CPUPlan(Plan):
         packed = embed.table.data.reshape(embed.table.shape[0], -1)[ids]
         values = np.empty((len(ids), width), np.float32)
         dequantise(embed.table.type, packed.reshape(-1), values)
-        np.multiply(values, np.float32(embed.scale), out=self.buffers[embed.out][: len(ids), :width])
+        out = self.buffers[embed.out][: len(ids), :width]
+        np.multiply(values, np.float32(embed.scale), out=out)
 
     def _lay_out(self, limits: Limits, num_threads: int) -> PlanStruct:
         program, array = self.program, self._memory.array

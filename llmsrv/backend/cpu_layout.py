@@ -7,12 +7,10 @@ frequencies, not once a layer.
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import replace
 from math import prod
 
 import numpy as np
 
-from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Array
 from llmsrv.backend.base import Attention
 from llmsrv.backend.base import Embed
@@ -209,16 +207,12 @@ class Layout:
                 dequantise(tensor.type, tensor.data, values[start : start + size])
                 start += size
             self._vectors[key] = values
-        address = address_of(self._vectors[key])
-        assert address is not None
-        return address
+        return address_of(self._vectors[key])
 
     def _floats(self, values: Array) -> int:
         kept = np.ascontiguousarray(values, np.float32)
         self._kept.append(kept)
-        address = address_of(kept)
-        assert address is not None
-        return address
+        return address_of(kept)
 
 
 def _tiled(linears: list[Linear]) -> set[str]:

@@ -168,13 +168,13 @@ class Memory:
             raise StartupError(f"there is no memory for {size >> 20} MiB; choose a smaller model")
         owner = (ctypes.c_uint8 * size).from_address(address)
         weakref.finalize(owner, self._library.llmsrv_free, address, size)
-        return np.frombuffer(owner, np.uint8)[: prod(shape) * dtype.itemsize].view(dtype).reshape(
-            shape
-        )
+        bytes_: Array = np.frombuffer(memoryview(owner), np.uint8)
+        return bytes_[: prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
 
-def address_of(array: Array | None) -> int | None:
-    return None if array is None else array.__array_interface__["data"][0]
+def address_of(array: Array) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 def drop_pages(data: Array) -> None:
@@ -186,7 +186,7 @@ def drop_pages(data: Array) -> None:
     mapping = base.obj if isinstance(base, memoryview) else base
     if not isinstance(mapping, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
         return
-    start = data.__array_interface__["data"][0] - address_of(np.frombuffer(mapping, np.uint8))
+    start = address_of(data) - address_of(np.frombuffer(mapping, np.uint8))
     first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
     length = (start + data.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
     if length > 0:

@@ -31,7 +31,7 @@ from llmsrv.errors import StartupError
 log = logging.getLogger("llmsrv.backend")
 
 COMPILERS = ("cc", "gcc", "clang")
-COMPILE_TIMEOUT_S = 180.0
+COMPILE_TIMEOUT_S = 50.0  # less than the supervisor waits for a sign of life while loading
 INSTALL = "install a C compiler, or run: pip install 'llmsrv[cc]'"
 
 

@@ -84,9 +84,7 @@ def _run(
 ) -> None:
     from llmsrv.engine import queues
 
-    def tick() -> None:
-        heartbeat.value += 1
-
+    tick = _Tick(heartbeat)
     sender = queues.Sender(send_fd, generation)
     receiver: Receiver[ToEngine] = queues.Receiver(receive_fd, generation, ToEngine)
     try:
@@ -105,6 +103,17 @@ def _run(
         tick()
 
 
+class _Tick:
+    """Raises the heartbeat; compiled code raises it at its address."""
+
+    def __init__(self, heartbeat: ctypes.c_ulonglong) -> None:
+        self._heartbeat = heartbeat
+        self.address = ctypes.addressof(heartbeat)
+
+    def __call__(self) -> None:
+        self._heartbeat.value += 1
+
+
 def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, Ready]":
     """Everything from the file to an engine that can make steps."""
     start_s = time.monotonic()
@@ -112,7 +121,8 @@ def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, 
 
     from llmsrv.backend.base import BLOCK_SIZE
     from llmsrv.backend.base import Limits
-    from llmsrv.backend.choose import choose_backend
+    from llmsrv.backend.choose import lay_out
+    from llmsrv.backend.cpu import CPUOptions
     from llmsrv.engine.core import EngineCore
     from llmsrv.model.load import load_model
 
@@ -123,14 +133,14 @@ def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, 
         max_slots=config.max_num_sequence,
         num_blocks=num_blocks + 1,
     )
-    backend, reason = choose_backend(config.backend)
     model = load_model(Path(config.model_path), tick)
     program = model.program
-    plan = backend.compile(program, limits, tick)
+    options = CPUOptions(Path(config.cache_dir), config.threads, config.activation_bits)
+    plan, backend, reason = lay_out(config.backend, options, program, limits, tick)
     context_length = min(model.config.context_length, num_blocks * BLOCK_SIZE)
     ready = Ready(
         architecture=model.config.architecture,
-        backend=backend.name,
+        backend=backend,
         backend_reason=reason,
         vocab_size=program.vocab_size,
         context_length=context_length,

@@ -212,7 +212,7 @@ def test_attention_over_the_cache(cpu, heads, kv_heads, head_dim, window, softca
 
 
 def llama(type="Q8_0", hidden=64, heads=4, kv_heads=2, head_dim=16, inner=96, layers=3):
-    """A program as model/llama.py makes it, its weights scaled so that logits are of ordinary size."""
+    """A program as the llama family has it, with weights that make logits of ordinary size."""
     frequencies = np.float32(100.0) ** -np.linspace(0, 1, head_dim // 2, dtype=np.float32)
     names = iter(range(10**6))
 

@@ -14,7 +14,6 @@ from llmsrv.backend.base import Program
 from llmsrv.backend.base import RopeAndStore
 from llmsrv.backend.base import SelectLogitRows
 from llmsrv.backend.base import Tensor
-from llmsrv.backend.choose import choose_backend
 from llmsrv.backend.reference import ReferenceBackend
 from llmsrv.backend.sampling import SamplingParameters
 from llmsrv.errors import StartupError
@@ -239,14 +238,3 @@ def test_a_cache_larger_than_the_address_space_is_refused():
     program = Program((), {}, 1, 1, 1, 128, 12)
     with pytest.raises(StartupError, match="KV cache of 70368744177664 positions"):
         ReferenceBackend().compile(program, Limits(1, 1, 1, 1 << 42), lambda: None)
-
-
-@pytest.mark.parametrize("name, reason", [("auto", "only one"), ("reference", "asked for")])
-def test_the_backend_is_chosen_by_name_and_says_why(name, reason):
-    backend, why = choose_backend(name)
-    assert backend.name == "reference" and reason in why
-
-
-def test_an_unknown_backend_is_an_error_that_names_the_known():
-    with pytest.raises(StartupError, match="'tpu'.*auto or reference"):
-        choose_backend("tpu")
