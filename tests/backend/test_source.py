@@ -1,0 +1,199 @@
+"""Kernels compiled and cached: whatever is wrong with compiler or cache, the server starts."""
+
+import ctypes
+import logging
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from llmsrv.backend import source
+from llmsrv.backend.source import CompileError
+from llmsrv.backend.source import find_compiler
+from llmsrv.backend.source import kernel_texts
+from llmsrv.backend.source import load_library
+
+TEXTS = {"answer.c": b"#include \"answer.h\"\nint answer(void) { return ANSWER; }\n"}
+FLAGS = ["-O1"]
+
+
+def texts(answer=42):
+    return {**TEXTS, "answer.h": b"#define ANSWER %d\n" % answer}
+
+
+def answer(cache_dir, **changes):
+    return load_library(texts(**changes), FLAGS, cache_dir).answer()
+
+
+def libraries(cache_dir):
+    return sorted((cache_dir / "kernels").glob("*.so"))
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """From here on only the cache helps."""
+
+    def run(*arguments, **options):
+        raise AssertionError("a compiler was started")
+
+    return lambda: monkeypatch.setattr(source.subprocess, "run", run)
+
+
+def compiler(tmp_path, monkeypatch, script):
+    path = tmp_path / "my-cc"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("CC", str(path))
+
+
+def test_a_library_is_compiled_once(tmp_path, no_compiler):
+    assert answer(tmp_path) == 42
+    no_compiler()
+    assert answer(tmp_path) == 42
+    directory = tmp_path / "kernels"
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert len(list(directory.iterdir())) == 1  # nothing temporary stays
+
+
+def test_another_source_flag_or_compiler_makes_another_library(tmp_path, monkeypatch):
+    assert answer(tmp_path) == 42 and answer(tmp_path, answer=43) == 43
+    load_library(texts(), ["-O0"], tmp_path)
+    compiler(tmp_path, monkeypatch, 'exec cc "$@"')
+    assert answer(tmp_path) == 42
+    monkeypatch.setattr(source, "cpu_features", lambda: frozenset({"another"}))
+    assert answer(tmp_path) == 42
+    assert len(libraries(tmp_path)) == 5
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "empty"])
+def test_a_damaged_library_is_compiled_again(tmp_path, caplog, damage):
+    # Not loaded here before it is damaged: the loader would find the one in memory.
+    command = [sys.executable, "-c", _LOAD, str(tmp_path)]
+    subprocess.run(command, check=True, cwd=os.getcwd())
+    [library] = libraries(tmp_path)
+    content = library.read_bytes()
+    altered = content[:-100] + bytes([content[-100] ^ 1]) + content[-99:]
+    library.write_bytes({"truncated": content[:999], "altered": altered, "empty": b""}[damage])
+    with caplog.at_level(logging.WARNING):
+        assert answer(tmp_path) == 42
+    assert "is damaged" in caplog.text
+    assert [path.read_bytes() for path in libraries(tmp_path)] == [content]
+
+
+_LOAD = """
+import sys
+from pathlib import Path
+sys.path.insert(0, ".")
+from tests.backend.test_source import answer
+assert answer(Path(sys.argv[1])) == 42
+"""
+
+
+def test_two_processes_at_once_both_get_theirs(tmp_path):
+    command = [sys.executable, "-c", _LOAD, str(tmp_path)]
+    processes = [subprocess.Popen(command) for _ in range(3)]
+    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    assert len(libraries(tmp_path)) == 1
+
+
+def test_a_directory_that_others_can_write_to_is_not_used(tmp_path, caplog):
+    directory = tmp_path / "kernels"
+    directory.mkdir()
+    directory.chmod(0o777)
+    with caplog.at_level(logging.WARNING):
+        assert answer(tmp_path) == 42
+    assert "others can write to it" in caplog.text
+    assert not libraries(tmp_path)
+
+
+def test_a_directory_of_somebody_else_is_not_used(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(source.os, "getuid", lambda: os.geteuid() + 1)
+    with caplog.at_level(logging.WARNING):
+        assert answer(tmp_path) == 42
+    assert "belongs to user" in caplog.text
+    assert not libraries(tmp_path)
+
+
+def test_a_link_in_place_of_the_directory_is_not_followed(tmp_path, caplog):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "kernels").symlink_to(elsewhere)
+    with caplog.at_level(logging.WARNING):
+        assert answer(tmp_path) == 42
+    assert "is not a directory" in caplog.text
+    assert not list(elsewhere.iterdir())
+
+
+def test_a_cache_that_cannot_be_made_costs_only_a_warning(tmp_path, caplog):
+    (tmp_path / "file").write_text("no directory")
+    with caplog.at_level(logging.WARNING):
+        assert answer(tmp_path / "file") == 42
+    [record] = caplog.records
+    assert "each start compiles them" in record.message
+
+
+def test_a_full_disk_costs_only_a_warning(tmp_path, caplog, monkeypatch):
+    def replace(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(source.os, "replace", replace)
+    with caplog.at_level(logging.WARNING):
+        assert answer(tmp_path) == 42
+    [record] = caplog.records
+    assert "No space left" in record.message
+    assert not list((tmp_path / "kernels").iterdir())
+
+
+@pytest.mark.parametrize(
+    "script, said",
+    [
+        ("echo 'answer.c:1: error: out of luck' >&2; exit 1", "answer.c:1: error: out of luck"),
+        ("kill -9 $$", "failed with -9"),
+        ("exit 0", "cannot be compiled or loaded"),
+        ("echo nonsense > kernels.so", "cannot be compiled or loaded"),
+    ],
+)
+def test_a_compiler_that_fails_is_told(tmp_path, monkeypatch, script, said):
+    compiler(tmp_path, monkeypatch, script)
+    with pytest.raises(CompileError, match=said):
+        answer(tmp_path)
+
+
+def test_a_compiler_that_hangs_is_stopped(tmp_path, monkeypatch):
+    compiler(tmp_path, monkeypatch, "exec sleep 60")
+    monkeypatch.setattr(source, "COMPILE_TIMEOUT_S", 0.1)
+    with pytest.raises(CompileError, match="was stopped after"):
+        answer(tmp_path)
+
+
+def test_the_compiler_is_cc_of_the_environment_then_of_the_path_then_ziglang(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("CC", "cc -march=armv9")
+    assert find_compiler().command == ("cc", "-march=armv9")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(CompileError, match="no-such-compiler.*pip install"):
+        find_compiler()
+    monkeypatch.delenv("CC")
+    assert find_compiler().command[0].endswith("/cc")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(source.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CompileError, match="no C compiler was found.*pip install"):
+        find_compiler()
+    spec = type("Spec", (), {"origin": __file__})
+    monkeypatch.setattr(source.importlib.util, "find_spec", lambda name: spec)
+    assert find_compiler().command == (sys.executable, "-m", "ziglang", "cc")
+
+
+def test_the_kernels_of_this_checkout_are_found():
+    names = kernel_texts("cpu")
+    assert "plan.c" in names and "simd.h" in names and "README.md" not in names
+
+
+def test_a_library_stays_usable_when_its_build_directory_is_gone(tmp_path):
+    (tmp_path / "file").write_text("no cache")
+    library = load_library(texts(), FLAGS, tmp_path / "file")
+    library.answer.restype = ctypes.c_int
+    assert library.answer() == 42
