@@ -60,7 +60,6 @@ ALIASES = {
 
 class Keys(ABC):
     path: Path  # of the file that has the keys
-    unnamed_scaling: str  # of rope, where no key says which
 
     @abstractmethod
     def name(self, key: str) -> str:
@@ -115,8 +114,6 @@ class Keys(ABC):
 class GGUFKeys(Keys):
     """The metadata keys of one architecture."""
 
-    unnamed_scaling = "linear"  # by a factor that is 1 where there is none
-
     def __init__(self, gguf: GGUFFile, architecture: str) -> None:
         self.path = gguf.path
         self.gguf = gguf
@@ -140,8 +137,6 @@ class GGUFKeys(Keys):
 
 class FolderKeys(Keys):
     """The keys of config.json, or of an object in it, which falls back on what is around it."""
-
-    unnamed_scaling = "default"
 
     def __init__(
         self,

@@ -39,8 +39,8 @@ def read_rope(keys: Keys, tensors: Tensors, head_dim: int, context_length: int) 
     theta = keys.real("rope_theta", MOST_THETA, default=DEFAULT_THETA)
     plain = _plain(rotary_dim, theta)
     short = tensors.maybe_values("rope_factors_short.weight", len(plain))
-    kind = keys.get("rope_type", str) or keys.unnamed_scaling
-    if kind not in SCALINGS:
+    kind = keys.get("rope_type", str)
+    if kind not in (None, *SCALINGS):
         keys.refuse("rope_type", repr(kind), "one of " + ", ".join(SCALINGS))
     if kind in ("longrope", "su") or short is not None:
         return _longrope(keys, tensors, plain, context_length)
@@ -48,8 +48,8 @@ def read_rope(keys: Keys, tensors: Tensors, head_dim: int, context_length: int) 
         return _yarn(keys, plain, theta, context_length)
     if kind == "llama3":
         plain = plain / _llama3_divisors(keys, plain)
-    elif kind == "linear":
-        plain = plain / keys.real("factor", MOST_FACTOR, default=1.0)
+    elif kind == "linear" or (kind is None and isinstance(keys, GGUFKeys)):
+        plain = plain / keys.real("factor", MOST_FACTOR, default=None if kind else 1.0)
     divisors = tensors.maybe_values("rope_freqs.weight", len(plain))
     return Rope(_float32(plain if divisors is None else plain / divisors))
 
