@@ -7,9 +7,11 @@ the layout of the hub's own library:
 
     models--org--name/blobs/        contents by their digests; NAME.part is not whole yet
     models--org--name/snapshots/    COMMIT/file, links to them
-    models--org--name/refs/main     the last commit that was fetched whole
+    models--org--name/refs/main     the commit of the last fetch that came to its end
+    models--org--name/listings/     COMMIT.json: the names of all its files, fetched or not
 """
 
+import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -62,23 +64,25 @@ def parse(name: str) -> HubName:
 
 
 def cached(name: str, folder: Path) -> Path | None:
-    """The model's file or folder when it was fetched before, as far as its file names tell."""
+    """The model's file or folder when all of it was fetched before."""
     wanted = parse(name)
-    snapshot = last_snapshot(folder / wanted.folder)
+    repository = folder / wanted.folder
+    snapshot = last_snapshot(repository)
     if snapshot is None:
         return None
-    files = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*")]
     try:
-        return place(snapshot, choose(wanted, files))
-    except StartupError:  # it was fetched for another of its files
+        names = json.loads((repository / "listings" / f"{snapshot.name}.json").read_text())
+        files = choose(wanted, names)
+    except (OSError, ValueError, StartupError):
         return None
+    return place(snapshot, files) if all((snapshot / file).is_file() for file in files) else None
 
 
 def last_snapshot(repository: Path) -> Path | None:
-    """Where the last commit is that was fetched whole."""
+    """The folder of the commit that was fetched last."""
     try:
         commit = (repository / "refs" / "main").read_text().strip()
-    except (OSError, UnicodeDecodeError):
+    except (OSError, ValueError):
         return None
     snapshot = repository / "snapshots" / commit
     return snapshot if DIGEST.fullmatch(commit) and snapshot.is_dir() else None

@@ -7,7 +7,9 @@ fetched: that takes a third of a second.
 
 import errno
 import hashlib
+import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -41,7 +43,12 @@ def fetch_from_hub(name: str, folder: Path, token: str | None, progress: TextIO)
     Raises StartupError with the next step to take; KeyboardInterrupt ends it at once."""
     wanted = parse(name)
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read once, by the import
-    with _explained(wanted, folder):
+    from huggingface_hub import get_token
+
+    token = (token or get_token() or "").strip()
+    if not re.fullmatch("[!-~]*", token):
+        raise StartupError("the token for the hub has characters that no token has")
+    with _explained(wanted, folder, token):
         listing = _list(wanted, token)
         files = choose(wanted, listing.files)
         repository = folder / wanted.folder
@@ -68,10 +75,10 @@ class _Listing:
     files: dict[str, _Blob]
 
 
-def _list(wanted: HubName, token: str | None) -> _Listing:
+def _list(wanted: HubName, token: str) -> _Listing:
     from huggingface_hub import HfApi
 
-    info = HfApi(token=token).model_info(
+    info = HfApi(token=token or False).model_info(
         wanted.repository, files_metadata=True, timeout=TIMEOUT_S
     )
     files = {
@@ -88,16 +95,14 @@ def _fetch_all(
     listing: _Listing,
     files: list[str],
     repository: Path,
-    token: str | None,
+    token: str,
     progress: TextIO,
 ) -> None:
-    from huggingface_hub import get_token
     from huggingface_hub import hf_hub_url
 
     blobs = [repository / "blobs" / _digest(wanted, file, listing.files[file]) for file in files]
     total_bytes = sum(listing.files[file].size for file in files)
     _check_space(repository, total_bytes - _bytes_of(blobs))
-    token = token or get_token()
     headers = {"authorization": f"Bearer {token}"} if token else {}
     with _watched(blobs, Progress(progress, f"fetching {wanted}", total_bytes)):
         for file, blob in zip(files, blobs):
@@ -105,6 +110,8 @@ def _fetch_all(
                 url = hf_hub_url(wanted.repository, file, revision=listing.commit)
                 _download(url, headers, listing.files[file], blob)
             _link(repository / "snapshots" / listing.commit / file, blob)
+    names = json.dumps(sorted(listing.files))
+    _replace(repository / "listings" / f"{listing.commit}.json", names)
     _replace(repository / "refs" / "main", listing.commit)
 
 
@@ -163,8 +170,8 @@ def _replace(file: Path, text: str) -> None:
 
 
 @contextmanager
-def _explained(wanted: HubName, folder: Path) -> Iterator[None]:
-    """Turns what goes wrong into a StartupError that names the next step."""
+def _explained(wanted: HubName, folder: Path, token: str) -> Iterator[None]:
+    """Turns what goes wrong into a StartupError that names the next step, and never the token."""
     from huggingface_hub import errors
 
     try:
@@ -188,6 +195,8 @@ def _explained(wanted: HubName, folder: Path) -> Iterator[None]:
                 "--cache-dir DIR"
             ) from None
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        if token:
+            reason = reason.replace(token, "TOKEN")
         raise StartupError(
             f"{wanted} could not be fetched, and it is not whole in the cache {folder}: {reason}\n"
             "Is this machine online, and HF_HUB_OFFLINE not set?  What was fetched is kept, and "

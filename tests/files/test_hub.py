@@ -1,5 +1,6 @@
 """llmsrv.files.hub and hub_fetch: what is chosen, and the real library against a hub of our own."""
 
+import json
 import os
 import signal
 import stat
@@ -262,17 +263,58 @@ def test_too_little_space_is_noticed_before_anything_is_fetched(
 # ---- Finding
 
 
-@pytest.mark.parametrize("content", ["", "../../..", COMMIT.upper(), "a" * 40, "\udcff"])
-def test_a_last_commit_that_is_not_there_is_no_model(tmp_path: Path, content: str) -> None:
-    repository = tmp_path / "models--org--one"
-    (repository / "snapshots" / COMMIT).mkdir(parents=True)
-    (repository / "snapshots" / COMMIT / "m.gguf").write_bytes(GGUF)
+def written(folder: Path, commit: str, listing: str, *files: str) -> None:
+    repository = folder / "models--org--one"
+    for file in files:
+        (repository / "snapshots" / COMMIT / file).parent.mkdir(parents=True, exist_ok=True)
+        (repository / "snapshots" / COMMIT / file).write_bytes(GGUF)
+    for part, text in (("refs/main", commit), (f"listings/{COMMIT}.json", listing)):
+        (repository / part).parent.mkdir(parents=True, exist_ok=True)
+        (repository / part).write_bytes(text.encode("utf-8", "surrogateescape"))
+
+
+@pytest.mark.parametrize(
+    ("commit", "listing"),
+    [
+        ("", '["m.gguf"]'),
+        ("../../..", '["m.gguf"]'),
+        (COMMIT.upper(), '["m.gguf"]'),
+        ("a" * 40, '["m.gguf"]'),
+        ("\udcff", '["m.gguf"]'),
+        (COMMIT, ""),
+        (COMMIT, "[]"),
+        (COMMIT, "\udcff"),
+    ],
+)
+def test_what_was_not_written_by_a_fetch_is_no_model(
+    tmp_path: Path, commit: str, listing: str
+) -> None:
+    written(tmp_path, commit, listing, "m.gguf")
     assert hub.cached("hf:org/one", tmp_path) is None
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_bytes(content.encode("utf-8", "surrogateescape"))
+    written(tmp_path, COMMIT, '["m.gguf"]', "m.gguf")
+    found = hub.cached("hf:org/one", tmp_path)
+    assert found == tmp_path / "models--org--one" / "snapshots" / COMMIT / "m.gguf"
+
+
+def test_a_name_means_the_same_whatever_else_was_fetched(tmp_path: Path) -> None:
+    names = json.dumps([*FOLDER, "a.gguf", "b.gguf"])
+    written(tmp_path, COMMIT, names, "a.gguf")
     assert hub.cached("hf:org/one", tmp_path) is None
-    (repository / "refs" / "main").write_text(COMMIT)
-    assert hub.cached("hf:org/one", tmp_path) == repository / "snapshots" / COMMIT / "m.gguf"
+    assert hub.cached("hf:org/one:a.gguf", tmp_path) is not None
+    written(tmp_path, COMMIT, names, *FOLDER)
+    found = hub.cached("hf:org/one", tmp_path)
+    assert found == tmp_path / "models--org--one" / "snapshots" / COMMIT
+    (found / "config.json").unlink()
+    assert hub.cached("hf:org/one", tmp_path) is None
+
+
+@pytest.mark.parametrize("token", ["hf_bad\ntoken", "hf_bad token", "hf_bäd"])
+def test_a_token_that_cannot_be_sent_is_not_shown(
+    server: FakeHub, tmp_path: Path, token: str
+) -> None:
+    ended = pull(server, tmp_path, "hf:org/one", "--hf-token", token)
+    assert ended.returncode == 1
+    assert ended.stderr == "llmsrv: the token for the hub has characters that no token has\n"
 
 
 def test_the_library_is_not_imported_where_nothing_is_fetched() -> None:
