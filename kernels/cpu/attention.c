@@ -12,7 +12,11 @@
 #include "attention.h"
 #include "simd.h"
 
+#ifdef TIER_AVX512
 enum { QUERIES = 8, FEW = 4, SPAN_QUERIES = 64 };
+#else
+enum { QUERIES = 4, FEW = 4, SPAN_QUERIES = 64 };
+#endif
 
 #define NOTHING (-1e30f) /* below every score: of a masked position, and of no chunk */
 

@@ -309,9 +309,14 @@ typedef void (*Product)(
         }                                                                                          \
     }
 
+#ifdef TIER_AVX512
 #define TILE_SIZES(M, format)                                                                      \
     M(format, 1) M(format, 2) M(format, 3) M(format, 4) M(format, 5) M(format, 6)
 #define NAMES(format) {format##_1, format##_2, format##_3, format##_4, format##_5, format##_6}
+#else
+#define TILE_SIZES(M, format) M(format, 1) M(format, 2)
+#define NAMES(format) {format##_1, format##_2}
+#endif
 
 TILE_SIZES(ONE, Q4_0)
 TILE_SIZES(ONE, Q4_1)

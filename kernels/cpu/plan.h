@@ -21,7 +21,11 @@ enum { BLOCK_SIZE = 16, CHUNK = 256 }; /* positions: of a cache block, of a step
  *     int32  second[R]     of the last 16 of them
  * 16 bits are exact to 2e-5 of a block's largest value; products with them cost two of 8 bits. */
 enum {
-    TILE = 6,
+#ifdef TIER_AVX512
+    TILE = 6, /* rows by two groups of weights: as many sums as registers hold */
+#else
+    TILE = 2,
+#endif
     TILE_WORDS = 8 * PLANES + 4 /* a row and block */
 };
 

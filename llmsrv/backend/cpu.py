@@ -5,6 +5,7 @@ step; activations are integers of 16 bits, or of 8 where asked for, 32 of them w
 """
 
 import ctypes
+import logging
 import os
 import weakref
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from llmsrv.backend.base import Embed
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
 from llmsrv.backend.base import Program
+from llmsrv.backend.cpu_check import check_kernels
 from llmsrv.backend.cpu_layout import Layout
 from llmsrv.backend.cpu_library import CHUNK
 from llmsrv.backend.cpu_library import Memory
@@ -35,9 +37,12 @@ from llmsrv.backend.sampling import Samples
 from llmsrv.backend.sampling import SamplingTable
 from llmsrv.backend.sampling import sample
 from llmsrv.backend.source import cpu_features
+from llmsrv.backend.source import find_compiler
 from llmsrv.backend.source import kernel_texts
 from llmsrv.backend.source import load_library
 from llmsrv.errors import StartupError
+
+log = logging.getLogger("llmsrv.backend")
 
 FLAGS = ("-std=gnu11", "-O2", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-pthread")
 # Up to so many rows the chunks of one row's attention are shared among the threads.
@@ -63,6 +68,16 @@ TIERS = (
             *("-mfma", "-mf16c"),
         ),
     ),
+    Tier(
+        "AVX2 with VNNI",
+        frozenset({"avx2", "fma", "f16c", "avx_vnni"}),
+        ("-DTIER_AVX2", "-DTIER_AVX_VNNI", "-mavx2", "-mfma", "-mf16c", "-mavxvnni"),
+    ),
+    Tier(
+        "AVX2",
+        frozenset({"avx2", "fma", "f16c"}),
+        ("-DTIER_AVX2", "-mavx2", "-mfma", "-mf16c"),
+    ),
     Tier("portable", frozenset(), ()),
 )
 
@@ -81,13 +96,26 @@ class CPUBackend(Backend):
     name = "cpu"
 
     def __init__(self, options: CPUOptions) -> None:
-        """Compiles the kernels, or takes them from the cache; CompileError where that fails."""
-        features = cpu_features()
-        self.tier = next(tier for tier in options.tiers if tier.needs <= features)
+        """Compiles the kernels of the best tier that the CPU, the compiler and the reference
+        backend agree on, or takes them from the cache; StartupError when there is none."""
         self.activation_bits = options.activation_bits
         self.num_threads = options.num_threads or default_threads()
-        flags = (*FLAGS, f"-DACTIVATION_BITS={options.activation_bits}", *self.tier.flags)
-        self._library = declare(load_library(kernel_texts("cpu"), flags, options.cache_dir))
+        find_compiler()
+        features = cpu_features()
+        tiers = [tier for tier in options.tiers if tier.needs <= features]
+        for self.tier in tiers:
+            try:
+                self._library = self._load(options.cache_dir)
+                check_kernels(self, self.tier.name, self.activation_bits)
+                return
+            except StartupError as error:
+                if self.tier is tiers[-1]:
+                    raise
+                log.warning("%s; the next slower ones are tried", error)
+
+    def _load(self, cache_dir: Path) -> ctypes.CDLL:
+        flags = (*FLAGS, f"-DACTIVATION_BITS={self.activation_bits}", *self.tier.flags)
+        return declare(load_library(kernel_texts("cpu"), flags, cache_dir))
 
     def compile(self, program: Program, limits: Limits, tick: Callable[[], None]) -> Plan:
         layout = Layout(

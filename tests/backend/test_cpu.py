@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from llmsrv.backend import cpu as cpu_module
 from llmsrv.backend.base import Attention
 from llmsrv.backend.base import Embed
 from llmsrv.backend.base import GatedActivation
@@ -19,8 +20,10 @@ from llmsrv.backend.base import Program
 from llmsrv.backend.base import RopeAndStore
 from llmsrv.backend.base import SelectLogitRows
 from llmsrv.backend.base import Softcap
+from llmsrv.backend.cpu import TIERS
 from llmsrv.backend.cpu import CPUBackend
 from llmsrv.backend.cpu import CPUOptions
+from llmsrv.backend.cpu import Tier
 from llmsrv.backend.cpu_library import FORMATS
 from llmsrv.backend.quants import TYPES
 from llmsrv.backend.reference import ReferenceBackend
@@ -28,6 +31,7 @@ from llmsrv.backend.sampling import SamplingParameters
 from llmsrv.backend.sampling import SamplingTable
 from llmsrv.backend.sampling import mask_of
 from llmsrv.backend.sampling import sample
+from llmsrv.backend.source import cpu_features
 from llmsrv.config import default_cache_dir
 from tests.support.plans import Piece
 from tests.support.plans import Run
@@ -42,9 +46,18 @@ PACKED = [type for type in FORMATS if type in TYPES]
 OTHERS = [type for type in TYPES if type in HALVES and type not in FORMATS]
 
 
-@pytest.fixture(scope="session")
-def cpu():
-    return CPUBackend(CPUOptions(default_cache_dir(), num_threads=2))
+def tiers():
+    """The best tier, and as slow tests the others that run here."""
+    usable = [tier for tier in TIERS if tier.needs <= cpu_features()]
+    yield pytest.param(usable[0], id=usable[0].name)
+    for tier in usable[1:]:
+        yield pytest.param(tier, id=tier.name, marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="session", params=tiers())
+def cpu(request):
+    options = CPUOptions(default_cache_dir(), num_threads=2, tiers=(request.param,))
+    return CPUBackend(options)
 
 
 @pytest.fixture(scope="session")
@@ -298,10 +311,16 @@ def logits_of(plan, run, chunk):
     return np.array(rows)
 
 
-@pytest.mark.parametrize("bits", ["cpu", "cpu8"])
-def test_logits_are_the_same_bits_alone_batched_and_in_chunks(request, bits):
+def test_logits_are_the_same_bits_alone_batched_and_in_chunks(cpu):
+    check_logits_do_not_depend_on_the_batch(cpu)
+
+
+def test_with_eight_bits_too_logits_do_not_depend_on_the_batch(cpu8):
+    check_logits_do_not_depend_on_the_batch(cpu8)
+
+
+def check_logits_do_not_depend_on_the_batch(backend):
     program = llama(heads=6, kv_heads=2, layers=2)
-    backend = request.getfixturevalue(bits)
     prompt = np.random.default_rng(5).integers(0, VOCAB, 285).tolist()
     alone = logits_of(backend.compile(program, LIMITS, lambda: None), Run(prompt, 5), 300)
     for chunk in (1, 7, 64, 256):
@@ -403,3 +422,18 @@ def test_all_logits_minus_infinity_fail_and_equal_ones_take_the_lowest_id(cpu):
     logits[1], logits[2, [50, 60]] = 2.0, 1.0
     check_samples(cpu, logits, 1, temperature=0)
     check_samples(cpu, logits, 1, temperature=1.0, top_k=3)
+
+
+def test_kernels_that_disagree_with_the_reference_are_refused(monkeypatch, caplog):
+    load = cpu_module.load_library
+
+    def load_some_wrong(texts, flags, cache_dir):
+        if "-DWRONG" in flags:
+            texts = texts | {"rows.c": texts["rows.c"].replace(b"splat(1) +", b"splat(2) +")}
+        return load(texts, flags, cache_dir)
+
+    monkeypatch.setattr(cpu_module, "load_library", load_some_wrong)
+    tiers = Tier("wrong", frozenset(), ("-DWRONG",)), *TIERS
+    backend = CPUBackend(CPUOptions(default_cache_dir(), num_threads=1, tiers=tiers))
+    assert backend.tier.name != "wrong"
+    assert "the wrong kernels are not used: in 'activated' they are off by" in caplog.text
