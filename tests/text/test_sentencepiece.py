@@ -6,6 +6,7 @@ import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -28,11 +29,14 @@ from tests.support.sentencepiece import CONTROL
 from tests.support.sentencepiece import FIRST_BYTE
 from tests.support.sentencepiece import LETTERS
 from tests.support.sentencepiece import NORMAL
+from tests.support.sentencepiece import UNKNOWN
+from tests.support.sentencepiece import USER_DEFINED
 from tests.support.sentencepiece import USER_DEFINED_TEXTS
 from tests.support.sentencepiece import merged_plainly
 from tests.support.sentencepiece import merged_tokens
 from tests.support.sentencepiece import sentencepiece_vocabulary
 
+ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 Load = Callable[..., Tokenizer]
 
@@ -324,6 +328,53 @@ def test_refuses_a_vocabulary_it_cannot_use(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         load(**changes)
+
+
+# ---- The library that such vocabularies are made with
+
+
+@pytest.mark.compat
+def test_ids_equal_those_of_the_sentencepiece_library(tmp_path: Path) -> None:
+    library = pytest.importorskip("sentencepiece")
+    text = (ROOT / "LICENSE").read_text()
+    library.SentencePieceTrainer.train(
+        sentence_iterator=iter(text.splitlines()),
+        model_prefix=str(tmp_path / "trained"),
+        model_type="bpe",
+        vocab_size=900,
+        byte_fallback=True,
+        user_defined_symbols=["<b>", "<x|y>"],
+        add_dummy_prefix=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+    )
+    theirs = library.SentencePieceProcessor(model_file=str(tmp_path / "trained.model"))
+    ours = load_tokenizer(small_file(tmp_path / "m.gguf", **trained_vocabulary(theirs)))
+    pieces = ["a", " ", "  ", "the", "é", "東", "1", "<b>", "<x|y>", "\n", "aaa", "==", "🙂"]
+    rng = random.Random(0)
+    samples = ["".join(rng.choices(pieces, k=30)) for _ in range(2000)]
+    for sample in [*samples, *text.splitlines(), text]:
+        assert ours.encode(sample, parse_special=False) == theirs.encode(sample)
+
+
+def trained_vocabulary(library: Any) -> dict[str, object]:
+    """Changes for small_file."""
+    ids = range(library.vocab_size())
+    tokens = [library.id_to_piece(id) for id in ids]
+
+    def type_of(id: int) -> int:
+        kinds = [(library.is_unknown, UNKNOWN), (library.is_control, CONTROL)]
+        kinds += [(library.is_byte, BYTE), (lambda id: tokens[id][0] == "<", USER_DEFINED)]
+        return next((type for is_kind, type in kinds if is_kind(id)), NORMAL)
+
+    return {
+        "tokens": tokens,
+        "token_type": [type_of(id) for id in ids],
+        "scores": [library.get_score(id) for id in ids],
+        "add_space_prefix": False,
+    }
 
 
 # ---- Gemma 3
