@@ -32,7 +32,6 @@ MAX_JSON_BYTES = 1 << 27
 MAX_IDS = 1 << 22
 # Some models' tokens between turns are not marked as special; typed by a user they are text.
 CONTROL_LOOK = re.compile("<\\|.*\\|>|<｜.*｜>")
-BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 Id = Annotated[int, Meta(ge=0, lt=MAX_IDS)]
 Step = dict[str, Any]
@@ -86,7 +85,7 @@ def read_folder(folder: ModelFolder) -> Vocabulary:
     return Vocabulary(
         merges=_merges(file, model),
         tokens=tokens,
-        types=_types(tokens, added, has_bytes=bool(model.byte_fallback)),
+        types=_types(tokens, added, _byte_ids(model)),
         spelling=_spelling(file),
         named_ids=named_ids,
         end_ids=_end_ids(folder, named_ids, len(tokens)),
@@ -131,12 +130,16 @@ def _tokens(id_of: dict[str, int], config: dict[str, object]) -> list[str]:
     return tokens
 
 
-def _types(tokens: list[str], added: list[_AddedToken], has_bytes: bool) -> list[int]:
+def _byte_ids(model: _BPE) -> list[int]:
+    """The ids that stand for single bytes, where the model falls back to them."""
+    texts = [f"<0x{byte:02X}>" for byte in range(256)] if model.byte_fallback else []
+    return [model.vocab[text] for text in texts if text in model.vocab]
+
+
+def _types(tokens: list[str], added: list[_AddedToken], byte_ids: list[int]) -> list[int]:
     types: list[int] = [TokenType.NORMAL if text else TokenType.UNUSED for text in tokens]
-    if has_bytes:
-        for id, text in enumerate(tokens):
-            if BYTE_TOKEN.fullmatch(text):
-                types[id] = TokenType.BYTE
+    for id in byte_ids:
+        types[id] = TokenType.BYTE
     for token in added:
         if token.single_word:
             raise ValueError(f"its token {token.content!r} stands for whole words only")
