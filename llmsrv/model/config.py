@@ -7,8 +7,10 @@ from llmsrv.model.architecture import Architecture
 from llmsrv.model.keys import FolderKeys
 from llmsrv.model.keys import GGUFKeys
 from llmsrv.model.keys import Keys
+from llmsrv.model.rope import MOST_FACTOR
 from llmsrv.model.rope import MOST_POSITIONS
 from llmsrv.model.rope import Rope
+from llmsrv.model.rope import original_context
 from llmsrv.model.rope import read_local_rope
 from llmsrv.model.rope import read_rope
 from llmsrv.model.tensors import Tensors
@@ -74,13 +76,12 @@ def read_config(
     head_dim = _head_dim(keys, hidden_size, num_heads)
     intermediate_size = keys.integer("intermediate_size", most=1 << 22)
     num_layers = keys.integer("num_hidden_layers", most=1 << 12)
-    context_length = _context_length(keys)
-    rope, layers = _layers(keys, architecture, tensors, num_layers, head_dim, context_length)
+    rope, layers = _layers(keys, architecture, tensors, num_layers, head_dim)
     embedding_scale = math.sqrt(hidden_size) if architecture.embedding_is_scaled else 1.0
     is_wide = num_layers == architecture.num_layers_of_wide_scale
     return ModelConfig(
         architecture=name,
-        context_length=context_length,
+        context_length=_context_length(keys),
         vocab_size=_vocab_size(keys),
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
@@ -164,8 +165,7 @@ def _context_length(keys: Keys) -> int:
     rope = _rope_keys(keys)
     if rope.get("rope_type", str) != "yarn":
         return context_length
-    original = rope.integer("original_max_position_embeddings", MOST_POSITIONS, context_length)
-    return max(context_length, int(original * rope.real("factor", most=1e6)))
+    return max(context_length, int(original_context(rope) * rope.real("factor", MOST_FACTOR)))
 
 
 def _rope_keys(keys: Keys) -> Keys:
@@ -188,13 +188,12 @@ def _layers(
     tensors: Tensors,
     num_layers: int,
     head_dim: int,
-    context_length: int,
 ) -> tuple[Rope, tuple[LayerConfig, ...]]:
     """The rope of the model, and what each layer does with positions."""
-    rope = local_rope = read_rope(_rope_keys(keys), tensors, head_dim, context_length)
+    rope = local_rope = read_rope(_rope_keys(keys), tensors, head_dim)
     local_keys = _maybe_rope_keys_of(keys, "sliding_attention")
     if local_keys is not None:
-        local_rope = read_rope(local_keys, tensors, head_dim, context_length)
+        local_rope = read_rope(local_keys, tensors, head_dim)
     elif not architecture.local_rope_is_scaled:
         local_rope = read_local_rope(keys, head_dim, architecture.local_theta)
     window = keys.integer("sliding_window", MOST_POSITIONS, architecture.default_window, least=0)

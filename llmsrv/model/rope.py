@@ -30,7 +30,7 @@ class Rope:
     long_from: int | None = None
 
 
-def read_rope(keys: Keys, tensors: Tensors, head_dim: int, context_length: int) -> Rope:
+def read_rope(keys: Keys, tensors: Tensors, head_dim: int) -> Rope:
     """The rope of a model, or of its global layers.
 
     In GGUF files the divisors of llama3 and longrope are tensors; elsewhere they are in the keys.
@@ -43,9 +43,9 @@ def read_rope(keys: Keys, tensors: Tensors, head_dim: int, context_length: int) 
     if kind not in (None, *SCALINGS):
         keys.refuse("rope_type", repr(kind), "one of " + ", ".join(SCALINGS))
     if kind in ("longrope", "su") or short is not None:
-        return _longrope(keys, tensors, plain, context_length)
+        return _longrope(keys, tensors, plain)
     if kind == "yarn":
-        return _yarn(keys, plain, theta, context_length)
+        return _yarn(keys, plain, theta)
     if kind == "llama3":
         plain = plain / _llama3_divisors(keys, plain)
     elif kind == "linear" or (kind is None and isinstance(keys, GGUFKeys)):
@@ -62,6 +62,12 @@ def read_local_rope(keys: Keys, head_dim: int, theta: float | None) -> Rope:
         theta = keys.real("rope_theta", MOST_THETA, default=DEFAULT_THETA)
     theta = keys.real("rope_local_base_freq", MOST_THETA, default=theta)
     return Rope(_float32(_plain(_rotary_dim(keys, head_dim), theta)))
+
+
+def original_context(keys: Keys) -> int:
+    """Positions before the context was extended, where the file does not say otherwise."""
+    length = keys.integer("max_position_embeddings", MOST_POSITIONS)
+    return keys.integer("original_max_position_embeddings", MOST_POSITIONS, default=length)
 
 
 def _rotary_dim(keys: Keys, head_dim: int) -> int:
@@ -98,12 +104,12 @@ def _llama3_divisors(keys: Keys, plain: Array) -> Array:
     return divisors
 
 
-def _yarn(keys: Keys, plain: Array, theta: float, context_length: int) -> Rope:
+def _yarn(keys: Keys, plain: Array, theta: float) -> Rope:
     """Pairs that turn fast stay as they are, slow ones are divided by factor, with a ramp between.
 
     Peng et al. 2023, sections 3.2 to 3.4."""
     factor = keys.real("factor", MOST_FACTOR)
-    original = keys.integer("original_max_position_embeddings", MOST_POSITIONS, context_length)
+    original = original_context(keys)
     if theta <= 1:
         keys.refuse("rope_theta", theta, "above 1")
 
@@ -136,19 +142,20 @@ def _yarn_magnitude(keys: Keys, factor: float) -> float:
     return magnitude(1)
 
 
-def _longrope(keys: Keys, tensors: Tensors, plain: Array, context_length: int) -> Rope:
+def _longrope(keys: Keys, tensors: Tensors, plain: Array) -> Rope:
     """Two sets of divisors, for sequences within the original context and for longer ones.
 
     Ding et al. 2024, section 3."""
     original = keys.integer("original_max_position_embeddings", MOST_POSITIONS, least=2)
     ropes = []
-    for length in ("short", "long"):
-        divisors = tensors.maybe_values(f"rope_factors_{length}.weight", len(plain))
+    for kind in ("short", "long"):
+        divisors = tensors.maybe_values(f"rope_factors_{kind}.weight", len(plain))
         if divisors is None:
-            divisors = np.array(keys.reals(f"{length}_factor", len(plain), MOST_FACTOR))
+            divisors = np.array(keys.reals(f"{kind}_factor", len(plain), MOST_FACTOR))
         ropes.append(_float32(plain / divisors))
     magnitude = keys.maybe_real("attention_factor", MOST_FACTOR)
     if magnitude is None:
-        factor = keys.real("factor", MOST_FACTOR, default=context_length / original)
+        length = keys.integer("max_position_embeddings", MOST_POSITIONS)
+        factor = keys.real("factor", MOST_FACTOR, default=length / original)
         magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     return Rope(ropes[0], ropes[1], magnitude, long_from=original)

@@ -196,6 +196,14 @@ def test_yarn_extends_the_context(tmp_path, original, context):
     assert config.context_length == context
 
 
+def test_yarn_without_an_original_context_extends_the_whole(tmp_path):
+    ropes = []
+    for original in (None, 256):
+        parameters = yarn(original_max_position_embeddings=original)
+        ropes += load(tmp_path, "llama-yarn", rope_parameters=parameters).config.layers[:1]
+    np.testing.assert_array_equal(ropes[0].rope.frequencies, ropes[1].rope.frequencies)
+
+
 @pytest.mark.parametrize("more, magnitude", [
     ({}, sqrt(1 + log(8) / log(32))),
     ({"factor": 2.0}, sqrt(1 + log(2) / log(32))),
