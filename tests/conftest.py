@@ -1,5 +1,6 @@
 """What tests of every package share."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,13 @@ from llmsrv.config import DEFAULT_MODEL
 from llmsrv.config import default_cache_dir
 from llmsrv.files.source import resolve_model
 from tests.support.gemma3 import fetch_gemma3
+
+
+def pytest_configure() -> None:
+    """As the engine process does, before numpy is loaded: two threads of BLAS on two cores that
+    others use too are several times slower than one."""
+    assert "numpy" not in sys.modules
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,16 @@ KEY = "sk-test-0123456789"
 
 @pytest.fixture(scope="session")
 def server(smollm2: Path) -> Iterator[RunningServer]:
-    """The default model on the reference backend, as the README's first command starts it."""
-    with run_server("--backend", "reference") as running:
+    """The default model as the README's first command starts it."""
+    with run_server() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def reference_client(smollm2: Path) -> Iterator[OpenAI]:
+    """The default model on the backend that is believed."""
+    with run_server("--backend", "reference") as running:
+        yield OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
 
 
 @pytest.fixture(scope="session")
