@@ -8,6 +8,7 @@ import json
 import math
 import struct
 from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,9 @@ OWN_KEYS = {
 }
 
 
-def to_gguf(folder: Path, path: Path) -> Path:
-    """Matrices stay as they are; norms, biases and factors become float32."""
+def to_gguf(folder: Path, path: Path, metadata: Mapping[str, object] | None = None) -> Path:
+    """Matrices stay as they are; norms, biases and factors become float32.  `metadata` adds to ours
+    or replaces it; None there leaves a key out."""
     config = json.loads((folder / "config.json").read_text())
     architecture = ARCHITECTURES[config["model_type"]]
     tensors: dict[str, Array | RawTensor] = {}
@@ -97,7 +99,9 @@ def to_gguf(folder: Path, path: Path) -> Path:
     for name, stack in stacks.items():
         (type_, shape, _), data = stack[0], b"".join(data for _, _, data in stack)
         tensors[name] = type_, (len(stack), *shape), data
-    return write_gguf(path, _metadata(config, architecture), {**tensors, **_rope_tensors(config)})
+    entries = {**_metadata(config, architecture), **(metadata or {})}
+    entries = {key: value for key, value in entries.items() if value is not None}
+    return write_gguf(path, entries, {**tensors, **_rope_tensors(config)})
 
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, RawTensor]]:
