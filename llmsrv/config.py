@@ -33,6 +33,8 @@ class EngineConfig:
     max_num_sequence: int = 32  # sequences that are in steps at once
     max_total_tokens: int = 16384  # positions in the KV cache, all sequences together
     prefill_chunk_size: int = 512  # rows of one step
+    context_window_size: int = 0  # positions of one sequence; 0: what the model was made for
+    extend_context: bool = False  # or more than that
     threads: int = 0  # 0: one a physical core
     activation_bits: int = 16
     cache_dir: str = field(default_factory=lambda: str(default_cache_dir()))
@@ -104,6 +106,15 @@ class Config:
         "of what goes into products on the CPU: 8 is up to 1.6 times faster and less exact",
         choices=(16, 8),
         least=8,
+    )
+    context_window_size: int = option(
+        0,
+        "Engine",
+        "tokens of prompt and answer together; 0 takes what the model was made for",
+        least=0,
+    )
+    extend_context: bool = option(
+        False, "Engine", "allow a --context-window-size beyond what the model was made for"
     )
     max_queue: int = option(
         512, "Engine", "requests that may wait for a place; further ones get 503", least=1

@@ -64,6 +64,8 @@ async def _serve(
         EngineConfig(
             str(model_path),
             config.backend,
+            context_window_size=config.context_window_size,
+            extend_context=config.extend_context,
             threads=config.threads,
             activation_bits=config.activation_bits,
             cache_dir=str(config.cache_dir),

@@ -1,10 +1,12 @@
 """The command line: options from flags and environment, messages, exit codes."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,20 @@ def test_a_model_that_is_not_there_is_told_with_what_is(tmp_path: Path) -> None:
         assert ended.returncode == 1
         assert name in ended.stderr
         assert "Traceback" not in ended.stderr
+
+
+def test_a_context_beyond_what_the_model_was_made_for_is_refused_unless_asked_for(
+    tmp_path: Path,
+) -> None:
+    path = str(write_tiny_llama(tmp_path / "tiny.gguf", context_length=512))
+    for length, extra, context in ((100, [], 100), (1000, ["--extend-context"], 1000)):
+        options = ["--context-window-size", str(length), "--model", path, *extra]
+        with run_server(*options) as server:
+            with urllib.request.urlopen(f"{server.url}/v1/models") as response:
+                assert json.load(response)["data"][0]["max_model_len"] == context
+    ended = run("--port", "0", "--model", path, "--context-window-size", "1000")
+    assert ended.returncode == 1
+    assert "beyond the 512" in ended.stderr and "--extend-context" in ended.stderr
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "schlüssel\n"])

@@ -126,18 +126,18 @@ def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, 
     from llmsrv.engine.core import EngineCore
     from llmsrv.model.load import load_model
 
-    num_blocks = config.max_total_tokens // BLOCK_SIZE
+    model = load_model(Path(config.model_path), tick)
+    program = model.program
+    context_length = _context_length(config, model.config.context_length)
+    num_blocks = -(-max(config.max_total_tokens, config.context_window_size) // BLOCK_SIZE)
     limits = Limits(
         max_rows=max(config.prefill_chunk_size, config.max_num_sequence),
         max_logit_rows=config.max_num_sequence,
         max_slots=config.max_num_sequence,
         num_blocks=num_blocks + 1,
     )
-    model = load_model(Path(config.model_path), tick)
-    program = model.program
     options = CPUOptions(Path(config.cache_dir), config.threads, config.activation_bits)
     plan, backend, reason = lay_out(config.backend, options, program, limits, tick)
-    context_length = min(model.config.context_length, num_blocks * BLOCK_SIZE)
     ready = Ready(
         architecture=model.config.architecture,
         backend=backend,
@@ -151,6 +151,22 @@ def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, 
     )
     core = EngineCore(plan, limits, context_length, program.vocab_size, program.long_from)
     return core, ready
+
+
+def _context_length(config: EngineConfig, trained: int) -> int:
+    """Positions of one sequence; StartupError for more than the model was made for, unasked."""
+    asked = config.context_window_size
+    if not asked:
+        return min(trained, config.max_total_tokens)
+    if asked <= trained:
+        return asked
+    if not config.extend_context:
+        raise StartupError(
+            f"--context-window-size {asked} is beyond the {trained} that the model was made for; "
+            "add --extend-context to try it all the same"
+        )
+    logger.warning("a context of %d, where the model was made for %d", asked, trained)
+    return asked
 
 
 def _told(error: Exception) -> str:
