@@ -255,11 +255,15 @@ class Plan(ABC):
         """Runs every operation for the batch; the logits stay until the next forward."""
 
     @abstractmethod
-    def sample(self, slots: Array, output_positions: Array) -> Samples:
+    def sample(
+        self, slots: Array, output_positions: Array, targets: Array | None = None
+    ) -> Samples:
         """Samples each logit row of the last forward by the parameters in its slot.
 
         slots             [R] int32, index into `sampling`, in the order of logit_rows; distinct
         output_positions  [R] int64, how many tokens the sequence has already put out at that row
+        targets           [R] int32, an id whose log-probability is wanted instead of a draw (the
+                          prompt's own next token), or -1; None: all are drawn
         A row that cannot be sampled has id FAILED (sampling.py) and harms no other.
         """
 

@@ -181,7 +181,9 @@ class CPUPlan(Plan):
         self._library.llmsrv_forward(*self._at)
         self._tick()
 
-    def sample(self, slots: Array, output_positions: Array) -> Samples:
+    def sample(
+        self, slots: Array, output_positions: Array, targets: Array | None = None
+    ) -> Samples:
         logits, num_rows = self.buffers["logits"], len(slots)
         slots = np.ascontiguousarray(slots, np.int32)
         output_positions = np.ascontiguousarray(output_positions, np.int64)
@@ -200,20 +202,23 @@ class CPUPlan(Plan):
         )
         logprobs = np.full(num_rows, np.nan, np.float32)
         alternatives = [NO_ALTERNATIVES] * num_rows
-        for row in self._unusual(slots).tolist():
+        targets = np.full(num_rows, -1, np.int32) if targets is None else targets
+        for row in self._unusual(slots, targets).tolist():
             one = slice(row, row + 1)
             values = logits[one, : self.program.vocab_size]
-            samples = sample(values, self.sampling, slots[one], output_positions[one])
+            where = slots[one], output_positions[one], targets[one]
+            samples = sample(values, self.sampling, *where)
             ids[row], logprobs[row] = samples.ids[0], samples.logprobs[0]
             alternatives[row] = samples.alternatives[0]
         np.maximum(ids, 0, out=self._sampled[:num_rows])
         return Samples(ids, logprobs, alternatives)
 
-    def _unusual(self, slots: Array) -> Array:
+    def _unusual(self, slots: Array, targets: Array) -> Array:
         """The rows that ask for more than the C library does."""
         parameters = self.sampling.parameters[slots]
         return np.flatnonzero(
-            (parameters["has_extras"] != 0)
+            (targets >= 0)
+            | (parameters["has_extras"] != 0)
             | (parameters["typical_p"] < 1 << FRACTION_BITS)
             | (parameters["num_logprobs"] >= 0)
         )
@@ -232,7 +237,8 @@ class CPUPlan(Plan):
         program, array = self.program, self._memory.array
         padded_dim = -(-program.head_dim // 16) * 16
         cache = limits.num_blocks, program.num_layers, program.num_kv_heads, padded_dim * BLOCK_SIZE
-        self.k_cache, self.v_cache = array(cache, np.float16), array(cache, np.float16)
+        self.k_cache = array(cache, np.float16, wants_huge_pages=True)
+        self.v_cache = array(cache, np.float16, wants_huge_pages=True)
         max_chunks = -(-limits.num_blocks * BLOCK_SIZE // CHUNK)
         scratch_floats = self._library.llmsrv_scratch_floats(
             program.num_heads, program.num_kv_heads, padded_dim

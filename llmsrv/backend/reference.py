@@ -101,8 +101,10 @@ class ReferencePlan(Plan):
             self._run(operation, batch)
             self.tick()
 
-    def sample(self, slots: Array, output_positions: Array) -> Samples:
-        samples = sample(self.buffers["logits"], self.sampling, slots, output_positions)
+    def sample(
+        self, slots: Array, output_positions: Array, targets: Array | None = None
+    ) -> Samples:
+        samples = sample(self.buffers["logits"], self.sampling, slots, output_positions, targets)
         self.sampled[: len(samples.ids)] = np.maximum(samples.ids, 0)
         return samples
 

@@ -226,12 +226,22 @@ def mask_of(ids: Sequence[int], vocab_size: int) -> Mask:
 
 
 @np.errstate(over="ignore")  # x may be -inf, and a bias may overflow: both are defined
-def sample(logits: Floats, table: SamplingTable, slots: Ids, output_positions: Integers) -> Samples:
+def sample(
+    logits: Floats,
+    table: SamplingTable,
+    slots: Ids,
+    output_positions: Integers,
+    targets: Ids | None = None,
+) -> Samples:
     """Samples each row of logits [R, vocab_size] by its slot's parameters, and counts what it drew.
 
-    slots             [R], each at most once
+    slots             [R], each at most once among the rows that are drawn
     output_positions  [R], how many tokens the sequence has put out before this one
+    targets           [R], an id to report the log-probability of instead of drawing one, as for the
+                      tokens of a prompt; -1 to draw
     """
+    if targets is None:
+        targets = np.full(len(logits), -1, np.int32)
     largest = logits.argmax(axis=1)  # of a row with NaN, the NaN
     ids = largest.astype(np.int32)
     sound = np.isfinite(logits[np.arange(len(logits)), largest])
@@ -241,13 +251,16 @@ def sample(logits: Floats, table: SamplingTable, slots: Ids, output_positions: I
         parameters, extras = table.parameters[slot], table.extras.get(slot)
         if not sound[row]:
             ids[row] = FAILED
+        elif targets[row] >= 0:
+            ids[row] = targets[row]
         elif extras is not None or parameters["temperature"] > 0:
             seed, choice = int(parameters["seed"]), int(parameters["choice"])
             bits = uniform_bits(seed, choice, int(output_positions[row]))
             ids[row] = _draw(*candidates(logits[row], parameters, extras), bits)
         if ids[row] == FAILED:
             continue
-        table.count(slot, int(ids[row]))
+        if targets[row] < 0:
+            table.count(slot, int(ids[row]))
         if parameters["num_logprobs"] >= 0:
             best = largest_of(logits[row], int(parameters["num_logprobs"]))
             values = log_softmax(logits[row], np.append(best, ids[row]))

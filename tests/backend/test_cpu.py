@@ -398,7 +398,9 @@ def check_samples(cpu, logits, seed, **values):
             sampling.set(slot, SamplingParameters(seed=seed, choice=slot, **values))
     slots = np.arange(len(logits), dtype=np.int32)
     positions = np.arange(len(logits), dtype=np.int64) * 2**33
-    ours, theirs = plan.sample(slots, positions), sample(logits, table, slots, positions)
+    targets = np.where(slots % 3 == 2, slots % vocab, -1).astype(np.int32)
+    ours = plan.sample(slots, positions, targets)
+    theirs = sample(logits, table, slots, positions, targets)
     assert ours.ids.tolist() == theirs.ids.tolist()
     np.testing.assert_array_equal(ours.logprobs, theirs.logprobs)
     for mine, yours in zip(ours.alternatives, theirs.alternatives, strict=True):

@@ -388,6 +388,19 @@ def test_log_probabilities_come_where_they_are_asked_for(num_logprobs, has_logpr
     assert len(samples.alternatives[0][0]) == max(num_logprobs, 0)
 
 
+def test_a_target_is_reported_and_neither_drawn_nor_counted():
+    rows = np.array([[1, 5, 1], [2, 0, 1]], np.float32)
+    parameters = SamplingParameters(temperature=0, num_logprobs=2, presence_penalty=1.0)
+    table = table_of([parameters], 3)
+    slots, positions = np.zeros(2, np.int32), np.zeros(2, np.int64)
+    samples = sample(rows, table, slots, positions, np.array([2, -1], np.int32))
+    assert samples.ids.tolist() == [2, 0]
+    exact = rows - np.log(np.exp(rows.astype(np.float64)).sum(axis=1, keepdims=True))
+    assert samples.logprobs == pytest.approx([exact[0, 2], exact[1, 0]], abs=1e-6)
+    assert samples.alternatives[0][0].tolist() == [1, 0]
+    assert table.extras[0].counts.tolist() == [1, 0, 0]
+
+
 def test_a_batch_without_logit_rows_samples_nothing():
     table, none = SamplingTable(1, 5), np.zeros(0, np.int32)
     samples = sample(np.zeros((0, 5), np.float32), table, none, none.astype(np.int64))

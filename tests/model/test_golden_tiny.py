@@ -77,13 +77,13 @@ def load(path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("max_rows", [5, 16])
+@pytest.mark.parametrize("max_rows", [5, pytest.param(512, marks=pytest.mark.slow)])
 def test_all_cases_together_give_the_tokens_of_transformers(name, max_rows):
     check_all(load(TINY / name), name, max_rows, max_sequences=4)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("max_rows", [1, 3, 512])
+@pytest.mark.parametrize("max_rows", [1, 3, 16, 512])
 def test_each_case_alone_in_chunks_of_any_size_gives_the_tokens_of_transformers(name, max_rows):
     check_all(load(TINY / name), name, max_rows, max_sequences=1)
 

@@ -61,7 +61,10 @@ class FakePlan(Plan):
         ids: list[int] = self._cache[blocks * BLOCK_SIZE + places % BLOCK_SIZE].tolist()
         return ids
 
-    def sample(self, slots: Array, output_positions: Array) -> Samples:
+    def sample(
+        self, slots: Array, output_positions: Array, targets: Array | None = None
+    ) -> Samples:
+        assert targets is None
         assert len(slots) == len(output_positions) == len(self._logit_ids)
         assert len(set(slots.tolist())) == len(slots)
         ids = np.full(len(slots), FAILED, np.int32)
