@@ -72,11 +72,21 @@ static int first_of(const Plan *plan, const Operation *operation, const Queries 
     return first > 0 ? first : 0;
 }
 
-INLINE void scores_of_block(const int N, const float *q, int dim, const uint16_t *k, f32x16 *s)
+/* Meanwhile the v of this block and the k of the next one are fetched: blocks lie scattered. */
+INLINE void scores_of_block(
+    const int N,
+    const float *q,
+    int dim,
+    const uint16_t *k,
+    const uint16_t *v,
+    const uint16_t *next,
+    f32x16 *s)
 {
     f32x16 odd[QUERIES];
     UNROLL for (int n = 0; n < N; n++) s[n] = odd[n] = splat(0);
     for (int i = 0; i < dim; i += 2) {
+        prefetch(v + 16 * i);
+        prefetch(next + 16 * i);
         f32x16 a = load_half(k + 16 * i), b = load_half(k + 16 * (i + 1));
         UNROLL for (int n = 0; n < N; n++) {
             s[n] = fma16(a, splat(q[n * dim + i]), s[n]);
@@ -146,9 +156,11 @@ INLINE void attend_chunk(
         range.begin = first[0] / BLOCK_SIZE * BLOCK_SIZE;
     for (int position = range.begin; position < range.end; position += BLOCK_SIZE) {
         f32x16 s[QUERIES];
-        int64_t block = range.table[position / BLOCK_SIZE];
+        const int32_t *block = range.table + position / BLOCK_SIZE;
+        int64_t at = *block * range.block_size, is_last = position + BLOCK_SIZE >= range.end;
+        const uint16_t *next = range.k + block[!is_last] * range.block_size;
         scores_of_block(
-            N, queries->q + first_query * range.dim, range.dim, range.k + block * range.block_size, s);
+            N, queries->q + first_query * range.dim, range.dim, range.k + at, range.v + at, next, s);
         i32x16 positions = lanes() + position;
         UNROLL for (int n = 0; n < N; n++) {
             if (operation->cap > 0)

@@ -14,8 +14,10 @@
 #include "formats.h"
 #include "simd.h"
 
-/* Few rows read each weight once, at the speed of memory: fetch this far ahead of the product. */
-enum { AHEAD = 10240 };
+/* Few rows read each weight once, at the speed of memory.  It is fetched to the second-level cache far
+ * ahead, where more requests fit than in the first, and from there a little ahead of the product:
+ * 143 tokens/s instead of 109 (one thread of a Xeon that reads 14 GB/s). */
+enum { AHEAD = 10240, NEAR = 2048 };
 
 /* ---- Activations to tiles */
 
@@ -126,15 +128,20 @@ INLINE i32x16 start(int format, int32_t negative)
     return offset_of(format) ? splat_int(negative * offset_of(format)) : splat_int(0);
 }
 
-/* With `next` 256 bytes of it a block, for weights that several tiles pass over; else the bytes that
- * this very stream will reach. */
-INLINE void fetch_ahead(const uint8_t *w, size_t size, int G, const uint8_t **next)
+/* What one tile has to fetch of the weights that come next, all tiles together all of it. */
+typedef struct {
+    const uint8_t *bytes; /* null: what lies AHEAD */
+    int lines_a_block;
+} Next;
+
+INLINE void fetch_ahead(const uint8_t *w, size_t size, Next *next)
 {
-    if (*next) {
-        UNROLL for (int u = 0; u < 4; u++) prefetch_far(*next + 64 * u);
-        *next += 256;
+    UNROLL for (size_t u = 0; u < size; u += 64) prefetch(w + NEAR + u);
+    if (next->bytes) {
+        for (int u = 0; u < next->lines_a_block; u++, next->bytes += 64)
+            prefetch_far(next->bytes);
     } else {
-        UNROLL for (size_t u = 0; u < G * size; u += 64) prefetch(w + AHEAD + u);
+        UNROLL for (size_t u = 0; u < size; u += 64) prefetch_far(w + AHEAD + u);
     }
 }
 
@@ -190,7 +197,7 @@ INLINE void product(
     size_t group_size,
     int num_blocks,
     const int32_t *tile,
-    const uint8_t *next,
+    Next next,
     float *y)
 {
     const size_t size = block_bytes(format);
@@ -200,7 +207,9 @@ INLINE void product(
         const int32_t *negative = (const int32_t *)(sum_x + R);
         u32x16 q[8][2];
         i32x16 dots[2][TILE];
-        fetch_ahead(w, size, G, &next);
+        fetch_ahead(w, size, &next);
+        if (G == 2)
+            UNROLL for (size_t u = 0; u < size; u += 64) prefetch(w + group_size + NEAR + u);
         UNROLL for (int g = 0; g < G; g++) {
             UNROLL for (int j = 0; j < 4; j++)
                 integers(format, w + g * group_size, j, &q[j][g], &q[j + 4][g]);
@@ -223,7 +232,7 @@ INLINE void product(
 
 /* Q6_K has a scale for each half of a block, and so two dot products: one group at a time. */
 INLINE void product_q6_k(
-    const int R, const uint8_t *w, int num_blocks, const int32_t *tile, const uint8_t *next, float *y)
+    const int R, const uint8_t *w, int num_blocks, const int32_t *tile, Next next, float *y)
 {
     const size_t size = block_bytes(Q6_K);
     UNROLL for (int r = 0; r < R; r++) store(y + ROWS * r, splat(0));
@@ -233,7 +242,7 @@ INLINE void product_q6_k(
         f32x16 d = load_half((const uint16_t *)(w + 384));
         u32x16 q[8][2];
         f32x16 halves[2][TILE];
-        fetch_ahead(w, size, 1, &next);
+        fetch_ahead(w, size, &next);
         UNROLL for (int j = 0; j < 4; j++) integers(Q6_K, w, j, &q[j][0], &q[j + 4][0]);
         UNROLL for (int h = 0; h < 2; h++) {
             i32x16 dots[2][TILE];
@@ -269,7 +278,7 @@ INLINE void product_float(
     }
     for (; c + 4 <= columns; c += 4) {
         if (R == 1)
-            UNROLL for (size_t u = 0; u < 4 * size; u += 64) prefetch(w + size * (size_t)c + AHEAD + u);
+            UNROLL for (size_t u = 0; u < 4 * size; u += 64) prefetch_far(w + size * (size_t)c + AHEAD + u);
         UNROLL for (int i = 0; i < 4; i++) STEP(i)
     }
     for (; c < columns; c++)
@@ -286,7 +295,7 @@ typedef void (*Product)(
     size_t group_size,
     int num_blocks,
     const int32_t *tile,
-    const uint8_t *next,
+    Next next,
     float *y);
 
 #define ONE(format, R)                                                                             \
@@ -295,12 +304,12 @@ typedef void (*Product)(
         size_t group_size,                                                                         \
         int num_blocks,                                                                            \
         const int32_t *tile,                                                                       \
-        const uint8_t *next,                                                                       \
+        Next next,                                                                                 \
         float *y)                                                                                  \
     {                                                                                              \
         if (format == Q6_K) {                                                                      \
             product_q6_k(R, w, num_blocks, tile, next, y);                                         \
-            product_q6_k(R, w + group_size, num_blocks, tile, 0, y + ROWS * R);                    \
+            product_q6_k(R, w + group_size, num_blocks, tile, next, y + ROWS * R);                 \
         } else if (R == 1) {                                                                       \
             product(format, 1, R, w, 0, num_blocks, tile, next, y);                                \
             product(format, 1, R, w + group_size, 0, num_blocks, tile, next, y + ROWS * R);        \
@@ -399,10 +408,12 @@ static void run_pair(
 {
     size_t size = group_bytes(part->format, part->columns);
     int group = part->bounds[queue] + 2 * pair, is_single = group + 1 == part->bounds[queue + 1];
-    int num_blocks = part->columns / COLUMNS, is_few = end - first <= 2;
-    const uint8_t *w = part->groups[queue] + 2 * size * (size_t)pair, *next = w + 2 * size;
+    int num_blocks = part->columns / COLUMNS, num_lines = (int)(2 * size / 64) + 1;
+    int lines_a_block = num_lines / (num_blocks * (end - first) + 1) + 1;
+    const uint8_t *w = part->groups[queue] + 2 * size * (size_t)pair;
+    Next next = {end - first == 1 ? 0 : w + 2 * size, lines_a_block};
     float y[2 * ROWS * TILE] __attribute__((aligned(64)));
-    for (int tile = first; tile < end; tile++, next += 256 * (size_t)num_blocks) {
+    for (int tile = first; tile < end; tile++) {
         int row = tile_start(num_rows, tile), R = tile_start(num_rows, tile + 1) - row;
         if (is_float(part->format)) {
             const float *x = operation->x + (int64_t)row * operation->x_stride;
@@ -410,9 +421,12 @@ static void run_pair(
                 float_products[part->format][R - 1](
                     w + (size_t)g * size, part->columns, x, operation->x_stride, y + ROWS * R * g);
         } else {
-            const uint8_t *fetched = is_few ? 0 : next < w + 4 * size ? next : w;
             products[part->format][R - 1](
-                w, is_single ? 0 : size, num_blocks, tile_at(operation, row), fetched, y);
+                w, is_single ? 0 : size, num_blocks, tile_at(operation, row), next, y);
+            if (next.bytes)
+                next.bytes += 64 * (size_t)(lines_a_block * num_blocks);
+            if (next.bytes > w + 4 * size)
+                next.lines_a_block = 0;
         }
         for (int g = 0; g < 2 - is_single; g++) {
             int below = ROWS * (group + g), left = part->rows - below;
