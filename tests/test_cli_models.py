@@ -108,6 +108,7 @@ def test_models_are_listed_with_name_size_and_place(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_is_pulled_listed_served_and_removed(
     hub: FakeHub, tmp_path: Path
 ) -> None:
@@ -128,6 +129,7 @@ def test_a_model_of_the_hub_is_pulled_listed_served_and_removed(
     assert again.stderr == f"llmsrv: no model 'hf:org/tiny' in the cache {cache}; there are: none\n"
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_that_is_not_cached_is_fetched_when_served(
     hub: FakeHub, tmp_path: Path
 ) -> None:

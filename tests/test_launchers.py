@@ -49,7 +49,15 @@ def complete(url: str, model: str = "tiny") -> int:
     return answer.usage.completion_tokens
 
 
-@pytest.mark.parametrize("launcher", ["script", "module", "console", "zipapp"])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "script",
+        pytest.param("module", marks=pytest.mark.slow),
+        pytest.param("console", marks=pytest.mark.slow),
+        "zipapp",
+    ],
+)
 def test_the_two_processes_load_only_their_own_world(
     launcher: str, model: Path, zipapp: Path, tmp_path: Path
 ) -> None:

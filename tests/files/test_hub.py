@@ -206,6 +206,7 @@ def test_one_of_several_files_does_not_stand_for_another(server: FakeHub, tmp_pa
     assert server.fetched() == ["a.gguf"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "message"),
     [("RepoNotFound", "no model org/closed, or it is private"), ("GatedRepo", "accept its terms")],

@@ -51,6 +51,7 @@ def test_cases_together_give_the_golden_tokens_and_log_probabilities(plan, cases
         check(run, case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index, chunk", [(0, 1), (1, 3)])  # the two that end after a few tokens
 def test_a_short_case_gives_the_golden_tokens_alone(plan, index, chunk):
     run = run_of(CASES[index])
