@@ -1,6 +1,7 @@
 """How near a plan comes to golden data: the log-probability of float32's best token at every step,
 and whether it is the plan's best too, teacher-forced."""
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,9 @@ def steps(plan: Plan, case: dict[str, Any], vocab_size: int) -> Iterator[Step]:
     ids = [*prompt, *greedy[:-1]]
     batch = batch_of([Piece(ids, 0, list(range(1, 2 + len(ids) // BLOCK_SIZE)))])
     rows = np.arange(len(prompt) - 1, len(ids), dtype=np.int32)
-    object.__setattr__(batch, "logit_rows", rows)
+    long_from = plan.program.long_from  # type: ignore[attr-defined]
+    is_long = long_from is not None and len(prompt) + len(greedy) > long_from
+    batch = dataclasses.replace(batch, logit_rows=rows, is_long=np.array([is_long]))
     plan.forward(batch)
     logits = plan.buffers["logits"][: len(rows), :vocab_size]  # type: ignore[attr-defined]
     for row, top in zip(logits, case["top10_logprobs"], strict=True):
