@@ -372,7 +372,7 @@ static int pairs_of(const Part *part, int queue)
     return (part->bounds[queue + 1] - part->bounds[queue] + 1) / 2;
 }
 
-static int pairs_of_all(const Operation *operation, int queue)
+int linear_pairs(const Operation *operation, int queue)
 {
     int pairs = 0;
     for (int i = 0; i < operation->num_parts; i++)
@@ -383,7 +383,7 @@ static int pairs_of_all(const Operation *operation, int queue)
 int linear_units(const Operation *operation, int num_rows, int queue)
 {
     int chunk = chunk_tiles(operation);
-    return pairs_of_all(operation, queue) * ((num_tiles(num_rows) + chunk - 1) / chunk);
+    return linear_pairs(operation, queue) * ((num_tiles(num_rows) + chunk - 1) / chunk);
 }
 
 /* Bias, scale and sum of R rows of one group, into columns column .. column + count - 1 of out. */
@@ -438,10 +438,35 @@ static void run_pair(
 
 void linear_run(const Operation *operation, int num_rows, int queue, int unit)
 {
-    int pairs = pairs_of_all(operation, queue), chunk = chunk_tiles(operation);
+    int pairs = linear_pairs(operation, queue), chunk = chunk_tiles(operation);
     int first = unit / pairs * chunk, pair = unit % pairs, all = num_tiles(num_rows);
     const Part *part = operation->parts;
     for (; pair >= pairs_of(part, queue); part++)
         pair -= pairs_of(part, queue);
     run_pair(operation, part, queue, pair, num_rows, first, first + chunk < all ? first + chunk : all);
+}
+
+void linear_run_row(
+    const Operation *operation, const Part *parts, int queue, int pair, int x_row, int out_row)
+{
+    const Part *part = parts;
+    for (; pair >= pairs_of(part, queue); part++)
+        pair -= pairs_of(part, queue);
+    size_t size = group_bytes(part->format, part->columns);
+    int group = part->bounds[queue] + 2 * pair, is_single = group + 1 == part->bounds[queue + 1];
+    const uint8_t *w = part->groups[queue] + 2 * size * (size_t)pair;
+    float y[2 * ROWS] __attribute__((aligned(64)));
+    if (is_float(part->format)) {
+        const float *x = operation->x + (int64_t)x_row * operation->x_stride;
+        for (int g = 0; g < 2 - is_single; g++)
+            float_products[part->format][0](
+                w + (size_t)g * size, part->columns, x, operation->x_stride, y + ROWS * g);
+    } else {
+        products[part->format][0](
+            w, is_single ? 0 : size, part->columns / COLUMNS, tile_at(operation, x_row), (Next){0, 0}, y);
+    }
+    for (int g = 0; g < 2 - is_single; g++) {
+        int below = ROWS * (group + g), left = part->rows - below;
+        finish(operation, part->first_column + below, left < ROWS ? left : ROWS, out_row, 1, y + ROWS * g);
+    }
 }

@@ -8,6 +8,11 @@
 int linear_units(const Operation *operation, int num_rows, int queue);
 void linear_run(const Operation *operation, int num_rows, int queue, int unit);
 
+/* For experts: pairs of groups in a queue, and one pair for one row, a tile by itself. */
+int linear_pairs(const Operation *operation, int queue);
+void linear_run_row(
+    const Operation *operation, const Part *parts, int queue, int pair, int x_row, int out_row);
+
 /* Floats of scaled rows to the tile at `tile`; R rows of `width` floats, `stride` apart. */
 void split_tile(const float *x, int stride, int width, int R, int32_t *tile);
 

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include "attention.h"
+#include "experts.h"
 #include "linear.h"
 #include "pool.h"
 #include "rows.h"
@@ -14,7 +15,8 @@ enum { SMALL = 4096, SMALL_ATTENTION = 32 << 10 };
 
 static int rows_of(const Plan *plan, const Operation *operation)
 {
-    return operation->selected ? plan->batch.num_logit_rows : plan->batch.num_rows;
+    int rows = operation->selected ? plan->batch.num_logit_rows : plan->batch.num_rows;
+    return operation->kind == ACTIVATE && operation->num_chosen ? rows * operation->num_chosen : rows;
 }
 
 static int is_small(void *context, int task)
@@ -23,7 +25,9 @@ static int is_small(void *context, int task)
     const Operation *operation = &plan->operations[task];
     int64_t num_rows = rows_of(plan, operation);
     switch (operation->kind) {
-    case LINEAR: return num_rows == 0;
+    case LINEAR:
+    case EXPERTS: return num_rows == 0;
+    case ROUTE: return 1;
     case ATTEND:
         return num_rows * plan->num_heads * plan->head_dim * plan->num_chunks * CHUNK / 8
                <= SMALL_ATTENTION;
@@ -37,6 +41,8 @@ static int units_of_all(const Plan *plan, const Operation *operation)
 {
     if (operation->kind == ATTEND)
         return attention_units(plan);
+    if (operation->kind == ROUTE)
+        return 1;
     if (operation->kind == COMBINE && !plan->is_split)
         return 0;
     return num_tiles(rows_of(plan, operation));
@@ -53,6 +59,8 @@ static int units(void *context, int task, int queue)
     const Operation *operation = &plan->operations[task];
     if (operation->kind == LINEAR)
         return linear_units(operation, rows_of(plan, operation), queue);
+    if (operation->kind == EXPERTS)
+        return rows_of(plan, operation) ? experts_units(operation, queue) : 0;
     int all = units_of_all(plan, operation);
     return share_of(plan, all, queue + 1) - share_of(plan, all, queue);
 }
@@ -68,6 +76,7 @@ static void run_rows(const Plan *plan, const Operation *operation, int first, in
     case ACTIVATE: run_activate(operation, first, end); break;
     case SELECT: run_select(plan, operation, first, end); break;
     case SOFTCAP: run_softcap(operation, first, end); break;
+    case WEIGH: run_weigh(operation, first, end); break;
     case POOL: run_pool(plan, operation, first, end); break;
     }
 }
@@ -79,6 +88,14 @@ static void run(void *context, int task, int queue, int unit, int thread)
     int num_rows = rows_of(plan, operation);
     if (operation->kind == LINEAR) {
         linear_run(operation, num_rows, queue, unit);
+        return;
+    }
+    if (operation->kind == EXPERTS) {
+        experts_run(operation, queue, unit);
+        return;
+    }
+    if (operation->kind == ROUTE) {
+        run_route(operation, num_rows);
         return;
     }
     unit += share_of(plan, units_of_all(plan, operation), queue);

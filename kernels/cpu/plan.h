@@ -29,7 +29,10 @@ enum {
     TILE_WORDS = 8 * PLANES + 4 /* a row and block */
 };
 
-enum Kind { ANGLES, NORM, SPLIT, LINEAR, ROPE, ATTEND, COMBINE, ACTIVATE, SELECT, SOFTCAP, POOL };
+enum Kind {
+    ANGLES, NORM, SPLIT, LINEAR, ROPE, ATTEND, COMBINE, ACTIVATE, SELECT, SOFTCAP, POOL, ROUTE, EXPERTS,
+    WEIGH
+};
 
 /* Rows of a stacked weight that have one format.  Thread t owns groups bounds[t] .. bounds[t + 1]
  * - 1, which lie at groups[t] in ascending order. */
@@ -46,11 +49,14 @@ typedef struct {
     int32_t x_stride, out_stride;
     int32_t layer;
     int32_t accumulate;
-    int32_t option;     /* ROPE interleaved, ACTIVATE gelu, POOL mean, ANGLES long */
+    int32_t option;     /* ROPE interleaved, ACTIVATE gelu, POOL mean, ROUTE normalise */
     int32_t window;     /* ATTEND; 0: none */
-    int32_t num_parts;
+    int32_t num_parts;  /* of EXPERTS, of each expert */
     int32_t half;       /* rotary_dim / 2 */
     int32_t norms_all;  /* ROPE: 1 where q_norm, + 2 where k_norm, is of all heads together */
+    int32_t by_row;     /* SPLIT, ACTIVATE: tiles of one row; EXPERTS: x has a row for all choices */
+    int32_t num_experts, num_chosen; /* with experts; ACTIVATE: num_chosen rows a row, 0 is 1 */
+    int32_t max_choices;
     float eps, scale, cap, magnitude;
     const float *x;
     float *out;         /* null where only the tiles are wanted */
@@ -58,6 +64,7 @@ typedef struct {
     const float *weight, *second_weight;
     float *angles;      /* [T][2][half] cos, sin */
     const Part *parts;
+    int32_t *choices;   /* experts.c */
 } Operation;
 
 typedef struct {

@@ -10,8 +10,11 @@ INLINE int lanes_left(int width, int i) { return width - i < 16 ? width - i : 16
 
 static void split_rows(const Operation *operation, const float *x, int stride, int first, int end)
 {
-    if (operation->tiles)
-        split_tile(x, stride, operation->width, end - first, tile_at(operation, first));
+    if (!operation->tiles)
+        return;
+    int rows = operation->by_row ? 1 : end - first;
+    for (; first < end; first += rows, x += stride)
+        split_tile(x, stride, operation->width, rows, tile_at(operation, first));
 }
 
 static float *row_of(const Operation *operation, int row)

@@ -7,6 +7,7 @@ frequencies, not once a layer.
 
 import ctypes
 from collections.abc import Callable
+from collections.abc import Iterator
 from math import prod
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from llmsrv.backend.base import Array
 from llmsrv.backend.base import Attention
 from llmsrv.backend.base import Embed
+from llmsrv.backend.base import Experts
 from llmsrv.backend.base import GatedActivation
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Linear
@@ -29,17 +31,21 @@ from llmsrv.backend.cpu_library import ACTIVATE
 from llmsrv.backend.cpu_library import ANGLES
 from llmsrv.backend.cpu_library import ATTEND
 from llmsrv.backend.cpu_library import COMBINE
+from llmsrv.backend.cpu_library import EXPERTS
 from llmsrv.backend.cpu_library import FLOATS
 from llmsrv.backend.cpu_library import LINEAR
 from llmsrv.backend.cpu_library import MAX_HEAD_DIM
 from llmsrv.backend.cpu_library import NORM
 from llmsrv.backend.cpu_library import POOL
 from llmsrv.backend.cpu_library import ROPE
+from llmsrv.backend.cpu_library import ROUTE
 from llmsrv.backend.cpu_library import SELECT
 from llmsrv.backend.cpu_library import SOFTCAP
 from llmsrv.backend.cpu_library import SPLIT
+from llmsrv.backend.cpu_library import WEIGH
 from llmsrv.backend.cpu_library import Memory
 from llmsrv.backend.cpu_library import Operation as Step
+from llmsrv.backend.cpu_library import Part
 from llmsrv.backend.cpu_library import address_of
 from llmsrv.backend.cpu_weights import Weights
 from llmsrv.backend.cpu_weights import format_of
@@ -50,6 +56,10 @@ from llmsrv.errors import StartupError
 LANES = 16
 # Operations that write tiles beside their floats.
 TILING = (NORM, ACTIVATE, SELECT, POOL)
+# Buffers of experts: the router's logits, and what has a row for each choice of a row.
+LOGITS = "experts.logits"
+CHOICES = "choices."
+GATE_UP, ACTIVATED, DOWN = CHOICES + "gate_up", CHOICES + "activated", CHOICES + "down"
 
 
 class Layout:
@@ -74,16 +84,18 @@ class Layout:
         self._limits = limits
         self._memory = Memory(library)
         self._tile_bytes = 4 * (activation_bits // 8 * 8 + 4)  # of a row and a block of 32 columns
-        linears = [operation for operation in program.operations if isinstance(operation, Linear)]
-        stacks = {tuple(t.name for t in linear.weights): linear.weights for linear in linears}
+        self._widths = program.buffers | _expert_buffers(program)
+        linears = list(_linears(program))
+        stacks = {tuple(t.name for t in stack): stack for stack in _stacks(program)}
         self._weights = Weights(library, list(stacks.values()), num_threads, tick)
         self._kept: list[object] = []
         self._vectors: dict[tuple[str, ...], Array] = {}
         self._angles: dict[tuple[object, ...], Array] = {}
+        self._row_tiles: dict[str, Array] = {}
         self._is_selected = False
         self.steps: list[Step] = []
         self.embeds = [op for op in program.operations if isinstance(op, Embed)]
-        self.buffers = {name: self._buffer(name) for name in program.buffers}
+        self.buffers = {name: self._buffer(name) for name in self._widths}
         self._tiles = {name: self._tiles_of(name) for name in _tiled(linears)}
         for name in _given(program):
             self._split_if_tiled(name)
@@ -94,11 +106,13 @@ class Layout:
         rows = self._limits.max_rows
         if name in _written_after_select(self._program):
             rows = min(rows, self._limits.max_logit_rows)
-        width = -(-self._program.buffers[name] // LANES) * LANES
+        if name.startswith(CHOICES):
+            rows *= max(op.num_chosen for op in self._program.operations if isinstance(op, Experts))
+        width = -(-self._widths[name] // LANES) * LANES
         return self._memory.array((rows, width), np.float32)
 
     def _tiles_of(self, name: str) -> Array:
-        rows, width = len(self.buffers[name]), self._program.buffers[name]
+        rows, width = len(self.buffers[name]), self._widths[name]
         return self._memory.array((rows * (width // 32) * self._tile_bytes,), np.uint8)
 
     # ---- Steps
@@ -121,6 +135,8 @@ class Layout:
             case GatedActivation():
                 step = self._step(ACTIVATE, operation.x, operation.out)
                 step.option = operation.function == "gelu"
+            case Experts():
+                self._add_experts(operation)
             case Softcap():
                 self._step(SOFTCAP, operation.x, operation.x).cap = operation.cap
             case SelectLogitRows():
@@ -136,8 +152,8 @@ class Layout:
         step = Step(kind=kind, selected=self._is_selected, scale=1)
         step.x, step.out = address_of(self.buffers[x]), address_of(self.buffers[out])
         step.x_stride, step.out_stride = self.buffers[x].shape[1], self.buffers[out].shape[1]
-        of_x = kind in (LINEAR, SPLIT)
-        step.width = self._program.buffers[x if of_x else out]
+        of_x = kind in (LINEAR, SPLIT, EXPERTS)
+        step.width = self._widths[x if of_x else out]
         self.steps.append(step)
         self._written = out
         return step
@@ -163,6 +179,44 @@ class Layout:
             step.tiles = address_of(self._tiles[linear.x])
         if linear.biases:
             step.weight = self._vector(*linear.biases)
+
+    def _add_experts(self, experts: Experts) -> None:
+        """Router, choice, products of the chosen experts, activation, products, weighted sum."""
+        num_experts, num_chosen = len(experts.down), experts.num_chosen
+        max_choices = self._limits.max_rows * num_chosen
+        choices = self._memory.array((3 * max_choices + 2 * num_experts + 2,), np.int32)
+        self._kept.append(choices)
+
+        def step(kind: int, x: str, out: str) -> Step:
+            step = self._step(kind, x, out)
+            step.num_experts, step.num_chosen = num_experts, num_chosen
+            step.max_choices, step.choices = max_choices, address_of(choices)
+            return step
+
+        def tiles(step: Step, name: str, stack: tuple[Tensor, ...]) -> None:
+            if not _are_floats(stack):
+                if name not in self._row_tiles:
+                    self._row_tiles[name] = self._tiles_of(name)
+                step.by_row, step.tiles = 1, address_of(self._row_tiles[name])
+
+        def products(x: str, out: str, stacks: list[tuple[Tensor, ...]]) -> Step:
+            product = step(EXPERTS, x, out)
+            parts = [part for stack in stacks for part in self._weights.parts(stack)]
+            array = (Part * len(parts))(*parts)
+            self._kept.append(array)
+            product.parts, product.num_parts = ctypes.addressof(array), len(parts) // num_experts
+            tiles(product, x, stacks[0])
+            return product
+
+        self._add_linear(Linear(LOGITS, experts.x, (experts.router,)))
+        step(ROUTE, LOGITS, LOGITS).option = experts.normalise
+        tiles(step(SPLIT, experts.x, experts.x), experts.x, experts.gate_up[0])
+        products(experts.x, GATE_UP, list(experts.gate_up)).by_row = 1
+        activation = step(ACTIVATE, GATE_UP, ACTIVATED)
+        activation.option = experts.function == "gelu"
+        tiles(activation, ACTIVATED, experts.down[:1])
+        products(ACTIVATED, DOWN, [(down,) for down in experts.down]).by_row = 0
+        step(WEIGH, DOWN, experts.out).scale = experts.scale
 
     def _add_rope(self, rope: RopeAndStore) -> None:
         angles = self._add_angles(rope)
@@ -215,13 +269,43 @@ class Layout:
         return address_of(kept)
 
 
+def _linears(program: Program) -> Iterator[Linear]:
+    """All products that take every row, routers among them."""
+    for operation in program.operations:
+        if isinstance(operation, Linear):
+            yield operation
+        elif isinstance(operation, Experts):
+            yield Linear(LOGITS, operation.x, (operation.router,))
+
+
+def _stacks(program: Program) -> Iterator[tuple[Tensor, ...]]:
+    """All stacked weights, in the order of execution."""
+    for operation in program.operations:
+        if isinstance(operation, Linear):
+            yield operation.weights
+        elif isinstance(operation, Experts):
+            yield (operation.router,)
+            yield from operation.gate_up
+            yield from ((down,) for down in operation.down)
+
+
+def _expert_buffers(program: Program) -> dict[str, int]:
+    widths: dict[str, int] = {}
+    for operation in program.operations:
+        if isinstance(operation, Experts):
+            hidden, inner = operation.down[0].shape
+            widths = {GATE_UP: 2 * inner, ACTIVATED: inner, DOWN: hidden}
+            widths[LOGITS] = len(operation.down)
+    return widths
+
+
 def _tiled(linears: list[Linear]) -> set[str]:
     """The buffers that products with quantised weights read."""
-    return {
-        linear.x
-        for linear in linears
-        if any(format_of(weight) not in FLOATS for weight in linear.weights)
-    }
+    return {linear.x for linear in linears if not _are_floats(linear.weights)}
+
+
+def _are_floats(stack: tuple[Tensor, ...]) -> bool:
+    return all(format_of(weight) in FLOATS for weight in stack)
 
 
 def _given(program: Program) -> set[str]:
@@ -257,12 +341,14 @@ def _written_after_select(program: Program) -> set[str]:
 def _check(program: Program) -> None:
     """Raises StartupError for what the kernels do not do."""
     known = Embed | Norm | Linear | RopeAndStore | Attention | GatedActivation
-    known |= SelectLogitRows | Softcap | Pool
+    known |= SelectLogitRows | Softcap | Pool | Experts
     is_first = True
     for operation in program.operations:
         if not isinstance(operation, known):
             name = type(operation).__name__
             raise StartupError(f"the cpu backend does not run {name} yet; use --backend reference")
+        if isinstance(operation, Experts):
+            _check_experts(operation)
         is_first &= isinstance(operation, Embed)
         if isinstance(operation, Embed) and not is_first:
             raise StartupError("the cpu backend expects Embed before all other operations")
@@ -278,6 +364,13 @@ def _check(program: Program) -> None:
         )
 
 
+def _check_experts(experts: Experts) -> None:
+    """All experts must be laid out alike."""
+    stacks = [(*gate_up, down) for gate_up, down in zip(experts.gate_up, experts.down)]
+    if len({tuple((format_of(t), t.shape) for t in stack) for stack in stacks}) > 1:
+        raise StartupError("the cpu backend runs experts of one storage type only")
+
+
 def _tensors(operation: Operation) -> list[Tensor]:
     match operation:
         case Embed():
@@ -286,6 +379,9 @@ def _tensors(operation: Operation) -> list[Tensor]:
             return [operation.weight]
         case Linear():
             return [*operation.weights, *operation.biases]
+        case Experts():
+            gate_up = [tensor for pair in operation.gate_up for tensor in pair]
+            return [operation.router, *gate_up, *operation.down]
         case RopeAndStore():
             return [norm for norm in (operation.q_norm, operation.k_norm) if norm is not None]
     return []

@@ -39,6 +39,7 @@ FLOATS = ("F32", "F16", "BF16")
 
 # enum Kind
 ANGLES, NORM, SPLIT, LINEAR, ROPE, ATTEND, COMBINE, ACTIVATE, SELECT, SOFTCAP, POOL = range(11)
+ROUTE, EXPERTS, WEIGH = range(11, 14)
 
 int32, float32, pointer = ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
 
@@ -68,6 +69,10 @@ class Operation(ctypes.Structure):
         ("num_parts", int32),
         ("half", int32),
         ("norms_all", int32),
+        ("by_row", int32),
+        ("num_experts", int32),
+        ("num_chosen", int32),
+        ("max_choices", int32),
         ("eps", float32),
         ("scale", float32),
         ("cap", float32),
@@ -79,6 +84,7 @@ class Operation(ctypes.Structure):
         ("second_weight", pointer),
         ("angles", pointer),
         ("parts", pointer),
+        ("choices", pointer),
     ]
 
 

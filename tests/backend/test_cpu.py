@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from llmsrv.backend import cpu as cpu_module
 from llmsrv.backend.base import Attention
 from llmsrv.backend.base import Embed
+from llmsrv.backend.base import Experts
 from llmsrv.backend.base import GatedActivation
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Linear
@@ -174,6 +175,32 @@ def test_pool_takes_each_sequences_rows(cpu, kind):
     results = both(cpu, [Pool("out", "x", kind)], {"x": 40, "out": 40}, pieces, x=random(26, 40))
     ours, theirs = results["out"]
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("type", ["BF16", "Q8_0", "Q4_1", "Q6_K"])
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 21])
+def test_experts_are_chosen_weighted_and_summed(cpu, type, normalise, num_rows):
+    hidden = inner = 256 if type.endswith("_K") else 64
+
+    def weights(name, rows, columns):
+        return tuple(random_tensor(f"{name}{e}", type, (rows, columns), e, 0.2) for e in range(5))
+
+    gates, ups = weights("gate", inner, hidden), weights("up", inner, hidden)
+    experts = Experts(
+        "out",
+        "x",
+        random_tensor("router", "F32", (5, hidden), 9),
+        tuple(zip(gates, ups)),
+        weights("down", hidden, inner),
+        num_chosen=2,
+        normalise=normalise,
+        scale=0.5,
+    )
+    values = {"x": random(num_rows, hidden), "out": random(num_rows, hidden, seed=1)}
+    widths = {"x": hidden, "out": hidden}
+    ours, theirs = both(cpu, [experts], widths, rows(num_rows), **values)["out"]
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3 * np.abs(theirs).max())
 
 
 ATTENTIONS = [

@@ -16,8 +16,7 @@ from tests.support.golden import steps
 GOLDEN = Path(__file__).parents[1] / "data/golden"
 SMOLLM2 = GOLDEN / "smollm2-135m-instruct-q4_1.json"
 GEMMA3 = GOLDEN / "gemma-3-270m-q4_k_m.json"
-EXPERTS = ("mixtral", "qwen3-moe")
-TINY = [path.name for path in sorted((GOLDEN / "tiny").iterdir()) if path.name not in EXPERTS]
+TINY = [path.name for path in sorted((GOLDEN / "tiny").iterdir())]
 LIMITS = Limits(max_rows=3072, max_logit_rows=1024, max_slots=2, num_blocks=200)
 
 
