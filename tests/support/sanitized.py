@@ -1,0 +1,22 @@
+"""A pytest plugin: compiles the CPU kernels with AddressSanitizer and UBSan.
+
+Loaded by test_cpu_sanitized.py as `-p tests.support.sanitized`, in a process that has the runtimes
+preloaded.
+"""
+
+FLAGS = (
+    "-O1",
+    "-g",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+)
+TIMEOUT_S = 600.0
+
+
+def pytest_collection() -> None:
+    from llmsrv.backend import cpu
+    from llmsrv.backend import source
+
+    cpu.FLAGS = (*cpu.FLAGS, *FLAGS)
+    source.COMPILE_TIMEOUT_S = TIMEOUT_S
