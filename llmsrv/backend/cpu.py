@@ -286,8 +286,8 @@ NO_ALTERNATIVES = np.zeros(0, np.int32), np.zeros(0, np.float32)
 def default_threads() -> int:
     """The physical cores that this process may run on, at most the cgroup's quota of CPU time."""
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    if cpus is None:
-        return max(1, (os.cpu_count() or 1) // 2)
+    if cpus is None:  # macOS, whose cores have one thread each
+        return os.cpu_count() or 1
     cores = {_siblings(cpu) for cpu in cpus}
     return max(1, min(len(cores), _cgroup_cpus()))
 
