@@ -12,11 +12,9 @@ from llmsrv.files.source import resolve_model
 from tests.support.gemma3 import fetch_gemma3
 
 
-def pytest_configure() -> None:
-    """As the engine process does, before numpy is loaded: two threads of BLAS on two cores that
-    others use too are several times slower than one."""
-    assert "numpy" not in sys.modules
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# As the engine process does, before numpy is loaded: two threads of BLAS on two cores that others
+# use too are several times slower than one.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -160,9 +160,13 @@ class Connection(asyncio.BufferedProtocol):
     # What the server calls.
 
     def close_if_idle(self) -> None:
-        """Closes while draining, unless a request is running or on its way in."""
+        """Closes while draining, unless a request is running or on its way in.
+
+        Without lingering: nothing was sent that could be lost, and whoever stops a server should
+        not wait for clients that keep a connection in store.
+        """
         if self._context.is_draining and self._phase is _Phase.HEAD and not self.buffer:
-            self._linger()
+            self._transport.close()
 
     def abort(self) -> None:
         self._transport.abort()
