@@ -172,6 +172,7 @@ async def test_an_idle_engine_shows_that_it_lives(tiny: Path) -> None:
         await until(lambda: heartbeat.value > first, 2 * process.IDLE_TURN_S)
 
 
+@pytest.mark.slow
 @in_loop
 async def test_a_server_that_was_stopped_itself_does_not_blame_the_engine(tiny: Path) -> None:
     """As after Ctrl-Z: neither had a chance to get on, and much time has passed."""
@@ -198,6 +199,7 @@ async def test_an_exception_of_the_step_itself_ends_the_engine_with_a_traceback(
         assert (await output_of(client.submit([1, 2], 5, [], GREEDY)))[1] == ["length"]
 
 
+@pytest.mark.slow
 @in_loop
 async def test_an_engine_that_hangs_while_loading_is_killed(
     tiny: Path, monkeypatch: pytest.MonkeyPatch

@@ -152,6 +152,7 @@ def test_a_gguf_file_is_fetched_once_and_found_without_the_hub(
     assert hub.cached("hf:org/two", tmp_path / "hf") is None
 
 
+@pytest.mark.slow
 def test_of_a_folder_come_weights_json_and_templates_alone(server: FakeHub, tmp_path: Path) -> None:
     ended = pull(server, tmp_path, "hf:org/folder")
     assert ended.returncode == 0, ended.stderr
@@ -164,6 +165,7 @@ def test_of_a_folder_come_weights_json_and_templates_alone(server: FakeHub, tmp_
     assert server.fetched() == list(FOLDER)
 
 
+@pytest.mark.slow
 def test_what_an_interrupted_fetch_has_left_is_not_fetched_again(
     server: FakeHub, tmp_path: Path
 ) -> None:
@@ -187,6 +189,7 @@ def test_what_an_interrupted_fetch_has_left_is_not_fetched_again(
     assert [request.endswith(" Range") for request in asked] == [False, True]
 
 
+@pytest.mark.slow
 def test_what_is_not_what_the_hub_lists_is_not_kept(server: FakeHub, tmp_path: Path) -> None:
     for name in ("hf:org/one", "hf:org/folder"):  # SHA-256 and git's SHA-1
         server.wrong = True

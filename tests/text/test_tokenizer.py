@@ -128,6 +128,7 @@ def test_text_comes_back_from_its_ids(smollm2_tokenizer, missing_bytes, text):
         assert b"".join(map(smollm2_tokenizer.token_bytes, ids)) == printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "<", "<|im_start", "1", "é", "ab ", "'"])
 def test_long_monotonous_text_takes_linear_time(smollm2_tokenizer, unit):
     text = unit * (200_000 // len(unit))
