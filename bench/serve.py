@@ -4,8 +4,8 @@ time between tokens.
 python -m bench.serve [--streams 1,8,32] [--prompt 131] [--output 64] [--rounds 3]
                       [--url URL --model NAME] [-- server options]
 
-Each stream is a connection of its own that sends its next request when the last has ended; prompts
-are random words, distinct, so that no prefix cache helps.  With --url another server is measured.
+Each stream is a connection of its own; prompts are random words, distinct, so that no prefix cache
+helps.  With --url another server is measured.
 """
 
 import argparse
@@ -78,13 +78,11 @@ async def one_request(load: Load, words: random.Random, result: Result) -> None:
     result.wall_s = max(result.wall_s, time.perf_counter() - begun_s)
 
 
-async def one_round(load: Load, num_streams: int, requests_each: int) -> Result:
+async def one_round(load: Load, num_streams: int, round: int) -> Result:
     result = Result()
 
     async def stream(number: int) -> None:
-        words = random.Random(f"{num_streams} {number}")
-        for _ in range(requests_each):
-            await one_request(load, words, result)
+        await one_request(load, random.Random(f"{round} {num_streams} {number}"), result)
 
     begun_s = time.perf_counter()
     await asyncio.gather(*(stream(number) for number in range(num_streams)))
@@ -136,11 +134,11 @@ def main() -> None:
     server = contextlib.nullcontext(options.url) if options.url else our_server(server_options)
     with server as url:
         load = Load(url, options.model, options.prompt, options.output)
-        asyncio.run(one_round(load, 1, 1))
+        asyncio.run(one_round(load, 1, -1))
         print("streams  output tok/s  first token, ms  between, p50  between, p99")
         for num_streams in map(int, options.streams.split(",")):
             results = [
-                asyncio.run(one_round(load, num_streams, 1)) for _ in range(options.rounds)
+                asyncio.run(one_round(load, num_streams, round)) for round in range(options.rounds)
             ]
             print(report(num_streams, results), flush=True)
 
