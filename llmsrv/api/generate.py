@@ -21,6 +21,7 @@ from llmsrv.asgi.request import Request
 from llmsrv.engine.client import Generation
 from llmsrv.engine.messages import Finished
 from llmsrv.engine.messages import Sampling
+from llmsrv.engine.messages import Submit
 from llmsrv.errors import ApiError
 from llmsrv.text.tokenizer import Tokenizer
 
@@ -59,11 +60,18 @@ class Job:
         sampling = sampling_of(request, service.text.sampling_defaults, num_logprobs)
         try:
             for ids, limit in zip(prompts, max_tokens, strict=True):
-                self._generations.append(
-                    service.engine.submit(
-                        ids, limit, end_ids, sampling, self._n, tenant, min(min_tokens, limit)
-                    )
+                submit = Submit(
+                    request=0,
+                    prompt_ids=ids,
+                    max_tokens=limit,
+                    end_ids=end_ids,
+                    sampling=sampling,
+                    n=self._n,
+                    salt=tenant,
+                    min_tokens=min(min_tokens, limit),
+                    tenant=tenant,
                 )
+                self._generations.append(service.engine.submit(submit))
         except ApiError:
             self.end()
             raise

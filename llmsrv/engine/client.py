@@ -20,13 +20,14 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+import msgspec
+
 from llmsrv.config import EngineConfig
 from llmsrv.engine.messages import Abort
 from llmsrv.engine.messages import Finished
 from llmsrv.engine.messages import FromEngine
 from llmsrv.engine.messages import Gauges
 from llmsrv.engine.messages import Ready
-from llmsrv.engine.messages import Sampling
 from llmsrv.engine.messages import Step
 from llmsrv.engine.messages import Submit
 from llmsrv.engine.messages import Tokens
@@ -204,18 +205,9 @@ class EngineClient:
         if self.state is not EngineState.READY:
             raise StartupError(self.reason)
 
-    def submit(
-        self,
-        prompt_ids: list[int],
-        max_tokens: int,
-        end_ids: list[int],
-        sampling: Sampling,
-        n: int = 1,
-        salt: bytes = b"",
-        min_tokens: int = 0,
-    ) -> Generation:
-        """Hands a request to the engine; see messages.Submit.  Raises ApiError 503 when it cannot
-        be served now."""
+    def submit(self, submit: Submit) -> Generation:
+        """Hands a request, which gets its number here, to the engine.  Raises ApiError 503 when it
+        cannot be served now."""
         if self.state is not EngineState.READY or self._process is None:
             message = f"The model is not ready: {self.reason}."
             raise ApiError(503, message, code="model_not_ready", headers=RETRY)
@@ -223,11 +215,8 @@ class EngineClient:
             message = "The server is overloaded. Please try again later."
             raise ApiError(503, message, code="server_is_overloaded", headers=RETRY)
         request = next(self._requests)
-        submit = Submit(
-            request, prompt_ids, max_tokens, end_ids, sampling, n, salt, min_tokens
-        )
-        self._process.send(submit)
-        generation = self._generations[request] = Generation(request, n, self._abort)
+        self._process.send(msgspec.structs.replace(submit, request=request))
+        generation = self._generations[request] = Generation(request, submit.n, self._abort)
         return generation
 
     async def stop(self) -> None:

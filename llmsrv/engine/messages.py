@@ -7,6 +7,8 @@ Every Submit is answered by exactly one terminal event a choice: its Finished, o
 that ends all choices of the request that have not finished.
 """
 
+import math
+
 import msgspec
 
 
@@ -30,7 +32,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
     """A request to generate, accepted by the server."""
 
-    request: int
+    request: int  # given by EngineClient.submit
     prompt_ids: list[int]
     max_tokens: int
     end_ids: list[int]  # a sampled id among these ends the choice with "stop"
@@ -38,6 +40,10 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
     n: int = 1  # choices, each with its own choice index in the draw
     salt: bytes = b""  # requests of different salts share nothing of the prefix cache
     min_tokens: int = 0  # no end id is sampled before so many tokens
+    grammar: str = ""  # source for engine/grammar.py, which every choice follows; none if empty
+    priority: int = 0  # lower ones are scheduled earlier
+    tenant: bytes = b""  # whose it is; tenants of equal priority get equal shares
+    deadline_s: float = math.inf  # what has not finished by then fails
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):

@@ -59,6 +59,12 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmsrv.engine.client.FIRST_PAUSE_S", 0.05)
 
 
+def asked(
+    prompt_ids: list[int], max_tokens: int, sampling: Sampling = GREEDY, n: int = 1
+) -> Submit:
+    return Submit(0, prompt_ids, max_tokens, [], sampling, n)
+
+
 async def output_of(generation: Generation) -> tuple[list[list[int]], list[str]]:
     """Every choice's ids and finish reason."""
     ids: dict[int, list[int]] = {}
@@ -78,9 +84,9 @@ async def output_of(generation: Generation) -> tuple[list[list[int]], list[str]]
 async def test_requests_are_answered_with_the_same_tokens_alone_and_together(tiny: Path) -> None:
     prompts = [[5 + i, 100, 7 * i + 1] * (1 + i % 5) for i in range(12)]
     async with engine(tiny) as client:
-        alone = [await output_of(client.submit(p, 20, [], GREEDY)) for p in prompts]
+        alone = [await output_of(client.submit(asked(p, 20))) for p in prompts]
         together = await asyncio.gather(
-            *(output_of(client.submit(p, 20, [], GREEDY)) for p in prompts)
+            *(output_of(client.submit(asked(p, 20))) for p in prompts)
         )
         assert alone == together
         assert all(len(ids[0]) == 20 and reasons == ["length"] for ids, reasons in alone)
@@ -91,8 +97,8 @@ async def test_requests_are_answered_with_the_same_tokens_alone_and_together(tin
 async def test_a_seed_gives_its_choices_again(tiny: Path) -> None:
     async with engine(tiny, max_num_sequence=2) as client:
         sampling = Sampling(seed=77, num_logprobs=2)
-        first = await output_of(client.submit([1, 2], 12, [], sampling, n=3))
-        assert await output_of(client.submit([1, 2], 12, [], sampling, n=3)) == first
+        first = await output_of(client.submit(asked([1, 2], 12, sampling, n=3)))
+        assert await output_of(client.submit(asked([1, 2], 12, sampling, n=3))) == first
         assert len(set(map(tuple, first[0]))) == 3
         await gauges_at_rest(client)
 
@@ -102,14 +108,14 @@ def test_the_client_runs_on_uvloop_as_well(tiny: Path) -> None:
 
     async def scenario() -> None:
         async with engine(tiny) as client:
-            generation = client.submit([1, 2], ENDLESS, [], GREEDY)
+            generation = client.submit(asked([1, 2], ENDLESS))
             await anext(generation)
             assert client.pid
             os.kill(client.pid, signal.SIGKILL)
             with pytest.raises(ApiError, match="SIGKILL"):
                 await output_of(generation)
             await client.wait_ready()
-            assert (await output_of(client.submit([1, 2], 3, [], GREEDY)))[1] == ["length"]
+            assert (await output_of(client.submit(asked([1, 2], 3))))[1] == ["length"]
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(asyncio.wait_for(scenario(), 30))
@@ -120,8 +126,8 @@ async def test_a_killed_engine_ends_its_requests_within_a_second_and_the_next_on
     tiny: Path,
 ) -> None:
     async with engine(tiny, max_num_sequence=1) as client:
-        running = client.submit([1, 2], ENDLESS, [], GREEDY)
-        waiting = client.submit([3, 4], 5, [], GREEDY)
+        running = client.submit(asked([1, 2], ENDLESS))
+        waiting = client.submit(asked([3, 4], 5))
         await running.admitted()
         await anext(running)
         assert client.gauges.running == 1 and client.pid
@@ -140,17 +146,17 @@ async def test_a_killed_engine_ends_its_requests_within_a_second_and_the_next_on
         assert client.state is EngineState.RESTARTING and "SIGKILL" in client.reason
         assert client.gauges == Gauges()
         with pytest.raises(ApiError) as refused:
-            client.submit([1, 2], 5, [], GREEDY)
+            client.submit(asked([1, 2], 5))
         assert refused.value.status == 503 and "SIGKILL" in refused.value.message
         await client.wait_ready()
         assert client.num_restarts == 1 and client.pid != pid and has_exited(pid, 0)
-        assert (await output_of(client.submit([1, 2], 5, [], GREEDY)))[1] == ["length"]
+        assert (await output_of(client.submit(asked([1, 2], 5))))[1] == ["length"]
 
 
 @in_loop
 async def test_a_stopped_engine_is_noticed_killed_and_replaced(tiny: Path) -> None:
     async with engine(tiny, Patience(ready_s=0.8)) as client:
-        generation = client.submit([1, 2], ENDLESS, [], GREEDY)
+        generation = client.submit(asked([1, 2], ENDLESS))
         await anext(generation)
         assert client.pid
         pid = client.pid
@@ -160,7 +166,7 @@ async def test_a_stopped_engine_is_noticed_killed_and_replaced(tiny: Path) -> No
                 await output_of(generation)
         await client.wait_ready()
         assert has_exited(pid, 0)
-        assert (await output_of(client.submit([1, 2], 5, [], GREEDY)))[1] == ["length"]
+        assert (await output_of(client.submit(asked([1, 2], 5))))[1] == ["length"]
 
 
 @in_loop
@@ -181,7 +187,7 @@ async def test_a_server_that_was_stopped_itself_does_not_blame_the_engine(tiny: 
         os.kill(client.pid, signal.SIGSTOP)
         time.sleep(1.2)  # the loop stands still
         os.kill(client.pid, signal.SIGCONT)
-        assert (await output_of(client.submit([1, 2], 5, [], GREEDY)))[1] == ["length"]
+        assert (await output_of(client.submit(asked([1, 2], 5))))[1] == ["length"]
         assert client.num_restarts == 0
 
 
@@ -191,12 +197,12 @@ async def test_an_exception_of_the_step_itself_ends_the_engine_with_a_traceback(
 ) -> None:
     monkeypatch.setattr(process, "main", engines.main_with_a_fatal_id)
     async with engine(tiny) as client:
-        generation = client.submit([engines.FATAL_ID], 5, [], GREEDY)
+        generation = client.submit(asked([engines.FATAL_ID], 5))
         with pytest.raises(ApiError, match="exited with code 1"):
             await output_of(generation)
         assert "a fault of the step itself" in capfd.readouterr().err
         await client.wait_ready()
-        assert (await output_of(client.submit([1, 2], 5, [], GREEDY)))[1] == ["length"]
+        assert (await output_of(client.submit(asked([1, 2], 5))))[1] == ["length"]
 
 
 @pytest.mark.slow
@@ -228,7 +234,7 @@ async def test_garbage_from_the_engine_ends_it(tiny: Path, monkeypatch: pytest.M
 @in_loop
 async def test_garbage_to_the_engine_ends_it(tiny: Path) -> None:
     async with engine(tiny) as client:
-        generation = client.submit([1, 2], ENDLESS, [], GREEDY)
+        generation = client.submit(asked([1, 2], ENDLESS))
         await anext(generation)
         assert client._process
         os.write(client._process._send_pipe.fileno(), b"\xff" * 64)
@@ -253,7 +259,7 @@ def test_a_model_that_cannot_be_run_is_refused_for_good(
             await client.wait_ready()
         assert client.state is EngineState.REFUSED
         with pytest.raises(ApiError) as refused:
-            client.submit([1], 1, [], GREEDY)
+            client.submit(asked([1], 1))
         assert refused.value.status == 503
         assert client.num_restarts == 0
         await client.stop()
@@ -308,15 +314,15 @@ def test_an_abort_at_any_moment_brings_the_gauges_back_to_zero(moment: str, tiny
     @in_loop
     async def scenario() -> None:
         async with engine(tiny, max_num_sequence=1, prefill_chunk_size=4) as client:
-            first = client.submit([1, 2], ENDLESS, [], GREEDY)
+            first = client.submit(asked([1, 2], ENDLESS))
             await anext(first)
             aborted = first
             if moment == "waiting":
-                aborted = client.submit([1, 2], ENDLESS, [], GREEDY)
+                aborted = client.submit(asked([1, 2], ENDLESS))
                 await until(lambda: client.gauges.waiting == 1)
             elif moment == "prefill":
                 first.abort()
-                aborted = client.submit([1, 2] * 1000, ENDLESS, [], GREEDY)
+                aborted = client.submit(asked([1, 2] * 1000, ENDLESS))
                 await aborted.admitted()
             aborted.abort()
             aborted.abort()
@@ -324,7 +330,7 @@ def test_an_abort_at_any_moment_brings_the_gauges_back_to_zero(moment: str, tiny
             first.abort()
             await gauges_at_rest(client)
             assert client._generations == {}
-            assert (await output_of(client.submit([1, 2], 5, [], GREEDY)))[1] == ["length"]
+            assert (await output_of(client.submit(asked([1, 2], 5))))[1] == ["length"]
 
     scenario()
 
@@ -333,7 +339,7 @@ def test_an_abort_at_any_moment_brings_the_gauges_back_to_zero(moment: str, tiny
 async def test_one_choice_can_be_aborted_and_finishes_with_abort(tiny: Path) -> None:
     async with engine(tiny) as client:
         reasons = {}
-        async with client.submit([1, 2], 400, [], Sampling(seed=3), n=2) as generation:
+        async with client.submit(asked([1, 2], 400, Sampling(seed=3), n=2)) as generation:
             async for event in generation:
                 if isinstance(event, Finished):
                     reasons[event.choice] = event.reason
@@ -347,7 +353,7 @@ async def test_one_choice_can_be_aborted_and_finishes_with_abort(tiny: Path) -> 
 async def test_leaving_the_block_aborts_the_request(tiny: Path) -> None:
     async with engine(tiny) as client:
         with pytest.raises(ConnectionError):
-            async with client.submit([1, 2], ENDLESS, [], GREEDY) as generation:
+            async with client.submit(asked([1, 2], ENDLESS)) as generation:
                 await anext(generation)
                 raise ConnectionError
         await gauges_at_rest(client)
@@ -356,8 +362,8 @@ async def test_leaving_the_block_aborts_the_request(tiny: Path) -> None:
 @in_loop
 async def test_a_consumer_that_takes_nothing_delays_nobody_and_loses_nothing(tiny: Path) -> None:
     async with engine(tiny) as client:
-        slow = client.submit([1, 2], 300, [], GREEDY)
-        assert (await output_of(client.submit([3, 4], 300, [], GREEDY)))[1] == ["length"]
+        slow = client.submit(asked([1, 2], 300))
+        assert (await output_of(client.submit(asked([3, 4], 300))))[1] == ["length"]
         await until(lambda: slow.has_ended)
         ids, reasons = await output_of(slow)
         assert len(ids[0]) == 300 and reasons == ["length"]
@@ -367,7 +373,7 @@ async def test_a_consumer_that_takes_nothing_delays_nobody_and_loses_nothing(tin
 async def test_a_failure_reaches_whoever_waits_for_the_admission(tiny: Path) -> None:
     async with engine(tiny) as client:
         with pytest.raises(ApiError) as error:
-            await client.submit([1] * 20_000, 5, [], GREEDY).admitted()
+            await client.submit(asked([1] * 20_000, 5)).admitted()
         assert (error.value.status, error.value.code) == (400, "context_length_exceeded")
         assert client._generations == {}
 
@@ -375,8 +381,8 @@ async def test_a_failure_reaches_whoever_waits_for_the_admission(tiny: Path) -> 
 @in_loop
 async def test_waiting_for_the_admission_can_be_given_up_and_taken_up_again(tiny: Path) -> None:
     async with engine(tiny, max_num_sequence=1) as client:
-        first = client.submit([1, 2], ENDLESS, [], GREEDY)
-        second = client.submit([1, 2], 5, [], GREEDY)
+        first = client.submit(asked([1, 2], ENDLESS))
+        second = client.submit(asked([1, 2], 5))
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.02):
                 await second.admitted()
@@ -388,7 +394,7 @@ async def test_waiting_for_the_admission_can_be_given_up_and_taken_up_again(tiny
 @in_loop
 async def test_stopping_ends_what_runs_and_is_safe_twice(tiny: Path) -> None:
     async with engine(tiny) as client:
-        generation = client.submit([1, 2], ENDLESS, [], GREEDY)
+        generation = client.submit(asked([1, 2], ENDLESS))
         await anext(generation)
         await client.stop()
         assert client.state is EngineState.STOPPED and client.pid is None
@@ -429,7 +435,7 @@ async def test_an_engine_ignores_ctrl_c_and_is_the_first_to_go_when_memory_is_sh
     async with engine(tiny) as client:
         assert client.pid
         os.kill(client.pid, signal.SIGINT)
-        assert (await output_of(client.submit([1, 2], 5, [], GREEDY)))[1] == ["length"]
+        assert (await output_of(client.submit(asked([1, 2], 5))))[1] == ["length"]
         assert client.num_restarts == 0
         assert Path(f"/proc/{client.pid}/oom_score_adj").read_text() == "500\n"
 
@@ -602,16 +608,16 @@ async def test_a_client_that_cannot_write_refuses_new_requests_and_recovers(
     async with engine(tiny) as client:
         assert client.pid
         os.kill(client.pid, signal.SIGSTOP)
-        generations = [client.submit([1] * 100_000, 5, [], GREEDY) for _ in range(12)]
+        generations = [client.submit(asked([1] * 100_000, 5)) for _ in range(12)]
         with pytest.raises(ApiError) as error:
-            client.submit([1, 2], 5, [], GREEDY)
+            client.submit(asked([1, 2], 5))
         assert (error.value.status, error.value.code) == (503, "server_is_overloaded")
         assert error.value.headers["Retry-After"] == "1"
         os.kill(client.pid, signal.SIGCONT)
         for generation in generations:
             with pytest.raises(ApiError, match="maximum context length"):
                 await generation.admitted()
-        assert (await output_of(client.submit([1, 2], 5, [], GREEDY)))[1] == ["length"]
+        assert (await output_of(client.submit(asked([1, 2], 5))))[1] == ["length"]
 
 
 class EndingProcess:

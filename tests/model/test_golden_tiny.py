@@ -102,8 +102,8 @@ async def test_a_real_engine_process_gives_the_tokens_of_transformers():
     cases = cases_of("phi3-longrope")
 
     async def generated(client, case):
-        submit = case["prompt_ids"], len(case["greedy_ids"]), [], GREEDY
-        async with client.submit(*submit) as generation:
+        submit = submit_of(0, case)
+        async with client.submit(submit) as generation:
             return [each async for each in generation if isinstance(each, Tokens)]
 
     async with engine(TINY / "phi3-longrope") as client:
