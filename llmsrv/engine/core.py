@@ -6,7 +6,11 @@ goes wrong in the model's own computation is raised, and ends the engine.
 """
 
 import logging
+import math
 import time
+from collections.abc import Callable
+from heapq import heappop
+from heapq import heappush
 
 import numpy as np
 
@@ -32,9 +36,12 @@ from llmsrv.engine.scheduler import Chunk
 from llmsrv.engine.scheduler import Scheduler
 from llmsrv.engine.sequence import Sequence
 from llmsrv.engine.sequence import State
+from llmsrv.engine.step_costs import StepCosts
 from llmsrv.errors import ApiError
 
 log = logging.getLogger("llmsrv.engine")
+
+TIMED_OUT = "The request was not finished within the time that this server gives to one."
 
 
 class EngineCore:
@@ -45,16 +52,22 @@ class EngineCore:
         context_length: int,
         vocab_size: int,
         long_from: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """limits are those that the plan was compiled for; its cache must hold one sequence of
         context_length.  long_from is the program's."""
+        self._clock = clock
         self._plan = plan
         self._context_length = context_length
         self._vocab_size = vocab_size
         self._long_from = context_length if long_from is None else long_from
         self._kv_cache = KVCache(limits.num_blocks, limits.max_slots, context_length)
-        self._scheduler = Scheduler(self._kv_cache, limits.max_slots, limits.max_rows)
+        self._costs = StepCosts()
+        self._scheduler = Scheduler(
+            self._kv_cache, limits.max_slots, limits.max_rows, self._costs
+        )
         self._sequences: dict[int, list[Sequence]] = {}  # by request, what has not ended
+        self._deadlines: list[tuple[float, int]] = []  # a heap, with requests that have ended
 
         # Since the last report
         self._admitted: list[Admitted] = []
@@ -70,7 +83,7 @@ class EngineCore:
     def submit(self, submit: Submit) -> None:
         """Queues a request, or fails it."""
         assert submit.request not in self._sequences, f"request {submit.request} came twice"
-        now_s = time.monotonic()
+        now_s = self._clock()
         try:
             self._check(submit)
             num_prompt, end_ids = len(submit.prompt_ids), frozenset(submit.end_ids)
@@ -89,6 +102,8 @@ class EngineCore:
         self._sequences[submit.request] = sequences
         for sequence in sequences:
             self._scheduler.add(sequence)
+        if submit.deadline_s < math.inf:
+            heappush(self._deadlines, (submit.deadline_s, submit.request))
 
     def abort(self, abort: Abort) -> None:
         """Ends the choices at once; the next step reports it."""
@@ -98,10 +113,21 @@ class EngineCore:
 
     def step(self) -> Step:
         """Computes one step and returns what it brought, with what ended since the last one."""
+        start_s = self._clock()
+        self._expire(start_s)
         if chunks := self._scheduler.schedule():
-            self._enter(self._scheduler.admitted)
+            self._enter(self._scheduler.admitted, start_s)
             self._compute(chunks)
+            num_rows = sum(chunk.num_rows for chunk in chunks)
+            self._costs.note(num_rows, self._clock() - start_s)
         return self._report()
+
+    def _expire(self, now_s: float) -> None:
+        """Fails the requests whose deadline has come."""
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            request = heappop(self._deadlines)[1]
+            if request in self._sequences:
+                self._fail(request, ApiError(504, TIMED_OUT, code="request_timeout"))
 
     def _check(self, submit: Submit) -> None:
         """Raises ApiError when the request can never be computed."""
@@ -122,12 +148,12 @@ class EngineCore:
         check_ids("stop_token_ids", submit.end_ids, self._vocab_size)
         check_sampling(submit.sampling, self._vocab_size)
 
-    def _enter(self, admitted: list[Sequence]) -> None:
+    def _enter(self, admitted: list[Sequence], now_s: float) -> None:
         """Prepares the sequences that have just been admitted, for the first time or again."""
         for sequence in admitted:
             write_sampling(self._plan.sampling, sequence)
             if not sequence.scheduled_s:
-                sequence.scheduled_s = time.monotonic()
+                sequence.scheduled_s = now_s
                 self._admitted.append(Admitted(sequence.submit.request, sequence.num_cached))
 
     def _compute(self, chunks: list[Chunk]) -> None:
@@ -141,7 +167,7 @@ class EngineCore:
             self._take(sampled, self._plan.sample(slots, output_positions))
 
     def _take(self, sampled: list[Sequence], samples: Samples) -> None:
-        now_s = time.monotonic()
+        now_s = self._clock()
         for row, (sequence, id) in enumerate(zip(sampled, samples.ids.tolist(), strict=True)):
             if sequence.state is State.ENDED:
                 continue  # another choice has failed the request in this very step

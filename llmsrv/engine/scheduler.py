@@ -1,14 +1,15 @@
-"""Which rows the next step computes: continuous batching, first come first served.
+"""Which rows the next step computes: continuous batching, in the order of the sequences' ranks.
 
-Each step has a budget of rows.  Sequences in decode take one row each, before anything else, so a
-long prompt never stops the running streams; what is left goes to prompts, in chunks, in the order
-of arrival; then sequences are admitted from the queue while slots, blocks and rows last.
+Sequences in decode take one row each, before anything else, so a long prompt never stops the
+running streams; what is left goes to prompts, in chunks; then sequences are admitted from the queue
+while slots, blocks and rows last.  With nothing in decode a step has max_rows.  Otherwise it has so
+many that its streams stay smooth, by what steps have cost so far (_num_prefill_rows).
 
-When a sequence in decode needs a block and none is free, the youngest running sequence is
-preempted: its blocks are freed, it goes back to the front of the queue, and when it is admitted
-again its prompt and its output so far are computed again.  Nothing older than it is ever preempted
-before it, and the KV cache holds at least one sequence of full length, so the oldest always goes on
-and every sequence ends.  (running + waiting) is always in the order of arrival.
+When a sequence in decode needs a block and none is free, the running sequence of the last rank is
+preempted: its blocks are freed, it goes back to the queue, and when it is admitted again its prompt
+and its output so far are computed again.  Nothing of an earlier rank is ever preempted before it,
+the queue is admitted from its head only, and the KV cache holds at least one sequence of full
+length: so the first of all always goes on, and every sequence ends.
 
 A sequence is admitted with what is known already of its beginning (kv_cache.py); its last token is
 always computed, since its logits are wanted.
@@ -16,15 +17,26 @@ always computed, since its logits are wanted.
 Knows nothing of tokens, sampling or messages.
 """
 
-from collections import deque
+from bisect import insort
 from typing import NamedTuple
 
 from llmsrv.backend.base import BLOCK_SIZE
+from llmsrv.engine.fair_queue import FairQueue
+from llmsrv.engine.fair_queue import by_rank
 from llmsrv.engine.kv_cache import KVCache
 from llmsrv.engine.kv_cache import num_blocks_for
 from llmsrv.engine.sequence import NO_SLOT
 from llmsrv.engine.sequence import Sequence
 from llmsrv.engine.sequence import State
+from llmsrv.engine.step_costs import StepCosts
+
+# A step with streams takes so many times what it would without prompts: no pause is long beside
+# the usual one.  Where even decode alone is slow, prompts get less of it.
+SMOOTH = 2.5
+SMOOTH_STEP_S = 0.05
+LEAST_SHARE = 1.5
+# So that prompts get on in any case; a decode step reads every weight for fewer rows.
+LEAST_PREFILL_ROWS = 16
 
 
 class Chunk(NamedTuple):
@@ -35,21 +47,24 @@ class Chunk(NamedTuple):
 
 
 class Scheduler:
-    def __init__(self, kv_cache: KVCache, max_num_sequence: int, max_rows: int) -> None:
+    def __init__(
+        self, kv_cache: KVCache, max_num_sequence: int, max_rows: int, costs: StepCosts
+    ) -> None:
         # Fewer rows than sequences could give decode all of them, and prefill none for ever.
         assert max_rows >= max_num_sequence
         self._kv_cache = kv_cache
         self._max_rows = max_rows
+        self._costs = costs
         self._free_slots = list(range(max_num_sequence - 1, -1, -1))
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.waiting = FairQueue()
+        self.running: list[Sequence] = []  # by rank
         self.admitted: list[Sequence] = []  # by the last schedule()
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # tokens that were looked up at admission
         self.num_prefix_hits = 0  # and found
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        self.waiting.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Ends a sequence wherever it is; its slot and blocks are free at once."""
@@ -67,7 +82,7 @@ class Scheduler:
         """
         self.admitted = []
         chunks = self._schedule_decode()
-        budget = self._max_rows - len(chunks)
+        budget = self._num_prefill_rows(len(chunks))
         for sequence in self.running:
             if budget and sequence.num_uncomputed > 1:
                 chunks.append(Chunk(sequence, min(budget, sequence.num_uncomputed)))
@@ -86,8 +101,18 @@ class Scheduler:
             pages = sequence.pages.upto(sequence.num_computed // BLOCK_SIZE, sequence.ids)
             self._kv_cache.remember(sequence.slot, pages)
 
+    def _num_prefill_rows(self, num_decode_rows: int) -> int:
+        """How many rows the step may have beside those of decode."""
+        most = self._max_rows - num_decode_rows
+        if not num_decode_rows:
+            return most
+        decode_s = self._costs.of(num_decode_rows)
+        limit_s = max(LEAST_SHARE * decode_s, min(SMOOTH * decode_s, SMOOTH_STEP_S))
+        fitting = self._costs.rows_within(limit_s) - num_decode_rows
+        return int(min(most, max(fitting, LEAST_PREFILL_ROWS)))
+
     def _schedule_decode(self) -> list[Chunk]:
-        """Oldest first; a preemption takes sequences from the end of the list that is walked."""
+        """By rank; a preemption takes sequences from the end of the list that is walked."""
         chunks = []
         for sequence in self.running:
             if sequence.num_uncomputed == 1 and self._make_room(sequence):
@@ -97,24 +122,22 @@ class Scheduler:
     def _make_room(self, sequence: Sequence) -> bool:
         """Gets the block for the sequence's next token; False when it had to give way itself."""
         while not self._kv_cache.grow(sequence.slot, sequence.num_tokens):
-            if self._preempt_youngest() is sequence:
+            if self._preempt_last() is sequence:
                 return False
         return True
 
-    def _preempt_youngest(self) -> Sequence:
+    def _preempt_last(self) -> Sequence:
         sequence = self.running.pop()
         self._release(sequence)
         sequence.move_to(State.WAITING)
-        self.waiting.appendleft(sequence)
+        self.waiting.put_back(sequence)
         self.num_preemptions += 1
         return sequence
 
     def _maybe_admit(self) -> Sequence | None:
         """Moves the head of the queue to running, when it and all that run have room to go on."""
-        if not self.waiting or not self._free_slots:
-            return None
-        sequence = self.waiting[0]
-        if sequence.awaits_leader:
+        sequence = self.waiting.head
+        if sequence is None or sequence.awaits_leader or not self._free_slots:
             return None
         pages = sequence.pages.upto((sequence.num_tokens - 1) // BLOCK_SIZE, sequence.ids)
         known = self._kv_cache.find(pages)
@@ -123,7 +146,7 @@ class Scheduler:
         needed = num_blocks_for(sequence.num_tokens) - len(known) + len(self.running)
         if needed + self._kv_cache.num_taken_by(known) > self._kv_cache.num_free:
             return None
-        self.waiting.popleft()
+        self.waiting.pop()
         sequence.move_to(State.RUNNING)
         sequence.slot = self._free_slots.pop()
         self._kv_cache.adopt(sequence.slot, known)
@@ -131,7 +154,7 @@ class Scheduler:
         sequence.num_computed = sequence.num_cached = len(known) * BLOCK_SIZE
         self.num_prefix_queries += sequence.num_tokens
         self.num_prefix_hits += sequence.num_cached
-        self.running.append(sequence)
+        insort(self.running, sequence, key=by_rank)
         self.admitted.append(sequence)
         return sequence
 

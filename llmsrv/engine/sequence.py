@@ -34,6 +34,7 @@ class Sequence:
     """max_tokens  what the context leaves of what was asked for, at least 1
     is_long     as in backend.base.Batch
     leader      the first choice of its request, None for that one itself
+    rank        its place among all sequences, for life (fair_queue.py)
     """
 
     submit: Submit
@@ -44,6 +45,7 @@ class Sequence:
     pages: Pages
     is_long: bool = False
     leader: "Sequence | None" = None
+    rank: tuple[int, int] = (0, 0)
     state: State = State.WAITING
 
     # While it runs

@@ -1,0 +1,45 @@
+"""How long steps take by their number of rows, from those that were made, and from that how many
+rows a step may have.
+
+A step's cost grows with its rows, but never faster than they do, since each step reads every weight
+once.  A number of rows that is not known yet lies between its neighbours.
+"""
+
+import bisect
+
+WEIGHT = 0.25  # of the last step in its average
+LEAST_S = 1e-6
+
+
+class StepCosts:
+    def __init__(self) -> None:
+        self._rows = [0]  # what is known, ascending
+        self._costs_s = [0.0]
+
+    def note(self, num_rows: int, elapsed_s: float) -> None:
+        """A step of so many rows took so long."""
+        shift = max(0, num_rows.bit_length() - 3)
+        rows = num_rows >> shift << shift  # four kinds of steps from one power of two to the next
+        i = bisect.bisect_left(self._rows, rows)
+        if i == len(self._rows) or self._rows[i] != rows:
+            self._rows.insert(i, rows)
+            self._costs_s.insert(i, max(LEAST_S, elapsed_s))
+        else:
+            self._costs_s[i] += WEIGHT * (elapsed_s - self._costs_s[i])
+
+    def of(self, num_rows: int) -> float:
+        """Seconds that a step of so many rows, at least 1, takes; 0 before the first step."""
+        i = bisect.bisect_left(self._rows, num_rows)
+        if i == len(self._rows):
+            return self._costs_s[-1] * num_rows / max(1, self._rows[-1])
+        below, above = self._rows[i - 1], self._rows[i]
+        share = (num_rows - below) / (above - below)
+        return self._costs_s[i - 1] + share * (self._costs_s[i] - self._costs_s[i - 1])
+
+    def rows_within(self, limit_s: float) -> float:
+        """How many rows a step may have to take no longer, at least.
+
+        Too few are soon more, for they are measured then; and too many fewer.
+        """
+        known = zip(self._rows[1:], self._costs_s[1:], strict=True)
+        return max((n * limit_s / cost_s for n, cost_s in known if cost_s <= limit_s), default=0.0)

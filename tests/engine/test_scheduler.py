@@ -1,0 +1,223 @@
+"""When requests get their turn: smooth streams, fair shares, priorities, deadlines.
+
+Time is a fake plan's own: a step takes what its rows are said to cost.
+"""
+
+
+import numpy as np
+import pytest
+
+from llmsrv.backend.base import Batch
+from llmsrv.backend.base import Limits
+from llmsrv.engine.messages import Sampling
+from llmsrv.engine.step_costs import StepCosts
+from tests.support.cores import GREEDY
+from tests.support.cores import Engine
+from tests.support.cores import healthy_prompt
+from tests.support.fake_plan import FakePlan
+
+SEEDED = Sampling(seed=7)
+
+
+class Clock:
+    """The time, and what a step adds to it: so much, and so much a row."""
+
+    def __init__(self, step_s: float = 0.004, row_s: float = 0.0004) -> None:
+        self.now_s = 1000.0
+        self.step_s = step_s
+        self.row_s = row_s
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def make_plan(self, limits: Limits) -> FakePlan:
+        plan = FakePlan(limits)
+        forward = plan.forward
+
+        def timed(batch: Batch) -> None:
+            forward(batch)
+            self.now_s += self.step_s + self.row_s * len(batch.ids)
+
+        plan.forward = timed  # type: ignore[method-assign]
+        return plan
+
+
+def timed_engine(clock: Clock, **limits: int) -> Engine:
+    sizes = {"max_rows": 512, "max_sequences": 32, "blocks": 1000, "context": 2000, **limits}
+    return Engine(make_plan=clock.make_plan, clock=clock, **sizes)  # type: ignore[arg-type]
+
+
+def gaps_of(engine: Engine, clock: Clock, request: int) -> list[float]:
+    """Runs to the end; seconds between the tokens of one request."""
+    times = []
+    while engine.core.has_work:
+        if any(tokens.request == request for tokens in engine.step().tokens):
+            times.append(clock.now_s)
+    return np.diff(times).tolist()
+
+
+@pytest.mark.parametrize("row_s", [0.0001, 0.0004, 0.002])
+def test_a_stream_stays_smooth_while_long_prompts_arrive(row_s: float) -> None:
+    clock = Clock(row_s=row_s)
+    engine = timed_engine(clock)
+    engine.submit(0, healthy_prompt(20, steps=400), max_tokens=400)
+    for _ in range(100):
+        engine.step()
+    for request in range(1, 6):
+        engine.submit(request, healthy_prompt(1000, request, steps=5), max_tokens=5)
+    gaps = gaps_of(engine, clock, 0)
+    alone_s = clock.step_s + row_s
+    assert len(engine.finished) == 6
+    least_rows_s = clock.step_s + row_s * 19  # or so many, where that takes longer
+    assert np.percentile(gaps, 99) <= max(3 * alone_s, least_rows_s) + 1e-9
+    assert max(gaps) <= 1.3 * max(3 * alone_s, least_rows_s)
+
+
+def test_many_streams_that_begin_at_once_wait_at_most_sixty_milliseconds_a_token() -> None:
+    clock = Clock(step_s=0.005, row_s=0.0005)  # 2000 rows a second, a step of 32 takes 21 ms
+    engine = timed_engine(clock)
+    for request in range(32):
+        engine.submit(request, healthy_prompt(131, request, steps=64), max_tokens=64)
+    assert np.percentile(gaps_of(engine, clock, 0), 99) <= 0.06
+    assert clock.now_s - 1000 < 1.5 * (32 * (131 + 64) * clock.row_s + 64 * clock.step_s)
+
+
+def test_a_prompt_takes_whole_steps_while_nothing_streams() -> None:
+    clock = Clock(step_s=1.0)
+    engine = timed_engine(clock)
+    for request in range(3):
+        engine.submit(request, healthy_prompt(1024, request, steps=1), max_tokens=1)
+        engine.run()
+    assert engine.plan.num_forwards == 6  # type: ignore[attr-defined]
+
+
+def test_a_slow_model_gives_prompts_less_of_a_step_but_never_nothing() -> None:
+    clock = Clock(step_s=0.2, row_s=0.02)
+    engine = timed_engine(clock)
+    engine.submit(0, healthy_prompt(20, steps=300), max_tokens=300)
+    for _ in range(5):
+        engine.step()
+    engine.submit(1, healthy_prompt(500, 1, steps=1), max_tokens=1)
+    assert max(gaps_of(engine, clock, 0)) <= 0.2 + 17 * 0.02 + 1e-9
+    assert (1, 0) in engine.finished
+
+
+def test_unknown_costs_lie_between_those_of_fewer_and_of_more_rows() -> None:
+    costs = StepCosts()
+    assert costs.of(1) == costs.rows_within(1.0) == 0
+    costs.note(1, 0.005)
+    costs.note(64, 0.05)
+    assert costs.of(1) == 0.005 and costs.of(8) == pytest.approx(0.01)
+    assert costs.of(64) == 0.05 and costs.of(128) == 0.1
+    assert costs.rows_within(0.004) == 0
+    assert costs.rows_within(0.01) == pytest.approx(2)
+    assert costs.rows_within(0.05) == pytest.approx(64)
+
+
+def test_one_slow_step_is_soon_forgotten() -> None:
+    costs = StepCosts()
+    costs.note(16, 3.0)
+    for _ in range(25):
+        costs.note(16, 0.01)
+    assert costs.of(16) < 0.015
+
+
+def order_of(engine: Engine) -> list[int]:
+    engine.run()
+    engine.assert_idle()
+    return engine.admitted
+
+
+def test_lower_priorities_go_first_and_equal_ones_in_the_order_of_arrival() -> None:
+    engine = Engine(max_sequences=1)
+    for request, priority in enumerate([5, 0, 0, -1, 5, 0, -7]):
+        engine.submit(request, healthy_prompt(4, request), priority=priority)
+    assert order_of(engine) == [6, 3, 1, 2, 5, 0, 4]
+
+
+def test_a_request_of_low_priority_gets_its_turn_in_an_endless_row_of_urgent_ones() -> None:
+    engine = Engine(max_sequences=1, blocks=1000, context=2000, max_rows=512)
+    engine.submit(0, healthy_prompt(4, steps=2), priority=1, max_tokens=2)
+    for request in range(1, 400):
+        engine.submit(request, [request % 40] * 1000, max_tokens=1)
+        while request not in engine.admitted and not {0} & set(engine.admitted):
+            engine.step()
+        if 0 in engine.admitted:
+            return
+    raise AssertionError("it starves")
+
+
+def test_tenants_take_turns_however_many_requests_each_of_them_has() -> None:
+    engine = Engine(max_sequences=1)
+    for request in range(6):
+        engine.submit(request, healthy_prompt(4, request), tenant=b"many")
+    for request in (10, 11):
+        engine.submit(request, healthy_prompt(4, request), tenant=b"few")
+    assert order_of(engine) == [0, 10, 1, 11, 2, 3, 4, 5]
+
+
+def test_tenants_share_tokens_and_not_requests() -> None:
+    engine = Engine(max_sequences=1, blocks=100, context=500, max_rows=512)
+    for request in range(3):
+        engine.submit(request, healthy_prompt(395, request, steps=5), max_tokens=5, tenant=b"long")
+    for request in range(10, 20):
+        engine.submit(request, healthy_prompt(95, request, steps=5), max_tokens=5, tenant=b"short")
+    admitted = order_of(engine)
+    assert admitted[:6] == [0, 10, 11, 12, 13, 1]  # 400 tokens to each of them
+
+
+def test_a_tenant_gets_no_credit_for_having_been_away() -> None:
+    engine = Engine(max_sequences=1)
+    for request in range(20):
+        engine.submit(request, healthy_prompt(4, request), tenant=b"busy")
+        engine.run()
+    for request in range(20, 24):
+        engine.submit(request, healthy_prompt(4, request), tenant=b"busy")
+    for request in range(30, 34):
+        engine.submit(request, healthy_prompt(4, request), tenant=b"new")
+    assert order_of(engine)[20:] == [30, 20, 31, 21, 32, 22, 33, 23]
+
+
+def test_urgent_requests_keep_their_place_in_memory_and_the_others_give_way() -> None:
+    engine = Engine(max_sequences=3, blocks=6, context=64)
+    for request, priority in enumerate([1, 1, 0]):
+        prompt = healthy_prompt(14, 50 * request, steps=45)
+        engine.submit(request, prompt, max_tokens=45, priority=priority)
+    ended = []
+    while engine.core.has_work:
+        ended += [finished.request for finished in engine.step().finished]
+    assert ended == [2, 0, 1] and engine.gauges.num_preemptions >= 1
+    engine.assert_idle()
+
+
+@pytest.mark.parametrize("num_steps", [0, 2, 40])
+def test_what_is_not_finished_by_its_deadline_fails_and_frees_everything(num_steps: int) -> None:
+    clock = Clock()
+    engine = timed_engine(clock, max_sequences=1, max_rows=16)
+    deadline_s = clock.now_s + 10
+    healthy = engine.submit(1, healthy_prompt(30, steps=60), max_tokens=60)
+    late = healthy_prompt(100, 3, steps=1000)
+    engine.submit(2, late, max_tokens=1000, n=2, deadline_s=deadline_s, priority=-1)
+    engine.submit(3, healthy_prompt(5, 8), deadline_s=deadline_s + 1000)
+    for _ in range(num_steps):
+        engine.step()
+    clock.now_s = deadline_s - 0.001
+    engine.step()
+    assert not engine.failed
+    clock.now_s = deadline_s
+    engine.step()
+    assert engine.failed[2].status == 504 and engine.failed[2].code == "request_timeout"
+    engine.run()
+    assert engine.finished[3, 0].reason == engine.finished[healthy.request, 0].reason == "length"
+    engine.assert_idle()
+
+
+def test_a_deadline_of_a_request_that_has_ended_does_nothing() -> None:
+    clock = Clock()
+    engine = timed_engine(clock)
+    engine.submit(1, healthy_prompt(5), deadline_s=clock.now_s + 100, sampling=GREEDY)
+    engine.run()
+    clock.now_s += 200
+    engine.submit(2, healthy_prompt(6), sampling=SEEDED)
+    engine.run()
+    assert not engine.failed and (1, 0) in engine.finished
