@@ -37,9 +37,18 @@ static inline size_t block_bytes(int format)
     return (size_t)bytes[format];
 }
 
+/* A group begins, where weights are multiplied as integers (amx.c), with the unit of each row. */
+#ifdef TIER_AMX
+enum { UNITS_BYTES = 4 * ROWS };
+#else
+enum { UNITS_BYTES = 0 };
+#endif
+
 static inline size_t group_bytes(int format, int columns)
 {
-    return block_bytes(format) * (size_t)(is_float(format) ? columns : columns / COLUMNS);
+    if (is_float(format))
+        return block_bytes(format) * (size_t)columns;
+    return UNITS_BYTES + block_bytes(format) * (size_t)(columns / COLUMNS);
 }
 
 #endif

@@ -1,270 +1,24 @@
-/* Products of quantised weights with activations in two planes of bytes, or one.
- *
- * y[r][i] = sum over blocks k of  d_w d_x (q_w . q_x)  +  m_w sum_x
- *
- * in float32, block by block, the dot product of integers exact: the order never depends on the
- * number of rows, so neither do the bits of y.  Signed weights are stored with an offset, taken off
- * again by starting the integers at minus offset times the sum of the activations.
- *
- * One vector holds four columns of sixteen weight rows (formats.h), and each activation word is
- * broadcast from memory, which is free beside the dot products: their number bounds many rows, and
- * the bytes of the weights bound a few.  Sizes of arrays must be literals, or the compiler makes
- * them variable and spills them. */
+/* LINEAR: the work of products cut into units, and products with weights that are floats. */
 #include "linear.h"
-#include "formats.h"
+#include "products.h"
 #include "simd.h"
 
-/* Few rows read each weight once, at the speed of memory.  It is fetched to the second-level cache far
- * ahead, where more requests fit than in the first, and from there a little ahead of the product:
- * 143 tokens/s instead of 109 (one thread of a Xeon that reads 14 GB/s). */
-enum { AHEAD = 10240, NEAR = 2048 };
+/* Weights are fetched so far ahead to the second-level cache. */
+enum { AHEAD = 10240 };
 
-/* ---- Activations to tiles */
-
-#if PLANES == 2
-static const float LARGEST = 32512; /* 127 * 256: the high byte must not reach 128 */
+/* Rows that one pass over a group of floats takes. */
+#ifdef TIER_AVX512
+enum { FLOAT_ROWS = 6 };
 #else
-static const float LARGEST = 127;
+enum { FLOAT_ROWS = 2 };
 #endif
-
-/* Words of 32 values at x, `R` apart. */
-INLINE void split_block(const float *x, int R, int32_t *words)
-{
-    f32x16 x0 = load(x), x1 = load(x + 16);
-    i32x16 no_sign = splat_int(0x7fffffff);
-    /* As integers sizes compare the same, and NaN is larger than all. */
-    int32_t bits = largest_int(max_int((i32x16)x0 & no_sign, (i32x16)x1 & no_sign));
-    float largest, inverse, d;
-    int32_t packed[8 * PLANES];
-    memcpy(&largest, &bits, sizeof largest);
-    d = largest / LARGEST;
-    inverse = d > 0x1p-120f ? LARGEST / largest : 0; /* of infinity and NaN 0, but d stays */
-    if (!(largest < INFINITY)) {
-        d = NAN;
-        inverse = 0;
-        x0 = x1 = splat(0);
-    }
-    i32x16 i0 = to_nearest(x0 * splat(inverse)), i1 = to_nearest(x1 * splat(inverse));
-    int32_t second = -sum_int(i1), negative = second - sum_int(i0);
-#if PLANES == 2
-    store_bytes((int8_t *)packed, (i0 + 128) >> 8);
-    store_bytes((int8_t *)packed + 16, (i1 + 128) >> 8);
-    store_bytes((int8_t *)packed + 32, i0);
-    store_bytes((int8_t *)packed + 48, i1);
-#else
-    store_bytes((int8_t *)packed, i0);
-    store_bytes((int8_t *)packed + 16, i1);
-#endif
-    for (int i = 0; i < 8 * PLANES; i++)
-        words[i * R] = packed[i];
-    float value = -d * (float)negative;
-    memcpy(words + 8 * PLANES * R, &d, 4);
-    memcpy(words + (8 * PLANES + 1) * R, &value, 4);
-    words[(8 * PLANES + 2) * R] = negative;
-    words[(8 * PLANES + 3) * R] = second;
-}
-
-void split_tile(const float *x, int stride, int width, int R, int32_t *tile)
-{
-    for (int r = 0; r < R; r++)
-        for (int k = 0; k < width / 32; k++)
-            split_block(x + (int64_t)r * stride + 32 * k, R, tile + TILE_WORDS * R * k + r);
-}
-
-/* ---- Products */
-
-INLINE int32_t offset_of(int format)
-{
-    return format == Q4_0 ? 8 : format == Q5_0 ? 16 : format == Q6_K ? 32 : format == Q8_0 ? 128 : 0;
-}
-
-INLINE int has_minimum(int format)
-{
-    return format == Q4_1 || format == Q5_1 || format == Q4_K || format == Q5_K;
-}
-
-/* Words j (`low`) and j + 4 (`high`) of a block, each four columns of 16 rows. */
-INLINE void integers(int format, const uint8_t *w, int j, u32x16 *low, u32x16 *high)
-{
-    if (format == Q8_0) {
-        *low = load_bytes(w + 64 * j);
-        *high = load_bytes(w + 64 * (j + 4));
-        return;
-    }
-    u32x16 both = load_bytes(w + 64 * j);
-    *low = both & 0x0f0f0f0f;
-    *high = (both >> 4) & 0x0f0f0f0f;
-    if (format == Q5_0 || format == Q5_1 || format == Q5_K) {
-        u32x16 bits = load_bytes(w + 256);
-        *low |= (bits << (4 - j)) & 0x10101010;
-        *high |= (bits >> j) & 0x10101010;
-    }
-    if (format == Q6_K) {
-        u32x16 first = load_bytes(w + 256), second = load_bytes(w + 320);
-        *low |= (j < 2 ? first << (4 - 2 * j) : first >> (2 * j - 4)) & 0x30303030;
-        *high |= (j < 2 ? second << (4 - 2 * j) : second >> (2 * j - 4)) & 0x30303030;
-    }
-}
-
-/* Scale and minimum of 16 rows in a block; of Q6_K the scale without s. */
-INLINE void scales(int format, const uint8_t *w, f32x16 *d, f32x16 *m)
-{
-    int at = format == Q8_0                                                  ? 512
-             : format == Q5_0 || format == Q5_1 || format == Q5_K            ? 320
-             : format == Q6_K                                                ? 384
-                                                                             : 256;
-    *d = load_half((const uint16_t *)(w + at));
-    *m = *d;
-    if (has_minimum(format))
-        *m = load_half((const uint16_t *)(w + at + 32));
-    if (format == Q4_K || format == Q5_K) {
-        *d *= load_unsigned_bytes(w + at + 64);
-        *m *= splat(0) - load_unsigned_bytes(w + at + 80);
-    }
-}
-
-INLINE i32x16 start(int format, int32_t negative)
-{
-    return offset_of(format) ? splat_int(negative * offset_of(format)) : splat_int(0);
-}
-
-/* What one tile has to fetch of the weights that come next, all tiles together all of it. */
-typedef struct {
-    const uint8_t *bytes; /* null: what lies AHEAD */
-    int lines_a_block;
-} Next;
-
-INLINE void fetch_ahead(const uint8_t *w, size_t size, Next *next)
-{
-    UNROLL for (size_t u = 0; u < size; u += 64) prefetch(w + NEAR + u);
-    if (next->bytes) {
-        for (int u = 0; u < next->lines_a_block; u++, next->bytes += 64)
-            prefetch_far(next->bytes);
-    } else {
-        UNROLL for (size_t u = 0; u < size; u += 64) prefetch_far(w + AHEAD + u);
-    }
-}
-
-/* The dot products of one block: G groups of integers q with R rows of a tile, both planes.  Many
- * rows add the low plane to the shifted high one, in half the registers; a few keep two sums each,
- * so that enough products are in flight to hide their latency.  Integers are exact either way. */
-INLINE void dot_products(
-    const int G,
-    const int R,
-    const int first, /* words first .. last - 1 of the eight */
-    const int last,
-    u32x16 (*q)[2],
-    const int32_t *tile,
-    i32x16 (*dots)[TILE])
-{
-    if (PLANES == 2 && R >= 4) {
-        i32x16 start[2][TILE];
-        UNROLL for (int g = 0; g < G; g++) UNROLL for (int r = 0; r < R; r++) {
-            start[g][r] = dots[g][r];
-            dots[g][r] = splat_int(0);
-        }
-        UNROLL for (int j = first; j < last; j++) UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int g = 0; g < G; g++)
-                dots[g][r] = dot4(dots[g][r], q[j][g], splat_int(tile[j * R + r]));
-        UNROLL for (int g = 0; g < G; g++) UNROLL for (int r = 0; r < R; r++)
-            dots[g][r] = (dots[g][r] << 8) + start[g][r];
-        UNROLL for (int j = first; j < last; j++) UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int g = 0; g < G; g++)
-                dots[g][r] = dot4(dots[g][r], q[j][g], splat_int(tile[(8 + j) * R + r]));
-        return;
-    }
-    i32x16 high[2][TILE];
-    UNROLL for (int g = 0; g < G; g++) UNROLL for (int r = 0; r < R; r++) high[g][r] = splat_int(0);
-    UNROLL for (int j = first; j < last; j++) UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int g = 0; g < G; g++) {
-            if (PLANES == 2)
-                high[g][r] = dot4(high[g][r], q[j][g], splat_int(tile[j * R + r]));
-            i32x16 x = splat_int(tile[(8 * (PLANES - 1) + j) * R + r]);
-            dots[g][r] = dot4(dots[g][r], q[j][g], x);
-        }
-    if (PLANES == 2)
-        UNROLL for (int g = 0; g < G; g++) UNROLL for (int r = 0; r < R; r++)
-            dots[g][r] += high[g][r] << 8;
-}
-
-/* y[g][r][0..15] for G groups and R rows of a tile; the sums of many rows stay in memory, since the
- * integers of two groups take half of the registers. */
-INLINE void product(
-    const int format,
-    const int G,
-    const int R,
-    const uint8_t *w,
-    size_t group_size,
-    int num_blocks,
-    const int32_t *tile,
-    Next next,
-    float *y)
-{
-    const size_t size = block_bytes(format);
-    UNROLL for (int i = 0; i < G * R; i++) store(y + ROWS * i, splat(0));
-    for (int k = 0; k < num_blocks; k++, w += size, tile += TILE_WORDS * R) {
-        const float *d_x = (const float *)(tile + 8 * PLANES * R), *sum_x = d_x + R;
-        const int32_t *negative = (const int32_t *)(sum_x + R);
-        u32x16 q[8][2];
-        i32x16 dots[2][TILE];
-        fetch_ahead(w, size, &next);
-        if (G == 2)
-            UNROLL for (size_t u = 0; u < size; u += 64) prefetch(w + group_size + NEAR + u);
-        UNROLL for (int g = 0; g < G; g++) {
-            UNROLL for (int j = 0; j < 4; j++)
-                integers(format, w + g * group_size, j, &q[j][g], &q[j + 4][g]);
-            UNROLL for (int r = 0; r < R; r++) dots[g][r] = start(format, negative[r]);
-        }
-        dot_products(G, R, 0, 8, q, tile, dots);
-        UNROLL for (int g = 0; g < G; g++) {
-            f32x16 d, m;
-            scales(format, w + g * group_size, &d, &m);
-            UNROLL for (int r = 0; r < R; r++) {
-                float *at = y + ROWS * (R * g + r);
-                f32x16 sum = fma16(to_float(dots[g][r]), d * splat(d_x[r]), load(at));
-                if (has_minimum(format))
-                    sum = fma16(m, splat(sum_x[r]), sum);
-                store(at, sum);
-            }
-        }
-    }
-}
-
-/* Q6_K has a scale for each half of a block, and so two dot products: one group at a time. */
-INLINE void product_q6_k(
-    const int R, const uint8_t *w, int num_blocks, const int32_t *tile, Next next, float *y)
-{
-    const size_t size = block_bytes(Q6_K);
-    UNROLL for (int r = 0; r < R; r++) store(y + ROWS * r, splat(0));
-    for (int k = 0; k < num_blocks; k++, w += size, tile += TILE_WORDS * R) {
-        const float *d_x = (const float *)(tile + 8 * PLANES * R);
-        const int32_t *negative = tile + (8 * PLANES + 2) * R, *second = negative + R;
-        f32x16 d = load_half((const uint16_t *)(w + 384));
-        u32x16 q[8][2];
-        f32x16 halves[2][TILE];
-        fetch_ahead(w, size, &next);
-        UNROLL for (int j = 0; j < 4; j++) integers(Q6_K, w, j, &q[j][0], &q[j + 4][0]);
-        UNROLL for (int h = 0; h < 2; h++) {
-            i32x16 dots[2][TILE];
-            UNROLL for (int r = 0; r < R; r++)
-                dots[0][r] = start(Q6_K, h ? second[r] : negative[r] - second[r]);
-            dot_products(1, R, 4 * h, 4 * h + 4, q, tile, dots);
-            UNROLL for (int r = 0; r < R; r++) halves[h][r] = to_float(dots[0][r]);
-        }
-        f32x16 s0 = load_signed_bytes(w + 416), s1 = load_signed_bytes(w + 432);
-        UNROLL for (int r = 0; r < R; r++) {
-            f32x16 value = fma16(halves[1][r], s1, halves[0][r] * s0);
-            store(y + ROWS * r, fma16(value, d * splat(d_x[r]), load(y + ROWS * r)));
-        }
-    }
-}
 
 /* Weights that are floats, times floats.  Four sums, by column modulo 4, hide the latency. */
 INLINE void product_float(
     const int format, const int R, const uint8_t *w, int columns, const float *x, int stride, float *y)
 {
     const size_t size = block_bytes(format);
-    f32x16 sums[4][TILE];
+    f32x16 sums[4][FLOAT_ROWS];
     UNROLL for (int i = 0; i < 4; i++) UNROLL for (int r = 0; r < R; r++) sums[i][r] = splat(0);
     int c = 0;
 #define STEP(i)                                                                                    \
@@ -288,59 +42,6 @@ INLINE void product_float(
         store(y + ROWS * r, (sums[0][r] + sums[1][r]) + (sums[2][r] + sums[3][r]));
 }
 
-/* ---- One function for each format and number of rows */
-
-typedef void (*Product)(
-    const uint8_t *w,
-    size_t group_size,
-    int num_blocks,
-    const int32_t *tile,
-    Next next,
-    float *y);
-
-#define ONE(format, R)                                                                             \
-    static void format##_##R(                                                                      \
-        const uint8_t *w,                                                                          \
-        size_t group_size,                                                                         \
-        int num_blocks,                                                                            \
-        const int32_t *tile,                                                                       \
-        Next next,                                                                                 \
-        float *y)                                                                                  \
-    {                                                                                              \
-        if (format == Q6_K) {                                                                      \
-            product_q6_k(R, w, num_blocks, tile, next, y);                                         \
-            product_q6_k(R, w + group_size, num_blocks, tile, next, y + ROWS * R);                 \
-        } else if (R == 1) {                                                                       \
-            product(format, 1, R, w, 0, num_blocks, tile, next, y);                                \
-            product(format, 1, R, w + group_size, 0, num_blocks, tile, next, y + ROWS * R);        \
-        } else {                                                                                   \
-            product(format, 2, R, w, group_size, num_blocks, tile, next, y);                       \
-        }                                                                                          \
-    }
-
-#ifdef TIER_AVX512
-#define TILE_SIZES(M, format)                                                                      \
-    M(format, 1) M(format, 2) M(format, 3) M(format, 4) M(format, 5) M(format, 6)
-#define NAMES(format) {format##_1, format##_2, format##_3, format##_4, format##_5, format##_6}
-#else
-#define TILE_SIZES(M, format) M(format, 1) M(format, 2)
-#define NAMES(format) {format##_1, format##_2}
-#endif
-
-TILE_SIZES(ONE, Q4_0)
-TILE_SIZES(ONE, Q4_1)
-TILE_SIZES(ONE, Q5_0)
-TILE_SIZES(ONE, Q5_1)
-TILE_SIZES(ONE, Q8_0)
-TILE_SIZES(ONE, Q4_K)
-TILE_SIZES(ONE, Q5_K)
-TILE_SIZES(ONE, Q6_K)
-
-static const Product products[NUM_FORMATS][TILE] = {
-    [Q4_0] = NAMES(Q4_0), [Q4_1] = NAMES(Q4_1), [Q5_0] = NAMES(Q5_0), [Q5_1] = NAMES(Q5_1),
-    [Q8_0] = NAMES(Q8_0), [Q4_K] = NAMES(Q4_K), [Q5_K] = NAMES(Q5_K), [Q6_K] = NAMES(Q6_K),
-};
-
 typedef void (*FloatProduct)(const uint8_t *w, int columns, const float *x, int stride, float *y);
 
 #define ONE_FLOAT(format, R)                                                                       \
@@ -349,22 +50,65 @@ typedef void (*FloatProduct)(const uint8_t *w, int columns, const float *x, int 
         product_float(format, R, w, columns, x, stride, y);                                        \
     }
 
-TILE_SIZES(ONE_FLOAT, F32)
-TILE_SIZES(ONE_FLOAT, F16)
-TILE_SIZES(ONE_FLOAT, BF16)
+#ifdef TIER_AVX512
+#define ROW_COUNTS(M, format)                                                                      \
+    M(format, 1) M(format, 2) M(format, 3) M(format, 4) M(format, 5) M(format, 6)
+#define NAMES(format) {format##_1, format##_2, format##_3, format##_4, format##_5, format##_6}
+#else
+#define ROW_COUNTS(M, format) M(format, 1) M(format, 2)
+#define NAMES(format) {format##_1, format##_2}
+#endif
 
-static const FloatProduct float_products[3][TILE] = {
+ROW_COUNTS(ONE_FLOAT, F32)
+ROW_COUNTS(ONE_FLOAT, F16)
+ROW_COUNTS(ONE_FLOAT, BF16)
+
+static const FloatProduct float_products[3][FLOAT_ROWS] = {
     [F32] = NAMES(F32), [F16] = NAMES(F16), [BF16] = NAMES(BF16)};
+
+/* Rows x_row .. x_row + R - 1 of x to rows out_row .. of out. */
+static void multiply_floats(const Operation *operation, Groups groups, int x_row, int out_row, int R)
+{
+    const Part *part = groups.part;
+    size_t size = group_bytes(part->format, part->columns);
+    float y[ROWS * FLOAT_ROWS] __attribute__((aligned(64)));
+    for (int done = 0; done < R; done += FLOAT_ROWS) {
+        int count = R - done < FLOAT_ROWS ? R - done : FLOAT_ROWS;
+        const float *x = operation->x + (int64_t)(x_row + done) * operation->x_stride;
+        for (int g = 0; g < groups.num_groups; g++) {
+            float_products[part->format][count - 1](
+                groups.w + (size_t)g * size, part->columns, x, operation->x_stride, y);
+            finish_sums(operation, part, groups.group + g, out_row + done, count, y);
+        }
+    }
+}
+
+/* ---- Sums to rows */
+
+void finish_sums(
+    const Operation *operation, const Part *part, int group, int row, int R, const float *y)
+{
+    int left = part->rows - ROWS * group, count = left < ROWS ? left : ROWS;
+    int column = part->first_column + ROWS * group;
+    f32x16 bias = splat(0), scale = splat(operation->scale);
+    if (operation->weight)
+        bias = load_first(operation->weight + column, count);
+    for (int r = 0; r < R; r++) {
+        float *out = operation->out + (int64_t)(row + r) * operation->out_stride + column;
+        f32x16 value = (load(y + ROWS * r) + bias) * scale;
+        if (operation->accumulate)
+            value += load_first(out, count);
+        store_first(out, value, count);
+    }
+}
 
 /* ---- Units of work */
 
 /* So many activation bytes stay in the second-level cache while weights pass by. */
-enum { CHUNK_BYTES = 512 << 10 };
-
 static int chunk_tiles(const Operation *operation)
 {
-    int tiles = CHUNK_BYTES / (operation->width / 32 * TILE_WORDS * 4 * TILE + 1);
-    return tiles < 1 ? 1 : tiles;
+    int tiles = CHUNK_BYTES / (tile_words(operation->width) * 4 * TILE + 1);
+    return tiles < 1 ? 1 : tiles < MAX_CHUNK_TILES ? tiles : MAX_CHUNK_TILES;
 }
 
 static int pairs_of(const Part *part, int queue)
@@ -386,87 +130,36 @@ int linear_units(const Operation *operation, int num_rows, int queue)
     return linear_pairs(operation, queue) * ((num_tiles(num_rows) + chunk - 1) / chunk);
 }
 
-/* Bias, scale and sum of R rows of one group, into columns column .. column + count - 1 of out. */
-static void finish(
-    const Operation *operation, int column, int count, int first_row, int R, const float *y)
+/* Of a thread's queue the pair of groups, or the last one. */
+static Groups groups_of(const Part *part, int queue, int pair)
 {
-    f32x16 bias = splat(0), scale = splat(operation->scale);
-    if (operation->weight)
-        bias = load_first(operation->weight + column, count);
-    for (int r = 0; r < R; r++) {
-        float *out = operation->out + (int64_t)(first_row + r) * operation->out_stride + column;
-        f32x16 value = (load(y + ROWS * r) + bias) * scale;
-        if (operation->accumulate)
-            value += load_first(out, count);
-        store_first(out, value, count);
-    }
-}
-
-/* Two groups of weights, or the last one, for tiles first .. end - 1. */
-static void run_pair(
-    const Operation *operation, const Part *part, int queue, int pair, int num_rows, int first, int end)
-{
+    for (; pair >= pairs_of(part, queue); part++)
+        pair -= pairs_of(part, queue);
     size_t size = group_bytes(part->format, part->columns);
-    int group = part->bounds[queue] + 2 * pair, is_single = group + 1 == part->bounds[queue + 1];
-    int num_blocks = part->columns / COLUMNS, num_lines = (int)(2 * size / 64) + 1;
-    int lines_a_block = num_lines / (num_blocks * (end - first) + 1) + 1;
-    const uint8_t *w = part->groups[queue] + 2 * size * (size_t)pair;
-    Next next = {end - first == 1 ? 0 : w + 2 * size, lines_a_block};
-    float y[2 * ROWS * TILE] __attribute__((aligned(64)));
-    for (int tile = first; tile < end; tile++) {
-        int row = tile_start(num_rows, tile), R = tile_start(num_rows, tile + 1) - row;
-        if (is_float(part->format)) {
-            const float *x = operation->x + (int64_t)row * operation->x_stride;
-            for (int g = 0; g < 2 - is_single; g++)
-                float_products[part->format][R - 1](
-                    w + (size_t)g * size, part->columns, x, operation->x_stride, y + ROWS * R * g);
-        } else {
-            products[part->format][R - 1](
-                w, is_single ? 0 : size, num_blocks, tile_at(operation, row), next, y);
-            if (next.bytes)
-                next.bytes += 64 * (size_t)(lines_a_block * num_blocks);
-            if (next.bytes > w + 4 * size)
-                next.lines_a_block = 0;
-        }
-        for (int g = 0; g < 2 - is_single; g++) {
-            int below = ROWS * (group + g), left = part->rows - below;
-            finish(operation, part->first_column + below, left < ROWS ? left : ROWS, row, R,
-                   y + ROWS * R * g);
-        }
-    }
+    int group = part->bounds[queue] + 2 * pair;
+    return (Groups){part, part->groups[queue] + 2 * size * (size_t)pair, group,
+                    group + 1 == part->bounds[queue + 1] ? 1 : 2};
 }
 
 void linear_run(const Operation *operation, int num_rows, int queue, int unit)
 {
-    int pairs = linear_pairs(operation, queue), chunk = chunk_tiles(operation);
-    int first = unit / pairs * chunk, pair = unit % pairs, all = num_tiles(num_rows);
-    const Part *part = operation->parts;
-    for (; pair >= pairs_of(part, queue); part++)
-        pair -= pairs_of(part, queue);
-    run_pair(operation, part, queue, pair, num_rows, first, first + chunk < all ? first + chunk : all);
+    int pairs = linear_pairs(operation, queue), all = num_tiles(num_rows);
+    int chunk = chunk_tiles(operation), first = unit / pairs * chunk;
+    int end = first + chunk < all ? first + chunk : all;
+    Groups groups = groups_of(operation->parts, queue, unit % pairs);
+    if (is_float(groups.part->format))
+        multiply_floats(operation, groups, tile_start(num_rows, first), tile_start(num_rows, first),
+                        tile_start(num_rows, end) - tile_start(num_rows, first));
+    else
+        multiply_tiles(operation, groups, num_rows, first, end);
 }
 
 void linear_run_row(
     const Operation *operation, const Part *parts, int queue, int pair, int x_row, int out_row)
 {
-    const Part *part = parts;
-    for (; pair >= pairs_of(part, queue); part++)
-        pair -= pairs_of(part, queue);
-    size_t size = group_bytes(part->format, part->columns);
-    int group = part->bounds[queue] + 2 * pair, is_single = group + 1 == part->bounds[queue + 1];
-    const uint8_t *w = part->groups[queue] + 2 * size * (size_t)pair;
-    float y[2 * ROWS] __attribute__((aligned(64)));
-    if (is_float(part->format)) {
-        const float *x = operation->x + (int64_t)x_row * operation->x_stride;
-        for (int g = 0; g < 2 - is_single; g++)
-            float_products[part->format][0](
-                w + (size_t)g * size, part->columns, x, operation->x_stride, y + ROWS * g);
-    } else {
-        products[part->format][0](
-            w, is_single ? 0 : size, part->columns / COLUMNS, tile_at(operation, x_row), (Next){0, 0}, y);
-    }
-    for (int g = 0; g < 2 - is_single; g++) {
-        int below = ROWS * (group + g), left = part->rows - below;
-        finish(operation, part->first_column + below, left < ROWS ? left : ROWS, out_row, 1, y + ROWS * g);
-    }
+    Groups groups = groups_of(parts, queue, pair);
+    if (is_float(groups.part->format))
+        multiply_floats(operation, groups, x_row, out_row, 1);
+    else
+        multiply_row(operation, groups, x_row, out_row);
 }

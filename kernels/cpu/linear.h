@@ -13,20 +13,4 @@ int linear_pairs(const Operation *operation, int queue);
 void linear_run_row(
     const Operation *operation, const Part *parts, int queue, int pair, int x_row, int out_row);
 
-/* Floats of scaled rows to the tile at `tile`; R rows of `width` floats, `stride` apart. */
-void split_tile(const float *x, int stride, int width, int R, int32_t *tile);
-
-/* The rows of a step are cut into as few tiles as possible, of nearly equal size. */
-static inline int num_tiles(int num_rows) { return (num_rows + TILE - 1) / TILE; }
-
-static inline int tile_start(int num_rows, int tile)
-{
-    return num_rows == 0 ? 0 : (int)((int64_t)num_rows * tile / num_tiles(num_rows));
-}
-
-static inline int32_t *tile_at(const Operation *operation, int first)
-{
-    return operation->tiles + (int64_t)TILE_WORDS * first * (operation->width / 32);
-}
-
 #endif

@@ -1,10 +1,8 @@
 /* Rows of a file's tensors to groups of formats.h; the values stay what they are.
  *
  * The file's blocks are those of ggml-common.h.  A K block has 256 columns and becomes eight. */
-#include <stdint.h>
-#include <string.h>
-
 #include "formats.h"
+#include "simd.h"
 
 /* One row of 32 columns taken out of a file's block: its integers and its scales. */
 typedef struct {
@@ -151,6 +149,42 @@ static void put(int format, uint8_t *out, const Block *block, int r)
     }
 }
 
+/* The largest size of a weight in the block, or a little more. */
+static float size_of(int format, const Block *block)
+{
+    static const float largest[NUM_FORMATS] = {
+        [Q4_0] = 8, [Q4_1] = 15, [Q5_0] = 16, [Q5_1] = 31, [Q8_0] = 128, [Q4_K] = 15, [Q5_K] = 31,
+        [Q6_K] = 32,
+    };
+    uint16_t halves[16] = {block->d, block->m};
+    f32x16 scales = load_half(halves);
+    float d = fabsf(scales[0]) * largest[format], m = fabsf(scales[1]);
+    if (format == Q4_K || format == Q5_K)
+        return d * block->s + m * block->t;
+    if (format == Q6_K)
+        return d * fmaxf(fabsf((float)(int8_t)block->s), fabsf((float)(int8_t)block->t));
+    return d + m;
+}
+
+/* The unit of row r of a group: a power of two, in which its largest weight is 22 bits long. */
+static void put_unit(int format, uint8_t *group, const uint8_t *row, int columns, int r)
+{
+    float largest = 0, unit = 1;
+    int exponent;
+    for (int k = 0; k < columns / COLUMNS; k++) {
+        Block block = take(format, row, k);
+        float size = size_of(format, &block);
+        if (size > largest || size != size)
+            largest = size;
+    }
+    frexpf(largest, &exponent);
+    if (largest > 0)
+        unit = ldexpf(1, exponent - 22);
+    if (!(largest < INFINITY))
+        unit = NAN;
+    memcpy(group + 4 * r, &unit, sizeof unit);
+}
+
 static void put_floats(int format, uint8_t *out, const uint8_t *row, int columns, int r)
 {
     size_t size = format == F32 ? 4 : 2;
@@ -174,6 +208,9 @@ void llmsrv_pack(
             put_floats(format, out, rows, columns, i % ROWS);
             continue;
         }
+        if (UNITS_BYTES)
+            put_unit(format, out, rows, columns, i % ROWS);
+        out += UNITS_BYTES;
         for (int k = 0; k < columns / COLUMNS; k++, out += block_bytes(format)) {
             Block block = take(format, rows, k);
             put(format, out, &block, i % ROWS);

@@ -5,8 +5,10 @@
 
 #include "attention.h"
 #include "experts.h"
+#include "formats.h"
 #include "linear.h"
 #include "pool.h"
+#include "products.h"
 #include "rows.h"
 #include "sample.h"
 
@@ -173,8 +175,25 @@ int64_t llmsrv_sample_scratch_bytes(int32_t vocab_size) { return sample_scratch_
 
 /* ---- For laying a plan out */
 
+/* 0 when this process may run the kernels. */
+int32_t llmsrv_prepare(void)
+{
+#ifdef TIER_AMX
+    return matrix_registers_denied();
+#else
+    return 0;
+#endif
+}
+
 Pool *llmsrv_start_threads(int32_t num_threads) { return pool_start(num_threads); }
 void llmsrv_stop_threads(Pool *pool) { pool_stop(pool); }
+
+int32_t llmsrv_tile_words(int32_t width) { return tile_words(width); }
+
+int64_t llmsrv_group_bytes(int32_t format, int32_t columns)
+{
+    return (int64_t)group_bytes(format, columns);
+}
 
 int64_t llmsrv_scratch_floats(int32_t num_heads, int32_t num_kv_heads, int32_t padded_dim)
 {

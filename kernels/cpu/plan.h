@@ -12,21 +12,15 @@ enum { BLOCK_SIZE = 16, CHUNK = 256 }; /* positions: of a cache block, of a step
 #endif
 #define PLANES (ACTIVATION_BITS / 8)
 
-/* A tile is the activations of up to TILE rows, cut into blocks of 32 columns; of R rows, a block is
- *     int32  high[8][R]    four columns each, signed bytes
- *     int32  low[8][R]     with 16 bits only: the value is d (256 high + low)
- *     float  d[R]
- *     float  sum[R]        of the 32 values
- *     int32  negative[R]   minus the sum of the 32 integers, and
- *     int32  second[R]     of the last 16 of them
- * 16 bits are exact to 2e-5 of a block's largest value; products with them cost two of 8 bits. */
+/* A tile is the activations of so many rows at most; its form is its products' own (products.h). */
 enum {
-#ifdef TIER_AVX512
+#if defined(TIER_AMX)
+    TILE = 16, /* rows of a matrix register */
+#elif defined(TIER_AVX512)
     TILE = 6, /* rows by two groups of weights: as many sums as registers hold */
 #else
     TILE = 2,
 #endif
-    TILE_WORDS = 8 * PLANES + 4 /* a row and block */
 };
 
 enum Kind {

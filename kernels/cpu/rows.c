@@ -1,7 +1,7 @@
 /* NORM, ROPE, ACTIVATE and their like.  What a product reads next becomes a tile at once, while the
  * rows are in the cache. */
 #include "rows.h"
-#include "linear.h"
+#include "products.h"
 #include "simd.h"
 
 #define FOR_VECTORS(i, width) for (int i = 0; i < (width); i += 16)

@@ -76,14 +76,13 @@ class Layout:
         program: Program,
         limits: Limits,
         num_threads: int,
-        activation_bits: int,
         tick: Callable[[], None],
     ) -> None:
         _check(program)
         self._program = program
         self._limits = limits
         self._memory = Memory(library)
-        self._tile_bytes = 4 * (activation_bits // 8 * 8 + 4)  # of a row and a block of 32 columns
+        self._library = library
         self._widths = program.buffers | _expert_buffers(program)
         linears = list(_linears(program))
         stacks = {tuple(t.name for t in stack): stack for stack in _stacks(program)}
@@ -112,8 +111,8 @@ class Layout:
         return self._memory.array((rows, width), np.float32)
 
     def _tiles_of(self, name: str) -> Array:
-        rows, width = len(self.buffers[name]), self._widths[name]
-        return self._memory.array((rows * (width // 32) * self._tile_bytes,), np.uint8)
+        words = self._library.llmsrv_tile_words(self._widths[name])
+        return self._memory.array((len(self.buffers[name]), words), np.int32)
 
     # ---- Steps
 

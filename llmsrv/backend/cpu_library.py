@@ -21,19 +21,12 @@ CHUNK = 256  # positions in a step of attention
 MAX_HEAD_DIM = 512
 PAGE = 4096
 
-# enum Format, and the bytes of 16 rows by 32 columns, or by one column of floats
+# enum Format
 FORMATS = {
-    "F32": (0, 64),
-    "F16": (1, 32),
-    "BF16": (2, 32),
-    "Q4_0": (3, 288),
-    "Q4_1": (4, 320),
-    "Q5_0": (5, 352),
-    "Q5_1": (6, 384),
-    "Q8_0": (7, 544),
-    "Q4_K": (8, 352),
-    "Q5_K": (9, 416),
-    "Q6_K": (10, 448),
+    name: number
+    for number, name in enumerate(
+        "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q5_K Q6_K".split()
+    )
 }
 FLOATS = ("F32", "F16", "BF16")
 
@@ -141,6 +134,9 @@ FUNCTIONS: dict[str, tuple[Any, Sequence[Any]]] = {
         [pointer, pointer, int32, int32, int32, pointer, pointer, pointer, pointer, pointer],
     ),
     "llmsrv_sample_scratch_bytes": (ctypes.c_int64, [int32]),
+    "llmsrv_prepare": (int32, []),
+    "llmsrv_tile_words": (int32, [int32]),
+    "llmsrv_group_bytes": (ctypes.c_int64, [int32, int32]),
     "llmsrv_scratch_floats": (ctypes.c_int64, [int32, int32, int32]),
     "llmsrv_start_threads": (pointer, [int32]),
     "llmsrv_stop_threads": (None, [pointer]),

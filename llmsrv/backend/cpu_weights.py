@@ -12,7 +12,6 @@ import numpy as np
 
 from llmsrv.backend.base import Array
 from llmsrv.backend.base import Tensor
-from llmsrv.backend.cpu_library import FLOATS
 from llmsrv.backend.cpu_library import FORMATS
 from llmsrv.backend.cpu_library import ROWS
 from llmsrv.backend.cpu_library import Memory
@@ -47,7 +46,7 @@ class Weights:
                 bounds = self._bounds(rows)
                 for thread in range(num_threads):
                     groups = bounds[thread + 1] - bounds[thread]
-                    sizes[thread] += _aligned(groups * _group_bytes(format, columns))
+                    sizes[thread] += _aligned(groups * self._group_bytes(format, columns))
         memory = Memory(library)
         self._stretches = [
             memory.array((size + MARGIN_BYTES,), np.uint8, wants_huge_pages=True) for size in sizes
@@ -58,6 +57,10 @@ class Weights:
 
     def parts(self, stack: Sequence[Tensor]) -> "ctypes.Array[Part]":
         return self._parts[_names(stack)]
+
+    def _group_bytes(self, format: str, columns: int) -> int:
+        size: int = self._library.llmsrv_group_bytes(FORMATS[format], columns)
+        return size
 
     def _bounds(self, rows: int) -> list[int]:
         groups = -(-rows // ROWS)
@@ -70,11 +73,11 @@ class Weights:
         for part, (format, tensors, rows, columns) in zip(parts, runs):
             bounds = np.array(self._bounds(rows), np.int32)
             groups = np.zeros(self._num_threads, np.uint64)
-            size = _group_bytes(format, columns)
+            size = self._group_bytes(format, columns)
             for thread in range(self._num_threads):
                 groups[thread] = address_of(self._stretches[thread]) + self._used[thread]
                 self._used[thread] += _aligned(int(bounds[thread + 1] - bounds[thread]) * size)
-            part.format = FORMATS[format][0]
+            part.format = FORMATS[format]
             part.rows, part.columns, part.first_column = rows, columns, first_column
             part.bounds, part.groups = address_of(bounds), address_of(groups)
             self._kept += [bounds, groups]
@@ -97,7 +100,7 @@ class Weights:
                 if first < end:
                     rows = data[first - start : end - start]
                     self._library.llmsrv_pack(
-                        FORMATS[format][0],
+                        FORMATS[format],
                         columns,
                         address_of(rows),
                         rows.strides[0],
@@ -127,11 +130,6 @@ def _names(stack: Sequence[Tensor]) -> tuple[str, ...]:
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _group_bytes(format: str, columns: int) -> int:
-    size = FORMATS[format][1]
-    return size * (columns if format in FLOATS else columns // 32)
 
 
 def format_of(tensor: Tensor) -> str:

@@ -63,7 +63,9 @@ def cpu(request):
 
 @pytest.fixture(scope="session")
 def cpu8():
-    return CPUBackend(CPUOptions(default_cache_dir(), num_threads=3, activation_bits=8))
+    tiers = tuple(tier for tier in TIERS if not tier.always_16_bits)
+    options = CPUOptions(default_cache_dir(), num_threads=3, activation_bits=8, tiers=tiers)
+    return CPUBackend(options)
 
 
 def random(*shape, seed=0):
@@ -114,7 +116,7 @@ def test_linear_multiplies_weights_of_every_type(cpu, type, num_rows):
     linear = Linear("out", "x", (weight,))
     ours, theirs = both(cpu, [linear], {"x": columns, "out": 45}, rows(num_rows), x=x)["out"]
     size = np.abs(theirs).max()
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-4 * size)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-4 * size)
 
 
 @pytest.mark.parametrize("type", PACKED)

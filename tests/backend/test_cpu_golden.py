@@ -8,6 +8,7 @@ import pytest
 
 from llmsrv.backend.base import Limits
 from llmsrv.backend.cpu import CPUBackend
+from llmsrv.backend.cpu import TIERS
 from llmsrv.backend.cpu import CPUOptions
 from llmsrv.config import default_cache_dir
 from llmsrv.model.load import load_model
@@ -22,7 +23,8 @@ LIMITS = Limits(max_rows=3072, max_logit_rows=1024, max_slots=2, num_blocks=200)
 
 def measured(model, golden, bits):
     """Every step of all cases."""
-    backend = CPUBackend(CPUOptions(default_cache_dir(), activation_bits=bits))
+    tiers = tuple(tier for tier in TIERS if bits == 16 or not tier.always_16_bits)
+    backend = CPUBackend(CPUOptions(default_cache_dir(), activation_bits=bits, tiers=tiers))
     program = load_model(model, lambda: None).program
     plan = backend.compile(program, LIMITS, lambda: None)
     cases = json.loads(golden.read_text())["cases"]

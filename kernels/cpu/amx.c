@@ -1,0 +1,491 @@
+/* Products of quantised weights with activations of 16 bits, in integers, on matrix registers.
+ *
+ * In each row of weights all values are whole multiples of a unit, a power of two that makes the
+ * largest one 22 bits long: a block's scale and minimum, over the unit, are rounded to integers D and
+ * M, which is exact but for scales a thousand times smaller than the row's largest.  Activations are
+ * cut into stretches of up to 640 columns, each of integers with one scale.  Then
+ *
+ *     y[r][i] = unit[i] * sum over stretches s of  scale[r][s] float(total >> 16)
+ *     total   = sum over blocks of  D (q . x) + M sum(x)                          below 2^47
+ *
+ * where total is exact however it is computed: few rows multiply q as it lies in memory and sum in 64
+ * bits, at the speed of memory; many rows multiply D q + M, made once for all of them, three planes of
+ * bytes by two of the activations.  So neither the number of rows nor the tiles change a bit of y.
+ *
+ * A matrix register has 16 rows of 64 bytes (Intel 64 and IA-32 Software Developer's Manual, volume 1,
+ * chapter 18).  Its products take bytes from two of them, four columns of sixteen rows side by side in
+ * the second: just what a vector of formats.h holds. */
+#ifdef TIER_AMX
+#include "products.h"
+#include "unpack.h"
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum {
+    STEP = 64,         /* columns of a matrix register */
+    STRETCH = 640,     /* columns with one scale, at most */
+    FEW = 4,           /* rows for which weights are not made planes */
+    WEIGHT_PLANES = 3, /* of bytes, the lowest first; the highest is signed */
+    AHEAD = 10240, NEAR = 2048, /* as in products.c */
+};
+
+int matrix_registers_denied(void)
+{
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) != 0;
+}
+
+/* ---- Activations to tiles */
+
+/* A tile of R rows is
+ *     int8   planes[step][2][R][64]  high and low bytes, both signed: 256 high + low
+ *     int32  sums[half block][R]     of 16 columns; only where R <= FEW
+ *     float  scales[stretch][R]
+ * Columns beyond the width, in the last step, are 0. */
+static int num_steps(int width) { return (width + STEP - 1) / STEP; }
+static int num_stretches(int width) { return (width + STRETCH - 1) / STRETCH; }
+
+/* All but the last are equally long. */
+static int stretch_steps(int width)
+{
+    int stretches = num_stretches(width);
+    return (num_steps(width) + stretches - 1) / stretches;
+}
+
+static int sums_at(int width, int R) { return num_steps(width) * STEP / 2 * R; }
+static int scales_at(int width, int R) { return sums_at(width, R) + width / 16 * R; }
+
+int tile_words(int width) { return scales_at(width, 1) + num_stretches(width); }
+
+/* The largest size of x[0..count-1], a multiple of 32; infinity and NaN are larger than all. */
+INLINE float largest_of(const float *x, int count)
+{
+    i32x16 no_sign = splat_int(0x7fffffff), largest = splat_int(0);
+    for (int i = 0; i < count; i += 16)
+        largest = max_int(largest, (i32x16)load(x + i) & no_sign);
+    int32_t bits = largest_int(largest);
+    float size;
+    memcpy(&size, &bits, sizeof size);
+    return size;
+}
+
+/* Columns first .. end - 1 of row r of R; the tile's scale for them is returned. */
+INLINE float split_stretch(const float *x, int first, int end, int width, int r, int R, int32_t *tile)
+{
+    float largest = largest_of(x + first, end - first);
+    int is_finite = largest < INFINITY;
+    f32x16 inverse = splat(is_finite && largest > 0x1p-100f ? 32512 / largest : 0);
+    int32_t *sums = tile + sums_at(width, R) + r;
+    for (int c = first; c < end; c += 16) {
+        f32x16 value = is_finite ? load(x + c) : splat(0);
+        i32x16 q = to_nearest(value * inverse);
+        int8_t *out = (int8_t *)tile + (2 * (c / STEP) * R + r) * STEP + c % STEP;
+        store_bytes(out, (q + 128) >> 8);
+        store_bytes(out + STEP * R, q);
+        if (R <= FEW)
+            sums[c / 16 * R] = sum_int(q);
+    }
+    return is_finite ? largest * (65536.0f / 32512) : NAN;
+}
+
+static void split_row(const float *x, int width, int r, int R, int32_t *tile)
+{
+    int columns = stretch_steps(width) * STEP;
+    float *scales = (float *)(tile + scales_at(width, R)) + r;
+    for (int first = 0; first < width; first += columns, scales += R) {
+        int end = first + columns < width ? first + columns : width;
+        *scales = split_stretch(x, first, end, width, r, R, tile);
+    }
+    if (width % STEP) {
+        int8_t *rest = (int8_t *)tile + (2 * (width / STEP) * R + r) * STEP + STEP / 2;
+        memset(rest, 0, STEP / 2);
+        memset(rest + STEP * R, 0, STEP / 2);
+    }
+}
+
+void split_tile(const float *x, int stride, int width, int R, int32_t *tile)
+{
+    for (int r = 0; r < R; r++)
+        split_row(x + (int64_t)r * stride, width, r, R, tile);
+}
+
+/* ---- Weights as integers */
+
+INLINE f32x16 inverse_units(const uint8_t *group)
+{
+    return splat(1) / load((const float *)group);
+}
+
+/* D and M of a block's half, the same for both halves but in Q6_K; M counts for q without offset. */
+INLINE void integer_scales(
+    const int format, const uint8_t *w, f32x16 inverse, const int half, i32x16 *D, i32x16 *M)
+{
+    f32x16 d, m;
+    scales(format, w, &d, &m);
+    if (format == Q6_K)
+        d *= load_signed_bytes(w + 416 + 16 * half);
+    *D = to_nearest(d * inverse);
+    *M = has_minimum(format) ? to_nearest(m * inverse) : splat_int(0) - *D * offset_of(format);
+}
+
+/* ---- Few rows */
+
+typedef struct {
+    __m512i even, odd; /* 64-bit sums of eight rows of weights each */
+} Totals;
+
+/* totals += a * b, lane by lane, of which b's odd lanes are also at odd_b's even ones. */
+INLINE void add_products(Totals *totals, i32x16 a, i32x16 b, __m512i odd_b)
+{
+    __m512i odd_a = _mm512_srli_epi64((__m512i)a, 32);
+    totals->even = _mm512_add_epi64(totals->even, _mm512_mul_epi32((__m512i)a, (__m512i)b));
+    totals->odd = _mm512_add_epi64(totals->odd, _mm512_mul_epi32(odd_a, odd_b));
+}
+
+/* total >> 16 of sixteen rows */
+INLINE f32x16 shortened(const Totals *totals)
+{
+    __m512i even = _mm512_srai_epi64(totals->even, 16), odd = _mm512_srai_epi64(totals->odd, 16);
+    return to_float((i32x16)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32)));
+}
+
+/* D (q . x) + M sum(x) of words first .. last - 1 of a block, for R rows. */
+INLINE void add_half(
+    const int R,
+    const int first,
+    const int last,
+    const u32x16 *q,
+    i32x16 D,
+    i32x16 M,
+    const int32_t *words,
+    const int32_t *sums,
+    Totals *totals)
+{
+    __m512i odd_D = _mm512_srli_epi64((__m512i)D, 32), odd_M = _mm512_srli_epi64((__m512i)M, 32);
+    i32x16 high[FEW], low[FEW];
+    UNROLL for (int r = 0; r < R; r++) high[r] = low[r] = splat_int(0);
+    UNROLL for (int j = first; j < last; j++) UNROLL for (int r = 0; r < R; r++) {
+        high[r] = dot4(high[r], q[j], splat_int(words[16 * r + j]));
+        low[r] = dot4(low[r], q[j], splat_int(words[16 * (R + r) + j]));
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+        i32x16 sum = splat_int(sums[r]);
+        if (last - first == 8)
+            sum += splat_int(sums[R + r]);
+        add_products(&totals[r], (high[r] << 8) + low[r], D, odd_D);
+        add_products(&totals[r], sum, M, odd_M);
+    }
+}
+
+/* y[r][0..15] of one group and R <= FEW rows, in units. */
+INLINE void few_rows(
+    const int format, const int R, const uint8_t *group, int columns, const int32_t *tile, float *y)
+{
+    const size_t size = block_bytes(format);
+    const int num_blocks = columns / COLUMNS, stretch = stretch_steps(columns) * STEP / COLUMNS;
+    const int32_t *sums = tile + sums_at(columns, R);
+    const float *scale = (const float *)(tile + scales_at(columns, R));
+    const f32x16 inverse = inverse_units(group);
+    const uint8_t *w = group + UNITS_BYTES;
+    f32x16 sum[FEW];
+    UNROLL for (int r = 0; r < R; r++) sum[r] = splat(0);
+    for (int k = 0; k < num_blocks; scale += R) {
+        Totals totals[FEW];
+        UNROLL for (int r = 0; r < R; r++) totals[r].even = totals[r].odd = _mm512_setzero_si512();
+        int end = k + stretch < num_blocks ? k + stretch : num_blocks;
+        for (; k < end; k++, w += size, sums += 2 * R) {
+            const int32_t *words = tile + k / 2 * 32 * R + k % 2 * 8;
+            u32x16 q[8];
+            i32x16 D, M;
+            UNROLL for (size_t u = 0; u < size; u += 64) {
+                prefetch(w + NEAR + u);
+                prefetch_far(w + AHEAD + u);
+            }
+            UNROLL for (int j = 0; j < 4; j++) integers(format, w, j, &q[j], &q[j + 4]);
+            integer_scales(format, w, inverse, 0, &D, &M);
+            if (format != Q6_K) {
+                add_half(R, 0, 8, q, D, M, words, sums, totals);
+                continue;
+            }
+            add_half(R, 0, 4, q, D, M, words, sums, totals);
+            integer_scales(format, w, inverse, 1, &D, &M);
+            add_half(R, 4, 8, q, D, M, words, sums + R, totals);
+        }
+        UNROLL for (int r = 0; r < R; r++) sum[r] = fma16(shortened(&totals[r]), splat(scale[r]), sum[r]);
+    }
+    UNROLL for (int r = 0; r < R; r++) store(y + ROWS * r, sum[r] * load((const float *)group));
+}
+
+/* ---- Many rows */
+
+/* The low bytes of 16-bit lanes, twice, or the high ones. */
+INLINE __m512i low_bytes(void)
+{
+    return _mm512_set4_epi32(0x0e0e0c0c, 0x0a0a0808, 0x06060404, 0x02020000);
+}
+
+INLINE __m512i high_bytes(void)
+{
+    return _mm512_set4_epi32(0x0f0f0d0d, 0x0b0b0909, 0x07070505, 0x03030101);
+}
+
+/* The low half of each lane in both of its halves. */
+INLINE __m512i doubled(i32x16 x)
+{
+    const __m512i places = _mm512_set4_epi32(0x0d0c0d0c, 0x09080908, 0x05040504, 0x01000100);
+    return _mm512_shuffle_epi8((__m512i)x, places);
+}
+
+/* Bytes of 16-bit integers: those of D q + M, 24 bits long, as the low byte and the others. */
+typedef struct {
+    __m512i low, rest;
+} Wide;
+
+INLINE Wide wide_of(__m512i q, Wide D, Wide M)
+{
+    __m512i low = _mm512_add_epi16(_mm512_mullo_epi16(q, D.low), M.low);
+    __m512i rest = _mm512_add_epi16(_mm512_mullo_epi16(q, D.rest), M.rest);
+    return (Wide){low, _mm512_add_epi16(rest, _mm512_srli_epi16(low, 8))};
+}
+
+INLINE Wide split_wide(i32x16 x)
+{
+    return (Wide){_mm512_and_si512(doubled(x), _mm512_set1_epi16(255)), doubled(x >> 8)};
+}
+
+/* D q + M of four columns and sixteen rows, a plane STEP * 16 bytes after the other. */
+INLINE void store_planes(u32x16 q, Wide D, Wide M, uint8_t *out)
+{
+    const __mmask64 odd = 0xaaaaaaaaaaaaaaaa, even = ~odd;
+    Wide first = wide_of(_mm512_and_si512((__m512i)q, _mm512_set1_epi16(255)), D, M);
+    Wide second = wide_of(_mm512_maskz_shuffle_epi8(even, (__m512i)q, high_bytes()), D, M);
+    __m512i planes[WEIGHT_PLANES] = {
+        _mm512_mask_shuffle_epi8(first.low, odd, second.low, low_bytes()),
+        _mm512_mask_shuffle_epi8(first.rest, odd, second.rest, low_bytes()),
+        _mm512_mask_shuffle_epi8(second.rest, even, first.rest, high_bytes()),
+    };
+    UNROLL for (int p = 0; p < WEIGHT_PLANES; p++) _mm512_storeu_si512(out + 16 * STEP * p, planes[p]);
+}
+
+typedef uint8_t Planes[WEIGHT_PLANES][16][STEP]; /* of a step: four columns by sixteen rows each */
+
+/* `num_blocks` blocks at w; after an odd number the rest of the last step is 0. */
+INLINE void make_planes(
+    const int format, const uint8_t *w, int num_blocks, f32x16 inverse, Planes *planes)
+{
+    const size_t size = block_bytes(format);
+    for (int k = 0; k < num_blocks; k++, w += size) {
+        uint8_t *out = planes[k / 2][0][k % 2 * 8];
+        i32x16 D, M;
+        UNROLL for (size_t u = 0; u < size; u += 64) prefetch_far(w + AHEAD + u);
+        integer_scales(format, w, inverse, 0, &D, &M);
+        Wide wide_D = split_wide(D), wide_M = split_wide(M), second_D = wide_D, second_M = wide_M;
+        if (format == Q6_K) {
+            integer_scales(format, w, inverse, 1, &D, &M);
+            second_D = split_wide(D);
+            second_M = split_wide(M);
+        }
+        UNROLL for (int j = 0; j < 4; j++) {
+            u32x16 low, high;
+            integers(format, w, j, &low, &high);
+            store_planes(low, wide_D, wide_M, out + STEP * j);
+            store_planes(high, second_D, second_M, out + STEP * (j + 4));
+        }
+    }
+    if (num_blocks % 2)
+        for (int p = 0; p < WEIGHT_PLANES; p++)
+            memset(planes[num_blocks / 2][p][8], 0, 8 * STEP);
+}
+
+/* Registers: four sums by power of 256, two planes of activations, two of weights in turn. */
+static void use_matrix_registers(int rows)
+{
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } config = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {0}};
+    memset(config.rows, rows, 6);
+    config.rows[6] = config.rows[7] = 16;
+    _tile_loadconfig(&config);
+}
+
+typedef int32_t Sums[4][16][16];
+
+/* One row of a tile's sums, together total >> 16, times its scale, to y. */
+INLINE void fold(Sums sums, int r, const float *scales, float *y)
+{
+    i32x16 s[4];
+    UNROLL for (int i = 0; i < 4; i++) memcpy(&s[i], sums[i][r], sizeof s[i]);
+    i32x16 total = ((s[1] + (s[0] >> 8)) >> 8) + s[2] + (s[3] << 8);
+    store(y + ROWS * r, fma16(to_float(total), splat(scales[r]), load(y + ROWS * r)));
+}
+
+/* The sums of a tile that are still to be folded into y, while the next tile is multiplied. */
+typedef struct {
+    int32_t (*sums)[16][16];
+    const float *scales;
+    float *y;
+    int row, R;
+} Folding;
+
+INLINE void fold_next(Folding *folding)
+{
+    if (folding->row < folding->R) {
+        fold(folding->sums, folding->row, folding->scales, folding->y);
+        folding->row++;
+    }
+}
+
+INLINE void multiply_stretch(
+    Planes *planes, const uint8_t *x, int steps, int R, Sums sums, Folding *folding)
+{
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int s = 0; s < steps; s++, x += 2 * R * STEP) {
+        _tile_loadd(4, x, STEP);
+        _tile_loadd(6, planes[s][0], STEP);
+        _tile_loadd(5, x + R * STEP, STEP);
+        _tile_dpbsud(1, 4, 6);
+        _tile_dpbsud(0, 5, 6);
+        fold_next(folding);
+        _tile_loadd(7, planes[s][1], STEP);
+        _tile_dpbsud(2, 4, 7);
+        _tile_dpbsud(1, 5, 7);
+        fold_next(folding);
+        _tile_loadd(6, planes[s][2], STEP);
+        _tile_dpbssd(3, 4, 6);
+        _tile_dpbssd(2, 5, 6);
+    }
+    while (folding->row < folding->R)
+        fold_next(folding);
+    _tile_stored(0, sums[0], STEP);
+    _tile_stored(1, sums[1], STEP);
+    _tile_stored(2, sums[2], STEP);
+    _tile_stored(3, sums[3], STEP);
+}
+
+/* y[row][0..15] of one group and the rows of tiles first .. end - 1, in units. */
+INLINE void many_rows(
+    const int format,
+    const uint8_t *group,
+    int columns,
+    const Operation *operation,
+    int num_rows,
+    int first,
+    int end,
+    float *y)
+{
+    Planes planes[STRETCH / STEP] __attribute__((aligned(64)));
+    Sums sums[2] __attribute__((aligned(64)));
+    const int stretch = stretch_steps(columns), first_row = tile_start(num_rows, first);
+    const f32x16 inverse = inverse_units(group), units = load((const float *)group);
+    const uint8_t *w = group + UNITS_BYTES;
+    int all = tile_start(num_rows, end) - first_row;
+    for (int row = 0; row < all; row++)
+        store(y + ROWS * row, splat(0));
+    for (int i = 0, step = 0; i < num_stretches(columns); i++, step += stretch) {
+        int width = columns - step * STEP < stretch * STEP ? columns - step * STEP : stretch * STEP;
+        Folding folding = {0};
+        make_planes(format, w, width / COLUMNS, inverse, planes);
+        w += block_bytes(format) * (size_t)(width / COLUMNS);
+        __asm__ volatile("" ::: "memory"); /* loads of matrix registers name no memory to gcc */
+        for (int tile = first; tile < end; tile++) {
+            int row = tile_start(num_rows, tile), R = tile_start(num_rows, tile + 1) - row;
+            const int32_t *x = tile_at(operation, row);
+            multiply_stretch(
+                planes, (const uint8_t *)(x + step * STEP / 2 * R), num_steps(width), R,
+                sums[tile % 2], &folding);
+            folding = (Folding){sums[tile % 2], (const float *)(x + scales_at(columns, R)) + i * R,
+                                y + ROWS * (row - first_row), 0, R};
+        }
+        while (folding.row < folding.R)
+            fold_next(&folding);
+    }
+    for (int row = 0; row < all; row++)
+        store(y + ROWS * row, load(y + ROWS * row) * units);
+}
+
+/* ---- One function for each format */
+
+typedef void (*FewRows)(const uint8_t *group, int columns, const int32_t *tile, float *y);
+typedef void (*ManyRows)(
+    const uint8_t *group,
+    int columns,
+    const Operation *operation,
+    int num_rows,
+    int first,
+    int end,
+    float *y);
+
+#define FEW_ROWS(format, R)                                                                        \
+    static void format##_##R(const uint8_t *group, int columns, const int32_t *tile, float *y)     \
+    {                                                                                              \
+        few_rows(format, R, group, columns, tile, y);                                              \
+    }
+
+#define ALL(format)                                                                                \
+    FEW_ROWS(format, 1)                                                                            \
+    FEW_ROWS(format, 2)                                                                            \
+    FEW_ROWS(format, 3)                                                                            \
+    FEW_ROWS(format, 4)                                                                            \
+    static void format##_many(                                                                     \
+        const uint8_t *group, int columns, const Operation *operation, int num_rows, int first,    \
+        int end, float *y)                                                                         \
+    {                                                                                              \
+        many_rows(format, group, columns, operation, num_rows, first, end, y);                     \
+    }
+
+ALL(Q4_0)
+ALL(Q4_1)
+ALL(Q5_0)
+ALL(Q5_1)
+ALL(Q8_0)
+ALL(Q4_K)
+ALL(Q5_K)
+ALL(Q6_K)
+
+#define NAMES(format) [format] = {format##_1, format##_2, format##_3, format##_4}
+static const FewRows few[NUM_FORMATS][FEW] = {NAMES(Q4_0), NAMES(Q4_1), NAMES(Q5_0), NAMES(Q5_1),
+                                              NAMES(Q8_0), NAMES(Q4_K), NAMES(Q5_K), NAMES(Q6_K)};
+static const ManyRows many[NUM_FORMATS] = {
+    [Q4_0] = Q4_0_many, [Q4_1] = Q4_1_many, [Q5_0] = Q5_0_many, [Q5_1] = Q5_1_many,
+    [Q8_0] = Q8_0_many, [Q4_K] = Q4_K_many, [Q5_K] = Q5_K_many, [Q6_K] = Q6_K_many,
+};
+
+/* ---- Groups times tiles */
+
+void multiply_tiles(const Operation *operation, Groups groups, int num_rows, int first, int end)
+{
+    const Part *part = groups.part;
+    int row = tile_start(num_rows, first), R = tile_start(num_rows, end) - row;
+    const uint8_t *group = groups.w;
+    float y[MAX_CHUNK_TILES * TILE * ROWS] __attribute__((aligned(64)));
+    if (R > FEW)
+        use_matrix_registers((num_rows + num_tiles(num_rows) - 1) / num_tiles(num_rows));
+    for (int g = 0; g < groups.num_groups; g++, group += group_bytes(part->format, part->columns)) {
+        if (R <= FEW)
+            few[part->format][R - 1](group, part->columns, tile_at(operation, row), y);
+        else
+            many[part->format](group, part->columns, operation, num_rows, first, end, y);
+        finish_sums(operation, part, groups.group + g, row, R, y);
+    }
+    if (R > FEW)
+        _tile_release();
+}
+
+void multiply_row(const Operation *operation, Groups groups, int x_row, int out_row)
+{
+    const Part *part = groups.part;
+    const uint8_t *group = groups.w;
+    float y[ROWS] __attribute__((aligned(64)));
+    for (int g = 0; g < groups.num_groups; g++, group += group_bytes(part->format, part->columns)) {
+        few[part->format][0](group, part->columns, tile_at(operation, x_row), y);
+        finish_sums(operation, part, groups.group + g, out_row, 1, y);
+    }
+}
+
+#endif

@@ -1,0 +1,58 @@
+/* What a block of formats.h holds, taken apart in registers. */
+#ifndef UNPACK_H
+#define UNPACK_H
+
+#include "formats.h"
+#include "simd.h"
+
+INLINE int32_t offset_of(int format)
+{
+    return format == Q4_0 ? 8 : format == Q5_0 ? 16 : format == Q6_K ? 32 : format == Q8_0 ? 128 : 0;
+}
+
+INLINE int has_minimum(int format)
+{
+    return format == Q4_1 || format == Q5_1 || format == Q4_K || format == Q5_K;
+}
+
+/* Words j (`low`) and j + 4 (`high`) of a block, each four columns of 16 rows. */
+INLINE void integers(int format, const uint8_t *w, int j, u32x16 *low, u32x16 *high)
+{
+    if (format == Q8_0) {
+        *low = load_bytes(w + 64 * j);
+        *high = load_bytes(w + 64 * (j + 4));
+        return;
+    }
+    u32x16 both = load_bytes(w + 64 * j);
+    *low = both & 0x0f0f0f0f;
+    *high = (both >> 4) & 0x0f0f0f0f;
+    if (format == Q5_0 || format == Q5_1 || format == Q5_K) {
+        u32x16 bits = load_bytes(w + 256);
+        *low |= (bits << (4 - j)) & 0x10101010;
+        *high |= (bits >> j) & 0x10101010;
+    }
+    if (format == Q6_K) {
+        u32x16 first = load_bytes(w + 256), second = load_bytes(w + 320);
+        *low |= (j < 2 ? first << (4 - 2 * j) : first >> (2 * j - 4)) & 0x30303030;
+        *high |= (j < 2 ? second << (4 - 2 * j) : second >> (2 * j - 4)) & 0x30303030;
+    }
+}
+
+/* Scale and minimum of 16 rows in a block; of Q6_K the scale without s. */
+INLINE void scales(int format, const uint8_t *w, f32x16 *d, f32x16 *m)
+{
+    int at = format == Q8_0                                                  ? 512
+             : format == Q5_0 || format == Q5_1 || format == Q5_K            ? 320
+             : format == Q6_K                                                ? 384
+                                                                             : 256;
+    *d = load_half((const uint16_t *)(w + at));
+    *m = *d;
+    if (has_minimum(format))
+        *m = load_half((const uint16_t *)(w + at + 32));
+    if (format == Q4_K || format == Q5_K) {
+        *d *= load_unsigned_bytes(w + at + 64);
+        *m *= splat(0) - load_unsigned_bytes(w + at + 80);
+    }
+}
+
+#endif
