@@ -1,0 +1,70 @@
+"""Parts a model's thoughts from its answer as the text arrives: what stands between <think> tags
+at its beginning is reasoning, all after it the answer.
+
+An automaton over characters, as the parser of tool calls: the pieces do not matter.
+"""
+
+from collections.abc import Callable
+
+OPENING = "<think>"
+CLOSING = "</think>"
+
+
+def is_taught_by(template: str) -> bool:
+    """Whether a chat template knows of thoughts."""
+    return CLOSING in template
+
+
+class ReasoningParser:
+    """Of one answer.  Blanks before each part are dropped with the tags."""
+
+    def __init__(self, is_open: bool) -> None:
+        """is_open: the prompt itself ends with the opening tag, as some templates have it."""
+        self._state: Callable[[str], tuple[str, str]] = (
+            self._in_thoughts if is_open else self._before_tag
+        )
+        self._pending = ""  # what may be the beginning of a tag
+        self._is_begun = False  # the part that is being read has text
+
+    def push(self, text: str) -> tuple[str, str]:
+        """Takes the next text; returns what is new of the reasoning, and of the answer."""
+        text, self._pending = self._pending + text, ""
+        return self._state(text)
+
+    def flush(self) -> tuple[str, str]:
+        """At the end: what may have been a tag is none."""
+        pending, self._pending = self._pending, ""
+        return (pending, "") if self._state == self._in_thoughts else ("", pending)
+
+    def _before_tag(self, text: str) -> tuple[str, str]:
+        begun = text.lstrip()
+        if begun.startswith(OPENING):
+            self._state = self._in_thoughts
+            return self._in_thoughts(begun.removeprefix(OPENING))
+        if OPENING.startswith(begun):
+            self._pending = text
+            return "", ""
+        self._is_begun = True
+        self._state = self._in_answer
+        return "", text
+
+    def _in_thoughts(self, text: str) -> tuple[str, str]:
+        thoughts, tag, rest = text.partition(CLOSING)
+        if tag:
+            thoughts = self._without_blanks(thoughts)
+            self._is_begun = False
+            self._state = self._in_answer
+            return thoughts, self._without_blanks(rest)
+        lengths = range(len(CLOSING) - 1, 0, -1)
+        num_open = next((n for n in lengths if text.endswith(CLOSING[:n])), 0)
+        self._pending = text[len(text) - num_open :]
+        return self._without_blanks(text[: len(text) - num_open]), ""
+
+    def _in_answer(self, text: str) -> tuple[str, str]:
+        return "", self._without_blanks(text)
+
+    def _without_blanks(self, text: str) -> str:
+        """The text without the blanks that the part begins with."""
+        text = text if self._is_begun else text.lstrip()
+        self._is_begun = self._is_begun or bool(text)
+        return text

@@ -1,0 +1,43 @@
+"""llmsrv.text.reasoning: thoughts apart from answers, whatever the pieces."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmsrv.text.reasoning import ReasoningParser
+
+
+def parse(pieces: list[str], is_open: bool = False) -> tuple[str, str]:
+    parser = ReasoningParser(is_open)
+    parts = [*map(parser.push, pieces), parser.flush()]
+    return "".join(part[0] for part in parts), "".join(part[1] for part in parts)
+
+
+@pytest.mark.parametrize(
+    "text, is_open, reasoning, answer",
+    [
+        ("<think>\nwhy\n</think>\n\nbecause", False, "why\n", "because"),
+        ("why</think>because", True, "why", "because"),
+        ("  <think>a</think>b", False, "a", "b"),
+        ("<think></think>b <think>c</think>", False, "", "b <think>c</think>"),
+        ("plain <think>a</think>", False, "", "plain <think>a</think>"),
+        ("  plain", False, "", "  plain"),
+        ("<thin", False, "", "<thin"),
+        ("<think>without end </thi", False, "without end </thi", ""),
+        ("", False, "", ""),
+    ],
+)
+def test_what_stands_between_the_tags_is_reasoning(
+    text: str, is_open: bool, reasoning: str, answer: str
+) -> None:
+    assert parse([text], is_open) == (reasoning, answer)
+    assert parse(list(text), is_open) == (reasoning, answer)
+
+
+@given(
+    pieces=st.lists(st.sampled_from(["<think>", "</think>", "<", "thi", "nk>", " ", "\n", "a"])),
+    is_open=st.booleans(),
+)
+def test_the_pieces_do_not_matter(pieces: list[str], is_open: bool) -> None:
+    text = "".join(pieces)
+    assert parse(pieces, is_open) == parse([text], is_open) == parse(list(text), is_open)

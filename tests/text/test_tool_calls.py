@@ -1,0 +1,159 @@
+"""llmsrv.text.tool_calls: calls out of text in every format, whatever the pieces."""
+
+import json
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from llmsrv.text.tool_calls import FORMATS
+from llmsrv.text.tool_calls import ToolCallParser
+from llmsrv.text.tool_calls import detect_format
+
+NAMES = ["f", "get_weather"]
+Calls = list[tuple[str, str]]
+
+
+def parse(format: str, pieces: list[str], at_most_one: bool = False) -> tuple[str, Calls]:
+    """The text, and the name and arguments of each call, put together as a client does."""
+    parser = ToolCallParser(FORMATS[format], NAMES, at_most_one)
+    content, calls = "", []
+    for text, deltas in [*map(parser.push, pieces), parser.flush()]:
+        content += text
+        for delta in deltas:
+            if delta.name is not None:
+                assert delta.index == len(calls)
+                calls.append((delta.name, ""))
+            name, arguments = calls[delta.index]
+            calls[delta.index] = name, arguments + delta.arguments
+    return content, calls
+
+
+CASES: list[tuple[str, str, str, Calls]] = [
+    # format, answer, text, calls
+    ("hermes", '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>', "",
+     [("f", '{"a": 1}')]),
+    ("hermes", 'Let me see.\n<tool_call>{"name": "f", "arguments": {}}</tool_call>\n'
+     '<tool_call>{"name": "get_weather", "arguments": {"q": "} \\" {"}}</tool_call>', "Let me see.",
+     [("f", "{}"), ("get_weather", '{"q": "} \\" {"}')]),
+    ("hermes", '<tool_call>[{"name": "f", "arguments": {"a": [1]}}, '
+     '{"name": "f", "arguments": {}}]</tool_call>done', "done", [("f", '{"a": [1]}'), ("f", "{}")]),
+    ("hermes", '<tool_call>{"arguments": {"a": {"b": 2}}, "name": "f"}</tool_call>', "",
+     [("f", '{"a": {"b": 2}}')]),
+    ("hermes", '<tool_call>{"name": "f"}</tool_call>', "", [("f", "{}")]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', "",
+     [("f", '{"a": 1}')]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1', "", [("f", '{"a": 1')]),
+    ("hermes", '<tool_call>{"name": "nobody", "arguments": {}}</tool_call> x',
+     '<tool_call>{"name": "nobody", "arguments": {}}</tool_call> x', []),
+    ("hermes", " <tool_call> what?", " <tool_call> what?", []),
+    ("hermes", "<tool_call>", "<tool_call>", []),
+    ("hermes", '<tool_call>{"name": "f", "argum', '<tool_call>{"name": "f", "argum', []),
+    ("hermes", '{"name": "f", "arguments": {}}', '{"name": "f", "arguments": {}}', []),
+    ("llama3", '{"name": "f", "parameters": {"a": 1}}', "", [("f", '{"a": 1}')]),
+    ("llama3", '<|python_tag|>{"type": "function", "name": "f", "parameters": {"a": 1}}; '
+     '{"name": "f", "parameters": {}}', "", [("f", '{"a": 1}'), ("f", "{}")]),
+    ("llama3", 'No {"name": "f", "parameters": {}}', 'No {"name": "f", "parameters": {}}', []),
+    ("llama3", '{"answer": {"a": 42}} it is', '{"answer": {"a": 42}} it is', []),
+    ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}, {"name": "f", '
+     '"arguments": {}, "id": "123456789"}]', "", [("f", '{"a": 1}'), ("f", "{}")]),
+    ("mistral", 'ok[TOOL_CALLS]f[ARGS]{"a": {}}[TOOL_CALLS]get_weather{"b": 1}', "ok",
+     [("f", '{"a": {}}'), ("get_weather", '{"b": 1}')]),
+    ("mistral", "[TOOL_CALLS]nobody{}", "[TOOL_CALLS]nobody{}", []),
+    ("json", ' {"function": {"name": "f", "arguments": {"a": 1}}}', "", [("f", '{"a": 1}')]),
+    ("json", '[{"name": "f", "arguments": {"a": 1}}]', "", [("f", '{"a": 1}')]),
+    ("json", "[1] as they say", "[1] as they say", []),
+    ("json", "", "", []),
+    ("json", " \n", " \n", []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("format, answer, text, calls", CASES)
+def test_calls_are_found_in_what_models_write(
+    format: str, answer: str, text: str, calls: Calls
+) -> None:
+    assert parse(format, [answer]) == (text, calls)
+    assert parse(format, list(answer)) == (text, calls)
+
+
+@st.composite
+def answers_in_pieces(draw: st.DrawFn) -> tuple[str, list[str]]:
+    """A format, and an answer in pieces: one of the cases, or fragments of them in any order."""
+    format = draw(st.sampled_from(sorted(FORMATS)))
+    answers = [answer for other, answer, _, _ in CASES if other == format]
+    fragments = ["{", "}", "[", "]", '"', "\\", " ", ",", ";", "x", '"name": "f", ', '"arguments":']
+    marks = [FORMATS[format].opening, FORMATS[format].closing, '{"name": "f", "arguments": {']
+    text = "".join(draw(st.lists(st.sampled_from(answers + fragments + marks), max_size=8)))
+    cuts = sorted(draw(st.sets(st.integers(0, len(text)), max_size=12)))
+    return format, [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=answers_in_pieces(), at_most_one=st.booleans())
+def test_the_pieces_do_not_matter(case: tuple[str, list[str]], at_most_one: bool) -> None:
+    format, pieces = case
+    text = "".join(pieces)
+    whole = parse(format, [text], at_most_one)
+    assert parse(format, pieces, at_most_one) == whole
+    assert parse(format, list(text), at_most_one) == whole
+    assert len(whole[1]) <= 1 or not at_most_one
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=st.text("{}[]\"\\ a<tool_call>/"))
+def test_text_without_a_call_comes_out_as_it_went_in(text: str) -> None:
+    for format in FORMATS:
+        assert parse(format, list(text)) == (text, [])
+
+
+def test_arguments_are_told_as_they_come() -> None:
+    parser = ToolCallParser(FORMATS["hermes"], NAMES)
+    assert parser.push('<tool_call>{"name": "f", "arguments": {"a')[1][0].name == "f"
+    assert [delta.arguments for delta in parser.push('": 1')[1]] == ['": 1']
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '<tool_call>{"name": "f", "arguments": ' + '{"a":' * 100_000,
+        '<tool_call>{"arguments": ' + "[" * 50_000 + "]" * 50_000 + ', "name": "f"}',
+        '<tool_call>{"name": "f", "arguments": {"a": "' + "x" * 100_000,
+        "<tool_call>" * 10_000,
+        "<tool_call>{" * 10_000,
+        '<tool_call>{"name": "f", "arguments": {}}</tool_call>' * 5_000,
+        "<tool_cal" * 20_000,
+        " " * 100_000,
+    ],
+    ids=lambda answer: answer[:30],
+)
+def test_long_and_broken_answers_take_linear_time(answer: str) -> None:
+    def seconds(pieces: list[str]) -> float:
+        begun_at = time.process_time()
+        parse("hermes", pieces)
+        return time.process_time() - begun_at
+
+    half = len(answer) // 2
+    assert seconds([answer]) < 0.5
+    in_pieces = [answer[i : i + 5] for i in range(0, half, 5)]
+    assert seconds(in_pieces) < 0.5
+
+
+@pytest.mark.parametrize(
+    "template, format",
+    [
+        ("{{ '<tool_call>' }}", "hermes"),
+        ("{{ '<|python_tag|>' }}", "llama3"),
+        ("{{ 'Environment: ipython' }}", "llama3"),
+        ("[TOOL_CALLS]", "mistral"),
+        ("{{ messages }}", "json"),
+    ],
+)
+def test_the_format_is_the_one_that_the_template_shows(template: str, format: str) -> None:
+    assert detect_format(template) == format
+
+
+def test_arguments_of_calls_in_another_order_of_keys_are_json() -> None:
+    _, [(_, arguments)] = parse("json", ['{"arguments": {"a": "é"}, "name": "f"}'])
+    assert json.loads(arguments) == {"a": "é"}
