@@ -24,7 +24,7 @@ from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
 from llmsrv.backend.cpu import CPUBackend
 from llmsrv.backend.cpu import CPUOptions
-from llmsrv.backend.sampling import SamplingParameters
+from llmsrv.backend.sampling_table import SamplingParameters
 from llmsrv.backend.source import load_library
 from llmsrv.config import DEFAULT_MODEL
 from llmsrv.config import default_cache_dir

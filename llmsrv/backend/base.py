@@ -18,7 +18,7 @@ from typing import Literal
 import numpy.typing as npt
 
 from llmsrv.backend.sampling import Samples
-from llmsrv.backend.sampling import SamplingTable
+from llmsrv.backend.sampling_table import SamplingTable
 
 BLOCK_SIZE = 16  # positions in one block of the KV cache
 
@@ -217,7 +217,7 @@ class Limits:
     """What a plan is laid out for: it allocates for these numbers and for no more."""
 
     max_rows: int  # T at most
-    max_logit_rows: int  # R at most
+    max_logit_rows: int  # R at most: one a running sequence, and one a drafted token
     max_slots: int  # sampling slots, one a running sequence
     num_blocks: int  # blocks of BLOCK_SIZE positions in the KV cache; block 0 is never handed out
 
@@ -256,14 +256,31 @@ class Plan(ABC):
 
     @abstractmethod
     def sample(
-        self, slots: Array, output_positions: Array, targets: Array | None = None
+        self,
+        slots: Array,
+        output_positions: Array,
+        targets: Array | None = None,
+        drafts: Array | None = None,
     ) -> Samples:
         """Samples each logit row of the last forward by the parameters in its slot.
 
-        slots             [R] int32, index into `sampling`, in the order of logit_rows; distinct
+        slots             [R] int32, index into `sampling`, in the order of logit_rows; the rows of
+                          a slot lie side by side
         output_positions  [R] int64, how many tokens the sequence has already put out at that row
         targets           [R] int32, an id whose log-probability is wanted instead of a draw (the
                           prompt's own next token), or -1; None: all are drawn
+        drafts            [R] int32, for rows that draw one after the other of one sequence: the id
+                          that the row stands on, where it is a draft and the row before it is to
+                          draw that very id; else -1; None: there are none
+
+        Speculation: a sequence with tokens up to t and drafts d1 .. dk has rows t, d1 .. dk in the
+        batch, all of them logit rows: k of max_logit_rows beside its own.  Here they have its slot,
+        output positions p .. p + k and drafts -1, d1 .. dk, and ids come back for all of them.
+        ids[0] is the next token; as long as ids[i - 1] == di, ids[i] is the one after.  These are
+        the tokens of plain decoding, and they are counted for penalties; the ids behind the first
+        draft that was not drawn mean nothing, and what their rows stored in the KV cache is to be
+        written again before it is read.  Where a grammar holds, set_grammar takes a mask a row.
+
         A row that cannot be sampled has id FAILED (sampling.py) and harms no other.
         """
 

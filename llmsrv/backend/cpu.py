@@ -32,10 +32,10 @@ from llmsrv.backend.cpu_library import Rows
 from llmsrv.backend.cpu_library import address_of
 from llmsrv.backend.cpu_library import declare
 from llmsrv.backend.quants import dequantise
-from llmsrv.backend.sampling import FRACTION_BITS
 from llmsrv.backend.sampling import Samples
-from llmsrv.backend.sampling import SamplingTable
 from llmsrv.backend.sampling import sample
+from llmsrv.backend.sampling_table import FRACTION_BITS
+from llmsrv.backend.sampling_table import SamplingTable
 from llmsrv.backend.source import cpu_features
 from llmsrv.backend.source import find_compiler
 from llmsrv.backend.source import kernel_texts
@@ -194,7 +194,11 @@ class CPUPlan(Plan):
         self._tick()
 
     def sample(
-        self, slots: Array, output_positions: Array, targets: Array | None = None
+        self,
+        slots: Array,
+        output_positions: Array,
+        targets: Array | None = None,
+        drafts: Array | None = None,
     ) -> Samples:
         logits, num_rows = self.buffers["logits"], len(slots)
         slots = np.ascontiguousarray(slots, np.int32)
@@ -214,14 +218,18 @@ class CPUPlan(Plan):
         )
         logprobs = np.full(num_rows, np.nan, np.float32)
         alternatives = [NO_ALTERNATIVES] * num_rows
-        targets = np.full(num_rows, -1, np.int32) if targets is None else targets
-        for row in self._unusual(slots, targets).tolist():
-            one = slice(row, row + 1)
-            values = logits[one, : self.program.vocab_size]
-            where = slots[one], output_positions[one], targets[one]
+        no_ids = np.full(num_rows, -1, np.int32)
+        targets = no_ids if targets is None else targets
+        drafts = no_ids if drafts is None else drafts
+        unusual = self._unusual(slots, targets)
+        if len(unusual):
+            rows = np.flatnonzero(np.isin(slots, slots[unusual]))
+            values = logits[rows, : self.program.vocab_size]
+            where = slots[rows], output_positions[rows], targets[rows], drafts[rows]
             samples = sample(values, self.sampling, *where)
-            ids[row], logprobs[row] = samples.ids[0], samples.logprobs[0]
-            alternatives[row] = samples.alternatives[0]
+            ids[rows], logprobs[rows] = samples.ids, samples.logprobs
+            for row, pair in zip(rows.tolist(), samples.alternatives, strict=True):
+                alternatives[row] = pair
         np.maximum(ids, 0, out=self._sampled[:num_rows])
         return Samples(ids, logprobs, alternatives)
 

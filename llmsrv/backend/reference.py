@@ -43,8 +43,8 @@ from llmsrv.backend.reference_ops import route
 from llmsrv.backend.reference_ops import softcapped
 from llmsrv.backend.reference_ops import spans
 from llmsrv.backend.sampling import Samples
-from llmsrv.backend.sampling import SamplingTable
 from llmsrv.backend.sampling import sample
+from llmsrv.backend.sampling_table import SamplingTable
 from llmsrv.errors import StartupError
 
 # Up to here OpenBLAS is faster at W @ x.T than at x @ W.T, by a third at 8 rows (0.3.31, AVX-512,
@@ -102,9 +102,14 @@ class ReferencePlan(Plan):
             self.tick()
 
     def sample(
-        self, slots: Array, output_positions: Array, targets: Array | None = None
+        self,
+        slots: Array,
+        output_positions: Array,
+        targets: Array | None = None,
+        drafts: Array | None = None,
     ) -> Samples:
-        samples = sample(self.buffers["logits"], self.sampling, slots, output_positions, targets)
+        logits, table = self.buffers["logits"], self.sampling
+        samples = sample(logits, table, slots, output_positions, targets, drafts)
         self.sampled[: len(samples.ids)] = np.maximum(samples.ids, 0)
         return samples
 

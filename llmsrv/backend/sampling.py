@@ -4,7 +4,8 @@ Equal float32 logits give equal ids on every backend.  All that is float here is
 operation rounded by itself (no fused multiply-add), and everything after exp is an integer.
 
 For each row, in this order:
-    1  logit_bias is added; ids outside the allowed mask, then outside the grammar mask, get -inf
+    1  logit_bias is added; -inf is given to ids outside the allowed mask, to the end ids before
+       min_tokens, and to ids outside the grammar mask
     2  penalties, of ids seen:  repetition r (in prompt or output): l / r where l > 0, else l * r;
        presence p (in the output): l - p;  frequency f: l - f * count in the output
     3  temperature 0: the largest logit, the lowest id among equals.  Otherwise
@@ -22,26 +23,30 @@ Among equals the lowest id goes first.  A share of a sum is ceil(sum * fraction 
 
 A row whose logits hold NaN or +inf, or where nothing is left to choose, fails alone: its id is -1.
 Reported log-probabilities are those of the model's own logits, before all of this.
+
+Speculation: several rows of one slot are drawn as if the sequence had put out the ids drafted for
+the rows before.  Each draw uses its own position, so a row draws what plain decoding would draw
+there, as long as every draft before it is what its own row drew.
 """
 
-from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
-from dataclasses import field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from llmsrv.backend.philox import uniform_bits
+from llmsrv.backend.sampling_table import FRACTION_BITS
+from llmsrv.backend.sampling_table import WEIGHT_BITS
+from llmsrv.backend.sampling_table import Extras
+from llmsrv.backend.sampling_table import Floats
+from llmsrv.backend.sampling_table import Ids
+from llmsrv.backend.sampling_table import SamplingTable
 
-Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
-Ids = npt.NDArray[np.int32]
-Mask = npt.NDArray[np.uint32]
+Bools = npt.NDArray[np.bool_]
 
-WEIGHT_BITS = 40
-FRACTION_BITS = 32
 SURPRISE_BITS = 20
 FAILED = -1
 
@@ -67,65 +72,6 @@ EXP_COEFFICIENTS = (  # c6 first
 )
 LEAST_X = np.float32(-28)  # below, exp(x) * 2**40 < 1: the weight is 0
 
-PARAMETERS = np.dtype(
-    [
-        ("seed", np.uint64),
-        ("top_p", np.int64),  # fractions of 2**32
-        ("typical_p", np.int64),
-        ("min_p", np.int64),  # a weight
-        ("choice", np.uint32),
-        ("top_k", np.int32),  # 0: all
-        ("temperature", np.float32),  # 0: greedy
-        ("repetition_penalty", np.float32),
-        ("presence_penalty", np.float32),
-        ("frequency_penalty", np.float32),
-        ("num_logprobs", np.int32),  # -1: none; 0: the sampled id's; k: k alternatives beside it
-        ("has_extras", np.int32),  # 1 where `extras` has the slot
-    ]
-)
-
-
-@dataclass(frozen=True)
-class SamplingParameters:
-    """How the tokens of one sequence are drawn, as its request asked; the values are neutral."""
-
-    seed: int = 0  # 0 .. 2**64 - 1
-    choice: int = 0  # index among the choices of one request
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    repetition_penalty: float = 1.0  # above 0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    num_logprobs: int = -1
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    allowed: Mask | None = None  # as `mask_of` makes it
-
-    @property
-    def has_penalties(self) -> bool:
-        penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
-        return penalties != (1.0, 0.0, 0.0)
-
-
-@dataclass
-class Extras:
-    """What a slot needs beside its numbers; most slots need none of it.
-
-    bias_ids, bias_values   [N], distinct ids
-    allowed, grammar        masks as `mask_of` makes them; None allows all
-    in_prompt               [vocab_size] bool, and
-    counts                  [vocab_size] int32, how often in the output: only where penalties are
-    """
-
-    bias_ids: Ids
-    bias_values: Floats
-    allowed: Mask | None
-    grammar: Mask | None
-    in_prompt: npt.NDArray[np.bool_] | None
-    counts: Ids | None
-
 
 @dataclass(frozen=True)
 class Samples:
@@ -141,90 +87,6 @@ class Samples:
     alternatives: list[tuple[Ids, Floats]]
 
 
-class SamplingTable:
-    """The sampling parameters of every running sequence, by slot.
-
-    parameters  [max_slots] of PARAMETERS; it never moves: compiled code may keep its address
-    extras      slot -> Extras, for the slots that have any
-    """
-
-    def __init__(self, max_slots: int, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-        self.parameters = np.zeros(max_slots, PARAMETERS)
-        self.extras: dict[int, Extras] = {}
-
-    def set(
-        self,
-        slot: int,
-        parameters: SamplingParameters,
-        prompt_ids: Sequence[int] = (),
-        output_ids: Sequence[int] = (),
-    ) -> None:
-        """Gives the slot to a sequence; its tokens so far are needed for penalties only."""
-        temperature = np.float32(parameters.temperature)
-        # Subnormal temperatures would be 0 on a device that flushes them: let them be 0 everywhere.
-        if temperature < np.finfo(np.float32).tiny:
-            temperature = np.float32(0)
-        extras = self._extras(parameters, prompt_ids, output_ids)
-        self.extras.pop(slot, None)
-        if extras is not None:
-            self.extras[slot] = extras
-        row = self.parameters[slot]
-        row["seed"] = parameters.seed
-        row["choice"] = parameters.choice
-        row["temperature"] = temperature
-        row["top_k"] = min(parameters.top_k, self.vocab_size)
-        row["top_p"] = int(parameters.top_p * 2**FRACTION_BITS)
-        row["typical_p"] = int(parameters.typical_p * 2**FRACTION_BITS)
-        row["min_p"] = int(parameters.min_p * 2**WEIGHT_BITS)
-        row["repetition_penalty"] = parameters.repetition_penalty
-        row["presence_penalty"] = parameters.presence_penalty
-        row["frequency_penalty"] = parameters.frequency_penalty
-        row["num_logprobs"] = min(parameters.num_logprobs, self.vocab_size)
-        row["has_extras"] = extras is not None
-
-    def set_grammar(self, slot: int, mask: Mask | None) -> None:
-        """The ids that the slot may draw next, None for all; it holds until the next call."""
-        extras = self.extras.setdefault(slot, _no_extras())
-        extras.grammar = mask
-        self.parameters[slot]["has_extras"] = 1
-
-    def count(self, slot: int, id: int) -> None:
-        """Notes a sampled id for the penalties; sample() does it for every id that it draws."""
-        extras = self.extras.get(slot)
-        if extras is not None and extras.counts is not None:
-            extras.counts[id] += 1
-
-    def _extras(
-        self, parameters: SamplingParameters, prompt_ids: Sequence[int], output_ids: Sequence[int]
-    ) -> Extras | None:
-        bias = parameters.logit_bias
-        if not bias and parameters.allowed is None and not parameters.has_penalties:
-            return None
-        extras = _no_extras()
-        extras.bias_ids = np.fromiter(bias.keys(), np.int32, len(bias))
-        extras.bias_values = np.fromiter(bias.values(), np.float32, len(bias))
-        extras.allowed = parameters.allowed
-        if parameters.has_penalties:
-            extras.in_prompt = np.zeros(self.vocab_size, np.bool_)
-            extras.in_prompt[np.asarray(prompt_ids, np.int64)] = True
-            counts = np.bincount(np.asarray(output_ids, np.int64), minlength=self.vocab_size)
-            extras.counts = counts.astype(np.int32)
-        return extras
-
-
-def _no_extras() -> Extras:
-    return Extras(np.zeros(0, np.int32), np.zeros(0, np.float32), None, None, None, None)
-
-
-def mask_of(ids: Sequence[int], vocab_size: int) -> Mask:
-    """[ceil(vocab_size / 32)] uint32 in which bit i % 32 of word i // 32 stands for id i: set for
-    `ids`.  Its inverse (~) bans them.  The layout is llguidance's."""
-    bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
-    bits[np.asarray(ids, np.int64)] = 1
-    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32, copy=False)
-
-
 @np.errstate(over="ignore")  # x may be -inf, and a bias may overflow: both are defined
 def sample(
     logits: Floats,
@@ -232,16 +94,20 @@ def sample(
     slots: Ids,
     output_positions: Integers,
     targets: Ids | None = None,
+    drafts: Ids | None = None,
 ) -> Samples:
     """Samples each row of logits [R, vocab_size] by its slot's parameters, and counts what it drew.
 
-    slots             [R], each at most once among the rows that are drawn
+    slots             [R], the rows of a slot side by side
     output_positions  [R], how many tokens the sequence has put out before this one
     targets           [R], an id to report the log-probability of instead of drawing one, as for the
                       tokens of a prompt; -1 to draw
+    drafts            [R], the id that the row before, of the same slot, is supposed to draw; -1 for
+                      the first row of a slot that is drawn
     """
-    if targets is None:
-        targets = np.full(len(logits), -1, np.int32)
+    no_ids = np.full(len(logits), -1, np.int32)
+    targets = no_ids if targets is None else targets
+    drafts = no_ids if drafts is None else drafts
     largest = logits.argmax(axis=1)  # of a row with NaN, the NaN
     ids = largest.astype(np.int32)
     sound = np.isfinite(logits[np.arange(len(logits)), largest])
@@ -254,19 +120,34 @@ def sample(
         elif targets[row] >= 0:
             ids[row] = targets[row]
         elif extras is not None or parameters["temperature"] > 0:
-            seed, choice = int(parameters["seed"]), int(parameters["choice"])
-            bits = uniform_bits(seed, choice, int(output_positions[row]))
-            ids[row] = _draw(*candidates(logits[row], parameters, extras), bits)
-        if ids[row] == FAILED:
-            continue
-        if targets[row] < 0:
-            table.count(slot, int(ids[row]))
-        if parameters["num_logprobs"] >= 0:
+            seed, choice, position = parameters["seed"], parameters["choice"], output_positions[row]
+            drafted = drafted_before(drafts, row)
+            chosen = candidates(logits[row], parameters, extras, int(position), drafted)
+            ids[row] = _draw(*chosen, uniform_bits(int(seed), int(choice), int(position)))
+        if ids[row] != FAILED and parameters["num_logprobs"] >= 0:
             best = largest_of(logits[row], int(parameters["num_logprobs"]))
             values = log_softmax(logits[row], np.append(best, ids[row]))
             logprobs[row] = values[-1]
             alternatives[row] = best.astype(np.int32), values[:-1]
+    for row in np.flatnonzero((targets < 0) & are_reached(ids, drafts)).tolist():
+        table.count(int(slots[row]), int(ids[row]))
     return Samples(ids, logprobs, alternatives)
+
+
+def drafted_before(drafts: Ids, row: int) -> Ids:
+    """What the row's sequence is supposed to put out in this step before the row."""
+    first = row
+    while drafts[first] >= 0:
+        first -= 1
+    return drafts[first + 1 : row + 1]
+
+
+def are_reached(ids: Ids, drafts: Ids) -> Bools:
+    """[R], whether the row has an id, and every draft before it is what its own row drew."""
+    reached: Bools = ids != FAILED
+    for row in np.flatnonzero(drafts >= 0).tolist():
+        reached[row] &= reached[row - 1] and ids[row - 1] == drafts[row]
+    return reached
 
 
 def log_softmax(logits: Floats, ids: Integers) -> Floats:
@@ -287,11 +168,18 @@ def largest_of(values: Floats, k: int) -> Integers:
     return places[np.argsort(-values[places], kind="stable")[:k]]
 
 
-def candidates(logits: Floats, parameters: Any, extras: Extras | None) -> tuple[Ids, Integers]:
+def candidates(
+    logits: Floats,
+    parameters: Any,
+    extras: Extras | None,
+    output_position: int = 0,
+    drafted: Sequence[int] | Ids = (),
+) -> tuple[Ids, Integers]:
     """Steps 1 to 8 for the logits [vocab_size] of one row: the ids that may be drawn, in id order,
     and their weights.  Both are empty where nothing is left to choose."""
     if extras is not None:
-        logits = _adjusted(logits, parameters, extras)
+        logits = _masked(logits, extras, output_position, len(drafted))
+        _penalise(logits, parameters, extras, drafted)
     best = logits.argmax()
     if not np.isfinite(logits[best]):
         return np.zeros(0, np.int32), np.zeros(0, np.int64)
@@ -325,23 +213,36 @@ def _draw(ids: Ids, weights: Integers, bits: int) -> int:
     return int(ids[np.searchsorted(sums, bits * int(sums[-1]) >> 64, side="right")])
 
 
-def _adjusted(logits: Floats, parameters: Any, extras: Extras) -> Floats:
-    """Steps 1 and 2: a copy of the logits with bias, masks and penalties."""
+def _masked(logits: Floats, extras: Extras, output_position: int, num_drafted: int) -> Floats:
+    """Step 1: a copy of the logits with bias and masks."""
     logits = logits.copy()
     logits[extras.bias_ids] += extras.bias_values
-    for mask in extras.allowed, extras.grammar:
+    if output_position < extras.min_tokens:
+        logits[extras.end_ids] = -np.inf
+    grammar = extras.grammar
+    if grammar is not None:
+        grammar = grammar[min(num_drafted, len(grammar) - 1)]
+    for mask in extras.allowed, grammar:
         if mask is not None:
             bits = np.unpackbits(mask.astype("<u4").view(np.uint8), bitorder="little")
             logits[bits[: len(logits)] == 0] = -np.inf
-    if extras.counts is not None and extras.in_prompt is not None:
-        seen = np.flatnonzero((extras.counts > 0) | extras.in_prompt)
-        values, penalty = logits[seen], parameters["repetition_penalty"]
-        logits[seen] = np.where(values > 0, values / penalty, values * penalty)
-        put_out = np.flatnonzero(extras.counts)
-        logits[put_out] -= parameters["presence_penalty"]
-        counts = extras.counts[put_out].astype(np.float32)
-        logits[put_out] -= parameters["frequency_penalty"] * counts
     return logits
+
+
+def _penalise(
+    logits: Floats, parameters: Any, extras: Extras, drafted: Sequence[int] | Ids
+) -> None:
+    """Step 2, in place."""
+    if extras.counts is None or extras.in_prompt is None:
+        return
+    counts = extras.counts.copy()
+    np.add.at(counts, np.asarray(drafted, np.int64), 1)
+    seen = np.flatnonzero((counts > 0) | extras.in_prompt)
+    values, penalty = logits[seen], parameters["repetition_penalty"]
+    logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+    put_out = np.flatnonzero(counts)
+    logits[put_out] -= parameters["presence_penalty"]
+    logits[put_out] -= parameters["frequency_penalty"] * counts[put_out].astype(np.float32)
 
 
 def weights_of(x: Floats) -> Integers:

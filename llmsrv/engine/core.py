@@ -30,7 +30,6 @@ from llmsrv.engine.messages import Submit
 from llmsrv.engine.messages import Tokens
 from llmsrv.engine.sampling import check_ids
 from llmsrv.engine.sampling import check_sampling
-from llmsrv.engine.sampling import note_output
 from llmsrv.engine.sampling import write_sampling
 from llmsrv.engine.scheduler import Chunk
 from llmsrv.engine.scheduler import Scheduler
@@ -188,7 +187,6 @@ class EngineCore:
             logprobs = [float(samples.logprobs[row])]
             alternatives = [list(zip(ids.tolist(), values.tolist(), strict=True))]
         reason = sequence.append(id, now_s)
-        note_output(self._plan.sampling, sequence)
         self._tokens.append(
             Tokens(sequence.submit.request, sequence.choice, [id], logprobs, alternatives)
         )

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
-from llmsrv.backend.sampling import SamplingParameters
-from llmsrv.backend.sampling import SamplingTable
-from llmsrv.backend.sampling import mask_of
+from llmsrv.backend.sampling_table import SamplingParameters
+from llmsrv.backend.sampling_table import SamplingTable
+from llmsrv.backend.sampling_table import mask_of
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.sequence import Sequence
 from llmsrv.errors import ApiError
@@ -71,15 +71,9 @@ def write_sampling(table: SamplingTable, sequence: Sequence) -> None:
             num_logprobs=sampling.num_logprobs,
             logit_bias=sampling.logit_bias,
             allowed=allowed,
+            min_tokens=submit.min_tokens,
+            end_ids=submit.end_ids,
         ),
         submit.prompt_ids,
         sequence.output_ids,
     )
-    if len(sequence.output_ids) < submit.min_tokens:
-        table.set_grammar(sequence.slot, ~mask_of(submit.end_ids, table.vocab_size))
-
-
-def note_output(table: SamplingTable, sequence: Sequence) -> None:
-    """After a token: from min_tokens on the end ids may be drawn."""
-    if 0 < len(sequence.output_ids) == sequence.submit.min_tokens:
-        table.set_grammar(sequence.slot, None)

@@ -28,16 +28,17 @@ from llmsrv.backend.cpu import Tier
 from llmsrv.backend.cpu_library import FORMATS
 from llmsrv.backend.quants import TYPES
 from llmsrv.backend.reference import ReferenceBackend
-from llmsrv.backend.sampling import SamplingParameters
-from llmsrv.backend.sampling import SamplingTable
-from llmsrv.backend.sampling import mask_of
 from llmsrv.backend.sampling import sample
+from llmsrv.backend.sampling_table import SamplingParameters
+from llmsrv.backend.sampling_table import SamplingTable
+from llmsrv.backend.sampling_table import mask_of
 from llmsrv.backend.source import cpu_features
 from llmsrv.config import default_cache_dir
 from tests.support.plans import Piece
 from tests.support.plans import Run
 from tests.support.plans import batch_of
 from tests.support.plans import generate
+from tests.support.plans import generate_from_drafts
 from tests.support.tensors import HALVES
 from tests.support.tensors import random_tensor
 
@@ -369,6 +370,33 @@ def check_logits_do_not_depend_on_the_batch(backend):
     plan.forward = noted
     generate(plan, runs, chunk=20)
     np.testing.assert_array_equal(seen[-5:], alone)
+
+
+SPECULATED = [
+    {"temperature": 0.0},
+    {"temperature": 0.0, "repetition_penalty": 1.3, "frequency_penalty": 0.5},
+    {"temperature": 0.9, "top_p": 0.9, "seed": 11},
+    {"temperature": 1.2, "presence_penalty": 1.0, "typical_p": 0.9, "seed": 12},
+    {"temperature": 0.7, "min_tokens": 12, "end_ids": range(0, VOCAB, 2), "seed": 13},
+]
+
+
+@pytest.mark.parametrize("values", SPECULATED)
+@pytest.mark.parametrize("is_reference", [False, True])
+def test_tokens_from_drafts_are_those_of_plain_decoding(cpu, values, is_reference):
+    backend = ReferenceBackend() if is_reference else cpu
+    plan = backend.compile(llama(layers=1), LIMITS, lambda: None)
+    plain, drafted = (Run([5, 3, 8, 1] * 5, 30, SamplingParameters(**values)) for _ in range(2))
+    generate(plan, [plain])
+    rng = np.random.default_rng(0)
+
+    def propose(ids):
+        """Some right, then some by chance."""
+        right = plain.ids[len(ids) :][: rng.integers(5)]
+        return [*right, *rng.integers(0, VOCAB, rng.integers(4)).tolist()]
+
+    generate_from_drafts(plan, drafted, propose)
+    assert drafted.ids == plain.ids
 
 
 def test_a_row_that_is_not_a_number_fails_alone(cpu):

@@ -20,7 +20,7 @@ from llmsrv.backend.base import SelectLogitRows
 from llmsrv.backend.base import Softcap
 from llmsrv.backend.base import Tensor
 from llmsrv.backend.reference import ReferenceBackend
-from llmsrv.backend.sampling import SamplingParameters
+from llmsrv.backend.sampling_table import SamplingParameters
 from llmsrv.errors import StartupError
 from tests.support.plans import Piece
 from tests.support.plans import batch_of

@@ -8,12 +8,12 @@ import pytest
 
 from llmsrv.backend.philox import uniform_bits
 from llmsrv.backend.sampling import FAILED
-from llmsrv.backend.sampling import SamplingParameters
-from llmsrv.backend.sampling import SamplingTable
 from llmsrv.backend.sampling import candidates
-from llmsrv.backend.sampling import mask_of
 from llmsrv.backend.sampling import sample
 from llmsrv.backend.sampling import weights_of
+from llmsrv.backend.sampling_table import SamplingParameters
+from llmsrv.backend.sampling_table import SamplingTable
+from llmsrv.backend.sampling_table import mask_of
 
 ONE = 1 << 40
 
@@ -262,6 +262,44 @@ def test_a_slot_forgets_its_sequence_when_it_is_set_again():
     rows = np.array([[1.0, 2.0]], np.float32)
     assert sample(rows, table, np.zeros(1, np.int32), np.zeros(1, np.int64)).ids.tolist() == [1]
     assert not table.parameters["has_extras"].any()
+
+
+# ---- Drafts
+
+
+def test_rows_behind_a_draft_are_penalised_as_if_it_were_put_out():
+    rows = np.array([[2.0, 1.8, 1.5]] * 4, np.float32)
+    table = table_of([SamplingParameters(temperature=0, presence_penalty=0.4)] * 2, 3)
+    slots, positions = np.array([0, 0, 0, 1], np.int32), np.array([0, 1, 2, 0])
+    drafts = np.array([-1, 0, 1, -1], np.int32)
+    assert sample(rows, table, slots, positions, drafts=drafts).ids.tolist() == [0, 1, 0, 0]
+    assert table.extras[0].counts.tolist() == [2, 1, 0]
+    assert table.extras[1].counts.tolist() == [1, 0, 0]
+
+
+def test_nothing_behind_a_wrong_draft_is_counted():
+    rows = np.array([[2.0, 1.0, 1.0]] * 3, np.float32)
+    table = table_of([SamplingParameters(temperature=0, presence_penalty=0.1)], 3)
+    drafts = np.array([-1, 2, 0], np.int32)
+    sample(rows, table, np.zeros(3, np.int32), np.arange(3), drafts=drafts)
+    assert table.extras[0].counts.tolist() == [1, 0, 0]
+
+
+def test_each_drafted_row_has_a_grammar_mask_of_its_own():
+    rows = np.array([[3.0, 2.0, 1.0]] * 3, np.float32)
+    table = table_of([SamplingParameters(temperature=0)], 3)
+    table.set_grammar(0, np.stack([mask_of([2], 3), mask_of([1, 2], 3)]))
+    drafts = np.array([-1, 2, 1], np.int32)
+    samples = sample(rows, table, np.zeros(3, np.int32), np.arange(3), drafts=drafts)
+    assert samples.ids.tolist() == [2, 1, 1]
+
+
+def test_end_ids_are_banned_before_min_tokens_only():
+    rows = np.array([[3.0, 2.0, 1.0]] * 2, np.float32)
+    table = table_of([SamplingParameters(temperature=0, min_tokens=5, end_ids=[0])], 3)
+    drafts = np.array([-1, 1], np.int32)
+    samples = sample(rows, table, np.zeros(2, np.int32), np.array([4, 5]), drafts=drafts)
+    assert samples.ids.tolist() == [1, 0]
 
 
 # ---- The draw

@@ -16,7 +16,7 @@ from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
 from llmsrv.backend.sampling import FAILED
 from llmsrv.backend.sampling import Samples
-from llmsrv.backend.sampling import SamplingTable
+from llmsrv.backend.sampling_table import SamplingTable
 
 VOCAB_SIZE = 50
 NAN_ID = 49  # a sequence whose last token this is has no usable logits
@@ -62,11 +62,15 @@ class FakePlan(Plan):
         return ids
 
     def sample(
-        self, slots: Array, output_positions: Array, targets: Array | None = None
+        self,
+        slots: Array,
+        output_positions: Array,
+        targets: Array | None = None,
+        drafts: Array | None = None,
     ) -> Samples:
         assert targets is None
         assert len(slots) == len(output_positions) == len(self._logit_ids)
-        assert len(set(slots.tolist())) == len(slots)
+        self._check_drafts(slots, np.full(len(slots), -1) if drafts is None else drafts)
         ids = np.full(len(slots), FAILED, np.int32)
         logprobs = np.full(len(slots), np.nan, np.float32)
         alternatives = []
@@ -82,6 +86,15 @@ class FakePlan(Plan):
             others = np.arange(max(k, 0), dtype=np.int32)
             alternatives.append((others, -1.0 - others.astype(np.float32)))
         return Samples(ids, logprobs, alternatives)
+
+    def _check_drafts(self, slots: Array, drafts: Array) -> None:
+        """Each slot's first row stands on what was drawn, and the others on the drafts."""
+        is_first = np.ones(len(slots), np.bool_)
+        is_first[1:] = slots[1:] != slots[:-1]
+        assert len(set(slots[is_first].tolist())) == is_first.sum()
+        assert ((drafts < 0) == is_first).all()
+        stands_on = np.array([known[-1] for known in self._logit_ids])
+        assert (drafts[~is_first] == stands_on[~is_first]).all()
 
 
 def _check_types(batch: Batch) -> None:

@@ -1,5 +1,6 @@
 """Runs sequences on a plan as an engine would, without one: blocks, chunks, batches, greedy ids."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
@@ -9,7 +10,7 @@ import numpy as np
 from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Batch
 from llmsrv.backend.base import Plan
-from llmsrv.backend.sampling import SamplingParameters
+from llmsrv.backend.sampling_table import SamplingParameters
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Piece:
     blocks: Sequence[int]  # the sequence's, from position 0 on
     wants_logits: bool = True  # of the last row
     is_long: bool = False
+    num_drafts: int = 0  # of the last rows, which want logits too
 
 
 @dataclass
@@ -54,7 +56,12 @@ def batch_of(pieces: Sequence[Piece]) -> Batch:
     for table, piece in zip(tables, pieces):
         table[: len(piece.blocks)] = piece.blocks
     slots = tables[sequences, positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE
-    wanted = [piece.wants_logits for piece in pieces]
+    ends = np.cumsum(lengths)
+    logit_rows = [
+        np.arange(end - 1 - piece.num_drafts, end)
+        for end, piece in zip(ends, pieces)
+        if piece.wants_logits
+    ]
     return Batch(
         ids=np.concatenate([np.asarray(piece.ids, np.int32) for piece in pieces]),
         positions=positions.astype(np.int32),
@@ -62,8 +69,27 @@ def batch_of(pieces: Sequence[Piece]) -> Batch:
         slot_mapping=slots + positions % BLOCK_SIZE,
         block_tables=tables,
         is_long=np.array([piece.is_long for piece in pieces]),
-        logit_rows=(np.cumsum(lengths) - 1)[wanted].astype(np.int32),
+        logit_rows=np.concatenate([np.zeros(0, np.int64), *logit_rows]).astype(np.int32),
     )
+
+
+def generate_from_drafts(
+    plan: Plan, run: Run, propose: Callable[[Sequence[int]], Sequence[int]]
+) -> None:
+    """Runs a sequence in slot 0 to its end; `propose` drafts ids to follow those put out so far."""
+    blocks = list(range(1, 1 + run.num_blocks))
+    plan.sampling.set(0, run.parameters, run.prompt_ids)
+    while len(run.ids) < run.max_tokens:
+        drafts = list(propose(run.ids))[: run.max_tokens - len(run.ids) - 1]
+        ids = [*run.prompt_ids, *run.ids, *drafts][run.num_computed:]
+        plan.forward(batch_of([Piece(ids, run.num_computed, blocks, num_drafts=len(drafts))]))
+        slots = np.zeros(len(drafts) + 1, np.int32)
+        positions = np.arange(len(slots), dtype=np.int64) + len(run.ids)
+        samples = plan.sample(slots, positions, drafts=np.array([-1, *drafts], np.int32))
+        drawn = samples.ids.tolist()
+        num_right = next((i for i, draft in enumerate(drafts) if draft != drawn[i]), len(drafts))
+        run.ids += drawn[: num_right + 1]
+        run.num_computed = len(run.prompt_ids) + len(run.ids) - 1
 
 
 def generate(plan: Plan, runs: Sequence[Run], chunk: int = 512, seed: int = 0) -> None:

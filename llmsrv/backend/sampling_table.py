@@ -1,0 +1,185 @@
+"""The sampling parameters of every running sequence, where compiled code finds them too.
+
+A table is written when a sequence takes its slot, and where a grammar narrows the ids that it may
+draw next; what each parameter means is said in sampling.py.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.uint32]
+
+WEIGHT_BITS = 40
+FRACTION_BITS = 32
+
+PARAMETERS = np.dtype(
+    [
+        ("seed", np.uint64),
+        ("top_p", np.int64),  # fractions of 2**32
+        ("typical_p", np.int64),
+        ("min_p", np.int64),  # a weight
+        ("choice", np.uint32),
+        ("top_k", np.int32),  # 0: all
+        ("temperature", np.float32),  # 0: greedy
+        ("repetition_penalty", np.float32),
+        ("presence_penalty", np.float32),
+        ("frequency_penalty", np.float32),
+        ("num_logprobs", np.int32),  # -1: none; 0: the sampled id's; k: k alternatives beside it
+        ("has_extras", np.int32),  # 1 where `extras` has the slot
+    ]
+)
+
+
+@dataclass(frozen=True)
+class SamplingParameters:
+    """How the tokens of one sequence are drawn, as its request asked; the values are neutral."""
+
+    seed: int = 0  # 0 .. 2**64 - 1
+    choice: int = 0  # index among the choices of one request
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0  # above 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    num_logprobs: int = -1
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed: Mask | None = None  # as `mask_of` makes it
+    min_tokens: int = 0  # before so many are put out none of
+    end_ids: Sequence[int] = ()  # these is drawn
+
+    @property
+    def has_penalties(self) -> bool:
+        penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
+        return penalties != (1.0, 0.0, 0.0)
+
+    @property
+    def has_extras(self) -> bool:
+        """Whether the slot needs more than its numbers."""
+        has_mask = self.allowed is not None or self.min_tokens > 0
+        return bool(self.logit_bias) or has_mask or self.has_penalties
+
+
+@dataclass
+class Extras:
+    """What a slot needs beside its numbers; most slots need none of it.
+
+    bias_ids, bias_values   [N], distinct ids
+    end_ids                 [M], banned while the sequence has put out fewer than min_tokens
+    allowed                 a mask as `mask_of` makes it; None allows all
+    grammar                 [rows, words], of such masks; None allows all
+    in_prompt               [vocab_size] bool, and
+    counts                  [vocab_size] int32, how often in the output: only where penalties are
+    """
+
+    bias_ids: Ids
+    bias_values: Floats
+    end_ids: Ids
+    min_tokens: int
+    allowed: Mask | None = None
+    grammar: Mask | None = None
+    in_prompt: npt.NDArray[np.bool_] | None = None
+    counts: Ids | None = None
+
+
+class SamplingTable:
+    """The sampling parameters of every running sequence, by slot.
+
+    parameters  [max_slots] of PARAMETERS; it never moves: compiled code may keep its address
+    extras      slot -> Extras, for the slots that have any
+    """
+
+    def __init__(self, max_slots: int, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.parameters = np.zeros(max_slots, PARAMETERS)
+        self.extras: dict[int, Extras] = {}
+
+    def set(
+        self,
+        slot: int,
+        parameters: SamplingParameters,
+        prompt_ids: Sequence[int] = (),
+        output_ids: Sequence[int] = (),
+    ) -> None:
+        """Gives the slot to a sequence; its tokens so far are needed for penalties only."""
+        temperature = np.float32(parameters.temperature)
+        # Subnormal temperatures would be 0 on a device that flushes them: let them be 0 everywhere.
+        if temperature < np.finfo(np.float32).tiny:
+            temperature = np.float32(0)
+        extras = self._extras(parameters, prompt_ids, output_ids)
+        self.extras.pop(slot, None)
+        if extras is not None:
+            self.extras[slot] = extras
+        row = self.parameters[slot]
+        row["seed"] = parameters.seed
+        row["choice"] = parameters.choice
+        row["temperature"] = temperature
+        row["top_k"] = min(parameters.top_k, self.vocab_size)
+        row["top_p"] = int(parameters.top_p * 2**FRACTION_BITS)
+        row["typical_p"] = int(parameters.typical_p * 2**FRACTION_BITS)
+        row["min_p"] = int(parameters.min_p * 2**WEIGHT_BITS)
+        row["repetition_penalty"] = parameters.repetition_penalty
+        row["presence_penalty"] = parameters.presence_penalty
+        row["frequency_penalty"] = parameters.frequency_penalty
+        row["num_logprobs"] = min(parameters.num_logprobs, self.vocab_size)
+        row["has_extras"] = extras is not None
+
+    def set_grammar(self, slot: int, mask: Mask | None) -> None:
+        """The ids that the slot may draw next, None for all; it holds until the next call.
+
+        mask  [words] as `mask_of` makes it, not copied; or [rows, words], where a step draws
+              several rows of the slot: line i for its i-th row, the last for all that come after
+        """
+        if slot not in self.extras:
+            if mask is None:
+                return
+            self.extras[slot] = _no_extras()
+            self.parameters[slot]["has_extras"] = 1
+        self.extras[slot].grammar = None if mask is None else np.atleast_2d(mask)
+
+    def count(self, slot: int, id: int) -> None:
+        """Notes an id that the sequence has put out, for the penalties; sampling does it."""
+        extras = self.extras.get(slot)
+        if extras is not None and extras.counts is not None:
+            extras.counts[id] += 1
+
+    def _extras(
+        self, parameters: SamplingParameters, prompt_ids: Sequence[int], output_ids: Sequence[int]
+    ) -> Extras | None:
+        if not parameters.has_extras:
+            return None
+        extras = _no_extras()
+        bias = parameters.logit_bias
+        extras.bias_ids = np.fromiter(bias.keys(), np.int32, len(bias))
+        extras.bias_values = np.fromiter(bias.values(), np.float32, len(bias))
+        extras.end_ids = np.array(parameters.end_ids, np.int32)
+        extras.min_tokens = parameters.min_tokens
+        extras.allowed = parameters.allowed
+        if parameters.has_penalties:
+            extras.in_prompt = np.zeros(self.vocab_size, np.bool_)
+            extras.in_prompt[np.asarray(prompt_ids, np.int64)] = True
+            counts = np.bincount(np.asarray(output_ids, np.int64), minlength=self.vocab_size)
+            extras.counts = counts.astype(np.int32)
+        return extras
+
+
+def _no_extras() -> Extras:
+    no_ids = np.zeros(0, np.int32)
+    return Extras(no_ids, np.zeros(0, np.float32), no_ids, 0)
+
+
+def mask_of(ids: Sequence[int], vocab_size: int) -> Mask:
+    """[ceil(vocab_size / 32)] uint32 in which bit i % 32 of word i // 32 stands for id i: set for
+    `ids`.  Its inverse (~) bans them.  The layout is llguidance's."""
+    bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+    bits[np.asarray(ids, np.int64)] = 1
+    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32, copy=False)
