@@ -28,6 +28,7 @@ LIST is a JSON list or names separated by commas.
   python llmsrv.py                                   serve the default model on port 8000
   python llmsrv.py --model model.gguf --port 8001    serve a file
   python llmsrv.py --model hf:org/name               serve a model of the Hugging Face hub
+  python llmsrv.py --model a=a.gguf --model b=b.gguf serve two models, called a and b
 
 Commands, each with its own --help:
   pull NAME    fetch a model into the cache, or bring it up to date
@@ -94,7 +95,7 @@ def parse_command(command: str, arguments: Sequence[str], environment: Environme
         allow_abbrev=False,
     )
     if command != "models":
-        parser.add_argument("model", metavar="NAME", help="a name that --model takes")
+        parser.add_argument("model", nargs=1, metavar="NAME", help="a name that --model takes")
     for field in dataclasses.fields(Config):
         if field.name in options:
             _add_argument(parser, field)

@@ -13,11 +13,12 @@ from llmsrv.files.source import resolve_model
 
 def pull(config: Config) -> None:
     """Fetches a model; one of the hub as it is there now, also when it is in the cache."""
-    if config.model.startswith(hub.PREFIX):
+    (model,) = config.model
+    if model.startswith(hub.PREFIX):
         folder = config.cache_dir.absolute() / "hf"
-        path = fetch_from_hub(config.model, folder, config.hf_token, sys.stderr)
+        path = fetch_from_hub(model, folder, config.hf_token, sys.stderr)
     else:
-        path = resolve_model(config.model, config.cache_dir, sys.stderr)
+        path = resolve_model(model, config.cache_dir, sys.stderr)
     print(path)
 
 
@@ -34,5 +35,6 @@ def models(config: Config) -> None:
 
 def rm(config: Config) -> None:
     """Removes a model and says how much space that gave."""
-    removed = remove(config.model, config.cache_dir)
+    (model,) = config.model
+    removed = remove(model, config.cache_dir)
     print(f"removed {removed.name}, {removed.size_bytes / MEGABYTE:,.0f} MB")

@@ -65,11 +65,23 @@ def option(default: Any, group: str, help: str, **metadata: Any) -> Any:
 class Config:
     """The options of one server; a field `api_key` is the flag --api-key and LLMSRV_API_KEY."""
 
-    model: str = option(
-        DEFAULT_MODEL,
+    model: list[str] = option(
+        [DEFAULT_MODEL],
         "Model",
-        "a GGUF file, a Hugging Face folder, hf:org/name[:file], or the name of a cached model",
-        metavar="PATH|NAME",
+        "a GGUF file, a Hugging Face folder, hf:org/name[:file], or the name of a cached model; "
+        "several, each named for clients by NAME=, are served at once",
+        metavar="[NAME=]PATH",
+        many=True,
+    )
+    max_loaded_models: int = option(
+        0,
+        "Model",
+        "of several, how many are in memory at once; 0: all.  Further ones are loaded by POST "
+        "/models/load, for which the least recently used one goes",
+        least=0,
+    )
+    any_model_name: bool = option(
+        False, "Model", "answer a request whatever model it names, with the one that is served"
     )
     served_model_name: list[str] = option(
         [], "Model", "the model's id for clients, and aliases of it", metavar="NAME", many=True

@@ -1,7 +1,7 @@
-"""A server from its start to its end: port, model, engine process, application, signals.
+"""A server from its start to its end: port, models, engine processes, application, signals.
 
 The port is bound before anything slow, so that a port in use is told at once; clients get 503 with
-the reason until the model is loaded.  A first signal lets what runs finish within its grace, a
+the reason until the models are loaded.  A first signal lets what runs finish within its grace, a
 second one ends it at once; either way each request gets its last word before the process ends.
 """
 
@@ -10,8 +10,6 @@ import logging
 import os
 import signal
 import socket
-import sys
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 from typing import Any
@@ -19,11 +17,9 @@ from typing import Any
 from llmsrv import log as logs
 from llmsrv.api.gate import is_loopback
 from llmsrv.api.gate import read_keys
-from llmsrv.config import MODES
+from llmsrv.api.models import Models
+from llmsrv.api.models import find_models
 from llmsrv.config import Config
-from llmsrv.config import EngineConfig
-from llmsrv.engine.client import EngineClient
-from llmsrv.files.source import resolve_model
 from llmsrv.server.listener import bind
 from llmsrv.server.server import Server
 from llmsrv.server.server import run
@@ -48,76 +44,45 @@ def serve(config: Config) -> int:
         keys = read_keys(config.api_key, config.api_key_file)
         _warn(config, keys)
         sockets = bind(config.host, config.port)
-        model_path = resolve_model(
-            config.model, config.cache_dir, sys.stderr, config.hf_token
-        )
-        return run(_serve(config, keys, sockets, model_path))
+        models = Models(config, find_models(config))
+        return run(_serve(models, keys, sockets))
     finally:
         listener.stop()
 
 
-async def _serve(
-    config: Config, keys: list[str], sockets: list[socket.socket], model_path: Path
-) -> int:
+async def _serve(models: Models, keys: list[str], sockets: list[socket.socket]) -> int:
     signals = _Signals()
-    engine = EngineClient(
-        EngineConfig(
-            str(model_path),
-            config.backend,
-            context_window_size=config.context_window_size,
-            extend_context=config.extend_context,
-            threads=config.threads,
-            activation_bits=config.activation_bits,
-            cache_dir=str(config.cache_dir),
-            log_level=config.log_level,
-            **MODES[config.mode],
-        )
-    )
-    await engine.start()
-    await asyncio.sleep(0)  # the engine process starts now, beside the imports
+    await models.start()
+    await asyncio.sleep(0)  # the engine processes start now, beside the imports
     from llmsrv.api.app import build_app
-    from llmsrv.api.service import Service
-    from llmsrv.api.service import load_text_model
-    from llmsrv.api.service import model_names
 
-    service = Service(config, engine, model_names(config))
     server = Server(
-        build_app(service, keys),
-        sockets,
-        ServerSettings(body_limit_bytes=service.body_limit_bytes),
+        build_app(models, keys), sockets, ServerSettings(body_limit_bytes=models.body_limit_bytes)
     )
     await server.start()
-
-    async def load() -> None:
-        log.info("loading %s", model_path)
-        service.text = await asyncio.to_thread(
-            load_text_model, model_path, config.chat_template, config.cache_dir
-        )
-        await engine.wait_ready()
-        _tell_ready(service, sockets[0].getsockname(), bool(keys))
-
-    loading = asyncio.create_task(load())
+    loading = asyncio.create_task(models.wait_started())
     grace_s = 0.0
     try:
         await _first_of(loading, signals.first)
         if loading.done():
-            loading.result()  # StartupError: the model cannot be served
+            loading.result()  # StartupError: a model cannot be served
+            _tell_ready(models, sockets[0].getsockname(), bool(keys))
         number = await signals.first
-        grace_s = CTRL_C_GRACE_S if number == signal.SIGINT else config.drain_timeout_s
+        grace_s = CTRL_C_GRACE_S if number == signal.SIGINT else models.config.drain_timeout_s
     finally:
         loading.cancel()
-        service.is_draining = True
-        await _shut_down(server, engine, grace_s, signals)
+        models.is_draining = True
+        await _shut_down(server, models, grace_s, signals)
     return 0
 
 
 async def _shut_down(
-    server: Server, engine: EngineClient, grace_s: float, signals: "_Signals"
+    server: Server, models: Models, grace_s: float, signals: "_Signals"
 ) -> None:
     """Lets what runs end within grace_s or until a second signal; the rest ends with an error."""
     draining = asyncio.ensure_future(server.drain(grace_s + LAST_WORDS_S))
     await _first_of(draining, signals.second, timeout_s=grace_s)
-    stopping = asyncio.ensure_future(engine.stop())
+    stopping = asyncio.ensure_future(models.stop())
     # An engine that is still in a step does not hold a hurried user up: it is killed with us.
     hurried_s = LAST_WORDS_S if signals.second.done() else None
     await asyncio.wait({draining, stopping}, timeout=hurried_s)
@@ -157,23 +122,27 @@ def _warn(config: Config, keys: list[str]) -> None:
         log.warning("anyone who can reach %s can use this server: no API key is set", config.host)
 
 
-def _tell_ready(service: "Service", address: tuple[object, ...], has_key: bool) -> None:
-    """Says where and how the server answers."""
-    ready = service.engine.ready
-    assert ready is not None
+def _tell_ready(models: Models, address: tuple[object, ...], has_key: bool) -> None:
+    """Says where, with what and how the server answers."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(str(address[0]), str(address[0]))
     url = f"http://[{host}]:{address[1]}" if ":" in host else f"http://{host}:{address[1]}"
     key = ' -H "Authorization: Bearer $KEY"' if has_key else ""
     path, ask = "/v1/completions", '"prompt": "Once upon a time"'
-    if service.text and service.text.template:
+    services = [model.service for model in models if model.service]
+    if services[0].text.template:
         path, ask = "/v1/chat/completions", '"messages": [{"role": "user", "content": "Hello!"}]'
     lines = (
-        f"llmsrv {__version__} is ready at {url} with {service.names[0]} on the {ready.backend} "
-        f"backend ({ready.backend_reason})\n"
+        f"llmsrv {__version__} is ready at {url} with {' and '.join(map(_told, services))}\n"
         f"Try: curl {url}{path} -H 'Content-Type: application/json'{key} "
-        f"-d '{{\"model\": \"{service.names[0]}\", {ask}}}'"
+        f"-d '{{\"model\": \"{services[0].names[0]}\", {ask}}}'"
     )
     try:
         print(lines, flush=True)
     except OSError:  # nobody reads our output; the server serves all the same
         pass
+
+
+def _told(service: "Service") -> str:
+    ready = service.engine.ready
+    assert ready is not None
+    return f"{service.names[0]} on the {ready.backend} backend ({ready.backend_reason})"

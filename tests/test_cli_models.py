@@ -85,7 +85,7 @@ def test_bad_usage_of_a_command_exits_with_2(arguments: list[str]) -> None:
 def test_a_commands_options_come_from_flags_then_the_environment_then_defaults() -> None:
     environment = {"LLMSRV_CACHE_DIR": "/one", "LLMSRV_MODEL": "other", "LLMSRV_HF_TOKEN": "t"}
     config = parse_command("pull", ["name"], environment)
-    assert (config.model, config.cache_dir, config.hf_token) == ("name", Path("/one"), "t")
+    assert (config.model, config.cache_dir, config.hf_token) == (["name"], Path("/one"), "t")
     flagged = parse_command("rm", ["name", "--cache-dir", "/two"], environment)
     assert flagged.cache_dir == Path("/two")
     assert parse_command("models", [], {}).cache_dir == default_cache_dir()

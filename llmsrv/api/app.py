@@ -9,8 +9,8 @@ import time
 from llmsrv.api.chat import ChatCompletions
 from llmsrv.api.completions import Completions
 from llmsrv.api.gate import Gate
+from llmsrv.api.models import Models
 from llmsrv.api.operations import Operations
-from llmsrv.api.service import Service
 from llmsrv.asgi.cors import CORS
 from llmsrv.asgi.request import Headers
 from llmsrv.asgi.request import Request
@@ -33,12 +33,12 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 EXPOSED_HEADERS = ("x-request-id", "retry-after", "openai-processing-ms")
 
 
-def build_app(service: Service, keys: list[str]) -> ASGIApp:
-    config = service.config
+def build_app(models: Models, keys: list[str]) -> ASGIApp:
+    config = models.config
     router = Router()
-    router.add("POST", "/v1/chat/completions", ChatCompletions(service))
-    router.add("POST", "/v1/completions", Completions(service))
-    Operations(service).add_to(router)
+    router.add("POST", "/v1/chat/completions", ChatCompletions(models))
+    router.add("POST", "/v1/completions", Completions(models))
+    Operations(models).add_to(router)
     gate = Gate(config.host, config.allowed_hosts, keys)
     origins = config.allow_origins or (["*"] if keys else "loopback")
     decorated = CORS(

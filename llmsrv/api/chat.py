@@ -14,12 +14,12 @@ import orjson
 from llmsrv.api import decode
 from llmsrv.api import generate
 from llmsrv.api.generate import Job
+from llmsrv.api.models import Models
 from llmsrv.api.output import TokenEntry
 from llmsrv.api.schema import ChatCompletionRequest
 from llmsrv.api.schema import ContentPart
 from llmsrv.api.schema import Message
 from llmsrv.api.service import Service
-from llmsrv.api.service import TextModel
 from llmsrv.asgi.request import Request
 from llmsrv.asgi.response import Response
 from llmsrv.asgi.sse import EventStream
@@ -28,17 +28,17 @@ from llmsrv.text.tokenizer import Tokenizer
 
 
 class ChatCompletions:
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, models: Models) -> None:
+        self._models = models
         self._decoder = msgspec.json.Decoder(ChatCompletionRequest)
 
     async def __call__(self, request: Request) -> Response | EventStream:
-        asked = await decode.read(request, self._decoder, self._service.body_limit_bytes)
+        asked = await decode.read(request, self._decoder, self._models.body_limit_bytes)
         _check(asked)
-        model = self._service.text_model(asked.model)
-        prompt_ids = await self._encode(model, asked)
+        service = self._models.find(asked.model)
+        prompt_ids = await self._encode(service, asked)
         max_tokens = generate.output_limit(
-            self._service,
+            service,
             len(prompt_ids),
             asked.max_completion_tokens or asked.max_tokens,
             None,
@@ -46,8 +46,8 @@ class ChatCompletions:
         )
         num_logprobs = (asked.top_logprobs or 0) if asked.logprobs else -1
         job = Job(
-            self._service,
-            model.tokenizer,
+            service,
+            service.text.tokenizer,
             asked,
             [prompt_ids],
             [max_tokens],
@@ -55,13 +55,14 @@ class ChatCompletions:
             generate.tenant_of(request),
         )
         await generate.start(request, job)
-        answer = _Answer(self._service, model.tokenizer, asked, job)
+        answer = _Answer(service, service.text.tokenizer, asked, job)
         if asked.stream:
             return EventStream(answer.events(), on_end=job.end)
         async with request.cancel_on_disconnect():
             return Response(body=await answer.whole())
 
-    async def _encode(self, model: TextModel, asked: ChatCompletionRequest) -> list[int]:
+    async def _encode(self, service: Service, asked: ChatCompletionRequest) -> list[int]:
+        model = service.text
         if model.template is None:
             raise ApiError(
                 400,
@@ -75,7 +76,7 @@ class ChatCompletions:
         if num_chars <= generate.INLINE_CHARS:
             return model.template.encode(messages)
         longest = max((message["content"] for message in messages), key=len)
-        generate.refuse_too_long(self._service, model.tokenizer, longest, "messages")
+        generate.refuse_too_long(service, model.tokenizer, longest, "messages")
         return await asyncio.to_thread(model.template.encode, messages)
 
 

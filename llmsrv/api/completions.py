@@ -14,6 +14,7 @@ import orjson
 from llmsrv.api import decode
 from llmsrv.api import generate
 from llmsrv.api.generate import Job
+from llmsrv.api.models import Models
 from llmsrv.api.output import Delta
 from llmsrv.api.output import TokenEntry
 from llmsrv.api.schema import MAX_PROMPTS
@@ -29,43 +30,45 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
 class Completions:
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, models: Models) -> None:
+        self._models = models
         self._decoder = msgspec.json.Decoder(CompletionRequest)
 
     async def __call__(self, request: Request) -> Response | EventStream:
-        asked = await decode.read(request, self._decoder, self._service.body_limit_bytes)
+        asked = await decode.read(request, self._decoder, self._models.body_limit_bytes)
         decode.refuse_unsupported(asked)
         generate.check_stream_options(asked)
-        tokenizer = self._service.text_model(asked.model).tokenizer
+        service = self._models.find(asked.model)
+        tokenizer = service.text.tokenizer
         prompts = [
-            await self._encode(tokenizer, prompt, param) for prompt, param in _prompts(asked.prompt)
+            await self._encode(service, prompt, param) for prompt, param in _prompts(asked.prompt)
         ]
         max_tokens = [
             generate.output_limit(
-                self._service, len(ids), asked.max_tokens, DEFAULT_MAX_TOKENS, "prompt"
+                service, len(ids), asked.max_tokens, DEFAULT_MAX_TOKENS, "prompt"
             )
             for ids in prompts
         ]
         num_logprobs = -1 if asked.logprobs is None else asked.logprobs
         tenant = generate.tenant_of(request)
-        job = Job(self._service, tokenizer, asked, prompts, max_tokens, num_logprobs, tenant)
+        job = Job(service, tokenizer, asked, prompts, max_tokens, num_logprobs, tenant)
         await generate.start(request, job)
-        answer = _Answer(self._service, tokenizer, asked, job)
+        answer = _Answer(service, tokenizer, asked, job)
         if asked.stream:
             return EventStream(answer.events(), on_end=job.end)
         async with request.cancel_on_disconnect():
             return Response(body=await answer.whole())
 
     async def _encode(
-        self, tokenizer: Tokenizer, prompt: str | list[int], param: str
+        self, service: Service, prompt: str | list[int], param: str
     ) -> list[int]:
+        tokenizer = service.text.tokenizer
         if not isinstance(prompt, str):
             return _checked_ids(prompt, tokenizer.vocab_size, param)
         if len(prompt) <= generate.INLINE_CHARS:
             ids = tokenizer.encode(prompt, parse_special=True)
         else:
-            generate.refuse_too_long(self._service, tokenizer, prompt, "prompt")
+            generate.refuse_too_long(service, tokenizer, prompt, "prompt")
             ids = await asyncio.to_thread(tokenizer.encode, prompt, parse_special=True)
         ids = tokenizer.with_bos(ids)
         if not ids:

@@ -16,6 +16,8 @@ from llmsrv.errors import ApiError
 from llmsrv.errors import StartupError
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/live", "/", "/docs", "/openapi.json"})
+# For the operator: without keys, only who is on this machine counts as such.
+OPERATOR_PATHS = frozenset({"/models/load", "/models/unload"})
 LOOPBACK_NAMES = frozenset({"localhost", "host.docker.internal"})
 
 
@@ -34,6 +36,13 @@ class Gate:
             self._check_host(request.headers.get("host"))
         if self._digests and request.path not in OPEN_PATHS:
             request.state["tenant"] = self._check_key(request.headers.get("authorization"))
+        elif request.path in OPERATOR_PATHS and not self._checks_host:
+            raise ApiError(
+                403,
+                f"{request.path} needs an API key while the server listens beyond this machine; "
+                "start it with --api-key-file.",
+                code="api_key_required",
+            )
 
     def _check_host(self, host: str | None) -> None:
         name = host_name(host or "localhost")  # HTTP/1.0 may come without

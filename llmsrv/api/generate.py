@@ -56,7 +56,6 @@ class Job:
             for index in range(len(prompts) * self._n)
         ]
         self._generations: list[Generation] = []
-        assert service.text is not None
         sampling = sampling_of(request, service.text.sampling_defaults, num_logprobs)
         try:
             for ids, limit in zip(prompts, max_tokens, strict=True):

@@ -4,11 +4,8 @@ The rest of the server counts in plain integers; this module alone knows prometh
 reads them when it is scraped.
 """
 
-from collections import Counter
+from collections.abc import Callable
 from collections.abc import Iterator
-from dataclasses import dataclass
-from dataclasses import field
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 from prometheus_client import PlatformCollector
@@ -19,26 +16,49 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-if TYPE_CHECKING:
-    from llmsrv.api.service import Service
+from llmsrv.api.models import Model
+from llmsrv.api.models import Models
+from llmsrv.engine.messages import Gauges
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+LABELS = ["model_name", "engine"]
+Family = GaugeMetricFamily | CounterMetricFamily
+Value = Callable[[Model], float]
 FINISH_REASONS = ("stop", "length", "abort")
 
 
-@dataclass
-class Counters:
-    """What the API has done since it started; choices are counted when they end."""
+def _gauges(model: Model) -> Gauges:
+    return model.engine.gauges if model.engine else Gauges()
 
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    finished: Counter[str] = field(default_factory=Counter)  # by finish reason
+
+def _kv_usage(model: Model) -> float:
+    gauges = _gauges(model)
+    return gauges.used_blocks / gauges.total_blocks if gauges.total_blocks else 0.0
+
+
+# Name, help, value: one sample a model.
+GAUGES: tuple[tuple[str, str, Value], ...] = (
+    ("vllm:num_requests_running", "Sequences in steps", lambda m: _gauges(m).running),
+    ("vllm:num_requests_waiting", "Sequences waiting", lambda m: _gauges(m).waiting),
+    ("vllm:kv_cache_usage_perc", "Part of the KV blocks in use", _kv_usage),
+)
+COUNTERS: tuple[tuple[str, str, Value], ...] = (
+    ("vllm:prompt_tokens", "Prompt tokens", lambda m: m.counters.prompt_tokens),
+    ("vllm:generation_tokens", "Output tokens", lambda m: m.counters.generation_tokens),
+    (
+        "vllm:prefix_cache_queries",
+        "Prompt tokens looked up",
+        lambda m: _gauges(m).num_prefix_queries,
+    ),
+    ("vllm:prefix_cache_hits", "Prompt tokens found", lambda m: _gauges(m).num_prefix_hits),
+    ("vllm:num_preemptions", "Preemptions", lambda m: _gauges(m).num_preemptions),
+)
 
 
 class Metrics:
-    def __init__(self, service: "Service") -> None:
+    def __init__(self, models: Models) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_ServiceCollector(service))
+        self._registry.register(_ModelsCollector(models))
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
 
@@ -46,41 +66,32 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-class _ServiceCollector(Collector):
-    def __init__(self, service: "Service") -> None:
-        self._service = service
+class _ModelsCollector(Collector):
+    """Every family has a sample of every model, loaded or not, labelled with its first name."""
+
+    def __init__(self, models: Models) -> None:
+        self._models = models
 
     def collect(self) -> Iterator[Metric]:
-        gauges = self._service.engine.gauges
-        counters = self._service.counters
-        usage = gauges.used_blocks / gauges.total_blocks if gauges.total_blocks else 0.0
-        yield self._gauge("vllm:num_requests_running", "Sequences in steps", gauges.running)
-        yield self._gauge("vllm:num_requests_waiting", "Sequences waiting", gauges.waiting)
-        yield self._gauge("vllm:kv_cache_usage_perc", "Part of the KV blocks in use", usage)
-        yield self._counter("vllm:prompt_tokens", "Prompt tokens", counters.prompt_tokens)
-        yield self._counter("vllm:generation_tokens", "Output tokens", counters.generation_tokens)
-        queries, hits = gauges.num_prefix_queries, gauges.num_prefix_hits
-        yield self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up", queries)
-        yield self._counter("vllm:prefix_cache_hits", "Prompt tokens found", hits)
-        yield self._counter("vllm:num_preemptions", "Preemptions", gauges.num_preemptions)
-        yield self._finished(counters)
+        for name, help, value in GAUGES:
+            yield self._family(GaugeMetricFamily(name, help, labels=LABELS), value)
+        for name, help, value in COUNTERS:
+            yield self._family(CounterMetricFamily(name, help, labels=LABELS), value)
+        yield self._finished()
 
-    def _labels(self) -> list[str]:
-        return [self._service.names[0], "0"]
-
-    def _gauge(self, name: str, help: str, value: float) -> Metric:
-        family = GaugeMetricFamily(name, help, labels=["model_name", "engine"])
-        family.add_metric(self._labels(), value)
+    def _family(self, family: Family, value: Value) -> Metric:
+        for model in self._models:
+            family.add_metric(_labels(model), value(model))
         return family
 
-    def _counter(self, name: str, help: str, value: int) -> Metric:
-        family = CounterMetricFamily(name, help, labels=["model_name", "engine"])
-        family.add_metric(self._labels(), value)
-        return family
-
-    def _finished(self, counters: Counters) -> Metric:
-        labels = ["model_name", "engine", "finished_reason"]
+    def _finished(self) -> Metric:
+        labels = [*LABELS, "finished_reason"]
         family = CounterMetricFamily("vllm:request_success", "Choices that ended", labels=labels)
-        for reason in FINISH_REASONS:
-            family.add_metric([*self._labels(), reason], counters.finished[reason])
+        for model in self._models:
+            for reason in FINISH_REASONS:
+                family.add_metric([*_labels(model), reason], model.counters.finished[reason])
         return family
+
+
+def _labels(model: Model) -> list[str]:
+    return [model.names[0], "0"]

@@ -1,13 +1,17 @@
-"""The routes that say what is served and how it is: models, health, version, metrics."""
+"""The routes that say what is served and how it is: models and their
+loading, health, version, metrics."""
 
 from typing import Any
 
+import msgspec
 import orjson
 
+from llmsrv.api import decode
 from llmsrv.api.metrics import CONTENT_TYPE
 from llmsrv.api.metrics import Metrics
-from llmsrv.api.service import Service
-from llmsrv.api.service import unknown_model
+from llmsrv.api.models import Model
+from llmsrv.api.models import Models
+from llmsrv.api.schema import Name
 from llmsrv.asgi.request import Request
 from llmsrv.asgi.response import Response
 from llmsrv.asgi.router import Router
@@ -17,14 +21,23 @@ _OK = Response(body=b'{"status":"ok"}')
 _VERSION = Response(body=orjson.dumps({"version": __version__}))
 
 
+class ModelRequest(msgspec.Struct):
+    """The body of /models/load and /models/unload."""
+
+    model: Name
+
+
 class Operations:
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._metrics = Metrics(service)
+    def __init__(self, models: Models) -> None:
+        self._models = models
+        self._metrics = Metrics(models)
+        self._decoder = msgspec.json.Decoder(ModelRequest)
 
     def add_to(self, router: Router) -> None:
         router.add("GET", "/v1/models", self.models)
         router.add("GET", "/v1/models/{id}", self.model)
+        router.add("POST", "/models/load", self.load)
+        router.add("POST", "/models/unload", self.unload)
         router.add("GET", "/health", self.health)
         router.add("GET", "/ready", self.health)
         router.add("GET", "/live", self.live)
@@ -32,18 +45,30 @@ class Operations:
         router.add("GET", "/metrics", self.metrics)
 
     async def models(self, request: Request) -> Response:
-        data = [self._model(name) for name in self._service.names]
+        data = [_shown(model, name) for model in self._models for name in model.names]
         return Response(body=orjson.dumps({"object": "list", "data": data}))
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["id"]
-        if name not in self._service.names:
-            raise unknown_model(name)
-        return Response(body=orjson.dumps(self._model(name)))
+        return _told(self._models.get(name), name)
+
+    async def load(self, request: Request) -> Response:
+        """Answers when the model is loaded, also where it was already."""
+        name = await self._asked(request)
+        return _told(await self._models.load(name), name)
+
+    async def unload(self, request: Request) -> Response:
+        """Answers when the model is out of memory, also where it was already."""
+        name = await self._asked(request)
+        return _told(await self._models.unload(name), name)
+
+    async def _asked(self, request: Request) -> str:
+        asked = await decode.read(request, self._decoder, self._models.body_limit_bytes)
+        return asked.model
 
     async def health(self, request: Request) -> Response:
         """200 only when a request would be served now."""
-        if error := self._service.unavailable():
+        if error := self._models.unavailable():
             raise error
         return _OK
 
@@ -57,12 +82,18 @@ class Operations:
     async def metrics(self, request: Request) -> Response:
         return Response(body=self._metrics.text(), content_type=CONTENT_TYPE)
 
-    def _model(self, name: str) -> dict[str, Any]:
-        ready = self._service.engine.ready
-        return {
-            "id": name,
-            "object": "model",
-            "created": self._service.created,
-            "owned_by": "llmsrv",
-            "max_model_len": ready.context_length if ready else None,
-        }
+
+def _told(model: Model, name: str) -> Response:
+    return Response(body=orjson.dumps(_shown(model, name)))
+
+
+def _shown(model: Model, name: str) -> dict[str, Any]:
+    ready = model.engine.ready if model.engine else None
+    return {
+        "id": name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "llmsrv",
+        "state": model.state_name,
+        "max_model_len": ready.context_length if ready else None,
+    }

@@ -174,7 +174,7 @@ class EngineClient:
         self.ready: Ready | None = None
         self.gauges = Gauges()
         self.num_restarts = 0
-        self._changed = asyncio.Event()  # replaced at each change of state
+        self._changed = asyncio.Event()  # replaced when the state changes or requests end
         self._requests = itertools.count(1)
         self._generations: dict[int, Generation] = {}  # by request, those that have not ended
         self._supervision: asyncio.Task[None] | None = None
@@ -193,17 +193,29 @@ class EngineClient:
         """Requests that are not part of a step yet."""
         return sum(not generation.is_admitted for generation in self._generations.values())
 
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._generations)
+
     async def start(self) -> None:
         """Starts the engine and its supervision; returns before the model is loaded."""
         assert self._supervision is None
         self._supervision = asyncio.create_task(self._supervise())
 
-    async def wait_ready(self) -> None:
-        """Returns when requests are served.  Raises StartupError when they never will be."""
-        while self.state in (EngineState.LOADING, EngineState.RESTARTING):
+    async def wait_ready(self, is_patient: bool = True) -> None:
+        """Returns when requests are served.  Raises StartupError when they never will be and,
+        unless is_patient, when the engine has to be started again."""
+        while self.state is EngineState.LOADING or (
+            is_patient and self.state is EngineState.RESTARTING
+        ):
             await self._changed.wait()
         if self.state is not EngineState.READY:
             raise StartupError(self.reason)
+
+    async def idle(self) -> None:
+        """Returns when every request has ended."""
+        while self._generations:
+            await self._changed.wait()
 
     def submit(self, submit: Submit) -> Generation:
         """Hands a request, which gets its number here, to the engine.  Raises ApiError 503 when it
@@ -219,13 +231,15 @@ class EngineClient:
         generation = self._generations[request] = Generation(request, submit.n, self._abort)
         return generation
 
-    async def stop(self) -> None:
-        """Ends the engine and what still runs; safe at any time, and twice."""
-        self._set_state(EngineState.STOPPED, "the server is shutting down")
+    async def stop(
+        self, reason: str = "the server is shutting down", code: str = "server_shutting_down"
+    ) -> None:
+        """Ends the engine and what still runs, with that reason; safe at any time, and twice."""
+        self._set_state(EngineState.STOPPED, reason)
         if self._supervision is not None:
             self._supervision.cancel()
             await asyncio.wait([self._supervision])
-        self._lose_all("server_shutting_down")
+        self._lose_all(code)
         if self._process is not None:
             await self._process.stop()
             self._process = None
@@ -301,10 +315,13 @@ class EngineClient:
                 )
                 generation.end(error)
         self.gauges = step.gauges
+        if not generations:
+            self._note_change()
 
     def _abort(self, request: int, choice: int | None) -> None:
         if choice is None:
             self._generations.pop(request).end(None)
+            self._note_change()
         if self._process is not None:
             self._process.send(Abort(request, choice))
 
@@ -314,8 +331,12 @@ class EngineClient:
         for generation in generations.values():
             generation.lose(self.reason, code)
         self.gauges = Gauges()
+        self._note_change()
 
     def _set_state(self, state: EngineState, reason: str) -> None:
         self.state, self.reason = state, reason
+        self._note_change()
+
+    def _note_change(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()

@@ -10,10 +10,8 @@ from openai import OpenAI
 
 from llmsrv.api.generate import sampling_of
 from llmsrv.api.schema import ChatCompletionRequest
+from llmsrv.api.models import name_of
 from llmsrv.api.service import load_text_model
-from llmsrv.api.service import model_names
-from llmsrv.api.service import name_of
-from llmsrv.config import Config
 from tests.support.gguf_writer import write_tiny_llama
 from tests.support.server import RunningServer
 from tests.support.server import run_server
@@ -107,5 +105,3 @@ def test_recommended_sampling_is_that_of_the_answers(greedy_server: RunningServe
 )
 def test_clients_call_a_model_by_the_last_part_of_its_name(model: str, wanted: str) -> None:
     assert name_of(model) == wanted
-    assert model_names(Config(model=model)) == [wanted]
-    assert model_names(Config(model=model, served_model_name=["a", "b"])) == ["a", "b"]
