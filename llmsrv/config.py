@@ -131,6 +131,24 @@ class Config:
     max_queue: int = option(
         512, "Engine", "requests that may wait for a place; further ones get 503", least=1
     )
+    tool_call_parser: str = option(
+        "auto",
+        "Answers",
+        "how the model writes tool calls; auto goes by its chat template",
+        choices=("auto", "hermes", "llama3", "mistral", "json"),
+    )
+    reasoning_parser: str = option(
+        "auto",
+        "Answers",
+        "whether text between think tags is told apart; auto goes by the chat template",
+        choices=("auto", "think", "none"),
+    )
+    strict_fields: bool = option(
+        False, "Answers", "refuse a request with unknown fields instead of ignoring them"
+    )
+    enable_debug: bool = option(
+        False, "Answers", "take MLC LLM's debug_config, and tell its figures in usage.extra"
+    )
     host: str = option("127.0.0.1", "Network", "the address to listen on", metavar="ADDRESS")
     port: int = option(
         8000, "Network", "the port to listen on; 0 takes a free one", least=0, most=65535
