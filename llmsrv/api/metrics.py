@@ -78,6 +78,9 @@ class _ModelsCollector(Collector):
         for name, help, value in COUNTERS:
             yield self._family(CounterMetricFamily(name, help, labels=LABELS), value)
         yield self._finished()
+        unknown = self._models.num_unknown_fields
+        help = "Request fields that nobody knows, and that were ignored"
+        yield CounterMetricFamily("llmsrv:unknown_fields", help, value=unknown)
 
     def _family(self, family: Family, value: Value) -> Metric:
         for model in self._models:
