@@ -141,6 +141,7 @@ class Models:
     def __init__(self, config: Config, models: list[Model]) -> None:
         self.config = config
         self.is_draining = False
+        self.num_unknown_fields = 0  # of requests, ignored
         self._models = models
         self._by_name = {name: model for model in models for name in model.names}
         self._max_loaded = config.max_loaded_models or len(models)
