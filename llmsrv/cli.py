@@ -106,11 +106,12 @@ def _config(
     parser: argparse.ArgumentParser, arguments: Sequence[str], environment: Environment
 ) -> Config:
     given = vars(parser.parse_args(arguments))
+    flags = set(given)
     for field in dataclasses.fields(Config):
         variable = f"LLMSRV_{field.name.upper()}"
         if field.name not in given and (text := environment.get(variable)) is not None:
             given[field.name] = _from_environment(parser, field, variable, text)
-    return Config(**given)
+    return Config(**given | _overrides(parser, given.get("overrides", ""), flags))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -144,7 +145,7 @@ def _add_argument(group: Any, field: "dataclasses.Field[Any]") -> None:
         type=_converter(field),
         action=_Extend if facts.get("many") else "store",
         choices=facts.get("choices"),
-        metavar=facts.get("metavar") or ("N" if field.type is int else None),
+        metavar=facts.get("metavar") or ("N" if field.type in (int, float) else None),
         help=facts["help"] + shown.replace("%(default)s", str(field.default)),
     )
 
@@ -159,9 +160,9 @@ class _Extend(argparse.Action):
 def _converter(field: "dataclasses.Field[Any]") -> Any:
     if field.metadata.get("many"):
         return _list
-    if field.type is int:
+    if field.type in (int, float):
         least, most = field.metadata["least"], field.metadata.get("most", 10**9)
-        return lambda text: _number(text, least, most)
+        return lambda text: _number(field.type, text, least, most)
     return Path if field.type is Path else str
 
 
@@ -178,14 +179,34 @@ def _list(text: str) -> list[str]:
     return list(names)
 
 
-def _number(text: str, least: int, most: int) -> int:
+def _number(type: Any, text: str, least: float, most: float) -> float:
     try:
-        number = int(text)
+        number: float = type(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got '{text}'") from None
+        kind = "whole number" if type is int else "number"
+        raise argparse.ArgumentTypeError(f"expected a {kind}, got '{text}'") from None
     if not least <= number <= most:
         raise argparse.ArgumentTypeError(f"expected {least} to {most}, got {number}")
     return number
+
+
+def _overrides(
+    parser: argparse.ArgumentParser, overrides: str, flags: set[str]
+) -> dict[str, Any]:
+    """The values of K=V;K=V; they win over the environment, and none of them has a flag as well."""
+    known = {each.name: each for each in dataclasses.fields(Config) if "overrides" in each.metadata}
+    values = {}
+    for pair in filter(None, map(str.strip, overrides.split(";"))):
+        name, _, text = map(str.strip, pair.partition("="))
+        if name not in known:
+            parser.error(f"--overrides: expected K=V with one of {', '.join(known)}, got '{pair}'")
+        if name in flags or name in values:
+            parser.error(f"--overrides: {name} is given twice")
+        try:
+            values[name] = _converter(known[name])(text)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"--overrides: {name}: {error}")
+    return values
 
 
 def _from_environment(

@@ -8,8 +8,10 @@ import os
 import sys
 from dataclasses import dataclass
 from dataclasses import field
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from typing import NamedTuple
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 BACKENDS = ("auto", "cpu", "reference")
@@ -30,30 +32,36 @@ class EngineConfig:
 
     model_path: str
     backend: str = "auto"
-    max_num_sequence: int = 32  # sequences that are in steps at once
-    max_total_tokens: int = 16384  # positions in the KV cache, all sequences together
-    prefill_chunk_size: int = 512  # rows of one step
+    mode: str = "local"
+    max_num_sequence: int = 0  # sequences that are in steps at once; 0: by mode, as the next two
+    max_total_seq_length: int = 0  # positions in the KV cache, all sequences together
+    prefill_chunk_size: int = 0  # rows of one step
     context_window_size: int = 0  # positions of one sequence; 0: what the model was made for
     extend_context: bool = False  # or more than that
+    gpu_memory_utilization: float = 0.85  # of the memory that there is
     threads: int = 0  # 0: one a physical core
     activation_bits: int = 16
     cache_dir: str = field(default_factory=lambda: str(default_cache_dir()))
     log_level: str = "info"
 
 
-# MLC's modes, with our figures: sequences at once, and KV positions for all of them together.
-MODES = {
-    "local": {"max_num_sequence": 32, "max_total_tokens": 16384},
-    "interactive": {"max_num_sequence": 1, "max_total_tokens": 8192},
-    "server": {"max_num_sequence": 128, "max_total_tokens": 131072},
-}
+class Mode(NamedTuple):
+    """How many sequences at once, and how many positions in the KV cache at most; 0: as many as
+    these sequences can fill."""
+
+    max_num_sequence: int
+    max_total_seq_length: int
+
+
+MODES = {"local": Mode(32, 16384), "interactive": Mode(1, 0), "server": Mode(128, 0)}
 
 
 def option(default: Any, group: str, help: str, **metadata: Any) -> Any:
     """A field of Config.
 
     metadata  choices: the values allowed; metavar: the word in --help; least, most: a number's
-              bounds; many: True when the flag may be repeated or take a JSON list or commas
+              bounds; many: True when the flag may be repeated or take a JSON list or commas;
+              overrides: True when --overrides may set it
     """
     keep = {"group": group, "help": help, **metadata}
     if isinstance(default, list):
@@ -99,8 +107,32 @@ class Config:
     mode: str = option(
         "local",
         "Engine",
-        "how many requests at once: local 32, interactive 1, server 128",
+        "how many requests at once, with how much memory: local 32 with 16384 tokens together, "
+        "interactive 1 and server 128 with all that they can fill",
         choices=tuple(MODES),
+    )
+    max_num_sequence: int = option(
+        0,
+        "Engine",
+        "requests in one step; 0 takes the mode's",
+        least=0,
+        most=1024,
+        overrides=True,
+    )
+    max_total_seq_length: int = option(
+        0,
+        "Engine",
+        "tokens in the KV cache, of all requests together; 0 takes the mode's, or what fits",
+        least=0,
+        overrides=True,
+    )
+    prefill_chunk_size: int = option(
+        0,
+        "Engine",
+        "tokens of prompts in one step at most; 0 takes 512",
+        least=0,
+        most=65536,
+        overrides=True,
     )
     backend: str = option(
         "auto", "Engine", "what computes: auto takes the fastest that runs here", choices=BACKENDS
@@ -124,12 +156,30 @@ class Config:
         "Engine",
         "tokens of prompt and answer together; 0 takes what the model was made for",
         least=0,
+        overrides=True,
     )
     extend_context: bool = option(
         False, "Engine", "allow a --context-window-size beyond what the model was made for"
     )
+    gpu_memory_utilization: float = option(
+        0.85,
+        "Engine",
+        "share of the memory, without a GPU of the machine's or cgroup's, for model and KV cache",
+        least=0.05,
+        most=1.0,
+        overrides=True,
+    )
+    overrides: str = option(
+        "", "Engine", "some of the options above, by their names in MLC LLM", metavar="K=V;K=V"
+    )
     max_queue: int = option(
         512, "Engine", "requests that may wait for a place; further ones get 503", least=1
+    )
+    max_queue_tokens: int = option(
+        262144, "Engine", "tokens of prompts that may wait so; further requests get 503", least=1
+    )
+    request_timeout_s: int = option(
+        0, "Engine", "seconds that one request may take before it fails; 0 for no limit", least=0
     )
     tool_call_parser: str = option(
         "auto",
@@ -195,3 +245,10 @@ class Config:
         metavar="DIR",
     )
     log_level: str = option("info", "Files and logs", "what is logged", choices=LOG_LEVELS)
+
+
+def engine_config(config: Config, model_path: Path) -> EngineConfig:
+    """What an engine needs of the options, for one of the models."""
+    own = {"model_path": str(model_path), "cache_dir": str(config.cache_dir)}
+    names = {field.name for field in fields(EngineConfig)} - own.keys()
+    return EngineConfig(**own, **{name: getattr(config, name) for name in names})

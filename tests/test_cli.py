@@ -13,6 +13,7 @@ import pytest
 
 from llmsrv.cli import parse
 from llmsrv.config import Config
+from llmsrv.config import engine_config
 from tests.support.gguf_writer import write_tiny_llama
 from tests.support.server import ROOT
 from tests.support.server import run_server
@@ -60,6 +61,23 @@ def test_a_switch_in_the_environment_is_on_or_off(text: str, wanted: bool) -> No
     assert parse([], {"LLMSRV_ALLOW_CREDENTIALS": text}).allow_credentials is wanted
 
 
+def test_overrides_set_options_by_their_names_and_win_over_the_environment() -> None:
+    overrides = "max_num_sequence=4; gpu_memory_utilization = 0.5;context_window_size=1024;"
+    wanted = Config(
+        max_num_sequence=4,
+        gpu_memory_utilization=0.5,
+        context_window_size=1024,
+        overrides=overrides,
+    )
+    assert parse(["--overrides", overrides], {"LLMSRV_MAX_NUM_SEQUENCE": "9"}) == wanted
+    assert parse([], {"LLMSRV_OVERRIDES": overrides}) == wanted
+
+
+def test_an_engine_gets_the_options_that_concern_it() -> None:
+    config = engine_config(parse(["--mode", "server", "--threads", "3"], {}), Path("a.gguf"))
+    assert (config.model_path, config.mode, config.threads) == ("a.gguf", "server", 3)
+
+
 @pytest.mark.parametrize(
     "arguments, environment, named",
     [
@@ -69,6 +87,13 @@ def test_a_switch_in_the_environment_is_on_or_off(text: str, wanted: bool) -> No
         (["--mode", "fast"], {}, "--mode"),
         (["--allow-origins", "[1]"], {}, "--allow-origins"),
         (["--nonsense"], {}, "--nonsense"),
+        (["--gpu-memory-utilization", "1.5"], {}, "--gpu-memory-utilization"),
+        (["--overrides", "tensor_parallel_shards=2"], {}, "tensor_parallel_shards=2"),
+        (["--overrides", "max_num_sequence"], {}, "--overrides: max_num_sequence"),
+        (["--overrides", "max_num_sequence=many"], {}, "--overrides: max_num_sequence"),
+        (["--overrides", "port=1"], {}, "got 'port=1'"),
+        (["--overrides", "max_num_sequence=1;max_num_sequence=2"], {}, "given twice"),
+        (["--overrides", "max_num_sequence=1", "--max-num-sequence", "1"], {}, "given twice"),
         ([], {"LLMSRV_PORT": "eighty"}, "LLMSRV_PORT"),
         ([], {"LLMSRV_BACKEND": "abacus"}, "LLMSRV_BACKEND"),
         ([], {"LLMSRV_ALLOW_CREDENTIALS": "perhaps"}, "LLMSRV_ALLOW_CREDENTIALS"),

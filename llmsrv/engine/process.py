@@ -43,6 +43,7 @@ MAX_UNREAD_BYTES = 8 << 20
 # Added to the kernel's own figure, out of 1000: of all that use memory, the engine goes first, and
 # the server tells its clients and starts it again.
 OOM_SCORE_ADJ = "500"
+KV_BYTES = {"reference": 4}  # of one value; others keep them in half precision
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -124,17 +125,21 @@ def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, 
     from llmsrv.backend.choose import lay_out
     from llmsrv.backend.cpu import CPUOptions
     from llmsrv.engine.core import EngineCore
+    from llmsrv.engine.memory import memory_limit
+    from llmsrv.engine.sizes import choose_sizes
+    from llmsrv.engine.sizes import memory_of
     from llmsrv.model.load import load_model
 
     model = load_model(Path(config.model_path), tick)
     program = model.program
-    context_length = _context_length(config, model.config.context_length)
-    num_blocks = -(-max(config.max_total_tokens, config.context_window_size) // BLOCK_SIZE)
+    memory = memory_of(program, KV_BYTES.get(config.backend, 2), *memory_limit())
+    sizes = choose_sizes(config, model.config.context_length, memory)
+    logger.info("%s", sizes.reason)
     limits = Limits(
-        max_rows=max(config.prefill_chunk_size, config.max_num_sequence),
-        max_logit_rows=config.max_num_sequence,
-        max_slots=config.max_num_sequence,
-        num_blocks=num_blocks + 1,
+        max_rows=max(sizes.prefill_chunk_size, sizes.max_num_sequence),
+        max_logit_rows=sizes.max_num_sequence,
+        max_slots=sizes.max_num_sequence,
+        num_blocks=sizes.num_blocks + 1,
     )
     options = CPUOptions(Path(config.cache_dir), config.threads, config.activation_bits)
     plan, backend, reason = lay_out(config.backend, options, program, limits, tick)
@@ -143,30 +148,14 @@ def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, 
         backend=backend,
         backend_reason=reason,
         vocab_size=program.vocab_size,
-        context_length=context_length,
-        max_num_sequence=config.max_num_sequence,
-        num_blocks=num_blocks,
+        context_length=sizes.context_length,
+        max_num_sequence=sizes.max_num_sequence,
+        num_blocks=sizes.num_blocks,
         block_size=BLOCK_SIZE,
         load_s=time.monotonic() - start_s,
     )
-    core = EngineCore(plan, limits, context_length, program.vocab_size, program.long_from)
+    core = EngineCore(plan, limits, sizes.context_length, program.vocab_size, program.long_from)
     return core, ready
-
-
-def _context_length(config: EngineConfig, trained: int) -> int:
-    """Positions of one sequence; StartupError for more than the model was made for, unasked."""
-    asked = config.context_window_size
-    if not asked:
-        return min(trained, config.max_total_tokens)
-    if asked <= trained:
-        return asked
-    if not config.extend_context:
-        raise StartupError(
-            f"--context-window-size {asked} is beyond the {trained} that the model was made for; "
-            "add --extend-context to try it all the same"
-        )
-    logger.warning("a context of %d, where the model was made for %d", asked, trained)
-    return asked
 
 
 def _told(error: Exception) -> str:

@@ -1,0 +1,137 @@
+"""How many sequences an engine takes at once, how long they may be, and how many positions its KV
+cache has: from the mode, what was asked for beside it, the model, and the memory.
+
+Names and modes are those of MLC LLM's engine configuration.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llmsrv.backend.base import BLOCK_SIZE
+from llmsrv.backend.base import Program
+from llmsrv.backend.base import Tensor
+from llmsrv.config import MODES
+from llmsrv.config import EngineConfig
+from llmsrv.errors import StartupError
+
+# Both processes without weights and KV cache: the interpreters, numpy, buffers of a step.
+BASE_BYTES = 160 << 20
+PREFILL_CHUNK_SIZE = 512  # more rows make a step longer and hardly cheaper by row
+# An engine of less is of no use; so little memory is an error.
+LEAST_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the sizes are cut from, in bytes.
+
+    limit  of this process, and whose that is
+    weights  of the model
+    position  of the KV cache: keys and values of one token in every layer
+    """
+
+    limit: int
+    whose: str
+    weights: int
+    position: int
+
+
+def memory_of(program: Program, value_bytes: int, limit: int, whose: str) -> Memory:
+    """value_bytes: of one value in the KV cache."""
+    weights = {tensor.name: tensor.data.nbytes for tensor in _tensors(program.operations)}
+    num_values = 2 * program.num_layers * program.num_kv_heads * program.head_dim
+    return Memory(limit, whose, sum(weights.values()), num_values * value_bytes)
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for each in value:
+            yield from _tensors(each)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    max_num_sequence: int
+    num_blocks: int
+    context_length: int
+    prefill_chunk_size: int
+    reason: str  # one line for the log
+
+
+def choose_sizes(config: EngineConfig, trained_context: int, memory: Memory) -> Sizes:
+    """Raises StartupError, naming the values, where they cannot be had together."""
+    mode = MODES[config.mode]
+    num_sequences = config.max_num_sequence or mode.max_num_sequence
+    context = _context(config, trained_context)
+    left = int(config.gpu_memory_utilization * memory.limit) - memory.weights - BASE_BYTES
+    fitting = max(0, left) // memory.position
+    if config.max_total_seq_length:
+        total, why = config.max_total_seq_length, "as asked for"
+        _check_total(config, total, fitting, memory)
+    else:
+        wanted = min(num_sequences * context, mode.max_total_seq_length or num_sequences * context)
+        total, why = max(wanted, config.context_window_size), f"mode {config.mode}"
+        if total > fitting:
+            total, why = fitting, f"all that fits in {_told(memory, config)}"
+            _check_fitting(config, fitting, memory)
+    num_blocks = -(-total // BLOCK_SIZE)
+    context = min(context, num_blocks * BLOCK_SIZE)
+    beyond = f" (the model was made for {trained_context})" if context > trained_context else ""
+    cache = f"{num_blocks * BLOCK_SIZE} tokens, {_gb(num_blocks * BLOCK_SIZE * memory.position)}"
+    reason = (
+        f"{num_sequences} sequences at once of at most {context} tokens{beyond}; "
+        f"a KV cache of {cache} ({why})"
+    )
+    prefill_chunk_size = config.prefill_chunk_size or PREFILL_CHUNK_SIZE
+    return Sizes(num_sequences, num_blocks, context, prefill_chunk_size, reason)
+
+
+def _context(config: EngineConfig, trained: int) -> int:
+    asked = config.context_window_size
+    if asked > trained and not config.extend_context:
+        raise StartupError(
+            f"--context-window-size {asked} is beyond the {trained} that the model was made for; "
+            "add --extend-context to try it all the same"
+        )
+    return asked or trained
+
+
+def _check_total(config: EngineConfig, total: int, fitting: int, memory: Memory) -> None:
+    if total > fitting:
+        raise StartupError(
+            f"--max-total-seq-length {total} needs {_gb(total * memory.position)} for the KV cache,"
+            f" but only {fitting} tokens fit in {_told(memory, config)}"
+        )
+    if config.context_window_size > total:
+        raise StartupError(
+            f"--context-window-size {config.context_window_size} does not fit in "
+            f"--max-total-seq-length {total}, the tokens of all sequences together"
+        )
+
+
+def _check_fitting(config: EngineConfig, fitting: int, memory: Memory) -> None:
+    least = max(LEAST_TOKENS, config.context_window_size)
+    if fitting < least:
+        raise StartupError(
+            f"too little memory: a KV cache of {least} tokens takes "
+            f"{_gb(least * memory.position)}, but only {fitting} tokens fit in "
+            f"{_told(memory, config)}; take a smaller model or a smaller --context-window-size, "
+            "or give --gpu-memory-utilization a larger share"
+        )
+
+
+def _told(memory: Memory, config: EngineConfig) -> str:
+    return (
+        f"{config.gpu_memory_utilization:.0%} of the {_gb(memory.limit)} of {memory.whose}, beside "
+        f"{_gb(memory.weights)} of weights"
+    )
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"

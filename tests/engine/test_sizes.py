@@ -1,0 +1,140 @@
+"""How large an engine is made: by its mode, what was asked for, and the memory there is."""
+
+from pathlib import Path
+
+import pytest
+
+from llmsrv.backend.base import Embed
+from llmsrv.backend.base import Linear
+from llmsrv.backend.base import Program
+from llmsrv.config import EngineConfig
+from llmsrv.engine.memory import memory_limit
+from llmsrv.engine.sizes import BASE_BYTES
+from llmsrv.engine.sizes import Memory
+from llmsrv.engine.sizes import choose_sizes
+from llmsrv.engine.sizes import memory_of
+from llmsrv.errors import StartupError
+from tests.support.tensors import random_tensor
+
+GB = 10**9
+
+
+def memory(num_tokens: int = 10**7) -> Memory:
+    """Room for so many tokens of 20 KB when 85 % are used."""
+    left = num_tokens * 20_000
+    return Memory(round((left + GB + BASE_BYTES) / 0.85) + 1, "the machine", GB, 20_000)
+
+
+def config(**fields: object) -> EngineConfig:
+    return EngineConfig("model.gguf", **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "fields, trained, fitting, wanted",
+    [
+        # sequences, tokens in the cache, context
+        ({}, 8192, 10**7, (32, 16384, 8192)),
+        ({}, 131072, 10**7, (32, 16384, 16384)),
+        ({}, 256, 10**7, (32, 8192, 256)),
+        ({}, 8192, 4000, (32, 4000, 4000)),
+        ({"mode": "interactive"}, 8192, 10**7, (1, 8192, 8192)),
+        ({"mode": "interactive"}, 131072, 10**7, (1, 131072, 131072)),
+        ({"mode": "interactive"}, 131072, 50_000, (1, 50_000, 50_000)),
+        ({"mode": "server"}, 8192, 10**7, (128, 128 * 8192, 8192)),
+        ({"mode": "server"}, 8192, 100_000, (128, 100_000, 8192)),
+        ({"max_num_sequence": 4}, 2048, 10**7, (4, 8192, 2048)),
+        ({"max_total_seq_length": 100_000}, 8192, 10**6, (32, 100_000, 8192)),
+        ({"max_total_seq_length": 1000}, 8192, 10**6, (32, 1008, 1008)),
+        ({"context_window_size": 1024}, 8192, 10**6, (32, 16384, 1024)),
+        ({"context_window_size": 32768}, 131072, 10**6, (32, 32768, 32768)),
+        ({"context_window_size": 9000, "extend_context": True}, 8192, 10**6, (32, 16384, 9000)),
+    ],
+)
+def test_sizes_follow_mode_options_model_and_memory(
+    fields: dict[str, object], trained: int, fitting: int, wanted: tuple[int, int, int]
+) -> None:
+    sizes = choose_sizes(config(**fields), trained, memory(fitting))
+    assert (sizes.max_num_sequence, sizes.num_blocks * 16, sizes.context_length) == wanted
+    assert f"{wanted[0]} sequences" in sizes.reason and f"{wanted[1]} tokens" in sizes.reason
+
+
+@pytest.mark.parametrize(
+    "fields, fitting, named",
+    [
+        ({"max_total_seq_length": 50_000}, 49_000, ["--max-total-seq-length 50000", "1.00 GB"]),
+        (
+            {"max_total_seq_length": 1000, "context_window_size": 2000},
+            10**6,
+            ["--context-window-size 2000", "--max-total-seq-length 1000"],
+        ),
+        ({"context_window_size": 9000}, 10**6, ["--context-window-size 9000", "--extend-context"]),
+        ({"context_window_size": 4000}, 3000, ["4000 tokens", "only 3000", "the machine"]),
+        ({}, 500, ["512 tokens", "only 500 tokens", "1.00 GB of weights", "85%"]),
+        ({}, 0, ["only 0 tokens"]),
+    ],
+)
+def test_what_cannot_be_had_together_is_refused_with_the_values(
+    fields: dict[str, object], fitting: int, named: list[str]
+) -> None:
+    with pytest.raises(StartupError) as error:
+        choose_sizes(config(**fields), 8192, memory(fitting))
+    for text in named:
+        assert text in str(error.value)
+
+
+def test_a_larger_share_of_the_memory_holds_more() -> None:
+    sizes = choose_sizes(
+        config(mode="server", gpu_memory_utilization=1.0), 10**6, memory(100_000)
+    )
+    assert sizes.num_blocks * 16 > 125_000
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/memory.max": "1000000\n"},
+        {
+            "proc/self/cgroup": "0::/a/b\n",
+            "sys/fs/cgroup/a/b/memory.max": "max\n",
+            "sys/fs/cgroup/a/memory.max": "1000000\n",
+        },
+        {"proc/self/cgroup": "0::/outside/of/it\n", "sys/fs/cgroup/memory.max": "1000000\n"},
+        {
+            "proc/self/cgroup": "5:cpu:/\n4:memory:/a\n0::/\n",
+            "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "1000000\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+        },
+    ],
+)
+def test_the_least_limit_of_the_cgroups_holds(tmp_path: Path, files: dict[str, str]) -> None:
+    assert memory_limit(write(tmp_path, files)) == (1_000_000, "the cgroup")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"proc/self/cgroup": "0::/\n"},
+        {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"},
+        {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": f"{2**62}\n"},
+    ],
+)
+def test_without_a_limit_the_machine_is_the_limit(tmp_path: Path, files: dict[str, str]) -> None:
+    limit, whose = memory_limit(write(tmp_path, files))
+    assert whose == "the machine" and 2**28 < limit < 2**50
+
+
+def test_weights_are_counted_once_and_the_cache_by_layers_and_heads() -> None:
+    table, other = (random_tensor(name, "F32", (4, 8)) for name in ("table", "other"))
+    operations = Embed("x", table), Linear("logits", "x", (table, other))
+    program = Program(operations, {}, 3, 8, 2, 64, vocab_size=100)
+    wanted = Memory(5, "the machine", table.data.nbytes + other.data.nbytes, 2 * 3 * 2 * 64 * 2)
+    assert memory_of(program, 2, 5, "the machine") == wanted
