@@ -1,16 +1,16 @@
 /* Products of quantised weights with activations of 16 bits, in integers, on matrix registers.
  *
- * In each row of weights all values are whole multiples of a unit, a power of two that makes the
- * largest one 22 bits long: a block's scale and minimum, over the unit, are rounded to integers D and
- * M, which is exact but for scales a thousand times smaller than the row's largest.  Activations are
- * cut into stretches of up to 640 columns, each of integers with one scale.  Then
+ * A weight is D q + M units: each row has its unit, and each block its scale and minimum in it, as
+ * integers D and M.  Weights of four bits come out 16 bits long, the others 23.  Activations are cut
+ * into stretches of up to 640 columns, each of integers with one scale.  Then
  *
- *     y[r][i] = unit[i] * sum over stretches s of  scale[r][s] float(total >> 16)
- *     total   = sum over blocks of  D (q . x) + M sum(x)                          below 2^47
+ *     y[r][i] = unit[i] * sum over stretches s of  scale[r][s] float(total)
+ *     total   = sum over blocks of  D (q . x) + M sum(x),  less its last bits
  *
- * where total is exact however it is computed: few rows multiply q as it lies in memory and sum in 64
- * bits, at the speed of memory; many rows multiply D q + M, made once for all of them, three planes of
- * bytes by two of the activations.  So neither the number of rows nor the tiles change a bit of y.
+ * where the integers are exact however they are summed: few rows multiply q as it lies in memory and
+ * sum in 64 bits, at the speed of memory; many rows multiply D q + M, made once for all of them, two
+ * or three planes of bytes by two of the activations.  So neither the number of rows nor the tiles
+ * change a bit of y.
  *
  * A matrix register has 16 rows of 64 bytes (Intel 64 and IA-32 Software Developer's Manual, volume 1,
  * chapter 18).  Its products take bytes from two of them, four columns of sixteen rows side by side in
@@ -26,7 +26,6 @@ enum {
     STEP = 64,         /* columns of a matrix register */
     STRETCH = 640,     /* columns with one scale, at most */
     FEW = 4,           /* rows for which weights are not made planes */
-    WEIGHT_PLANES = 3, /* of bytes, the lowest first; the highest is signed */
     AHEAD = 10240, NEAR = 2048, /* as in products.c */
 };
 
@@ -86,7 +85,7 @@ INLINE float split_stretch(const float *x, int first, int end, int width, int r,
         if (R <= FEW)
             sums[c / 16 * R] = sum_int(q);
     }
-    return is_finite ? largest * (65536.0f / 32512) : NAN;
+    return is_finite ? largest / 32512 : NAN;
 }
 
 static void split_row(const float *x, int width, int r, int R, int32_t *tile)
@@ -117,7 +116,17 @@ INLINE f32x16 inverse_units(const uint8_t *group)
     return splat(1) / load((const float *)group);
 }
 
-/* D and M of a block's half, the same for both halves but in Q6_K; M counts for q without offset. */
+/* Bits of a total that are left off, so that 32 hold it: as many as the weights' length allows. */
+INLINE int shift_of(const int format) { return weight_planes(format) == 2 ? 9 : 16; }
+
+/* What a total counts. */
+INLINE f32x16 units(const int format, const uint8_t *group)
+{
+    return load((const float *)group) * splat((float)(1 << shift_of(format)));
+}
+
+/* D and M of a block's half, the same for both halves but in Q6_K; M counts for q without offset.
+ * What D lost when it was rounded is in M for a q in the middle of four bits. */
 INLINE void integer_scales(
     const int format, const uint8_t *w, f32x16 inverse, const int half, i32x16 *D, i32x16 *M)
 {
@@ -125,8 +134,12 @@ INLINE void integer_scales(
     scales(format, w, &d, &m);
     if (format == Q6_K)
         d *= load_signed_bytes(w + 416 + 16 * half);
-    *D = to_nearest(d * inverse);
-    *M = has_minimum(format) ? to_nearest(m * inverse) : splat_int(0) - *D * offset_of(format);
+    d *= inverse;
+    m = has_minimum(format) ? m * inverse : splat(0);
+    *D = to_nearest(d);
+    if (weight_planes(format) == 2)
+        m += (d - to_float(*D)) * splat(7.5f - (float)offset_of(format));
+    *M = to_nearest(m) - *D * offset_of(format);
 }
 
 /* ---- Few rows */
@@ -143,10 +156,10 @@ INLINE void add_products(Totals *totals, i32x16 a, i32x16 b, __m512i odd_b)
     totals->odd = _mm512_add_epi64(totals->odd, _mm512_mul_epi32(odd_a, odd_b));
 }
 
-/* total >> 16 of sixteen rows */
-INLINE f32x16 shortened(const Totals *totals)
+/* The totals of sixteen rows without their last bits. */
+INLINE f32x16 shortened(const Totals *totals, const int shift)
 {
-    __m512i even = _mm512_srai_epi64(totals->even, 16), odd = _mm512_srai_epi64(totals->odd, 16);
+    __m512i even = _mm512_srai_epi64(totals->even, shift), odd = _mm512_srai_epi64(totals->odd, shift);
     return to_float((i32x16)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32)));
 }
 
@@ -212,9 +225,9 @@ INLINE void few_rows(
             integer_scales(format, w, inverse, 1, &D, &M);
             add_half(R, 4, 8, q, D, M, words, sums + R, totals);
         }
-        UNROLL for (int r = 0; r < R; r++) sum[r] = fma16(shortened(&totals[r]), splat(scale[r]), sum[r]);
+        UNROLL for (int r = 0; r < R; r++) sum[r] = fma16(shortened(&totals[r], shift_of(format)), splat(scale[r]), sum[r]);
     }
-    UNROLL for (int r = 0; r < R; r++) store(y + ROWS * r, sum[r] * load((const float *)group));
+    UNROLL for (int r = 0; r < R; r++) store(y + ROWS * r, sum[r] * units(format, group));
 }
 
 /* ---- Many rows */
@@ -237,38 +250,45 @@ INLINE __m512i doubled(i32x16 x)
     return _mm512_shuffle_epi8((__m512i)x, places);
 }
 
-/* Bytes of 16-bit integers: those of D q + M, 24 bits long, as the low byte and the others. */
+/* Integers as 16-bit lanes of their low byte and of the rest; of 16-bit weights `low` is all. */
 typedef struct {
     __m512i low, rest;
 } Wide;
 
-INLINE Wide wide_of(__m512i q, Wide D, Wide M)
+INLINE Wide split_wide(const int format, i32x16 x)
+{
+    if (weight_planes(format) == 2)
+        return (Wide){doubled(x), _mm512_setzero_si512()};
+    return (Wide){_mm512_and_si512(doubled(x), _mm512_set1_epi16(255)), doubled(x >> 8)};
+}
+
+/* D q + M */
+INLINE Wide weights_of(const int format, __m512i q, Wide D, Wide M)
 {
     __m512i low = _mm512_add_epi16(_mm512_mullo_epi16(q, D.low), M.low);
+    if (weight_planes(format) == 2)
+        return (Wide){low, low};
     __m512i rest = _mm512_add_epi16(_mm512_mullo_epi16(q, D.rest), M.rest);
     return (Wide){low, _mm512_add_epi16(rest, _mm512_srli_epi16(low, 8))};
 }
 
-INLINE Wide split_wide(i32x16 x)
-{
-    return (Wide){_mm512_and_si512(doubled(x), _mm512_set1_epi16(255)), doubled(x >> 8)};
-}
-
-/* D q + M of four columns and sixteen rows, a plane STEP * 16 bytes after the other. */
-INLINE void store_planes(u32x16 q, Wide D, Wide M, uint8_t *out)
+/* Four columns and sixteen rows, to one plane after the other: lowest bytes first. */
+INLINE void store_planes(const int format, u32x16 q, Wide D, Wide M, uint8_t *out)
 {
     const __mmask64 odd = 0xaaaaaaaaaaaaaaaa, even = ~odd;
-    Wide first = wide_of(_mm512_and_si512((__m512i)q, _mm512_set1_epi16(255)), D, M);
-    Wide second = wide_of(_mm512_maskz_shuffle_epi8(even, (__m512i)q, high_bytes()), D, M);
-    __m512i planes[WEIGHT_PLANES] = {
-        _mm512_mask_shuffle_epi8(first.low, odd, second.low, low_bytes()),
-        _mm512_mask_shuffle_epi8(first.rest, odd, second.rest, low_bytes()),
-        _mm512_mask_shuffle_epi8(second.rest, even, first.rest, high_bytes()),
-    };
-    UNROLL for (int p = 0; p < WEIGHT_PLANES; p++) _mm512_storeu_si512(out + 16 * STEP * p, planes[p]);
+    __m512i bytes = (__m512i)q, last = high_bytes(), first = low_bytes();
+    Wide a = weights_of(format, _mm512_and_si512(bytes, _mm512_set1_epi16(255)), D, M);
+    Wide b = weights_of(format, _mm512_maskz_shuffle_epi8(even, bytes, last), D, M);
+    _mm512_storeu_si512(out, _mm512_mask_shuffle_epi8(a.low, odd, b.low, first));
+    out += 16 * STEP;
+    if (weight_planes(format) == 3) {
+        _mm512_storeu_si512(out, _mm512_mask_shuffle_epi8(a.rest, odd, b.rest, first));
+        out += 16 * STEP;
+    }
+    _mm512_storeu_si512(out, _mm512_mask_shuffle_epi8(b.rest, even, a.rest, last));
 }
 
-typedef uint8_t Planes[WEIGHT_PLANES][16][STEP]; /* of a step: four columns by sixteen rows each */
+typedef uint8_t Planes[3][16][STEP]; /* of a step: four columns by sixteen rows each */
 
 /* `num_blocks` blocks at w; after an odd number the rest of the last step is 0. */
 INLINE void make_planes(
@@ -280,25 +300,25 @@ INLINE void make_planes(
         i32x16 D, M;
         UNROLL for (size_t u = 0; u < size; u += 64) prefetch_far(w + AHEAD + u);
         integer_scales(format, w, inverse, 0, &D, &M);
-        Wide wide_D = split_wide(D), wide_M = split_wide(M), second_D = wide_D, second_M = wide_M;
+        Wide wide_D = split_wide(format, D), wide_M = split_wide(format, M), second_D = wide_D, second_M = wide_M;
         if (format == Q6_K) {
             integer_scales(format, w, inverse, 1, &D, &M);
-            second_D = split_wide(D);
-            second_M = split_wide(M);
+            second_D = split_wide(format, D);
+            second_M = split_wide(format, M);
         }
         UNROLL for (int j = 0; j < 4; j++) {
             u32x16 low, high;
             integers(format, w, j, &low, &high);
-            store_planes(low, wide_D, wide_M, out + STEP * j);
-            store_planes(high, second_D, second_M, out + STEP * (j + 4));
+            store_planes(format, low, wide_D, wide_M, out + STEP * j);
+            store_planes(format, high, second_D, second_M, out + STEP * (j + 4));
         }
     }
     if (num_blocks % 2)
-        for (int p = 0; p < WEIGHT_PLANES; p++)
+        for (int p = 0; p < weight_planes(format); p++)
             memset(planes[num_blocks / 2][p][8], 0, 8 * STEP);
 }
 
-/* Registers: four sums by power of 256, two planes of activations, two of weights in turn. */
+/* Registers: four sums, by power of 256; two planes of activations; two of weights. */
 static void use_matrix_registers(int rows)
 {
     struct {
@@ -313,62 +333,69 @@ static void use_matrix_registers(int rows)
 
 typedef int32_t Sums[4][16][16];
 
-/* One row of a tile's sums, together total >> 16, times its scale, to y. */
-INLINE void fold(Sums sums, int r, const float *scales, float *y)
-{
-    i32x16 s[4];
-    UNROLL for (int i = 0; i < 4; i++) memcpy(&s[i], sums[i][r], sizeof s[i]);
-    i32x16 total = ((s[1] + (s[0] >> 8)) >> 8) + s[2] + (s[3] << 8);
-    store(y + ROWS * r, fma16(to_float(total), splat(scales[r]), load(y + ROWS * r)));
-}
-
-/* The sums of a tile that are still to be folded into y, while the next tile is multiplied. */
+/* The sums of a tile and stretch that are still to be added to y, while the next are multiplied. */
 typedef struct {
     int32_t (*sums)[16][16];
     const float *scales;
     float *y;
-    int row, R;
+    int row, R, is_first;
 } Folding;
 
-INLINE void fold_next(Folding *folding)
+INLINE void fold_row(const int format, Folding *folding)
 {
-    if (folding->row < folding->R) {
-        fold(folding->sums, folding->row, folding->scales, folding->y);
-        folding->row++;
-    }
+    if (folding->row == folding->R)
+        return;
+    int r = folding->row++;
+    float *y = folding->y + ROWS * r;
+    i32x16 s[4], total;
+    UNROLL for (int i = 0; i <= weight_planes(format); i++) memcpy(&s[i], folding->sums[i][r], 64);
+    if (weight_planes(format) == 2)
+        total = ((s[1] + (s[0] >> 8)) >> 1) + (s[2] << 7);
+    else
+        total = ((s[1] + (s[0] >> 8)) >> 8) + s[2] + (s[3] << 8);
+    f32x16 before = folding->is_first ? splat(0) : load(y);
+    store(y, fma16(to_float(total), splat(folding->scales[r]), before));
 }
 
 INLINE void multiply_stretch(
-    Planes *planes, const uint8_t *x, int steps, int R, Sums sums, Folding *folding)
+    const int format, Planes *planes, const uint8_t *x, int steps, int R, Sums sums, Folding *folding)
 {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int s = 0; s < steps; s++, x += 2 * R * STEP) {
+        UNROLL for (int u = 0; u < 32; u++) prefetch(x + 4 * R * STEP + 64 * u);
         _tile_loadd(4, x, STEP);
         _tile_loadd(6, planes[s][0], STEP);
         _tile_loadd(5, x + R * STEP, STEP);
         _tile_dpbsud(1, 4, 6);
         _tile_dpbsud(0, 5, 6);
-        fold_next(folding);
+        fold_row(format, folding);
         _tile_loadd(7, planes[s][1], STEP);
+        if (weight_planes(format) == 2) {
+            _tile_dpbssd(2, 4, 7);
+            _tile_dpbssd(1, 5, 7);
+            fold_row(format, folding);
+            continue;
+        }
         _tile_dpbsud(2, 4, 7);
         _tile_dpbsud(1, 5, 7);
-        fold_next(folding);
+        fold_row(format, folding);
         _tile_loadd(6, planes[s][2], STEP);
         _tile_dpbssd(3, 4, 6);
         _tile_dpbssd(2, 5, 6);
     }
     while (folding->row < folding->R)
-        fold_next(folding);
+        fold_row(format, folding);
     _tile_stored(0, sums[0], STEP);
     _tile_stored(1, sums[1], STEP);
     _tile_stored(2, sums[2], STEP);
-    _tile_stored(3, sums[3], STEP);
+    if (weight_planes(format) == 3)
+        _tile_stored(3, sums[3], STEP);
 }
 
-/* y[row][0..15] of one group and the rows of tiles first .. end - 1, in units. */
+/* y[row][0..15] of one group and the rows of tiles first .. end - 1. */
 INLINE void many_rows(
     const int format,
     const uint8_t *group,
@@ -382,11 +409,8 @@ INLINE void many_rows(
     Planes planes[STRETCH / STEP] __attribute__((aligned(64)));
     Sums sums[2] __attribute__((aligned(64)));
     const int stretch = stretch_steps(columns), first_row = tile_start(num_rows, first);
-    const f32x16 inverse = inverse_units(group), units = load((const float *)group);
+    const f32x16 inverse = inverse_units(group);
     const uint8_t *w = group + UNITS_BYTES;
-    int all = tile_start(num_rows, end) - first_row;
-    for (int row = 0; row < all; row++)
-        store(y + ROWS * row, splat(0));
     for (int i = 0, step = 0; i < num_stretches(columns); i++, step += stretch) {
         int width = columns - step * STEP < stretch * STEP ? columns - step * STEP : stretch * STEP;
         Folding folding = {0};
@@ -397,16 +421,16 @@ INLINE void many_rows(
             int row = tile_start(num_rows, tile), R = tile_start(num_rows, tile + 1) - row;
             const int32_t *x = tile_at(operation, row);
             multiply_stretch(
-                planes, (const uint8_t *)(x + step * STEP / 2 * R), num_steps(width), R,
+                format, planes, (const uint8_t *)(x + step * STEP / 2 * R), num_steps(width), R,
                 sums[tile % 2], &folding);
             folding = (Folding){sums[tile % 2], (const float *)(x + scales_at(columns, R)) + i * R,
-                                y + ROWS * (row - first_row), 0, R};
+                                y + ROWS * (row - first_row), 0, R, i == 0};
         }
         while (folding.row < folding.R)
-            fold_next(&folding);
+            fold_row(format, &folding);
     }
-    for (int row = 0; row < all; row++)
-        store(y + ROWS * row, load(y + ROWS * row) * units);
+    for (float *last = y + ROWS * (tile_start(num_rows, end) - first_row); y < last; y += ROWS)
+        store(y, load(y) * units(format, group));
 }
 
 /* ---- One function for each format */

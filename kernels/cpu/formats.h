@@ -37,7 +37,13 @@ static inline size_t block_bytes(int format)
     return (size_t)bytes[format];
 }
 
-/* A group begins, where weights are multiplied as integers (amx.c), with the unit of each row. */
+/* Where weights are multiplied as integers (amx.c), a group begins with the unit of each row, a float,
+ * and its weights are integers of so many bytes. */
+static inline int weight_planes(int format)
+{
+    return format == Q4_0 || format == Q4_1 || format == Q4_K ? 2 : 3;
+}
+
 #ifdef TIER_AMX
 enum { UNITS_BYTES = 4 * ROWS };
 #else

@@ -166,22 +166,18 @@ static float size_of(int format, const Block *block)
     return d + m;
 }
 
-/* The unit of row r of a group: a power of two, in which its largest weight is 22 bits long. */
+/* The unit of row r of a group.  Its largest weight is as long as rounded scales allow. */
 static void put_unit(int format, uint8_t *group, const uint8_t *row, int columns, int r)
 {
     float largest = 0, unit = 1;
-    int exponent;
     for (int k = 0; k < columns / COLUMNS; k++) {
         Block block = take(format, row, k);
         float size = size_of(format, &block);
         if (size > largest || size != size)
             largest = size;
     }
-    frexpf(largest, &exponent);
-    if (largest > 0)
-        unit = ldexpf(1, exponent - 22);
-    if (!(largest < INFINITY))
-        unit = NAN;
+    if (largest != 0)
+        unit = largest < INFINITY ? largest / (weight_planes(format) == 2 ? 32750 : 1 << 22) : NAN;
     memcpy(group + 4 * r, &unit, sizeof unit);
 }
 

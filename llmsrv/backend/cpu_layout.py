@@ -67,7 +67,7 @@ class Layout:
 
     embeds   the Embed operations, which come first and are left to the caller
     steps    the others
-    buffers  name -> [rows, width padded to LANES] float32
+    buffers  name -> [rows, width padded] float32
     """
 
     def __init__(
@@ -107,8 +107,10 @@ class Layout:
             rows = min(rows, self._limits.max_logit_rows)
         if name.startswith(CHOICES):
             rows *= max(op.num_chosen for op in self._program.operations if isinstance(op, Experts))
-        width = -(-self._widths[name] // LANES) * LANES
-        return self._memory.array((rows, width), np.float32)
+        # An odd number of cache lines: a column of a row, over many rows, would else be in one set
+        # of a cache, and push itself out.
+        lines = -(-self._widths[name] // LANES) | 1
+        return self._memory.array((rows, lines * LANES), np.float32)
 
     def _tiles_of(self, name: str) -> Array:
         words = self._library.llmsrv_tile_words(self._widths[name])
