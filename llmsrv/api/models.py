@@ -270,9 +270,11 @@ class Models:
 def find_models(config: Config) -> list[Model]:
     """The models of the options, each with its file, fetched where need be.
 
-    Raises StartupError when one is not there, two have the same name, or an option that fits one
+    Raises StartupError when there is none or one is not there, two have the same name, or an option that fits one
     model only comes with several.
     """
+    if not config.model:
+        raise StartupError("--model names no model")
     single = config.served_model_name or config.chat_template or config.any_model_name
     if single and len(config.model) > 1:
         raise StartupError(
