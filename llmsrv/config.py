@@ -249,6 +249,6 @@ class Config:
 
 def engine_config(config: Config, model_path: Path) -> EngineConfig:
     """What an engine needs of the options, for one of the models."""
-    own = {"model_path": str(model_path), "cache_dir": str(config.cache_dir)}
+    own: dict[str, Any] = {"model_path": str(model_path), "cache_dir": str(config.cache_dir)}
     names = {field.name for field in fields(EngineConfig)} - own.keys()
     return EngineConfig(**own, **{name: getattr(config, name) for name in names})

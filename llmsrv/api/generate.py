@@ -5,6 +5,7 @@ Knows token ids and deltas of text; the shapes of chat and completions are in th
 """
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import AsyncGenerator
@@ -57,6 +58,8 @@ class Job:
         ]
         self._generations: list[Generation] = []
         sampling = sampling_of(request, service.text.sampling_defaults, num_logprobs)
+        timeout_s = service.config.request_timeout_s
+        deadline_s = time.monotonic() + timeout_s if timeout_s else math.inf
         try:
             for ids, limit in zip(prompts, max_tokens, strict=True):
                 submit = Submit(
@@ -69,6 +72,7 @@ class Job:
                     salt=tenant,
                     min_tokens=min(min_tokens, limit),
                     tenant=tenant,
+                    deadline_s=deadline_s,
                 )
                 self._generations.append(service.engine.submit(submit))
         except ApiError:

@@ -78,14 +78,15 @@ class Service:
         if self.engine.state is EngineState.READY:
             return None
         reason = f"The model is not ready: {self.engine.reason}."
-        return ApiError(503, reason, code="model_not_ready", headers=RETRY)
+        return ApiError(503, reason, code="model_not_ready", headers=self.engine.retry)
 
     def overloaded(self) -> ApiError | None:
         """Decided before any work on a request, so that refusing many costs little."""
-        if self.engine.num_queued < self.config.max_queue:
+        if self.engine.num_queued >= self.config.max_queue:
+            waiting = f"{self.config.max_queue} requests"
+        elif self.engine.num_queued_tokens >= self.config.max_queue_tokens:
+            waiting = f"requests of {self.config.max_queue_tokens} tokens"
+        else:
             return None
-        message = (
-            f"The server is overloaded: {self.config.max_queue} requests are waiting. "
-            "Please try again later."
-        )
+        message = f"The server is overloaded: {waiting} are waiting. Please try again later."
         return ApiError(503, message, code="server_is_overloaded", headers=RETRY)

@@ -14,6 +14,7 @@ import asyncio
 import enum
 import itertools
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -23,7 +24,10 @@ from typing import Self
 import msgspec
 
 from llmsrv.config import EngineConfig
+from llmsrv.engine.crashes import Crashes
+from llmsrv.engine.crashes import hash_of
 from llmsrv.engine.messages import Abort
+from llmsrv.engine.messages import Failed
 from llmsrv.engine.messages import Finished
 from llmsrv.engine.messages import FromEngine
 from llmsrv.engine.messages import Gauges
@@ -40,10 +44,9 @@ log = logging.getLogger("llmsrv.engine")
 
 # With so much not even taken by the pipe, the engine has not read for long.
 MAX_UNSENT_BYTES = 8 << 20
-FIRST_PAUSE_S = 0.5  # before the engine is started again; doubled each time
-LONGEST_PAUSE_S = 30.0
-HEALTHY_S = 60.0  # an engine that was ready for so long makes the next pause the first again
 RETRY = {"Retry-After": "1", "x-should-retry": "true"}
+NO_RETRY = {"x-should-retry": "false"}
+MAX_RETRY_AFTER_S = 60  # clients do not wait for much longer
 
 
 class EngineState(enum.Enum):
@@ -61,12 +64,12 @@ class Generation:
     takes wait here; the engine never waits for them.
     """
 
-    def __init__(self, request: int, n: int, abort: Callable[[int, int | None], None]) -> None:
-        self.request = request
+    def __init__(self, submit: Submit, abort: Callable[[int, int | None], None]) -> None:
+        self.submit = submit
         self.num_cached_tokens = 0  # of the prompt, once the first choice is admitted
         self._abort = abort
         self._events: deque[Tokens | Finished] = deque()
-        self._unfinished = set(range(n))  # choices; empty once the request has ended in any way
+        self._unfinished = set(range(submit.n))  # choices; empty once the request has ended
         self._error: ApiError | None = None
         self._is_admitted = False
         self._waiter: asyncio.Future[None] | None = None
@@ -108,7 +111,7 @@ class Generation:
         if choice is None:
             self._events.clear()
         if choice in self._unfinished or (choice is None and self._unfinished):
-            self._abort(self.request, choice)
+            self._abort(self.submit.request, choice)
 
     # What follows is for EngineClient.
 
@@ -137,14 +140,17 @@ class Generation:
         self._unfinished.clear()
         self._wake()
 
-    def lose(self, reason: str, code: str) -> None:
+    def lose(self, reason: str, code: str, is_poison: bool, retry: dict[str, str]) -> None:
         """Ends it together with its engine.  What never was in a step may well be tried again."""
-        if self._is_admitted:
+        if is_poison:
+            message = f"The server fails whenever it processes this request: {reason}."
+            self.end(ApiError(500, message, code="engine_crashed", headers=NO_RETRY))
+        elif self._is_admitted:
             message = f"The server had an error while processing your request: {reason}."
             self.end(ApiError(500, message, code=code))
         else:
             message = f"The model is not ready: {reason}."
-            self.end(ApiError(503, message, code=code, headers=RETRY))
+            self.end(ApiError(503, message, code=code, headers=retry))
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -178,6 +184,8 @@ class EngineClient:
         self._requests = itertools.count(1)
         self._generations: dict[int, Generation] = {}  # by request, those that have not ended
         self._supervision: asyncio.Task[None] | None = None
+        self._crashes = Crashes()
+        self._restart_s = 0.0  # when the engine is started again, monotonic
 
         # Of the engine process that runs now
         self._process: EngineProcess | None = None
@@ -192,6 +200,21 @@ class EngineClient:
     def num_queued(self) -> int:
         """Requests that are not part of a step yet."""
         return sum(not generation.is_admitted for generation in self._generations.values())
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Tokens of their prompts."""
+        return sum(
+            len(generation.submit.prompt_ids)
+            for generation in self._generations.values()
+            if not generation.is_admitted
+        )
+
+    @property
+    def retry(self) -> dict[str, str]:
+        """Headers of an answer that says to come again when the engine may be ready."""
+        left_s = math.ceil(self._restart_s - time.monotonic())
+        return RETRY | {"Retry-After": str(min(max(1, left_s), MAX_RETRY_AFTER_S))}
 
     @property
     def has_requests(self) -> bool:
@@ -222,13 +245,13 @@ class EngineClient:
         cannot be served now."""
         if self.state is not EngineState.READY or self._process is None:
             message = f"The model is not ready: {self.reason}."
-            raise ApiError(503, message, code="model_not_ready", headers=RETRY)
+            raise ApiError(503, message, code="model_not_ready", headers=self.retry)
         if self._process.num_waiting_bytes > MAX_UNSENT_BYTES:
             message = "The server is overloaded. Please try again later."
             raise ApiError(503, message, code="server_is_overloaded", headers=RETRY)
-        request = next(self._requests)
-        self._process.send(msgspec.structs.replace(submit, request=request))
-        generation = self._generations[request] = Generation(request, submit.n, self._abort)
+        submit = msgspec.structs.replace(submit, request=next(self._requests))
+        self._process.send(submit)
+        generation = self._generations[submit.request] = Generation(submit, self._abort)
         return generation
 
     async def stop(
@@ -246,41 +269,41 @@ class EngineClient:
 
     async def _supervise(self) -> None:
         """Keeps an engine running, until it refuses the model at the first start."""
-        pause_s = FIRST_PAUSE_S
         for generation in itertools.count(1):
-            reason, ready_for_s = await self._run_one(generation)
+            await self._run_one(generation)
             if self.state is EngineState.REFUSED:
                 return
-            if ready_for_s > HEALTHY_S:
-                pause_s = FIRST_PAUSE_S
-            log.error("%s; it is started again in %g s", reason, pause_s)
-            await asyncio.sleep(pause_s)
+            await asyncio.sleep(self._restart_s - time.monotonic())
             self.num_restarts += 1
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
-    async def _run_one(self, generation: int) -> tuple[str, float]:
-        """Runs an engine process from its start to its end; why it ended, as a clause, and for how
-        many seconds it had been ready."""
+    async def _run_one(self, generation: int) -> None:
+        """Runs an engine process from its start to its end, and takes leave of its requests."""
         self._ready_s = self._refusal = None
         try:
             engine = EngineProcess(self._config, generation, self._receive, self._patience)
         except OSError as error:
-            reason = f"the engine cannot be started ({error})"
-            self._set_state(EngineState.RESTARTING, reason)
-            return reason, 0.0
+            self._note_crash(f"the engine cannot be started ({error})")
+            return
         self._process = engine
         ended = await asyncio.shield(engine.ended)
-        ready_for_s = time.monotonic() - self._ready_s if self._ready_s else 0.0
         if self._refusal and self.ready is None:
             self._set_state(EngineState.REFUSED, self._refusal)
         else:
-            # Clients are told the reason, so it is not the refusal, which names the file.
-            reason = "the engine could not load the model" if self._refusal else ended
-            self._set_state(EngineState.RESTARTING, f"{reason}; it is started again")
+            self._note_crash(ended)
         self._lose_all("engine_restarted")
         await engine.gone()
         self._process = None
-        return self._refusal or ended, ready_for_s
+
+    def _note_crash(self, ended: str) -> None:
+        now_s = time.monotonic()
+        ready_for_s = now_s - self._ready_s if self._ready_s else 0.0
+        submits = [generation.submit for generation in self._generations.values()]
+        pause_s = self._crashes.note(now_s, ready_for_s, submits)
+        self._restart_s = now_s + pause_s
+        log.error("%s; it is started again in %g s", self._refusal or ended, pause_s)
+        # Clients are told the reason, so it is not the refusal, which names the file.
+        reason = "the engine could not load the model" if self._refusal else ended
+        self._set_state(EngineState.RESTARTING, f"{reason}; it is started again in {pause_s:g} s")
 
     def _receive(self, message: FromEngine) -> None:
         if self.state is EngineState.STOPPED:
@@ -310,10 +333,7 @@ class EngineClient:
                     del generations[finished.request]
         for failed in step.failed:
             if generation := generations.pop(failed.request, None):
-                error = ApiError(
-                    failed.status, failed.message, param=failed.param, code=failed.code
-                )
-                generation.end(error)
+                generation.end(_error_of(failed))
         self.gauges = step.gauges
         if not generations:
             self._note_change()
@@ -329,7 +349,10 @@ class EngineClient:
         """Ends every request that has not ended, with the state's reason."""
         generations, self._generations = self._generations, {}
         for generation in generations.values():
-            generation.lose(self.reason, code)
+            is_poison = self._crashes.is_poison(generation.submit)
+            if is_poison:
+                log.error("request %s was in the engine at two crashes", hash_of(generation.submit))
+            generation.lose(self.reason, code, is_poison, self.retry)
         self.gauges = Gauges()
         self._note_change()
 
@@ -340,3 +363,10 @@ class EngineClient:
     def _note_change(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+
+def _error_of(failed: Failed) -> ApiError:
+    headers = NO_RETRY if failed.status == 504 else None  # the same would take as long again
+    return ApiError(
+        failed.status, failed.message, param=failed.param, code=failed.code, headers=headers
+    )

@@ -83,7 +83,7 @@ def choose_sizes(config: EngineConfig, trained_context: int, memory: Memory) -> 
     num_blocks = -(-total // BLOCK_SIZE)
     context = min(context, num_blocks * BLOCK_SIZE)
     beyond = f" (the model was made for {trained_context})" if context > trained_context else ""
-    cache = f"{num_blocks * BLOCK_SIZE} tokens, {_gb(num_blocks * BLOCK_SIZE * memory.position)}"
+    cache = f"{num_blocks * BLOCK_SIZE} tokens, {_mb(num_blocks * BLOCK_SIZE * memory.position)}"
     reason = (
         f"{num_sequences} sequences at once of at most {context} tokens{beyond}; "
         f"a KV cache of {cache} ({why})"
@@ -105,7 +105,7 @@ def _context(config: EngineConfig, trained: int) -> int:
 def _check_total(config: EngineConfig, total: int, fitting: int, memory: Memory) -> None:
     if total > fitting:
         raise StartupError(
-            f"--max-total-seq-length {total} needs {_gb(total * memory.position)} for the KV cache,"
+            f"--max-total-seq-length {total} needs {_mb(total * memory.position)} for the KV cache,"
             f" but only {fitting} tokens fit in {_told(memory, config)}"
         )
     if config.context_window_size > total:
@@ -120,7 +120,7 @@ def _check_fitting(config: EngineConfig, fitting: int, memory: Memory) -> None:
     if fitting < least:
         raise StartupError(
             f"too little memory: a KV cache of {least} tokens takes "
-            f"{_gb(least * memory.position)}, but only {fitting} tokens fit in "
+            f"{_mb(least * memory.position)}, but only {fitting} tokens fit in "
             f"{_told(memory, config)}; take a smaller model or a smaller --context-window-size, "
             "or give --gpu-memory-utilization a larger share"
         )
@@ -128,10 +128,10 @@ def _check_fitting(config: EngineConfig, fitting: int, memory: Memory) -> None:
 
 def _told(memory: Memory, config: EngineConfig) -> str:
     return (
-        f"{config.gpu_memory_utilization:.0%} of the {_gb(memory.limit)} of {memory.whose}, beside "
-        f"{_gb(memory.weights)} of weights"
+        f"{config.gpu_memory_utilization:.0%} of the {_mb(memory.limit)} of {memory.whose}, beside "
+        f"{_mb(memory.weights)} of weights"
     )
 
 
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB"
+def _mb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

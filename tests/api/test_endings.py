@@ -101,6 +101,22 @@ def test_what_comes_while_the_queue_is_full_is_told_to_come_again(smollm2: Path)
         client.completions.create(model=MODEL, prompt="a", max_tokens=1)
 
 
+def test_a_queue_is_also_bounded_in_tokens_and_a_request_in_time(smollm2: Path) -> None:
+    limits = ("--max-queue-tokens", "100", "--request-timeout-s", "3")
+    with run_server("--mode", "interactive", *limits) as server:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        with connect(server) as first, connect(server) as second:
+            first.sendall(completion(stream=True))
+            eventually(lambda: running(server) == 1)
+            second.sendall(completion(prompt=[504] * 100, stream=True))
+            eventually(lambda: gauges(server)["vllm:num_requests_waiting"] == 1)
+            with pytest.raises(openai.InternalServerError, match="requests of 100 tokens"):
+                client.completions.create(model=MODEL, prompt="a")
+            while b"request_timeout" not in (data := first.recv(65536)):
+                assert data
+        eventually(lambda: is_idle(server))
+
+
 def test_a_reader_that_stops_reading_does_not_stop_the_others(tiny_server: RunningServer) -> None:
     body = {"model": "tiny", "prompt": "a", "max_tokens": 400, "ignore_eos": True, "stream": True}
     stalled = connect(tiny_server)

@@ -4,6 +4,7 @@ they are killed, stopped, starved or fed garbage."""
 import asyncio
 import ctypes
 import json
+import math
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from llmsrv.config import EngineConfig
@@ -21,6 +23,7 @@ from llmsrv.engine import process
 from llmsrv.engine.client import EngineClient
 from llmsrv.engine.client import EngineState
 from llmsrv.engine.client import Generation
+from llmsrv.engine.crashes import hash_of
 from llmsrv.engine.messages import Finished
 from llmsrv.engine.messages import FromEngine
 from llmsrv.engine.messages import Gauges
@@ -56,7 +59,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the starts of an engine."""
-    monkeypatch.setattr("llmsrv.engine.client.FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr("llmsrv.engine.crashes.FIRST_PAUSE_S", 0.05)
 
 
 def asked(
@@ -153,6 +156,67 @@ async def test_a_killed_engine_ends_its_requests_within_a_second_and_the_next_on
         assert (await output_of(client.submit(asked([1, 2], 5))))[1] == ["length"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGTERM])
+def test_an_engine_may_end_by_any_signal(number: signal.Signals, tiny: Path) -> None:
+    @in_loop
+    async def check() -> None:
+        async with engine(tiny) as client:
+            running = client.submit(asked([1, 2], ENDLESS))
+            await anext(running)
+            assert client.pid
+            os.kill(client.pid, number)
+            async with asyncio.timeout(1):
+                with pytest.raises(ApiError, match=number.name):
+                    await output_of(running)
+            await client.wait_ready()
+            assert (await output_of(client.submit(asked([1, 2], 5))))[1] == ["length"]
+
+    check()
+
+
+@in_loop
+async def test_a_request_in_two_crashes_is_told_not_to_come_again_and_its_hash_is_logged(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(process, "main", engines.main_with_a_fatal_id)
+    poison = asked([engines.FATAL_ID], 5)
+    async with engine(tiny) as client:
+        for status, code in ((503, "engine_restarted"), (500, "engine_crashed")):
+            with pytest.raises(ApiError) as lost:
+                await output_of(client.submit(poison))
+            assert (lost.value.status, lost.value.code) == (status, code)
+            await client.wait_ready()
+        assert lost.value.headers == {"x-should-retry": "false"}
+        assert f"request {hash_of(poison)} was in the engine at two crashes" in caplog.text
+        assert (await output_of(client.submit(asked([1, 2], 5))))[1] == ["length"]
+
+
+@in_loop
+async def test_a_request_that_misses_its_deadline_fails_and_need_not_come_again(
+    tiny: Path,
+) -> None:
+    async with engine(tiny) as client:
+        late = msgspec.structs.replace(asked([1, 2], ENDLESS), deadline_s=time.monotonic() + 0.05)
+        with pytest.raises(ApiError) as error:
+            await output_of(client.submit(late))
+        assert (error.value.status, error.value.code) == (504, "request_timeout")
+        assert error.value.headers == {"x-should-retry": "false"}
+        await gauges_at_rest(client)
+
+
+@in_loop
+async def test_what_waits_is_counted_in_requests_and_in_tokens(tiny: Path) -> None:
+    async with engine(tiny, max_num_sequence=1) as client:
+        async with client.submit(asked([1, 2], ENDLESS)) as running:
+            await running.admitted()
+            assert (client.num_queued, client.num_queued_tokens) == (0, 0)
+            waiting = [client.submit(asked([1] * length, 5)) for length in (10, 20)]
+            assert (client.num_queued, client.num_queued_tokens) == (2, 30)
+            waiting[0].abort()
+            assert (client.num_queued, client.num_queued_tokens) == (1, 20)
+
+
 @in_loop
 async def test_a_stopped_engine_is_noticed_killed_and_replaced(tiny: Path) -> None:
     async with engine(tiny, Patience(ready_s=0.8)) as client:
@@ -211,10 +275,10 @@ async def test_an_engine_that_hangs_while_loading_is_killed(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(process, "main", engines.main_that_hangs)
-    client = EngineClient(EngineConfig(str(tiny)), Patience(loading_s=0.5))
+    client = EngineClient(EngineConfig(str(tiny), backend="reference"), Patience(loading_s=2.0))
     await client.start()
     await until(lambda: client.state is EngineState.RESTARTING)
-    assert "hung for 0.5 s" in client.reason
+    assert "hung for 2 s" in client.reason
     monkeypatch.setattr(process, "main", engines.PROCESS_MAIN)
     await client.wait_ready()
     await client.stop()
@@ -635,26 +699,30 @@ class EndingProcess:
 
 
 @in_loop
-async def test_the_pauses_between_starts_grow_to_half_a_minute(
+async def test_an_engine_that_crashes_again_and_again_is_let_alone_for_a_minute(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pauses: list[float] = []
 
     async def sleep(pause_s: float) -> None:
-        pauses.append(pause_s)
+        pauses.append(math.ceil(10 * pause_s) / 10)
         if len(pauses) == 9:
             await asyncio.Event().wait()
 
     monkeypatch.setattr("llmsrv.engine.client.EngineProcess", EndingProcess)
-    monkeypatch.setattr("llmsrv.engine.client.FIRST_PAUSE_S", 0.5)
+    monkeypatch.setattr("llmsrv.engine.crashes.FIRST_PAUSE_S", 0.5)
     client = EngineClient(EngineConfig("nowhere"))
     with monkeypatch.context() as patch:
         patch.setattr("llmsrv.engine.client.asyncio.sleep", sleep)
         await client.start()
         while len(pauses) < 9:
             await asyncio.wait([asyncio.ensure_future(client._changed.wait())], timeout=0.01)
-    assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
-    assert client.state is EngineState.RESTARTING
+    assert pauses == [0.5, 1, 2, 4, 60, 60, 60, 60, 60]
+    assert client.state is EngineState.RESTARTING and client.reason.endswith("in 60 s")
+    assert 50 < int(client.retry["Retry-After"]) <= 60
+    with pytest.raises(ApiError) as refused:
+        client.submit(asked([1], 1))
+    assert refused.value.status == 503 and int(refused.value.headers["Retry-After"]) > 50
     await client.stop()
 
 

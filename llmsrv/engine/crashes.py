@@ -1,0 +1,54 @@
+"""What the ends of the engine say: how long to wait before it is started again, and which requests
+to beware of.  Times are seconds of one clock."""
+
+import hashlib
+from collections import Counter
+from collections import deque
+from collections.abc import Iterable
+
+import msgspec
+
+from llmsrv.engine.messages import Submit
+
+FIRST_PAUSE_S = 0.5  # doubled with each crash
+LONGEST_PAUSE_S = 30.0
+HEALTHY_S = 60.0  # an engine that was ready for so long makes a new beginning
+# So many crashes in so short a time are a loop: whatever the reason is, it needs longer to pass.
+LOOP_CRASHES = 5
+LOOP_S = 60.0
+LOOP_PAUSE_S = 60.0
+# A request that was in the engine at so many crashes may well be what crashes it.
+POISON_CRASHES = 2
+MAX_HASHES = 10_000
+
+
+class Crashes:
+    def __init__(self) -> None:
+        self._times_s: deque[float] = deque(maxlen=LOOP_CRASHES)
+        self._next_pause_s = FIRST_PAUSE_S
+        self._by_hash: Counter[str] = Counter()
+
+    def note(self, now_s: float, ready_for_s: float, submits: Iterable[Submit]) -> float:
+        """The engine has ended, after being ready for so long, with these requests in it; returns
+        the pause before it is started again."""
+        if ready_for_s > HEALTHY_S:
+            self._next_pause_s = FIRST_PAUSE_S
+        if ready_for_s > HEALTHY_S or len(self._by_hash) > MAX_HASHES:
+            self._by_hash.clear()
+        self._by_hash.update({hash_of(submit) for submit in submits})
+        self._times_s.append(now_s)
+        pause_s = self._next_pause_s
+        self._next_pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        return LOOP_PAUSE_S if self._is_loop(now_s) else pause_s
+
+    def is_poison(self, submit: Submit) -> bool:
+        return self._by_hash[hash_of(submit)] >= POISON_CRASHES
+
+    def _is_loop(self, now_s: float) -> bool:
+        return len(self._times_s) == LOOP_CRASHES and now_s - self._times_s[0] < LOOP_S
+
+
+def hash_of(submit: Submit) -> str:
+    """Equal for requests that ask for the same, and tells nothing of what that is."""
+    bare = msgspec.structs.replace(submit, request=0, deadline_s=0.0)
+    return hashlib.blake2b(msgspec.msgpack.encode(bare), digest_size=8).hexdigest()
