@@ -11,7 +11,7 @@ from llmsrv.engine.scheduler import Chunk
 
 def build_batch(chunks: list[Chunk], block_tables: Array) -> Batch:
     """The rows of the chunks, in their order; a row's logits are wanted where a chunk completes its
-    sequence.
+    sequence, and those of all rows where it tells its prompt.
 
     block_tables  [max_num_sequence, max_blocks] int32, of every slot, as KVCache has them
     """
@@ -21,7 +21,7 @@ def build_batch(chunks: list[Chunk], block_tables: Array) -> Batch:
     counts = np.array([num_rows for _, num_rows in chunks])  # [S]
     firsts = np.array([sequence.num_computed for sequence, _ in chunks])  # [S]
     slots = np.array([sequence.slot for sequence, _ in chunks])  # [S]
-    completes = np.array([sequence.num_uncomputed == num_rows for sequence, num_rows in chunks])
+    wanted = np.array([chunk.num_logit_rows for chunk in chunks])  # [S], the last rows of each
     ends = counts.cumsum()  # [S]
 
     sequences = np.arange(len(chunks), dtype=np.int32).repeat(counts)  # [T]
@@ -35,5 +35,7 @@ def build_batch(chunks: list[Chunk], block_tables: Array) -> Batch:
         slot_mapping=blocks * BLOCK_SIZE + positions % BLOCK_SIZE,
         block_tables=tables,
         is_long=np.array([sequence.is_long for sequence, _ in chunks]),
-        logit_rows=(ends[completes] - 1).astype(np.int32),
+        logit_rows=np.flatnonzero(
+            np.arange(len(ids)) >= (ends - wanted).repeat(counts)
+        ).astype(np.int32),
     )

@@ -14,6 +14,7 @@ from heapq import heappush
 
 import numpy as np
 
+from llmsrv.backend.base import Array
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
 from llmsrv.backend.sampling import Samples
@@ -21,6 +22,7 @@ from llmsrv.engine.batch import build_batch
 from llmsrv.engine.kv_cache import KVCache
 from llmsrv.engine.kv_cache import Pages
 from llmsrv.engine.messages import Admitted
+from llmsrv.engine.messages import PROMPT
 from llmsrv.engine.messages import Abort
 from llmsrv.engine.messages import Failed
 from llmsrv.engine.messages import Finished
@@ -40,6 +42,9 @@ from llmsrv.errors import ApiError
 
 log = logging.getLogger("llmsrv.engine")
 
+# A row whose logits are wanted: the index of the prompt's token that it tells of, None if it draws.
+LogitRow = tuple[Sequence, int | None]
+DRAW = -1  # in place of a target
 TIMED_OUT = "The request was not finished within the time that this server gives to one."
 
 
@@ -63,7 +68,11 @@ class EngineCore:
         self._kv_cache = KVCache(limits.num_blocks, limits.max_slots, context_length)
         self._costs = StepCosts()
         self._scheduler = Scheduler(
-            self._kv_cache, limits.max_slots, limits.max_rows, self._costs
+            self._kv_cache,
+            limits.max_slots,
+            limits.max_rows,
+            self._costs,
+            limits.max_logit_rows - limits.max_slots,
         )
         self._sequences: dict[int, list[Sequence]] = {}  # by request, what has not ended
         self._deadlines: list[tuple[float, int]] = []  # a heap, with requests that have ended
@@ -157,41 +166,37 @@ class EngineCore:
 
     def _compute(self, chunks: list[Chunk]) -> None:
         self._plan.forward(build_batch(chunks, self._kv_cache.block_tables))
+        rows = [row for chunk in chunks for row in _logit_rows(chunk)]
         for chunk in chunks:
             self._scheduler.note_computed(chunk)
-        sampled = [sequence for sequence, _ in chunks if sequence.num_uncomputed == 0]
-        if sampled:
-            slots = np.array([sequence.slot for sequence in sampled], np.int32)
-            output_positions = np.array([len(s.output_ids) for s in sampled], np.int64)
-            self._take(sampled, self._plan.sample(slots, output_positions))
+        if rows:
+            slots = np.array([sequence.slot for sequence, _ in rows], np.int32)
+            output_positions = np.array([len(s.output_ids) for s, _ in rows], np.int64)
+            self._take(rows, self._plan.sample(slots, output_positions, _targets(rows)))
 
-    def _take(self, sampled: list[Sequence], samples: Samples) -> None:
+    def _take(self, rows: list[LogitRow], samples: Samples) -> None:
         now_s = self._clock()
-        for row, (sequence, id) in enumerate(zip(sampled, samples.ids.tolist(), strict=True)):
+        for row, (sequence, prompt_at) in enumerate(rows):
             if sequence.state is State.ENDED:
-                continue  # another choice has failed the request in this very step
+                continue  # another row has failed the request in this very step
             try:
-                self._advance(sequence, row, id, samples, now_s)
+                if prompt_at is None:
+                    self._advance(sequence, row, samples, now_s)
+                elif prompt_at == sequence.num_told:
+                    self._tell_prompt(sequence, row, samples)
             except Exception as error:
                 self._fail(sequence.submit.request, error)
 
-    def _advance(
-        self, sequence: Sequence, row: int, id: int, samples: Samples, now_s: float
-    ) -> None:
-        if id < 0:
-            raise ApiError(500, "The model's output is not a number; nothing can be sampled.")
-        logprobs: list[float] = []
-        alternatives: list[list[tuple[int, float]]] = []
-        if sequence.submit.sampling.num_logprobs >= 0:
-            ids, values = samples.alternatives[row]
-            logprobs = [float(samples.logprobs[row])]
-            alternatives = [list(zip(ids.tolist(), values.tolist(), strict=True))]
-        reason = sequence.append(id, now_s)
-        self._tokens.append(
-            Tokens(sequence.submit.request, sequence.choice, [id], logprobs, alternatives)
-        )
+    def _advance(self, sequence: Sequence, row: int, samples: Samples, now_s: float) -> None:
+        tokens = _tokens(sequence, sequence.choice, row, samples)
+        reason = sequence.append(tokens.ids[0], now_s)
+        self._tokens.append(tokens)
         if reason:
             self._finish(sequence, reason)
+
+    def _tell_prompt(self, sequence: Sequence, row: int, samples: Samples) -> None:
+        self._tokens.append(_tokens(sequence, PROMPT, row, samples))
+        sequence.num_told += 1
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         self._scheduler.remove(sequence)
@@ -219,6 +224,37 @@ class EngineCore:
         step = Step(self._admitted, self._tokens, self._finished, self._failed, gauges)
         self._admitted, self._tokens, self._finished, self._failed = [], [], [], []
         return step
+
+
+def _logit_rows(chunk: Chunk) -> list[LogitRow]:
+    """The chunk's rows whose logits are wanted."""
+    sequence = chunk.sequence
+    end = sequence.num_computed + chunk.num_rows  # the row at position p is for the token at p + 1
+    wanted = range(end - chunk.num_logit_rows + 1, end + 1)
+    num_prompt = len(sequence.submit.prompt_ids)
+    return [(sequence, at if at < num_prompt else None) for at in wanted]
+
+
+def _targets(rows: list[LogitRow]) -> Array | None:
+    """As Plan.sample takes them."""
+    if all(at is None for _, at in rows):
+        return None
+    targets = [DRAW if at is None else sequence.submit.prompt_ids[at] for sequence, at in rows]
+    return np.array(targets, np.int32)
+
+
+def _tokens(sequence: Sequence, choice: int, row: int, samples: Samples) -> Tokens:
+    """What one row has brought; ApiError where it could not be sampled."""
+    id = int(samples.ids[row])
+    if id < 0:
+        raise ApiError(500, "The model's output is not a number; nothing can be sampled.")
+    logprobs: list[float] = []
+    alternatives: list[list[tuple[int, float]]] = []
+    if sequence.submit.sampling.num_logprobs >= 0:
+        ids, values = samples.alternatives[row]
+        logprobs = [float(samples.logprobs[row])]
+        alternatives = [list(zip(ids.tolist(), values.tolist(), strict=True))]
+    return Tokens(sequence.submit.request, choice, [id], logprobs, alternatives)
 
 
 def _failed(request: int, error: Exception) -> Failed:

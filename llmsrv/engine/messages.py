@@ -44,6 +44,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
     priority: int = 0  # lower ones are scheduled earlier
     tenant: bytes = b""  # whose it is; tenants of equal priority get equal shares
     deadline_s: float = math.inf  # what has not finished by then fails
+    prompt_logprobs: bool = False  # also Tokens of choice PROMPT, if num_logprobs is not -1
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
@@ -84,8 +85,12 @@ class Admitted(msgspec.Struct, frozen=True, array_like=True):
     num_cached_tokens: int  # of the prompt, found in the prefix cache
 
 
+PROMPT = -1  # no choice: the prompt that all of them begin with
+
+
 class Tokens(msgspec.Struct, frozen=True, array_like=True):
-    """New tokens of one choice, an end id included.
+    """New tokens of one choice, an end id included; of PROMPT, all of the prompt but its first, in
+    order and before any choice's.
 
     logprobs and alternatives are as long as ids, or empty when nothing was asked for.
     """

@@ -43,6 +43,8 @@ MAX_UNREAD_BYTES = 8 << 20
 # Added to the kernel's own figure, out of 1000: of all that use memory, the engine goes first, and
 # the server tells its clients and starts it again.
 OOM_SCORE_ADJ = "500"
+# For the log-probabilities of prompts, so many of their tokens in a step; 4 MB for 32,000 tokens.
+SPARE_LOGIT_ROWS = 32
 KV_BYTES = {"reference": 4}  # of one value; others keep them in half precision
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -137,7 +139,7 @@ def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, 
     logger.info("%s", sizes.reason)
     limits = Limits(
         max_rows=max(sizes.prefill_chunk_size, sizes.max_num_sequence),
-        max_logit_rows=sizes.max_num_sequence,
+        max_logit_rows=sizes.max_num_sequence + SPARE_LOGIT_ROWS,
         max_slots=sizes.max_num_sequence,
         num_blocks=sizes.num_blocks + 1,
     )

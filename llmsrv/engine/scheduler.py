@@ -45,15 +45,28 @@ class Chunk(NamedTuple):
     sequence: Sequence
     num_rows: int
 
+    @property
+    def num_logit_rows(self) -> int:
+        if self.sequence.tells_prompt:
+            return self.num_rows
+        return int(self.num_rows == self.sequence.num_uncomputed)
+
 
 class Scheduler:
     def __init__(
-        self, kv_cache: KVCache, max_num_sequence: int, max_rows: int, costs: StepCosts
+        self,
+        kv_cache: KVCache,
+        max_num_sequence: int,
+        max_rows: int,
+        costs: StepCosts,
+        num_spare_logit_rows: int = 0,
     ) -> None:
+        """num_spare_logit_rows: of a step, beside one for each sequence."""
         # Fewer rows than sequences could give decode all of them, and prefill none for ever.
         assert max_rows >= max_num_sequence
         self._kv_cache = kv_cache
         self._max_rows = max_rows
+        self._num_spare_logit_rows = num_spare_logit_rows
         self._costs = costs
         self._free_slots = list(range(max_num_sequence - 1, -1, -1))
         self.waiting = FairQueue()
@@ -83,13 +96,21 @@ class Scheduler:
         self.admitted = []
         chunks = self._schedule_decode()
         budget = self._num_prefill_rows(len(chunks))
+        spare = self._num_spare_logit_rows
+
+        def prefill(sequence: Sequence) -> None:
+            nonlocal budget, spare
+            most = min(budget, 1 + spare) if sequence.tells_prompt else budget
+            chunk = Chunk(sequence, min(most, sequence.num_uncomputed))
+            chunks.append(chunk)
+            budget -= chunk.num_rows
+            spare -= max(0, chunk.num_logit_rows - 1)
+
         for sequence in self.running:
             if budget and sequence.num_uncomputed > 1:
-                chunks.append(Chunk(sequence, min(budget, sequence.num_uncomputed)))
-                budget -= chunks[-1].num_rows
+                prefill(sequence)
         while budget and (admitted := self._maybe_admit()):
-            chunks.append(Chunk(admitted, min(budget, admitted.num_uncomputed)))
-            budget -= chunks[-1].num_rows
+            prefill(admitted)
         return chunks
 
     def note_computed(self, chunk: Chunk) -> None:
@@ -140,7 +161,7 @@ class Scheduler:
         if sequence is None or sequence.awaits_leader or not self._free_slots:
             return None
         pages = sequence.pages.upto((sequence.num_tokens - 1) // BLOCK_SIZE, sequence.ids)
-        known = self._kv_cache.find(pages)
+        known = [] if sequence.tells_prompt else self._kv_cache.find(pages)
         # A block to grow into for each that runs already: admitting into the last free blocks
         # would only lead to a preemption, and to computing the same prompt again.
         needed = num_blocks_for(sequence.num_tokens) - len(known) + len(self.running)

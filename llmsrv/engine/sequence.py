@@ -55,6 +55,7 @@ class Sequence:
 
     # Over its whole life
     output_ids: list[int] = field(default_factory=list)
+    num_told: int = 1  # tokens of the prompt that are told, as far as it tells them
     scheduled_s: float = 0.0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
@@ -73,13 +74,20 @@ class Sequence:
         return len(self.submit.prompt_ids) + len(self.output_ids) - self.num_computed
 
     @property
+    def tells_prompt(self) -> bool:
+        """Whether the log-probabilities of its prompt's tokens are still wanted."""
+        wanted = self.submit.prompt_logprobs and self.leader is None
+        return wanted and self.num_told < len(self.submit.prompt_ids)
+
+    @property
     def awaits_leader(self) -> bool:
-        """Whether the first choice is computing the prompt that both begin with."""
-        return (
-            self.leader is not None
-            and self.leader.state is State.RUNNING
-            and self.leader.num_computed < len(self.submit.prompt_ids)
-        )
+        """Whether the first choice is computing the prompt that both begin with, or has to tell of
+        it before any choice goes on."""
+        leader = self.leader
+        if leader is None or leader.state is State.ENDED:
+            return False
+        is_computing = leader.num_computed < len(self.submit.prompt_ids)
+        return leader.tells_prompt or (leader.state is State.RUNNING and is_computing)
 
     def ids(self, start: int, stop: int) -> list[int]:
         """The tokens at positions [start, stop) of prompt and output."""

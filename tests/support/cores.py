@@ -33,8 +33,9 @@ class Engine:
         context: int = 200,
         make_plan: Callable[[Limits], Plan] = FakePlan,
         clock: Callable[[], float] = time.monotonic,
+        spare_logit_rows: int = 0,
     ) -> None:
-        limits = Limits(max_rows, max_sequences, max_sequences, blocks + 1)
+        limits = Limits(max_rows, max_sequences + spare_logit_rows, max_sequences, blocks + 1)
         self.plan = make_plan(limits)
         context_length = min(context, blocks * BLOCK_SIZE)
         self.core = EngineCore(self.plan, limits, context_length, VOCAB_SIZE, clock=clock)

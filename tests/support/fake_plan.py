@@ -68,15 +68,19 @@ class FakePlan(Plan):
         targets: Array | None = None,
         drafts: Array | None = None,
     ) -> Samples:
-        assert targets is None
         assert len(slots) == len(output_positions) == len(self._logit_ids)
-        self._check_drafts(slots, np.full(len(slots), -1) if drafts is None else drafts)
+        targets = np.full(len(slots), -1) if targets is None else targets
+        drafts = np.full(len(slots), -1) if drafts is None else drafts
+        drawn = targets < 0
+        self._check_drafts(slots[drawn], drafts[drawn], np.flatnonzero(drawn))
         ids = np.full(len(slots), FAILED, np.int32)
         logprobs = np.full(len(slots), np.nan, np.float32)
         alternatives = []
         for row, (slot, known) in enumerate(zip(slots.tolist(), self._logit_ids, strict=True)):
             parameters = self.sampling.parameters[slot]
-            if known[-1] != NAN_ID:
+            if targets[row] >= 0:
+                ids[row] = targets[row]
+            elif known[-1] != NAN_ID:
                 seed = int(parameters["seed"]) if parameters["temperature"] else 0
                 choice, position = int(parameters["choice"]), int(output_positions[row])
                 ids[row] = next_id(known, seed, choice, position)
@@ -87,13 +91,13 @@ class FakePlan(Plan):
             alternatives.append((others, -1.0 - others.astype(np.float32)))
         return Samples(ids, logprobs, alternatives)
 
-    def _check_drafts(self, slots: Array, drafts: Array) -> None:
+    def _check_drafts(self, slots: Array, drafts: Array, rows: Array) -> None:
         """Each slot's first row stands on what was drawn, and the others on the drafts."""
         is_first = np.ones(len(slots), np.bool_)
         is_first[1:] = slots[1:] != slots[:-1]
         assert len(set(slots[is_first].tolist())) == is_first.sum()
         assert ((drafts < 0) == is_first).all()
-        stands_on = np.array([known[-1] for known in self._logit_ids])
+        stands_on = np.array([self._logit_ids[row][-1] for row in rows.tolist()])
         assert (drafts[~is_first] == stands_on[~is_first]).all()
 
 
