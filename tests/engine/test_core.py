@@ -362,8 +362,8 @@ def test_a_failing_choice_fails_the_choices_after_it_in_the_same_step() -> None:
     engine = Engine(max_sequences=3)
     sample = engine.plan.sample
 
-    def first_row_fails(slots: Array, output_positions: Array) -> Samples:
-        samples = sample(slots, output_positions)
+    def first_row_fails(*rows: Array | None) -> Samples:
+        samples = sample(*rows)
         samples.ids[0] = -1
         return samples
 
