@@ -144,6 +144,10 @@ class Tokenizer:
         """Whether the id is a control token, which readers are not shown."""
         return self._types[id] in SPECIAL
 
+    def is_text(self, id: int) -> bool:
+        """Whether the id stands for its bytes: it is no control token, and in use."""
+        return self._types[id] not in SPECIAL and self._types[id] != TokenType.UNUSED
+
 
 def _check_lengths(texts: Collection[str]) -> None:
     longest, total = max(map(len, texts), default=0), sum(map(len, texts))

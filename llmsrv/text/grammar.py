@@ -1,0 +1,277 @@
+"""Grammars that answers must follow: from the forms that clients know to the one text that
+llguidance takes (a source), and from there to a matcher.
+
+The server makes sources, which is quick and safe whatever a client sent.  Compiling them is
+neither: it is tried in a process that may be killed (worker.py), and only what came through there
+is compiled in the engine, under the same limits.
+
+Source: llguidance, docs/syntax.md and docs/json_schema.md.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+    from llguidance import LLTokenizer
+
+    from llmsrv.text.tokenizer import Tokenizer
+
+MAX_SOURCE_BYTES = 1 << 19
+MAX_ERROR_CHARS = 500
+# JSON as Python's json.dumps writes it.  With white space left free, a small model that has lost
+# its way puts out blanks for ever, and far fewer tokens are forced.
+SPELLING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# Beside llguidance's own limits, which bound a step's mask to about 20 ms: 50,000 lexer states are
+# some 100 MB.
+MAX_LEXER_STATES = 50_000
+
+_UNSUPPORTED = re.compile(r"Unimplemented keys: (\[.*\])")
+_LARK = re.compile(r"^\s*(%llguidance\b|start\s*:)", re.MULTILINE)
+_IN_LARK = {"/": r"\/", "\n": r"\n"}
+_NOT_IN_LARK = re.compile(r"\\.|[/\n]", re.DOTALL)  # an escape as a whole stays what it is
+_GBNF_ESCAPE = re.compile(r"\\u00([0-9a-fA-F]{2})")
+
+
+class GrammarError(ValueError):
+    """A grammar that is refused; the message says why, for the client that sent it."""
+
+
+# ---- Sources
+
+
+def json_source(schema: Any, whitespace_pattern: str | None = None) -> str:
+    """JSON that follows a JSON Schema, which is an object, or a string that holds it.
+
+    whitespace_pattern  a regular expression for what may stand between tokens; None: as SPELLING
+    """
+    return _source([{"json_schema": _checked_schema(schema, whitespace_pattern)}])
+
+
+def regex_source(pattern: str) -> str:
+    """Text that a regular expression of Rust's `regex` crate matches as a whole."""
+    if not pattern:
+        raise GrammarError("expected a regular expression, but got an empty string")
+    in_lark = _NOT_IN_LARK.sub(lambda match: _IN_LARK.get(match[0], match[0]), pattern)
+    return _lark_source(f"start: /{in_lark}/")
+
+
+def choice_source(choices: Sequence[str]) -> str:
+    """One of several texts."""
+    if not any(choices):
+        raise GrammarError("expected at least one text that is not empty")
+    # One terminal: as rules, a choice that begins another would have to be told from it.
+    return _lark_source(f"start: CHOICE\nCHOICE: {' | '.join(map(json.dumps, choices))}")
+
+
+def grammar_source(text: str) -> str:
+    """A grammar in Lark, as llguidance extends it, or in GBNF."""
+    if not text.strip():
+        raise GrammarError("expected a grammar in Lark or GBNF, but got an empty string")
+    return _lark_source(text) if _LARK.search(text) else _source([{"gbnf": text}])
+
+
+@dataclass(frozen=True)
+class Tag:
+    """A text that begins, JSON that follows a schema, and a text that ends."""
+
+    begin: str
+    schema: Any
+    end: str
+
+
+def tags_source(
+    tags: Sequence[Tag],
+    tokenizer: "Tokenizer",
+    *,
+    prefix: str = "",
+    separator: str = "",
+    suffix: str = "",
+    many: bool = False,
+) -> str:
+    """Nothing but one of the tags, or with `many` several, with `separator` between them; `prefix`
+    before the first and `suffix` after the last.  What spells a special token means that token."""
+    further = f"({_lark_text(separator, tokenizer)} tag)*" if many else ""
+    before, after = _lark_text(prefix, tokenizer), _lark_text(suffix, tokenizer)
+    lines = [
+        f"start: {before} tag {further} {after}",
+        f"tag: {' | '.join(f'tag_{i}' for i in range(len(tags)))}",
+        *_tag_rules(tags, tokenizer),
+    ]
+    return _lark_source("\n".join(lines))
+
+
+def triggered_source(
+    tags: Sequence[Tag], triggers: Sequence[str], tokenizer: "Tokenizer"
+) -> str:
+    """Any text, in which each trigger is the beginning of one of the tags that begin with it."""
+    rules = [_rest_of_trigger(trigger, i, tags, tokenizer) for i, trigger in enumerate(triggers)]
+    lines = [
+        f"start: ({' | '.join(f'triggered_{i}' for i in range(len(triggers)))})* text",
+        "text: TEXT",
+        r"TEXT: /(.|\n)*/",
+        *rules,
+    ]
+    return _lark_source("\n".join(lines))
+
+
+def _rest_of_trigger(
+    trigger: str, index: int, tags: Sequence[Tag], tokenizer: "Tokenizer"
+) -> str:
+    """The rules of a trigger and of what may follow it."""
+    if not trigger:
+        raise GrammarError("expected triggers that are not empty")
+    special = next((t for t in tokenizer.special_tokens if trigger.startswith(t)), None)
+    opening = special or trigger
+    begun = [
+        Tag(tag.begin.removeprefix(opening), tag.schema, tag.end)
+        for tag in tags
+        if tag.begin.startswith(trigger)
+    ]
+    if not begun:
+        raise GrammarError(f"no tag begins with the trigger {trigger!r}")
+    name = f"triggered_{index}"
+    # A special token ends a text by itself; a plain trigger is the first one that the text holds.
+    lazy = "" if special else "[lazy]"
+    return "\n".join(
+        [
+            f"{name}: {name}_opening ({' | '.join(f'{name}_tag_{i}' for i in range(len(begun)))})",
+            f"{name}_opening{lazy}: TEXT {_lark_text(opening, tokenizer)}",
+            *_tag_rules(begun, tokenizer, f"{name}_"),
+        ]
+    )
+
+
+def _tag_rules(
+    tags: Iterable[Tag], tokenizer: "Tokenizer", prefix: str = ""
+) -> Iterable[str]:
+    for index, tag in enumerate(tags):
+        begin, end = _lark_text(tag.begin, tokenizer), _lark_text(tag.end, tokenizer)
+        yield f"{prefix}tag_{index}: {begin} {prefix}json_{index} {end}"
+        yield f"{prefix}json_{index}: %json {json.dumps(_checked_schema(tag.schema, None))}"
+
+
+def _lark_text(text: str, tokenizer: "Tokenizer") -> str:
+    """A text in Lark: plain pieces as strings, special tokens by their ids."""
+    pieces = tokenizer.split(text, parse_special=True)
+    ids = tokenizer.special_tokens
+    return " ".join(f"<[{ids[p]}]>" if p in ids else json.dumps(p) for p in pieces if p)
+
+
+def _checked_schema(schema: Any, whitespace_pattern: str | None) -> dict[str, Any]:
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError) as error:
+            raise GrammarError(f"the schema is not JSON: {error}") from None
+    if not isinstance(schema, dict):
+        raise GrammarError(f"expected a schema that is an object, but got {_shown(schema)}")
+    if not schema:
+        raise GrammarError("the schema is empty; for any JSON object ask for 'json_object'")
+    options: dict[str, Any] = SPELLING
+    if whitespace_pattern is not None:
+        options = {"whitespace_flexible": True, "whitespace_pattern": whitespace_pattern}
+    return schema | {"x-guidance": options}
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)[:64]
+
+
+def _lark_source(lark: str) -> str:
+    return _source([{"lark_grammar": lark}])
+
+
+def _source(grammars: list[dict[str, Any]]) -> str:
+    try:
+        source = json.dumps({"grammars": grammars})
+    except RecursionError:
+        raise GrammarError("the schema is nested too deeply") from None
+    if len(source) > MAX_SOURCE_BYTES:
+        raise GrammarError(
+            f"the grammar has {len(source)} bytes; at most {MAX_SOURCE_BYTES} are possible"
+        )
+    return source
+
+
+# ---- Compiling, in the worker and in the engine; llguidance is imported nowhere else
+
+
+def read_vocabulary(model_path: Path, cache_dir: Path, vocab_size: int = 0) -> "LLTokenizer":
+    """A model's tokens as matchers need them; 0.4 s for 49k of them.
+
+    vocab_size  of the model, which may have more ids than tokens; 0: as many as tokens
+    """
+    from llguidance import LLTokenizer
+    from llguidance import TokenizerWrapper
+
+    from llmsrv.files.open import open_model
+    from llmsrv.text.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(open_model(model_path), cache_dir)
+    num_tokens = min(tokenizer.vocab_size, vocab_size or tokenizer.vocab_size)
+    unused = range(num_tokens, vocab_size)
+    end_ids = sorted(id for id in tokenizer.end_ids if id < num_tokens)
+
+    class Tokens:
+        """What llguidance asks of a tokenizer."""
+
+        eos_token_id = end_ids[0] if end_ids else 0
+        bos_token_id = None
+        tokens = [tokenizer.token_bytes(id) for id in range(num_tokens)] + [b"" for _ in unused]
+        special_token_ids = [
+            *(id for id in range(num_tokens) if not tokenizer.is_text(id)), *unused
+        ]
+
+        def __call__(self, text: bytes) -> list[int]:
+            return tokenizer.encode(text.decode(), parse_special=False, is_start=False)
+
+    return LLTokenizer(TokenizerWrapper(Tokens()), eos_token=end_ids)
+
+
+def compile_source(source: str, vocabulary: "LLTokenizer") -> "LLMatcher":
+    """A matcher at its beginning.  Raises GrammarError; may crash, or run and grow far beyond
+    reason, unless the worker has taken the same source."""
+    from llguidance import LLMatcher
+    from llguidance import LLParserLimits
+
+    limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+    matcher = LLMatcher(vocabulary, source, log_level=0, limits=limits)
+    if not matcher.is_error():
+        matcher.compute_bitmask()
+    if matcher.is_error():
+        raise GrammarError(_told(matcher.get_error()))
+    if matcher.is_stopped():
+        raise GrammarError("the grammar allows no text, or none but the empty one")
+    return matcher
+
+
+def translated(source: str) -> str:
+    """A source without GBNF, which becomes Lark.  Takes its time, as compile_source does."""
+    from llguidance import grammar_from
+
+    gbnf = json.loads(source)["grammars"][0].get("gbnf")
+    if gbnf is None:
+        return source
+    try:
+        # llguidance 1.9 loses the zeros of \u00e9.
+        return _lark_source(grammar_from("gbnf", _GBNF_ESCAPE.sub(r"\\x\1", gbnf)))
+    except (ValueError, RecursionError) as error:
+        raise GrammarError(str(error)[:MAX_ERROR_CHARS]) from None
+
+
+def _told(error: str) -> str:
+    """llguidance's words without the state of its parser."""
+    message = error.partition("\n<")[0].strip()
+    if unsupported := _UNSUPPORTED.search(message):
+        names = ", ".join(json.loads(unsupported[1]))
+        return f"it uses keywords of JSON Schema that are not supported: {names}"
+    if message == "NoExtensionBias":
+        return "the grammar allows no text that ends"
+    return message[:MAX_ERROR_CHARS]

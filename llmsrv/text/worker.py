@@ -1,0 +1,184 @@
+"""A process of its own for compiling grammars, which may crash it, or be killed for its time.
+
+Grammars come from clients, and llguidance can be brought to run for minutes, to grow by gigabytes
+or to overflow its stack.  So each is compiled here first, under limits, one after the other; a
+process that does not answer in time is killed, and the next grammar gets a new one.
+
+The process reads a source as a frame from its standard input and answers with a frame on its
+standard output; it ends with its input, so it never outlives the server.
+"""
+
+import asyncio
+import json
+import os
+import resource
+import struct
+import sys
+from collections import OrderedDict
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import BinaryIO
+
+from llmsrv.errors import ApiError
+from llmsrv.text.grammar import GrammarError
+from llmsrv.text.grammar import compile_source
+from llmsrv.text.grammar import read_vocabulary
+from llmsrv.text.grammar import translated
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
+START_S = 15.0  # for Python, the tokenizer and the vocabulary: 0.5 s where nothing else runs
+COMPILE_S = 1.0
+MAX_WAITING = 64
+MAX_KNOWN = 1024  # sources whose answer is kept
+# The limits of the process, beyond what the vocabulary took.  The engine compiles on a thread with
+# a larger stack, so what did not overflow here does not there.
+CPU_S = 3
+MEMORY_BYTES = 512 << 20
+STACK_BYTES = 4 << 20
+
+SIZE = struct.Struct(">I")
+TOO_SLOW = f"the grammar is too complex: it does not compile within {COMPILE_S:g} s"
+CRASHED = "the grammar is too complex: compiling it takes too much memory or too deep a recursion"
+
+
+class GrammarWorker:
+    """The server's end: checks grammars for one model.  For the event loop's thread alone."""
+
+    def __init__(self, model_path: Path, cache_dir: Path) -> None:
+        self._arguments = str(model_path), str(cache_dir)
+        self._process: asyncio.subprocess.Process | None = None
+        self._turn = asyncio.Lock()
+        self._num_waiting = 0
+        self._known: OrderedDict[bytes, str | GrammarError] = OrderedDict()
+
+    async def check(self, source: str) -> str:
+        """The source as the engine takes it.  Raises GrammarError when it does not compile, within
+        COMPILE_S of its turn; ApiError 503 when too many wait for theirs."""
+        key = sha256(source.encode()).digest()
+        if key not in self._known:
+            if self._num_waiting >= MAX_WAITING:
+                raise ApiError(503, "Too many grammars wait.", code="server_is_overloaded")
+            self._num_waiting += 1
+            try:
+                async with self._turn:
+                    self._known[key] = await self._ask(source)
+            finally:
+                self._num_waiting -= 1
+            if len(self._known) > MAX_KNOWN:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        answer = self._known[key]
+        if isinstance(answer, GrammarError):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        """Ends the process; the next check starts another."""
+        if self._process is not None:
+            if self._process.returncode is None:
+                self._process.kill()
+            self._process = None
+
+    async def _ask(self, source: str) -> str | GrammarError:
+        process = await self._started()
+        try:
+            async with asyncio.timeout(COMPILE_S):
+                await _write(process, source.encode())
+                answer = json.loads(await _read(process))
+        except TimeoutError:
+            self.close()
+            return GrammarError(TOO_SLOW)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            self.close()
+            return GrammarError(CRASHED)
+        except BaseException:  # the client has left: what it asked for may take long
+            self.close()
+            raise
+        if "error" in answer:
+            return GrammarError(answer["error"])
+        checked: str = answer["source"]
+        return checked
+
+    async def _started(self) -> asyncio.subprocess.Process:
+        if self._process is not None and self._process.returncode is None:
+            return self._process
+        code = "from llmsrv.text.worker import main; main()"
+        path = os.pathsep.join(filter(None, sys.path))
+        self._process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-c", code, *self._arguments),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": path},
+            start_new_session=True,  # Ctrl-C is for the server
+        )
+        try:
+            async with asyncio.timeout(START_S):
+                await _read(self._process)
+        except BaseException:
+            self.close()
+            raise
+        return self._process
+
+
+async def _write(process: asyncio.subprocess.Process, frame: bytes) -> None:
+    assert process.stdin is not None
+    process.stdin.write(SIZE.pack(len(frame)) + frame)
+    await process.stdin.drain()
+
+
+async def _read(process: asyncio.subprocess.Process) -> bytes:
+    assert process.stdout is not None
+    (size,) = SIZE.unpack(await process.stdout.readexactly(SIZE.size))
+    return await process.stdout.readexactly(size)
+
+
+# ---- What runs in the process
+
+
+def main() -> None:
+    model_path, cache_dir = map(Path, sys.argv[1:])
+    # What a library prints must not come between the frames.
+    frames_in, frames_out = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    vocabulary = read_vocabulary(model_path, cache_dir)
+    _limit(resource.RLIMIT_STACK, STACK_BYTES)
+    _limit(resource.RLIMIT_AS, _memory_bytes() + MEMORY_BYTES)
+    _answer(frames_out, b"")
+    while head := frames_in.read(SIZE.size):
+        source = frames_in.read(*SIZE.unpack(head)).decode()
+        times = resource.getrusage(resource.RUSAGE_SELF)
+        _limit(resource.RLIMIT_CPU, int(times.ru_utime + times.ru_stime) + CPU_S)
+        _answer(frames_out, json.dumps(_compiled(source, vocabulary)).encode())
+
+
+def _compiled(source: str, vocabulary: "LLTokenizer") -> dict[str, str]:
+    try:
+        source = translated(source)
+        compile_source(source, vocabulary)
+    except GrammarError as error:
+        return {"error": str(error)}
+    except RecursionError:
+        return {"error": CRASHED}
+    return {"source": source}
+
+
+def _answer(frames_out: BinaryIO, frame: bytes) -> None:
+    frames_out.write(SIZE.pack(len(frame)) + frame)
+    frames_out.flush()
+
+
+def _limit(which: int, most: int) -> None:
+    _, hard = resource.getrlimit(which)
+    resource.setrlimit(which, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
+def _memory_bytes() -> int:
+    """Address space in use, where /proc tells it; elsewhere the limit is of no effect anyway."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except OSError:
+        return 0
+    return pages * resource.getpagesize()
