@@ -45,6 +45,7 @@ log = logging.getLogger("llmsrv.engine")
 # With so much not even taken by the pipe, the engine has not read for long.
 MAX_UNSENT_BYTES = 8 << 20
 RETRY = {"Retry-After": "1", "x-should-retry": "true"}
+RESTART = "; it is started again"
 NO_RETRY = {"x-should-retry": "false"}
 MAX_RETRY_AFTER_S = 60  # clients do not wait for much longer
 
@@ -67,18 +68,20 @@ class Generation:
     def __init__(self, submit: Submit, abort: Callable[[int, int | None], None]) -> None:
         self.submit = submit
         self.num_cached_tokens = 0  # of the prompt, once the first choice is admitted
+        self.submitted_s = time.monotonic()
+        self.admitted_s: float | None = None  # when the first choice was
+        self.received_s = 0.0  # when the event came that was taken last
         self._abort = abort
-        self._events: deque[Tokens | Finished] = deque()
+        self._events: deque[tuple[Tokens | Finished, float]] = deque()
         self._unfinished = set(range(submit.n))  # choices; empty once the request has ended
         self._error: ApiError | None = None
-        self._is_admitted = False
         self._waiter: asyncio.Future[None] | None = None
 
     async def admitted(self) -> None:
         """Returns when a choice is part of a step; raises the ApiError that came instead."""
-        while not self._is_admitted and self._unfinished:
+        while not self.is_admitted and self._unfinished:
             await self._wait()
-        if self._error and not self._is_admitted:
+        if self._error and not self.is_admitted:
             raise self._error
 
     def __aiter__(self) -> Self:
@@ -92,7 +95,8 @@ class Generation:
             if not self._unfinished:
                 raise StopAsyncIteration
             await self._wait()
-        return self._events.popleft()
+        event, self.received_s = self._events.popleft()
+        return event
 
     async def __aenter__(self) -> Self:
         return self
@@ -121,16 +125,16 @@ class Generation:
 
     @property
     def is_admitted(self) -> bool:
-        return self._is_admitted
+        return self.admitted_s is not None
 
     def admit(self, num_cached_tokens: int) -> None:
-        if not self._is_admitted:
+        if self.admitted_s is None:
             self.num_cached_tokens = num_cached_tokens
-        self._is_admitted = True
+            self.admitted_s = time.monotonic()
         self._wake()
 
     def push(self, event: Tokens | Finished) -> None:
-        self._events.append(event)
+        self._events.append((event, time.monotonic()))
         if isinstance(event, Finished):
             self._unfinished.discard(event.choice)
         self._wake()
@@ -145,7 +149,7 @@ class Generation:
         if is_poison:
             message = f"The server fails whenever it processes this request: {reason}."
             self.end(ApiError(500, message, code="engine_crashed", headers=NO_RETRY))
-        elif self._is_admitted:
+        elif self.is_admitted:
             message = f"The server had an error while processing your request: {reason}."
             self.end(ApiError(500, message, code=code))
         else:
@@ -172,9 +176,16 @@ class EngineClient:
     num_restarts  how often it was started again
     """
 
-    def __init__(self, config: EngineConfig, patience: Patience = Patience()) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        patience: Patience = Patience(),
+        on_step: Callable[[Step], None] = lambda step: None,
+    ) -> None:
+        """on_step is called with each step, after its requests have got theirs."""
         self._config = config
         self._patience = patience
+        self._on_step = on_step
         self.state = EngineState.LOADING
         self.reason = "the model is being loaded"
         self.ready: Ready | None = None
@@ -232,6 +243,8 @@ class EngineClient:
             is_patient and self.state is EngineState.RESTARTING
         ):
             await self._changed.wait()
+        if self.state is EngineState.RESTARTING:
+            raise StartupError(self.reason.partition(RESTART)[0])
         if self.state is not EngineState.READY:
             raise StartupError(self.reason)
 
@@ -303,7 +316,7 @@ class EngineClient:
         log.error("%s; it is started again in %g s", self._refusal or ended, pause_s)
         # Clients are told the reason, so it is not the refusal, which names the file.
         reason = "the engine could not load the model" if self._refusal else ended
-        self._set_state(EngineState.RESTARTING, f"{reason}; it is started again in {pause_s:g} s")
+        self._set_state(EngineState.RESTARTING, f"{reason}{RESTART} in {pause_s:g} s")
 
     def _receive(self, message: FromEngine) -> None:
         if self.state is EngineState.STOPPED:
@@ -335,6 +348,7 @@ class EngineClient:
             if generation := generations.pop(failed.request, None):
                 generation.end(_error_of(failed))
         self.gauges = step.gauges
+        self._on_step(step)
         if not generations:
             self._note_change()
 

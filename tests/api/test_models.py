@@ -15,11 +15,16 @@ import pytest
 from openai import OpenAI
 
 from llmsrv.api.gate import Gate
+from llmsrv.api.models import Model
+from llmsrv.api.models import Models
 from llmsrv.api.models import find_models
 from llmsrv.asgi.request import Request
 from llmsrv.config import Config
+from llmsrv.engine import process
 from llmsrv.errors import ApiError
 from llmsrv.errors import StartupError
+from tests.support.engines import in_loop
+from tests.support.engines import main_that_sends_garbage
 from tests.support.gguf_writer import write_tiny_llama
 from tests.support.server import RunningServer
 from tests.support.server import eventually
@@ -193,6 +198,20 @@ def test_a_model_that_cannot_be_loaded_is_told_and_changes_nothing(
         UNUSABLE, "unloaded"
     )
     assert {model: text_of(several, model) for model in "ab"} == before
+
+
+@in_loop
+async def test_an_engine_that_ends_while_it_loads_is_not_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by the kernel, when there is no memory for one model more."""
+    monkeypatch.setattr(process, "main", main_that_sends_garbage)
+    path = write_tiny_llama(tmp_path / "x.gguf")
+    models = Models(config(), [Model(["x"], path)])
+    with pytest.raises(ApiError) as caught:
+        await models.load("x")
+    assert caught.value.message == "The model `x` cannot be loaded: the engine sent garbage"
+    assert models.get("x").state_name == "unloaded"
 
 
 @pytest.mark.slow
