@@ -9,6 +9,9 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED
+from concurrent.futures import Future
+from concurrent.futures import wait
 from heapq import heappop
 from heapq import heappush
 
@@ -19,6 +22,7 @@ from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
 from llmsrv.backend.sampling import Samples
 from llmsrv.engine.batch import build_batch
+from llmsrv.engine.grammar import Grammar
 from llmsrv.engine.kv_cache import KVCache
 from llmsrv.engine.kv_cache import Pages
 from llmsrv.engine.messages import Admitted
@@ -45,6 +49,7 @@ log = logging.getLogger("llmsrv.engine")
 # A row whose logits are wanted: the index of the prompt's token that it tells of, None if it draws.
 LogitRow = tuple[Sequence, int | None]
 DRAW = -1  # in place of a target
+GRAMMAR_WAIT_S = 0.005  # where there is nothing to do but to wait for a grammar
 TIMED_OUT = "The request was not finished within the time that this server gives to one."
 
 
@@ -57,14 +62,17 @@ class EngineCore:
         vocab_size: int,
         long_from: int | None = None,
         clock: Callable[[], float] = time.monotonic,
+        compile_grammar: Callable[[str], Future[Grammar]] | None = None,
     ) -> None:
         """limits are those that the plan was compiled for; its cache must hold one sequence of
-        context_length.  long_from is the program's."""
+        context_length.  long_from is the program's.  compile_grammar returns at once; None: no
+        request has one."""
         self._clock = clock
         self._plan = plan
         self._context_length = context_length
         self._vocab_size = vocab_size
         self._long_from = context_length if long_from is None else long_from
+        self._compile_grammar = compile_grammar
         self._kv_cache = KVCache(limits.num_blocks, limits.max_slots, context_length)
         self._costs = StepCosts()
         self._scheduler = Scheduler(
@@ -75,6 +83,7 @@ class EngineCore:
             limits.max_logit_rows - limits.max_slots,
         )
         self._sequences: dict[int, list[Sequence]] = {}  # by request, what has not ended
+        self._compiling: dict[int, Future[Grammar]] = {}  # of those that are not queued yet
         self._deadlines: list[tuple[float, int]] = []  # a heap, with requests that have ended
 
         # Since the last report
@@ -108,8 +117,12 @@ class EngineCore:
             self._failed.append(_failed(submit.request, error))
             return
         self._sequences[submit.request] = sequences
-        for sequence in sequences:
-            self._scheduler.add(sequence)
+        if submit.grammar:
+            assert self._compile_grammar is not None
+            self._compiling[submit.request] = self._compile_grammar(submit.grammar)
+        else:
+            for sequence in sequences:
+                self._scheduler.add(sequence)
         if submit.deadline_s < math.inf:
             heappush(self._deadlines, (submit.deadline_s, submit.request))
 
@@ -123,12 +136,28 @@ class EngineCore:
         """Computes one step and returns what it brought, with what ended since the last one."""
         start_s = self._clock()
         self._expire(start_s)
+        self._queue_compiled()
         if chunks := self._scheduler.schedule():
             self._enter(self._scheduler.admitted, start_s)
             self._compute(chunks)
             num_rows = sum(chunk.num_rows for chunk in chunks)
             self._costs.note(num_rows, self._clock() - start_s)
+        elif self._compiling:
+            wait(self._compiling.values(), GRAMMAR_WAIT_S, FIRST_COMPLETED)
         return self._report()
+
+    def _queue_compiled(self) -> None:
+        """Queues the requests whose grammars have been compiled by now."""
+        for request in [r for r, compiled in self._compiling.items() if compiled.done()]:
+            try:
+                grammar = self._compiling[request].result()
+            except Exception as error:
+                self._fail(request, error)
+                continue
+            del self._compiling[request]
+            for sequence in self._sequences[request]:
+                sequence.grammar = grammar.copy()
+                self._scheduler.add(sequence)
 
     def _expire(self, now_s: float) -> None:
         """Fails the requests whose deadline has come."""
@@ -172,13 +201,24 @@ class EngineCore:
         if rows:
             slots = np.array([sequence.slot for sequence, _ in rows], np.int32)
             output_positions = np.array([len(s.output_ids) for s, _ in rows], np.int64)
+            self._mask(rows)
             self._take(rows, self._plan.sample(slots, output_positions, _targets(rows)))
+
+    def _mask(self, rows: list[LogitRow]) -> None:
+        """Lets each row draw what its grammar allows there; where that is nothing, it has ended."""
+        for sequence, prompt_at in rows:
+            if sequence.grammar is not None and prompt_at is None:
+                masks = sequence.grammar.masks()
+                if masks is None:
+                    self._finish(sequence, "length")
+                else:
+                    self._plan.sampling.set_grammar(sequence.slot, masks)
 
     def _take(self, rows: list[LogitRow], samples: Samples) -> None:
         now_s = self._clock()
         for row, (sequence, prompt_at) in enumerate(rows):
             if sequence.state is State.ENDED:
-                continue  # another row has failed the request in this very step
+                continue  # by its grammar, or by another row of the request in this very step
             try:
                 if prompt_at is None:
                     self._advance(sequence, row, samples, now_s)
@@ -199,17 +239,25 @@ class EngineCore:
         sequence.num_told += 1
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
-        self._scheduler.remove(sequence)
+        self._remove(sequence)
         self._finished.append(sequence.finished(reason))
         request = sequence.submit.request
         self._sequences[request].remove(sequence)
         if not self._sequences[request]:
             del self._sequences[request]
+            self._compiling.pop(request, None)
 
     def _fail(self, request: int, error: Exception) -> None:
         for sequence in self._sequences.pop(request):
-            self._scheduler.remove(sequence)
+            self._remove(sequence)
+        self._compiling.pop(request, None)
         self._failed.append(_failed(request, error))
+
+    def _remove(self, sequence: Sequence) -> None:
+        if sequence.submit.request in self._compiling:
+            sequence.move_to(State.ENDED)
+        else:
+            self._scheduler.remove(sequence)
 
     def _report(self) -> Step:
         gauges = Gauges(

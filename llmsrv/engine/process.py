@@ -127,10 +127,12 @@ def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, 
     from llmsrv.backend.choose import lay_out
     from llmsrv.backend.cpu import CPUOptions
     from llmsrv.engine.core import EngineCore
+    from llmsrv.engine.grammar import GrammarCompiler
     from llmsrv.engine.memory import memory_limit
     from llmsrv.engine.sizes import choose_sizes
     from llmsrv.engine.sizes import memory_of
     from llmsrv.model.load import load_model
+    from llmsrv.text.grammar import read_vocabulary
 
     model = load_model(Path(config.model_path), tick)
     program = model.program
@@ -156,7 +158,16 @@ def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, 
         block_size=BLOCK_SIZE,
         load_s=time.monotonic() - start_s,
     )
-    core = EngineCore(plan, limits, sizes.context_length, program.vocab_size, program.long_from)
+    vocabulary = Path(config.model_path), Path(config.cache_dir), program.vocab_size
+    grammars = GrammarCompiler(lambda: read_vocabulary(*vocabulary), program.vocab_size)
+    core = EngineCore(
+        plan,
+        limits,
+        sizes.context_length,
+        program.vocab_size,
+        program.long_from,
+        compile_grammar=grammars.compile,
+    )
     return core, ready
 
 

@@ -8,6 +8,7 @@ import enum
 from dataclasses import dataclass
 from dataclasses import field
 
+from llmsrv.engine.grammar import Grammar
 from llmsrv.engine.kv_cache import Pages
 from llmsrv.engine.messages import Finished
 from llmsrv.engine.messages import Submit
@@ -54,6 +55,7 @@ class Sequence:
     num_cached: int = 0  # of these, how many were there when it was admitted last
 
     # Over its whole life
+    grammar: Grammar | None = None
     output_ids: list[int] = field(default_factory=list)
     num_told: int = 1  # tokens of the prompt that are told, as far as it tells them
     scheduled_s: float = 0.0
@@ -102,7 +104,7 @@ class Sequence:
             self.first_token_s = now_s
         self.last_token_s = now_s
         self.output_ids.append(id)
-        if id in self.end_ids:
+        if id in self.end_ids or (self.grammar is not None and self.grammar.accept(id)):
             return "stop"
         return "length" if len(self.output_ids) >= self.max_tokens else None
 
