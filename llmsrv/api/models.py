@@ -134,7 +134,13 @@ class Model:
             except TimeoutError:
                 pass
             await self.engine.stop("the model is unloaded", "model_unloaded")
+        self.close_text()
         self.state, self.engine, self._text = ModelState.UNLOADED, None, None
+
+    def close_text(self) -> None:
+        """Ends the process that checks grammars, if there is one."""
+        if self._text is not None:
+            self._text.grammars.close()
 
 
 class Models:
@@ -218,6 +224,8 @@ class Models:
         self.is_draining = True
         engines = [model.engine for model in self._models if model.engine is not None]
         await asyncio.gather(*(engine.stop() for engine in engines))
+        for model in self._models:
+            model.close_text()
 
     # ---- What its operator asks for
 

@@ -17,6 +17,7 @@ from llmsrv.text.defaults import chat_template
 from llmsrv.text.defaults import sampling_defaults
 from llmsrv.text.tokenizer import Tokenizer
 from llmsrv.text.tokenizer import load_tokenizer
+from llmsrv.text.worker import GrammarWorker
 from llmsrv.version import __version__
 
 
@@ -25,11 +26,13 @@ class TextModel:
     """The half of the model that the server process needs: how text becomes ids and back.
 
     sampling_defaults   parameters that hold where a request does not say, by their names in it
+    grammars            checks what requests want their answers to follow
     """
 
     tokenizer: Tokenizer
     template: ChatTemplate | None
     sampling_defaults: dict[str, float]
+    grammars: GrammarWorker
 
 
 def load_text_model(path: Path, template_file: str | None, cache_dir: Path) -> TextModel:
@@ -45,7 +48,8 @@ def load_text_model(path: Path, template_file: str | None, cache_dir: Path) -> T
     else:
         source, origin = chat_template(model), str(path)
     template = None if source is None else ChatTemplate(source, tokenizer, origin)
-    return TextModel(tokenizer, template, sampling_defaults(model))
+    grammars = GrammarWorker(path, cache_dir)
+    return TextModel(tokenizer, template, sampling_defaults(model), grammars)
 
 
 def _read_template(path: str) -> str:
