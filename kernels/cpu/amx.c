@@ -339,6 +339,8 @@ typedef struct {
     const float *scales;
     float *y;
     int row, R, is_first;
+    float *out; /* where the first row of y will go */
+    int out_stride;
 } Folding;
 
 INLINE void fold_row(const int format, Folding *folding)
@@ -347,6 +349,7 @@ INLINE void fold_row(const int format, Folding *folding)
         return;
     int r = folding->row++;
     float *y = folding->y + ROWS * r;
+    prefetch_write(folding->out + (int64_t)r * folding->out_stride);
     i32x16 s[4], total;
     UNROLL for (int i = 0; i <= weight_planes(format); i++) memcpy(&s[i], folding->sums[i][r], 64);
     if (weight_planes(format) == 2)
@@ -399,7 +402,7 @@ INLINE void multiply_stretch(
 INLINE void many_rows(
     const int format,
     const uint8_t *group,
-    int columns,
+    Groups groups,
     const Operation *operation,
     int num_rows,
     int first,
@@ -408,7 +411,8 @@ INLINE void many_rows(
 {
     Planes planes[STRETCH / STEP] __attribute__((aligned(64)));
     Sums sums[2] __attribute__((aligned(64)));
-    const int stretch = stretch_steps(columns), first_row = tile_start(num_rows, first);
+    const int columns = groups.part->columns, stretch = stretch_steps(columns);
+    const int first_row = tile_start(num_rows, first);
     const f32x16 inverse = inverse_units(group);
     const uint8_t *w = group + UNITS_BYTES;
     for (int i = 0, step = 0; i < num_stretches(columns); i++, step += stretch) {
@@ -424,7 +428,8 @@ INLINE void many_rows(
                 format, planes, (const uint8_t *)(x + step * STEP / 2 * R), num_steps(width), R,
                 sums[tile % 2], &folding);
             folding = (Folding){sums[tile % 2], (const float *)(x + scales_at(columns, R)) + i * R,
-                                y + ROWS * (row - first_row), 0, R, i == 0};
+                                y + ROWS * (row - first_row), 0, R, i == 0,
+                                out_at(operation, groups, row), operation->out_stride};
         }
         while (folding.row < folding.R)
             fold_row(format, &folding);
@@ -438,7 +443,7 @@ INLINE void many_rows(
 typedef void (*FewRows)(const uint8_t *group, int columns, const int32_t *tile, float *y);
 typedef void (*ManyRows)(
     const uint8_t *group,
-    int columns,
+    Groups groups,
     const Operation *operation,
     int num_rows,
     int first,
@@ -457,10 +462,10 @@ typedef void (*ManyRows)(
     FEW_ROWS(format, 3)                                                                            \
     FEW_ROWS(format, 4)                                                                            \
     static void format##_many(                                                                     \
-        const uint8_t *group, int columns, const Operation *operation, int num_rows, int first,    \
+        const uint8_t *group, Groups groups, const Operation *operation, int num_rows, int first,  \
         int end, float *y)                                                                         \
     {                                                                                              \
-        many_rows(format, group, columns, operation, num_rows, first, end, y);                     \
+        many_rows(format, group, groups, operation, num_rows, first, end, y);                      \
     }
 
 ALL(Q4_0)
@@ -486,30 +491,32 @@ void multiply_tiles(const Operation *operation, Groups groups, int num_rows, int
 {
     const Part *part = groups.part;
     int row = tile_start(num_rows, first), R = tile_start(num_rows, end) - row;
-    const uint8_t *group = groups.w;
-    float y[MAX_CHUNK_TILES * TILE * ROWS] __attribute__((aligned(64)));
+    size_t size = group_bytes(part->format, part->columns);
+    float y[2 * MAX_CHUNK_TILES * TILE * ROWS] __attribute__((aligned(64)));
     if (R > FEW)
         use_matrix_registers((num_rows + num_tiles(num_rows) - 1) / num_tiles(num_rows));
-    for (int g = 0; g < groups.num_groups; g++, group += group_bytes(part->format, part->columns)) {
+    for (int g = 0; g < groups.num_groups; g++) {
+        const uint8_t *group = groups.w + (size_t)g * size;
+        float *sums = y + ROWS * R * g;
         if (R <= FEW)
-            few[part->format][R - 1](group, part->columns, tile_at(operation, row), y);
+            few[part->format][R - 1](group, part->columns, tile_at(operation, row), sums);
         else
-            many[part->format](group, part->columns, operation, num_rows, first, end, y);
-        finish_sums(operation, part, groups.group + g, row, R, y);
+            many[part->format](group, groups, operation, num_rows, first, end, sums);
     }
     if (R > FEW)
         _tile_release();
+    finish_sums(operation, groups, row, R, y, R);
 }
 
 void multiply_row(const Operation *operation, Groups groups, int x_row, int out_row)
 {
     const Part *part = groups.part;
-    const uint8_t *group = groups.w;
-    float y[ROWS] __attribute__((aligned(64)));
-    for (int g = 0; g < groups.num_groups; g++, group += group_bytes(part->format, part->columns)) {
-        few[part->format][0](group, part->columns, tile_at(operation, x_row), y);
-        finish_sums(operation, part, groups.group + g, out_row, 1, y);
-    }
+    size_t size = group_bytes(part->format, part->columns);
+    float y[2 * ROWS] __attribute__((aligned(64)));
+    for (int g = 0; g < groups.num_groups; g++)
+        few[part->format][0](
+            groups.w + (size_t)g * size, part->columns, tile_at(operation, x_row), y + ROWS * g);
+    finish_sums(operation, groups, out_row, 1, y, 1);
 }
 
 #endif

@@ -8,14 +8,14 @@
  * chunk is free.  With few rows the chunks are shared among the threads and joined by COMBINE; with
  * many a thread takes whole rows, some of one sequence at a time, which share k and v.
  *
- * Eight queries of one kv head go through k and v together: each vector loaded serves all. */
+ * A dozen queries of one kv head go through k and v together: each vector loaded serves all. */
 #include "attention.h"
 #include "simd.h"
 
 #ifdef TIER_AVX512
-enum { QUERIES = 8, FEW = 4, SPAN_QUERIES = 64 };
+enum { QUERIES = 12, SOME = 8, FEW = 4, SPAN_QUERIES = 60 };
 #else
-enum { QUERIES = 4, FEW = 4, SPAN_QUERIES = 64 };
+enum { QUERIES = 4, SOME = 4, FEW = 4, SPAN_QUERIES = 60 };
 #endif
 
 #define NOTHING (-1e30f) /* below every score: of a masked position, and of no chunk */
@@ -258,12 +258,15 @@ static void attend(
         i++;
     for (int N; i < queries->count; i += N) {
         int left = queries->count - i;
-        N = left >= QUERIES ? QUERIES : left < FEW ? left : FEW;
+        N = left >= QUERIES ? QUERIES : left >= SOME ? SOME : left < FEW ? left : FEW;
         switch (N) {
         case 1: attend_chunk(1, plan, operation, queries, i, range, m, l, o); break;
         case 2: attend_chunk(2, plan, operation, queries, i, range, m, l, o); break;
         case 3: attend_chunk(3, plan, operation, queries, i, range, m, l, o); break;
         case 4: attend_chunk(4, plan, operation, queries, i, range, m, l, o); break;
+#ifdef TIER_AVX512
+        case 8: attend_chunk(8, plan, operation, queries, i, range, m, l, o); break;
+#endif
         default: attend_chunk(QUERIES, plan, operation, queries, i, range, m, l, o);
         }
         for (int n = 0; n < N; n++)

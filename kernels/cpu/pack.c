@@ -188,7 +188,8 @@ static void put_floats(int format, uint8_t *out, const uint8_t *row, int columns
         memcpy(out + size * (size_t)(ROWS * c + r), row + size * (size_t)c, size);
 }
 
-/* Adds num_rows rows of a file, row_bytes apart, as rows `first` .. of the groups, which are zero. */
+/* Adds num_rows rows of a file, row_bytes apart, as rows `first` .. of the groups, which are zero;
+ * `every` groups apart. */
 void llmsrv_pack(
     int32_t format,
     int32_t columns,
@@ -196,10 +197,11 @@ void llmsrv_pack(
     int64_t row_bytes,
     int32_t num_rows,
     int32_t first,
+    int32_t every,
     uint8_t *groups)
 {
     for (int i = first; i < first + num_rows; i++, rows += row_bytes) {
-        uint8_t *out = groups + group_bytes(format, columns) * (size_t)(i / ROWS);
+        uint8_t *out = groups + group_bytes(format, columns) * (size_t)(i / ROWS * every);
         if (is_float(format)) {
             put_floats(format, out, rows, columns, i % ROWS);
             continue;

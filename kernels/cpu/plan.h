@@ -51,6 +51,7 @@ typedef struct {
     int32_t by_row;     /* SPLIT, ACTIVATE: tiles of one row; EXPERTS: x has a row for all choices */
     int32_t num_experts, num_chosen; /* with experts; ACTIVATE: num_chosen rows a row, 0 is 1 */
     int32_t max_choices;
+    int32_t gate;       /* LINEAR: groups are pairs of gate and up; 1 silu(gate) * up, 2 gelu */
     float eps, scale, cap, magnitude;
     const float *x;
     float *out;         /* null where only the tiles are wanted */

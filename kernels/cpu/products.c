@@ -276,13 +276,6 @@ static const Product products[NUM_FORMATS][TILE] = {
 
 /* ---- Groups times tiles */
 
-static void finish_pair(
-    const Operation *operation, Groups groups, int row, int R, const float *y)
-{
-    for (int g = 0; g < groups.num_groups; g++)
-        finish_sums(operation, groups.part, groups.group + g, row, R, y + ROWS * R * g);
-}
-
 void multiply_tiles(const Operation *operation, Groups groups, int num_rows, int first, int end)
 {
     const Part *part = groups.part;
@@ -299,7 +292,7 @@ void multiply_tiles(const Operation *operation, Groups groups, int num_rows, int
             next.bytes += 64 * (size_t)(lines_a_block * num_blocks);
         if (next.bytes > groups.w + 4 * size)
             next.lines_a_block = 0;
-        finish_pair(operation, groups, row, R, y);
+        finish_sums(operation, groups, row, R, y, R);
     }
 }
 
@@ -311,7 +304,7 @@ void multiply_row(const Operation *operation, Groups groups, int x_row, int out_
     products[part->format][0](
         groups.w, groups.num_groups == 1 ? 0 : size, part->columns / COLUMNS,
         tile_at(operation, x_row), (Next){0, 0}, y);
-    finish_pair(operation, groups, out_row, 1, y);
+    finish_sums(operation, groups, out_row, 1, y, 1);
 }
 
 #endif

@@ -32,9 +32,17 @@ void multiply_tiles(const Operation *operation, Groups groups, int num_rows, int
 /* Times one row, which is a tile by itself. */
 void multiply_row(const Operation *operation, Groups groups, int x_row, int out_row);
 
-/* Bias, scale and residual for the sums y[R][16] of one group with R rows, into rows row .. of out. */
+/* Bias, scale, gate and residual for the sums y[g][r][16], y_rows apart, of the groups with R rows,
+ * into rows row .. of out. */
 void finish_sums(
-    const Operation *operation, const Part *part, int group, int row, int R, const float *y);
+    const Operation *operation, Groups groups, int row, int R, const float *y, int y_rows);
+
+/* Where the first sum of the groups goes in row `row` of out. */
+static inline float *out_at(const Operation *operation, Groups groups, int row)
+{
+    int column = groups.part->first_column + ROWS * (operation->gate ? groups.group / 2 : groups.group);
+    return operation->out + (int64_t)row * operation->out_stride + column;
+}
 
 /* Asks the kernel for matrix registers, for this process; 0 when it has them. */
 int matrix_registers_denied(void);

@@ -1,6 +1,7 @@
 /* NORM, ROPE, ACTIVATE and their like.  What a product reads next becomes a tile at once, while the
  * rows are in the cache. */
 #include "rows.h"
+#include "activation.h"
 #include "products.h"
 #include "simd.h"
 
@@ -140,14 +141,6 @@ void run_rope(const Plan *plan, const Operation *operation, int first, int end)
         }
         store_kv(plan, operation->layer, plan->batch.slot_mapping[row], k);
     }
-}
-
-/* silu: x / (1 + exp(-x)).  gelu by tanh: x / 2 (1 + tanh(u)) = x / (1 + exp(-2 u)) with
- * u = sqrt(2 / pi) (x + 0.044715 x^3). */
-INLINE f32x16 activated(f32x16 x, int is_gelu)
-{
-    f32x16 u = is_gelu ? splat(1.5957691216f) * (x + splat(0.044715f) * x * x * x) : x;
-    return x / (splat(1) + exp16(splat(0) - u));
 }
 
 void run_activate(const Operation *operation, int first, int end)

@@ -53,6 +53,8 @@ INLINE f32x16 choose(i32x16 mask, f32x16 a, f32x16 b)
 #include "portable.h"
 #endif
 
+INLINE void prefetch_write(const void *p) { __builtin_prefetch(p, 1); }
+
 /* The first n lanes, 16 at most; the others are 0. */
 INLINE f32x16 load_first(const float *p, int n)
 {

@@ -6,8 +6,10 @@ frequencies, not once a layer.
 """
 
 import ctypes
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
@@ -39,6 +41,7 @@ from llmsrv.backend.cpu_library import NORM
 from llmsrv.backend.cpu_library import POOL
 from llmsrv.backend.cpu_library import ROPE
 from llmsrv.backend.cpu_library import ROUTE
+from llmsrv.backend.cpu_library import ROWS
 from llmsrv.backend.cpu_library import SELECT
 from llmsrv.backend.cpu_library import SOFTCAP
 from llmsrv.backend.cpu_library import SPLIT
@@ -47,6 +50,7 @@ from llmsrv.backend.cpu_library import Memory
 from llmsrv.backend.cpu_library import Operation as Step
 from llmsrv.backend.cpu_library import Part
 from llmsrv.backend.cpu_library import address_of
+from llmsrv.backend.cpu_weights import Stack
 from llmsrv.backend.cpu_weights import Weights
 from llmsrv.backend.cpu_weights import format_of
 from llmsrv.backend.quants import TYPES
@@ -79,13 +83,14 @@ class Layout:
         tick: Callable[[], None],
     ) -> None:
         _check(program)
+        operations = list(_fused(program))
         self._program = program
         self._limits = limits
         self._memory = Memory(library)
         self._library = library
         self._widths = program.buffers | _expert_buffers(program)
-        linears = list(_linears(program))
-        stacks = {tuple(t.name for t in stack): stack for stack in _stacks(program)}
+        linears = list(_linears(operations))
+        stacks = {stack.names: stack for stack in _stacks(operations)}
         self._weights = Weights(library, list(stacks.values()), num_threads, tick)
         self._kept: list[object] = []
         self._vectors: dict[tuple[str, ...], Array] = {}
@@ -98,7 +103,7 @@ class Layout:
         self._tiles = {name: self._tiles_of(name) for name in _tiled(linears)}
         for name in _given(program):
             self._split_if_tiled(name)
-        for operation in program.operations:
+        for operation in operations:
             self._add(operation)
 
     def _buffer(self, name: str) -> Array:
@@ -173,9 +178,11 @@ class Layout:
 
     def _add_linear(self, linear: Linear) -> None:
         step = self._step(LINEAR, linear.x, linear.out)
-        parts = self._weights.parts(linear.weights)
+        parts = self._weights.parts(_stack_of(linear))
         step.parts, step.num_parts = ctypes.addressof(parts), len(parts)
         step.accumulate, step.scale = linear.accumulate, linear.scale
+        if isinstance(linear, GatedLinear):
+            step.gate = 1 + (linear.function == "gelu")
         if linear.x in self._tiles:
             step.tiles = address_of(self._tiles[linear.x])
         if linear.biases:
@@ -202,7 +209,7 @@ class Layout:
 
         def products(x: str, out: str, stacks: list[tuple[Tensor, ...]]) -> Step:
             product = step(EXPERTS, x, out)
-            parts = [part for stack in stacks for part in self._weights.parts(stack)]
+            parts = [part for stack in stacks for part in self._weights.parts(Stack(stack))]
             array = (Part * len(parts))(*parts)
             self._kept.append(array)
             product.parts, product.num_parts = ctypes.addressof(array), len(parts) // num_experts
@@ -270,24 +277,66 @@ class Layout:
         return address_of(kept)
 
 
-def _linears(program: Program) -> Iterator[Linear]:
+@dataclass(frozen=True)
+class GatedLinear(Linear):
+    """A product with the weights of gate and up, and function(gate) * up of its rows in out."""
+
+    function: str = "silu"
+
+
+def _fused(program: Program) -> Iterator[Operation]:
+    """The operations, products and gated activations of what they wrote in one where they can be:
+    all of a gate's groups of rows are then beside those of up, and nobody else reads what is left
+    out."""
+    reads = Counter(getattr(operation, "x", None) for operation in program.operations)
+    writes = Counter(getattr(operation, "out", None) for operation in program.operations)
+    operations = iter(program.operations)
+    after = iter(program.operations[1:])
+    for operation in operations:
+        following = next(after, None)
+        if (
+            isinstance(operation, Linear)
+            and isinstance(following, GatedActivation)
+            and following.x == operation.out
+            and reads[operation.out] == writes[operation.out]
+            and _are_alike(operation.weights)
+            and not operation.accumulate
+        ):
+            gated = {**vars(operation), "out": following.out, "function": following.function}
+            yield GatedLinear(**gated)
+            next(operations), next(after, None)
+        else:
+            yield operation
+
+
+def _are_alike(weights: tuple[Tensor, ...]) -> bool:
+    """Whether they are two of one format whose rows make whole groups."""
+    kinds = {(format_of(weight), weight.shape) for weight in weights}
+    return len(weights) == 2 and len(kinds) == 1 and weights[0].shape[0] % ROWS == 0
+
+
+def _linears(operations: list[Operation]) -> Iterator[Linear]:
     """All products that take every row, routers among them."""
-    for operation in program.operations:
+    for operation in operations:
         if isinstance(operation, Linear):
             yield operation
         elif isinstance(operation, Experts):
             yield Linear(LOGITS, operation.x, (operation.router,))
 
 
-def _stacks(program: Program) -> Iterator[tuple[Tensor, ...]]:
+def _stack_of(linear: Linear) -> Stack:
+    return Stack(linear.weights, isinstance(linear, GatedLinear))
+
+
+def _stacks(operations: list[Operation]) -> Iterator[Stack]:
     """All stacked weights, in the order of execution."""
-    for operation in program.operations:
+    for operation in operations:
         if isinstance(operation, Linear):
-            yield operation.weights
+            yield _stack_of(operation)
         elif isinstance(operation, Experts):
-            yield (operation.router,)
-            yield from operation.gate_up
-            yield from ((down,) for down in operation.down)
+            yield Stack((operation.router,))
+            yield from map(Stack, operation.gate_up)
+            yield from (Stack((down,)) for down in operation.down)
 
 
 def _expert_buffers(program: Program) -> dict[str, int]:

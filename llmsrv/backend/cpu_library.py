@@ -66,6 +66,7 @@ class Operation(ctypes.Structure):
         ("num_experts", int32),
         ("num_chosen", int32),
         ("max_choices", int32),
+        ("gate", int32),
         ("eps", float32),
         ("scale", float32),
         ("cap", float32),
@@ -127,7 +128,7 @@ class PlanStruct(ctypes.Structure):
 
 
 FUNCTIONS: dict[str, tuple[Any, Sequence[Any]]] = {
-    "llmsrv_pack": (None, [int32, int32, pointer, ctypes.c_int64, int32, int32, pointer]),
+    "llmsrv_pack": (None, [int32, int32, pointer, ctypes.c_int64, int32, int32, int32, pointer]),
     "llmsrv_forward": (None, [pointer, pointer]),
     "llmsrv_sample": (
         None,

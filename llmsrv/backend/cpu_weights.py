@@ -7,6 +7,7 @@ import ctypes
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,13 +26,25 @@ ALIGNMENT = 64
 MARGIN_BYTES = 16384
 
 
+class Stack(NamedTuple):
+    """The weights of a product, one below the other.  is_paired: two tensors alike, whose groups of
+    rows lie in turn."""
+
+    tensors: tuple[Tensor, ...]
+    is_paired: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(tensor.name for tensor in self.tensors)
+
+
 class Weights:
     """Packs the stacked weights of products into one stretch of memory a thread."""
 
     def __init__(
         self,
         library: ctypes.CDLL,
-        stacks: Sequence[Sequence[Tensor]],
+        stacks: Sequence[Stack],
         num_threads: int,
         tick: Callable[[], None],
     ) -> None:
@@ -42,8 +55,8 @@ class Weights:
         self._kept: list[object] = []  # what the parts point at
         sizes = [0] * num_threads
         for stack in stacks:
-            for format, _, rows, columns in _runs(stack):
-                bounds = self._bounds(rows)
+            for format, _, rows, columns in _runs(stack.tensors):
+                bounds = self._bounds(rows, stack.is_paired)
                 for thread in range(num_threads):
                     groups = bounds[thread + 1] - bounds[thread]
                     sizes[thread] += _aligned(groups * self._group_bytes(format, columns))
@@ -53,25 +66,27 @@ class Weights:
         ]
         self._used = [0] * num_threads
         for stack in stacks:
-            self._parts[_names(stack)] = self._pack_stack(stack)
+            self._parts[stack.names] = self._pack_stack(stack)
 
-    def parts(self, stack: Sequence[Tensor]) -> "ctypes.Array[Part]":
-        return self._parts[_names(stack)]
+    def parts(self, stack: Stack) -> "ctypes.Array[Part]":
+        return self._parts[stack.names]
 
     def _group_bytes(self, format: str, columns: int) -> int:
         size: int = self._library.llmsrv_group_bytes(FORMATS[format], columns)
         return size
 
-    def _bounds(self, rows: int) -> list[int]:
-        groups = -(-rows // ROWS)
-        return [groups * thread // self._num_threads for thread in range(self._num_threads + 1)]
+    def _bounds(self, rows: int, is_paired: bool) -> list[int]:
+        """Where each thread's groups begin, and the last one's end."""
+        unit = 1 + is_paired
+        units, threads = -(-rows // (ROWS * unit)), self._num_threads
+        return [units * thread // threads * unit for thread in range(threads + 1)]
 
-    def _pack_stack(self, stack: Sequence[Tensor]) -> "ctypes.Array[Part]":
-        runs = list(_runs(stack))
+    def _pack_stack(self, stack: Stack) -> "ctypes.Array[Part]":
+        runs = list(_runs(stack.tensors))
         parts = (Part * len(runs))()
         first_column = 0
         for part, (format, tensors, rows, columns) in zip(parts, runs):
-            bounds = np.array(self._bounds(rows), np.int32)
+            bounds = np.array(self._bounds(rows, stack.is_paired), np.int32)
             groups = np.zeros(self._num_threads, np.uint64)
             size = self._group_bytes(format, columns)
             for thread in range(self._num_threads):
@@ -81,15 +96,25 @@ class Weights:
             part.rows, part.columns, part.first_column = rows, columns, first_column
             part.bounds, part.groups = address_of(bounds), address_of(groups)
             self._kept += [bounds, groups]
-            self._pack(format, tensors, columns, bounds, groups)
+            if stack.is_paired:
+                for i, tensor in enumerate(tensors):
+                    self._pack(format, [tensor], columns, bounds // 2, groups + i * size, every=2)
+            else:
+                self._pack(format, tensors, columns, bounds, groups)
             first_column += rows
         self._kept.append(parts)
         return parts
 
     def _pack(
-        self, format: str, tensors: Sequence[Tensor], columns: int, bounds: Array, groups: Array
+        self,
+        format: str,
+        tensors: Sequence[Tensor],
+        columns: int,
+        bounds: Array,
+        groups: Array,
+        every: int = 1,
     ) -> None:
-        """Each thread's rows of the tensors, which lie one below the other."""
+        """Each thread's rows of the tensors, one below the other, to groups `every` apart."""
         start = 0
         for tensor in tensors:
             stop = start + tensor.shape[0]
@@ -106,6 +131,7 @@ class Weights:
                         rows.strides[0],
                         len(rows),
                         first - begin,
+                        every,
                         int(groups[thread]),
                     )
             drop_pages(tensor.data)
@@ -122,10 +148,6 @@ def _runs(stack: Sequence[Tensor]) -> Iterator[tuple[str, list[Tensor], int, int
             run = []
         run.append(tensor)
     yield format_of(run[0]), run, sum(t.shape[0] for t in run), run[0].shape[1]
-
-
-def _names(stack: Sequence[Tensor]) -> tuple[str, ...]:
-    return tuple(tensor.name for tensor in stack)
 
 
 def _aligned(size: int) -> int:
