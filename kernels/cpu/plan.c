@@ -10,7 +10,6 @@
 #include "pool.h"
 #include "products.h"
 #include "rows.h"
-#include "sample.h"
 
 /* Rows times floats that one thread does sooner than two can agree on. */
 enum { SMALL = 4096, SMALL_ATTENTION = 32 << 10 };
@@ -115,63 +114,6 @@ void llmsrv_forward(Plan *plan, const Batch *batch)
     Job job = {plan->num_operations, plan, is_small, units, run, plan->heartbeat};
     pool_run(plan->pool, &job);
 }
-
-/* ---- Sampling */
-
-typedef struct {
-    const Plan *plan;
-    const float *logits;
-    int32_t stride, vocab_size, num_rows;
-    const Parameters *parameters;
-    const int32_t *slots;
-    const int64_t *output_positions;
-    char *scratch;
-    int32_t *ids;
-} Sampling;
-
-static int sampling_is_small(void *context, int task)
-{
-    (void)task;
-    return ((const Sampling *)context)->num_rows <= 1;
-}
-
-static int sampling_units(void *context, int task, int queue)
-{
-    const Sampling *s = context;
-    (void)task;
-    return share_of(s->plan, s->num_rows, queue + 1) - share_of(s->plan, s->num_rows, queue);
-}
-
-static void sampling_run(void *context, int task, int queue, int unit, int thread)
-{
-    const Sampling *s = context;
-    (void)task;
-    int row = unit + share_of(s->plan, s->num_rows, queue);
-    s->ids[row] = sample_row(
-        s->logits + (int64_t)row * s->stride, s->vocab_size, &s->parameters[s->slots[row]],
-        s->output_positions[row], s->scratch + thread * sample_scratch_bytes(s->vocab_size));
-}
-
-/* ids [num_rows]: what was drawn from each row of logits, or -1. */
-void llmsrv_sample(
-    const Plan *plan,
-    const float *logits,
-    int32_t stride,
-    int32_t vocab_size,
-    int32_t num_rows,
-    const Parameters *parameters,
-    const int32_t *slots,
-    const int64_t *output_positions,
-    void *scratch,
-    int32_t *ids)
-{
-    Sampling sampling = {plan, logits, stride, vocab_size, num_rows, parameters, slots,
-                         output_positions, scratch, ids};
-    Job job = {1, &sampling, sampling_is_small, sampling_units, sampling_run, plan->heartbeat};
-    pool_run(plan->pool, &job);
-}
-
-int64_t llmsrv_sample_scratch_bytes(int32_t vocab_size) { return sample_scratch_bytes(vocab_size); }
 
 /* ---- For laying a plan out */
 

@@ -1,83 +1,27 @@
-/* The sampling contract of backend/sampling.py, to the bit: floats are rounded operation by
- * operation as numpy does, and everything after exp is an integer.
+/* The sampling contract: steps 3 to 9, log-probabilities, and the rows of a step.
  *
- * Nothing is sorted.  What top_k and top_p keep is all above a threshold and the first few that equal
- * it; the threshold is found by bisection, on the bits of x and on the weights. */
+ * Floats are rounded operation by operation as numpy does; everything after exp is an integer. */
 #include "sample.h"
 
-#include "simd.h"
+#include <stdlib.h>
 
-enum { WEIGHT_BITS = 40, FRACTION_BITS = 32, FAILED = -1, STRIDE = 256 };
+#include "pool.h"
+#include "select.h"
+
+enum { WEIGHT_BITS = 40, FRACTION_BITS = 32, SURPRISE_BITS = 20 };
+
+#define LEAST_X -28.0f /* below, weights are 0 */
 
 typedef int64_t i64x16 __attribute__((vector_size(128)));
 
-/* Arrays over the vocabulary, padded to STRIDE with ids that are never drawn. */
-typedef struct {
-    int32_t size; /* padded */
-    float *x;
-    int64_t *weights, *likely, *sums; /* sums: of each STRIDE weights */
-} Scratch;
+/* ---- What may be drawn */
 
-static int32_t padded(int32_t size) { return (size + STRIDE - 1) / STRIDE * STRIDE; }
-
-int64_t sample_scratch_bytes(int32_t vocab_size)
-{
-    int64_t size = padded(vocab_size);
-    return size * (int64_t)(sizeof(float) + 2 * sizeof(int64_t)) + size / STRIDE * 8;
-}
-
-static Scratch scratch_at(void *memory, int32_t vocab_size)
-{
-    Scratch scratch = {padded(vocab_size), 0, memory, 0, 0};
-    scratch.likely = scratch.weights + scratch.size;
-    scratch.sums = scratch.likely + scratch.size;
-    scratch.x = (float *)(scratch.sums + scratch.size / STRIDE);
-    return scratch;
-}
-
-/* ---- The largest logit */
-
-static int has_any(i32x16 mask) { return sum_int(mask) != 0; }
-
-INLINE f32x16 load_padded(const float *p, int left)
-{
-    f32x16 x = splat(-INFINITY);
-    if (left >= 16)
-        return load(p);
-    memcpy(&x, p, sizeof(float) * (size_t)(left > 0 ? left : 0));
-    return x;
-}
-
-/* The lowest id of the largest logit, or FAILED: a NaN, or the largest is infinite. */
-static int32_t largest_id(const float *logits, int32_t vocab_size)
-{
-    f32x16 largest = splat(-INFINITY);
-    i32x16 is_nan = splat_int(0);
-    for (int32_t i = 0; i < vocab_size; i += 16) {
-        f32x16 x = load_padded(logits + i, vocab_size - i);
-        is_nan |= x != x;
-        largest = max16(largest, x);
-    }
-    float best = largest16(largest);
-    if (has_any(is_nan) || !(fabsf(best) < INFINITY))
-        return FAILED;
-    for (int32_t i = 0; i < vocab_size; i += 16)
-        if (has_any(load_padded(logits + i, vocab_size - i) == splat(best)))
-            for (;; i++)
-                if (logits[i] == best)
-                    return i;
-    return FAILED;
-}
-
-/* ---- Weights */
-
-/* floor(exp(x) * 2^40), and 0 below -28. */
+/* floor(exp(x) * 2^40) for x from -28 to 0. */
 INLINE i64x16 weights_of(f32x16 x)
 {
-    f32x16 within = max16(x, splat(-28.0f));
-    i32x16 n = to_nearest(within * splat(0x1.715476p+0f));
+    i32x16 n = to_nearest(x * splat(0x1.715476p+0f));
     f32x16 whole = to_float(n);
-    f32x16 r = (within - whole * splat(0x1.62e4p-1f)) - whole * splat(0x1.7f7d1cp-20f);
+    f32x16 r = (x - whole * splat(0x1.62e4p-1f)) - whole * splat(0x1.7f7d1cp-20f);
     f32x16 y = splat(0x1.6a23d0p-10f);
     y = y * r + splat(0x1.123a20p-7f);
     y = y * r + splat(0x1.5558f2p-5f);
@@ -86,82 +30,22 @@ INLINE i64x16 weights_of(f32x16 x)
     y = y * r + splat(1.0f);
     y = y * r + splat(1.0f);
     y = y * (f32x16)((n + (127 + WEIGHT_BITS)) << 23);
-    y = choose(x >= splat(-28.0f), y, splat(0));
     return __builtin_convertvector(y, i64x16);
 }
 
-static void fill_x(const Scratch *s, const float *logits, int32_t vocab_size, float best, float t)
+static void fill_weights(Scratch *s)
 {
-    for (int32_t i = 0; i < s->size; i += 16)
-        store(s->x + i, (load_padded(logits + i, vocab_size - i) - splat(best)) / splat(t));
-}
-
-static void fill_weights(const Scratch *s)
-{
-    for (int32_t i = 0; i < s->size; i += 16) {
-        i64x16 weights = weights_of(load(s->x + i));
+    for (int32_t i = 0; i < s->count; i += 16) {
+        i64x16 weights = weights_of(load_first(s->x + i, s->count - i));
         memcpy(s->weights + i, &weights, sizeof weights);
     }
 }
 
-static int64_t fill_sums(const Scratch *s)
-{
-    int64_t total = 0;
-    for (int32_t i = 0; i < s->size; i += STRIDE) {
-        int64_t sum = 0;
-        for (int j = 0; j < STRIDE; j++)
-            sum += s->weights[i + j];
-        s->sums[i / STRIDE] = sum;
-        total += sum;
-    }
-    return total;
-}
-
-/* ---- What is kept */
-
-static int32_t count_above(const Scratch *s, float threshold)
-{
-    i32x16 count = splat_int(0);
-    for (int32_t i = 0; i < s->size; i += 16)
-        count -= load(s->x + i) > splat(threshold);
-    return sum_int(count);
-}
-
-/* x below 0 with these bits, which grow as x falls. */
-static float negative_of(uint32_t bits)
-{
-    float x;
-    bits |= 0x80000000u;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-/* Makes all x but the k largest minus infinity, of equals the first kept. */
-static void keep_top_k(const Scratch *s, int32_t k)
-{
-    uint32_t low = 0, high = 0x41e00000u; /* 0 and -28, below which weights are 0 anyway */
-    if (count_above(s, -28.0f) < k)
-        return;
-    /* The least bits such that fewer than k are above. */
-    while (low < high) {
-        uint32_t middle = low + (high - low) / 2;
-        if (count_above(s, negative_of(middle + 1)) >= k)
-            high = middle;
-        else
-            low = middle + 1;
-    }
-    float kth = negative_of(low);
-    int32_t equals = k - count_above(s, kth);
-    for (int32_t i = 0; i < s->size; i++)
-        if (!(s->x[i] > kth) && !(s->x[i] == kth && equals-- > 0))
-            s->x[i] = -INFINITY;
-}
-
-static int64_t sum_from(const int64_t *weights, int32_t count, int64_t least)
+static int64_t sum_of(const int64_t *weights, int32_t count)
 {
     int64_t sum = 0;
     for (int32_t i = 0; i < count; i++)
-        sum += weights[i] >= least ? weights[i] : 0;
+        sum += weights[i];
     return sum;
 }
 
@@ -173,40 +57,37 @@ static int64_t share(int64_t total, int64_t fraction)
     return goal > 1 ? goal : 1;
 }
 
-/* Makes all weights 0 but the largest, until they reach the goal; of equals the first are kept. */
-static void keep_top_p(const Scratch *s, int64_t total, int64_t fraction)
+static void keep_weights_from(Scratch *s, int64_t least)
 {
-    int64_t goal = share(total, fraction), least = (total - goal) / s->size;
     int32_t count = 0;
-    /* All weights below `least` together weigh less than total - goal. */
-    for (int32_t i = 0; i < s->size; i++) {
-        s->likely[count] = s->weights[i];
-        count += s->weights[i] >= least && s->weights[i] > 0;
-    }
-    int64_t low = 1, high = (int64_t)1 << WEIGHT_BITS; /* the largest such that the sum is enough */
-    while (low < high) {
-        int64_t middle = low + (high - low + 1) / 2;
-        if (sum_from(s->likely, count, middle) >= goal)
-            low = middle;
-        else
-            high = middle - 1;
-    }
-    int64_t missing = goal - sum_from(s->likely, count, low + 1);
-    for (int32_t i = 0; i < s->size; i++) {
-        int64_t weight = s->weights[i];
-        if (weight > low)
-            continue;
-        if (weight == low && missing > 0)
-            missing -= weight;
-        else
-            s->weights[i] = 0;
-    }
+    for (int32_t i = 0; i < s->count; i++)
+        if (s->weights[i] >= least)
+            move(s, i, count++);
+    s->count = count;
 }
 
-static void keep_min_p(const Scratch *s, int64_t least)
+/* Weights have 24 significant bits at most, so that they are floats. */
+static void keep_top_p(Scratch *s, int64_t fraction)
 {
-    for (int32_t i = 0; i < s->size; i++)
-        s->weights[i] = s->weights[i] >= least ? s->weights[i] : 0;
+    int64_t total = sum_of(s->weights, s->count), goal = share(total, fraction);
+    /* All weights below a share of what may be left out together weigh less than that. */
+    keep_weights_from(s, (total - goal) / s->count);
+    for (int32_t i = 0; i < s->count; i++)
+        s->keys[i] = key_of((float)s->weights[i]);
+    keep_smallest(s, s->weights, goal);
+}
+
+static void keep_typical_p(Scratch *s, int64_t fraction)
+{
+    int64_t surprises = 0, total = sum_of(s->weights, s->count);
+    for (int32_t i = 0; i < s->count; i++) {
+        s->keys[i] = (uint32_t)(-s->x[i] * (float)(1 << SURPRISE_BITS));
+        surprises += s->weights[i] * s->keys[i] >> 24;
+    }
+    int32_t mean = (int32_t)(surprises / (total >> 24));
+    for (int32_t i = 0; i < s->count; i++)
+        s->keys[i] = (uint32_t)abs((int32_t)s->keys[i] - mean);
+    keep_smallest(s, s->weights, share(total, fraction));
 }
 
 /* ---- The draw */
@@ -228,38 +109,184 @@ static uint64_t uniform_bits(uint64_t seed, uint32_t choice, int64_t position)
     return (uint64_t)c[1] << 32 | c[0];
 }
 
-static int32_t draw(const Scratch *s, uint64_t bits)
-{
-    int64_t total = fill_sums(s);
-    int64_t target = (int64_t)((unsigned __int128)bits * (uint64_t)total >> 64), sum = 0;
-    int32_t i = 0;
-    while (sum + s->sums[i / STRIDE] <= target) {
-        sum += s->sums[i / STRIDE];
-        i += STRIDE;
-    }
-    while ((sum += s->weights[i]) <= target)
-        i++;
-    return i;
-}
-
-int32_t sample_row(
+static int32_t draw(
+    Scratch *s,
     const float *logits,
     int32_t vocab_size,
+    float best,
     const Parameters *parameters,
-    int64_t output_position,
-    void *memory)
+    int64_t output_position)
 {
-    int32_t best = largest_id(logits, vocab_size);
-    if (best == FAILED || parameters->temperature == 0)
-        return best;
-    Scratch s = scratch_at(memory, vocab_size);
-    fill_x(&s, logits, vocab_size, logits[best], parameters->temperature);
+    float temperature = parameters->temperature, least = LEAST_X;
+    if (temperature == 0)
+        return first_equal(s, logits, best);
+    if (parameters->top_k > 0) {
+        float x = (bound_of_largest(s, parameters->top_k) - best) / temperature;
+        least = x > least ? x : least;
+    }
+    gather(s, logits, vocab_size, best, temperature, least);
     if (parameters->top_k > 0)
-        keep_top_k(&s, parameters->top_k);
-    fill_weights(&s);
+        keep_top_k(s, parameters->top_k);
+    fill_weights(s);
     if (parameters->top_p < (int64_t)1 << FRACTION_BITS)
-        keep_top_p(&s, fill_sums(&s), parameters->top_p);
+        keep_top_p(s, parameters->top_p);
     if (parameters->min_p > 0)
-        keep_min_p(&s, parameters->min_p);
-    return draw(&s, uniform_bits(parameters->seed, parameters->choice, output_position));
+        keep_weights_from(s, parameters->min_p);
+    if (parameters->typical_p < (int64_t)1 << FRACTION_BITS)
+        keep_typical_p(s, parameters->typical_p);
+    uint64_t bits = uniform_bits(parameters->seed, parameters->choice, output_position);
+    unsigned __int128 product = (unsigned __int128)bits * (uint64_t)sum_of(s->weights, s->count);
+    int64_t target = (int64_t)(product >> 64), sum = s->weights[0];
+    int32_t i = 0;
+    while (sum <= target)
+        sum += s->weights[++i];
+    return s->ids[i];
 }
+
+/* ---- Log-probabilities */
+
+/* Of the sum of exp(logit - best) over the vocabulary. */
+static double log_sum_of(const float *logits, int32_t vocab_size, float best)
+{
+    i64x16 sums = {0};
+    for (int32_t i = 0; i < vocab_size; i += 16) {
+        f32x16 x = load_padded(logits + i, vocab_size - i) - splat(best);
+        i64x16 weights = weights_of(max16(x, splat(LEAST_X)));
+        i32x16 counts = x >= splat(LEAST_X);
+        sums += weights & __builtin_convertvector(counts, i64x16);
+    }
+    int64_t total = 0;
+    for (int lane = 0; lane < 16; lane++)
+        total += sums[lane];
+    return log((double)total * 0x1p-40);
+}
+
+static float logprob_of(float logit, float best, double log_sum)
+{
+    return (float)((double)(logit - best) - log_sum);
+}
+
+/* The k largest, the largest first, of equals the lowest id. */
+static void report_alternatives(
+    Scratch *s,
+    const float *logits,
+    int32_t vocab_size,
+    int32_t k,
+    float best,
+    double log_sum,
+    int32_t *ids,
+    float *logprobs)
+{
+    gather(s, logits, vocab_size, 0, 1, bound_of_largest(s, k));
+    keep_top_k(s, k);
+    for (int32_t i = 0; i < s->count; i++) {
+        int32_t at = i;
+        for (; at > 0 && logits[ids[at - 1]] < s->x[i]; at--)
+            ids[at] = ids[at - 1];
+        ids[at] = s->ids[i];
+    }
+    for (int32_t i = 0; i < s->count; i++)
+        logprobs[i] = logprob_of(logits[ids[i]], best, log_sum);
+}
+
+/* ---- The rows of a step */
+
+/* The id drawn from a row whose logits, the largest of which is `best`, are sound. */
+static int32_t id_of(const Sampling *sampling, int32_t row, float best, Scratch *s)
+{
+    const float *logits = sampling->logits + row * sampling->stride;
+    const int32_t *draft = sampling->drafts + row;
+    int32_t slot = sampling->slots[row], num_drafted = 0;
+    const Parameters *parameters = &sampling->parameters[slot];
+    int64_t output_position = sampling->output_positions[row];
+    if (parameters->has_extras) {
+        while (draft[-num_drafted] >= 0)
+            num_drafted++;
+        adjust(s, logits, sampling->vocab_size, parameters, &sampling->extras[slot], output_position,
+               draft - num_drafted + 1, num_drafted);
+        logits = s->adjusted;
+        best = largest_of(s, logits, sampling->vocab_size);
+        if (isnan(best))
+            return FAILED;
+    }
+    return draw(s, logits, sampling->vocab_size, best, parameters, output_position);
+}
+
+static void sample_row(const Sampling *sampling, int32_t row, Scratch *s)
+{
+    const float *logits = sampling->logits + row * sampling->stride;
+    int32_t vocab_size = sampling->vocab_size, target = sampling->targets[row];
+    int32_t num_logprobs = sampling->parameters[sampling->slots[row]].num_logprobs;
+    float best = largest_of(s, logits, vocab_size);
+    double log_sum = 0;
+
+    sampling->ids[row] = FAILED;
+    sampling->logprobs[row] = NAN;
+    if (isnan(best))
+        return;
+    if (num_logprobs >= 0)
+        log_sum = log_sum_of(logits, vocab_size, best);
+    if (num_logprobs > 0) {
+        int64_t at = (int64_t)row * sampling->num_alternatives;
+        report_alternatives(s, logits, vocab_size, num_logprobs, best, log_sum,
+                            sampling->alternative_ids + at, sampling->alternative_logprobs + at);
+    }
+    int32_t id = target >= 0 ? target : id_of(sampling, row, best, s);
+    sampling->ids[row] = id;
+    if (id != FAILED && num_logprobs >= 0)
+        sampling->logprobs[row] = logprob_of(logits[id], best, log_sum);
+}
+
+/* Counts what the sequences have put out: the ids of rows before which every draft was drawn. */
+static void count_ids(const Sampling *s)
+{
+    int is_reached = 0;
+    for (int32_t row = 0; row < s->num_rows; row++) {
+        const Extras *extras = &s->extras[s->slots[row]];
+        int32_t draft = s->drafts[row], id = s->ids[row];
+        is_reached = id != FAILED && (draft < 0 || (is_reached && s->ids[row - 1] == draft));
+        if (is_reached && s->targets[row] < 0 && extras->counts)
+            extras->counts[id]++;
+    }
+}
+
+typedef struct {
+    const Sampling *sampling;
+    int32_t num_threads;
+} Rows;
+
+static int rows_are_few(void *context, int task)
+{
+    (void)task;
+    return ((const Rows *)context)->sampling->num_rows <= 1;
+}
+
+static int32_t first_row(const Rows *rows, int queue)
+{
+    return (int32_t)((int64_t)rows->sampling->num_rows * queue / rows->num_threads);
+}
+
+static int rows_of_queue(void *context, int task, int queue)
+{
+    (void)task;
+    return first_row(context, queue + 1) - first_row(context, queue);
+}
+
+static void run_row(void *context, int task, int queue, int unit, int thread)
+{
+    const Sampling *sampling = ((const Rows *)context)->sampling;
+    int64_t size = scratch_bytes(sampling->vocab_size);
+    Scratch scratch = scratch_at(sampling->scratch + thread * size, sampling->vocab_size);
+    (void)task;
+    sample_row(sampling, first_row(context, queue) + unit, &scratch);
+}
+
+void llmsrv_sample(const Plan *plan, const Sampling *sampling)
+{
+    Rows rows = {sampling, plan->num_threads};
+    Job job = {1, &rows, rows_are_few, rows_of_queue, run_row, plan->heartbeat};
+    pool_run(plan->pool, &job);
+    count_ids(sampling);
+}
+
+int64_t llmsrv_sample_scratch_bytes(int32_t vocab_size) { return scratch_bytes(vocab_size); }

@@ -31,11 +31,10 @@ from llmsrv.backend.cpu_library import PlanStruct
 from llmsrv.backend.cpu_library import Rows
 from llmsrv.backend.cpu_library import address_of
 from llmsrv.backend.cpu_library import declare
+from llmsrv.backend.cpu_sampling import CPUSamplingTable
+from llmsrv.backend.cpu_sampling import Sampler
 from llmsrv.backend.quants import dequantise
 from llmsrv.backend.sampling import Samples
-from llmsrv.backend.sampling import sample
-from llmsrv.backend.sampling_table import FRACTION_BITS
-from llmsrv.backend.sampling_table import SamplingTable
 from llmsrv.backend.source import cpu_features
 from llmsrv.backend.source import find_compiler
 from llmsrv.backend.source import kernel_texts
@@ -150,21 +149,17 @@ class CPUPlan(Plan):
     ) -> None:
         self.program = program
         self.buffers = layout.buffers
-        self.sampling = SamplingTable(limits.max_slots, program.vocab_size)
+        self.sampling = CPUSamplingTable(limits.max_slots, program.vocab_size)
         self._library = library
         self._layout = layout
         self._tick = tick
         self._memory = Memory(library)
-        self._sampled = np.zeros(limits.max_logit_rows, np.int32)
         self._operations = (Operation * len(layout.steps))(*layout.steps)
         self._positions = self._memory.array((limits.max_rows,), np.int32)
         self._sequences = self._memory.array((limits.max_rows,), np.int32)
         self._slot_mapping = self._memory.array((limits.max_rows,), np.int64)
         self._logit_rows = self._memory.array((limits.max_rows,), np.int32)
         self._is_long = self._memory.array((limits.max_rows,), np.uint8)
-        self._scratch = self._memory.array(
-            (num_threads * library.llmsrv_sample_scratch_bytes(program.vocab_size),), np.uint8
-        )
         self._rows = Rows(
             positions=address_of(self._positions),
             sequences=address_of(self._sequences),
@@ -174,6 +169,10 @@ class CPUPlan(Plan):
         )
         self._struct = self._lay_out(limits, num_threads)
         self._at = ctypes.addressof(self._struct), ctypes.addressof(self._rows)
+        logits = self.buffers.get("logits", NO_LOGITS)
+        self._sampler = Sampler(
+            library, self._at[0], logits, num_threads, limits, self.sampling
+        )
 
     def forward(self, batch: Batch) -> None:
         num_rows, num_logit_rows = len(batch.ids), len(batch.logit_rows)
@@ -200,52 +199,13 @@ class CPUPlan(Plan):
         targets: Array | None = None,
         drafts: Array | None = None,
     ) -> Samples:
-        logits, num_rows = self.buffers["logits"], len(slots)
-        slots = np.ascontiguousarray(slots, np.int32)
-        output_positions = np.ascontiguousarray(output_positions, np.int64)
-        ids = np.empty(num_rows, np.int32)
-        self._library.llmsrv_sample(
-            self._at[0],
-            address_of(logits),
-            logits.shape[1],
-            self.program.vocab_size,
-            num_rows,
-            address_of(self.sampling.parameters),
-            address_of(slots),
-            address_of(output_positions),
-            address_of(self._scratch),
-            address_of(ids),
-        )
-        logprobs = np.full(num_rows, np.nan, np.float32)
-        alternatives = [NO_ALTERNATIVES] * num_rows
-        no_ids = np.full(num_rows, -1, np.int32)
-        targets = no_ids if targets is None else targets
-        drafts = no_ids if drafts is None else drafts
-        unusual = self._unusual(slots, targets)
-        if len(unusual):
-            rows = np.flatnonzero(np.isin(slots, slots[unusual]))
-            values = logits[rows, : self.program.vocab_size]
-            where = slots[rows], output_positions[rows], targets[rows], drafts[rows]
-            samples = sample(values, self.sampling, *where)
-            ids[rows], logprobs[rows] = samples.ids, samples.logprobs
-            for row, pair in zip(rows.tolist(), samples.alternatives, strict=True):
-                alternatives[row] = pair
-        np.maximum(ids, 0, out=self._sampled[:num_rows])
-        return Samples(ids, logprobs, alternatives)
-
-    def _unusual(self, slots: Array, targets: Array) -> Array:
-        """The rows that ask for more than the C library does."""
-        parameters = self.sampling.parameters[slots]
-        return np.flatnonzero(
-            (targets >= 0)
-            | (parameters["has_extras"] != 0)
-            | (parameters["typical_p"] < 1 << FRACTION_BITS)
-            | (parameters["num_logprobs"] >= 0)
-        )
+        return self._sampler.sample(slots, output_positions, targets, drafts)
 
     def _embed(self, embed: Embed, ids: Array) -> None:
         """Rows of the table as the file has them, made float32; the rest of it is not touched."""
-        ids = np.where(ids < 0, self._sampled[np.maximum(-1 - ids, 0)], ids)
+        if (ids < 0).any():
+            sampled = np.maximum(self._sampler.ids, 0)
+            ids = np.where(ids < 0, sampled[np.maximum(-1 - ids, 0)], ids)
         width = embed.table.shape[1]
         packed = embed.table.data.reshape(embed.table.shape[0], -1)[ids]
         values = np.empty((len(ids), width), np.float32)
@@ -297,7 +257,7 @@ class CPUPlan(Plan):
         )
 
 
-NO_ALTERNATIVES = np.zeros(0, np.int32), np.zeros(0, np.float32)
+NO_LOGITS = np.zeros((0, 1), np.float32)  # of single operations, as checks run them
 
 
 # ---- Threads

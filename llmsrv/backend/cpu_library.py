@@ -130,10 +130,7 @@ class PlanStruct(ctypes.Structure):
 FUNCTIONS: dict[str, tuple[Any, Sequence[Any]]] = {
     "llmsrv_pack": (None, [int32, int32, pointer, ctypes.c_int64, int32, int32, int32, pointer]),
     "llmsrv_forward": (None, [pointer, pointer]),
-    "llmsrv_sample": (
-        None,
-        [pointer, pointer, int32, int32, int32, pointer, pointer, pointer, pointer, pointer],
-    ),
+    "llmsrv_sample": (None, [pointer, pointer]),
     "llmsrv_sample_scratch_bytes": (ctypes.c_int64, [int32]),
     "llmsrv_prepare": (int32, []),
     "llmsrv_tile_words": (int32, [int32]),

@@ -22,13 +22,15 @@ Among equals the lowest id goes first.  A share of a sum is ceil(sum * fraction 
 1, with fraction = floor(share * 2**32): at least one id is always kept, and 1.0 keeps all.
 
 A row whose logits hold NaN or +inf, or where nothing is left to choose, fails alone: its id is -1.
-Reported log-probabilities are those of the model's own logits, before all of this.
+Reported log-probabilities are those of the model's own logits, before all of this: logit - max less
+the float64 logarithm of the sum of the weights of step 5, for temperature 1, over 2**40.
 
 Speculation: several rows of one slot are drawn as if the sequence had put out the ids drafted for
 the rows before.  Each draw uses its own position, so a row draws what plain decoding would draw
 there, as long as every draft before it is what its own row drew.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -152,10 +154,10 @@ def are_reached(ids: Ids, drafts: Ids) -> Bools:
 
 def log_softmax(logits: Floats, ids: Integers) -> Floats:
     """The log-probabilities of ids by the logits [vocab_size] of one row."""
-    shifted = logits - logits.max()
-    # Summed in float64: a vocabulary of small terms would lose digits in float32.
-    log_sum = np.log(np.exp(shifted).sum(dtype=np.float64))
-    logprobs: Floats = (shifted[ids] - log_sum).astype(np.float32)
+    x = logits - logits.max()
+    # A sum of weights is the same in any order.
+    log_sum = math.log(int(weights_of(x[x >= LEAST_X]).sum()) / 2**WEIGHT_BITS)
+    logprobs: Floats = (x[ids].astype(np.float64) - log_sum).astype(np.float32)
     return logprobs
 
 

@@ -144,7 +144,9 @@ class SamplingTable:
                 return
             self.extras[slot] = _no_extras()
             self.parameters[slot]["has_extras"] = 1
-        self.extras[slot].grammar = None if mask is None else np.atleast_2d(mask)
+        if mask is not None:
+            mask = np.atleast_2d(np.ascontiguousarray(mask, np.uint32))
+        self.extras[slot].grammar = mask
 
     def count(self, slot: int, id: int) -> None:
         """Notes an id that the sequence has put out, for the penalties; sampling does it."""

@@ -1,4 +1,4 @@
-"""The CPU backend against the reference backend: operations, types, whole models, sampling."""
+"""The CPU backend against the reference backend: operations, types, whole models."""
 
 import dataclasses
 
@@ -28,11 +28,7 @@ from llmsrv.backend.cpu import Tier
 from llmsrv.backend.cpu_library import FORMATS
 from llmsrv.backend.quants import TYPES
 from llmsrv.backend.reference import ReferenceBackend
-from llmsrv.backend.sampling import sample
 from llmsrv.backend.sampling_table import SamplingParameters
-from llmsrv.backend.sampling_table import SamplingTable
-from llmsrv.backend.sampling_table import mask_of
-from llmsrv.backend.source import cpu_features
 from llmsrv.config import default_cache_dir
 from tests.support.plans import Piece
 from tests.support.plans import Run
@@ -46,20 +42,6 @@ LIMITS = Limits(max_rows=300, max_logit_rows=40, max_slots=40, num_blocks=80)
 VOCAB = 97
 PACKED = [type for type in FORMATS if type in TYPES]
 OTHERS = [type for type in TYPES if type in HALVES and type not in FORMATS]
-
-
-def tiers():
-    """The best tier, and as slow tests the others that run here."""
-    usable = [tier for tier in TIERS if tier.needs <= cpu_features()]
-    yield pytest.param(usable[0], id=usable[0].name)
-    for tier in usable[1:]:
-        yield pytest.param(tier, id=tier.name, marks=pytest.mark.slow)
-
-
-@pytest.fixture(scope="session", params=tiers())
-def cpu(request):
-    options = CPUOptions(default_cache_dir(), num_threads=2, tiers=(request.param,))
-    return CPUBackend(options)
 
 
 @pytest.fixture(scope="session")
@@ -429,73 +411,6 @@ def test_a_row_that_is_not_a_number_fails_alone(cpu):
     plan.forward(batch_of([Piece([1, 3], 0, [1]), Piece([1, 2], 0, [2])]))
     ids = plan.sample(np.arange(2, dtype=np.int32), np.zeros(2, np.int64)).ids
     assert ids[0] == -1 and ids[1] >= 0
-
-
-# ---- Sampling
-
-
-def parameters_of(draw_seed, **values):
-    return SamplingParameters(seed=draw_seed, **values)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.integers(0, 2**63),
-    st.sampled_from([0.0, 0.01, 0.7, 1.0, 2.0, 40.0]),
-    st.sampled_from([0, 1, 2, 40, 3000]),
-    st.sampled_from([1.0, 0.95, 0.5, 0.01, 1e-6]),
-    st.sampled_from([0.0, 0.05, 0.9, 1.0]),
-    st.sampled_from([97, 1000, 4099]),
-    st.booleans(),
-)
-def test_samples_are_those_of_the_contract(
-    cpu, seed, temperature, top_k, top_p, min_p, vocab, has_ties
-):
-    rng = np.random.default_rng(seed % 2**32)
-    logits = rng.normal(scale=3, size=(4, vocab)).astype(np.float32)
-    if has_ties:
-        logits = np.round(logits)
-    logits[3, rng.integers(vocab)] = rng.choice([np.nan, np.inf, -np.inf, 1e30])
-    check_samples(cpu, logits, seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-
-
-def check_samples(cpu, logits, seed, **values):
-    vocab = logits.shape[1]
-    program = Program((), {"logits": vocab}, 1, 1, 1, 16, vocab)
-    plan = cpu.compile(program, LIMITS, lambda: None)
-    plan.buffers["logits"][: len(logits), :vocab] = logits
-    table = SamplingTable(len(logits), vocab)
-    for slot in range(len(logits)):
-        for sampling in (plan.sampling, table):
-            sampling.set(slot, SamplingParameters(seed=seed, choice=slot, **values))
-    slots = np.arange(len(logits), dtype=np.int32)
-    positions = np.arange(len(logits), dtype=np.int64) * 2**33
-    targets = np.where(slots % 3 == 2, slots % vocab, -1).astype(np.int32)
-    ours = plan.sample(slots, positions, targets)
-    theirs = sample(logits, table, slots, positions, targets)
-    assert ours.ids.tolist() == theirs.ids.tolist()
-    np.testing.assert_array_equal(ours.logprobs, theirs.logprobs)
-    for mine, yours in zip(ours.alternatives, theirs.alternatives, strict=True):
-        np.testing.assert_array_equal(mine[0], yours[0])
-
-
-@pytest.mark.parametrize("values", [
-    {"num_logprobs": 0},
-    {"num_logprobs": 20},
-    {"typical_p": 0.5},
-    {"repetition_penalty": 1.5},
-    {"logit_bias": {3: 100.0}},
-    {"allowed": mask_of([5, 6], 97)},
-])
-def test_rows_that_ask_for_more_get_it(cpu, values):
-    check_samples(cpu, random(4, 97), 7, **values)
-
-
-def test_all_logits_minus_infinity_fail_and_equal_ones_take_the_lowest_id(cpu):
-    logits = np.full((3, 97), -np.inf, np.float32)
-    logits[1], logits[2, [50, 60]] = 2.0, 1.0
-    check_samples(cpu, logits, 1, temperature=0)
-    check_samples(cpu, logits, 1, temperature=1.0, top_k=3)
 
 
 def test_kernels_that_disagree_with_the_reference_are_refused(monkeypatch, caplog):

@@ -10,7 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 COMMAND = (sys.executable, "-m", "pytest", "-p", "tests.support.sanitized", "-q", "-x")
-TESTS = ("tests/backend/test_cpu.py", "tests/backend/test_cpu_golden.py", "-k", "not default_model")
+TESTS = (
+    "tests/backend/test_cpu.py",
+    "tests/backend/test_cpu_sampling.py",
+    "tests/backend/test_cpu_golden.py",
+    *("-k", "not default_model"),
+)
 
 
 def runtime(name):

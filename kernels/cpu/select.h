@@ -1,0 +1,71 @@
+/* What is left of a vocabulary: the largest logits, the smallest keys. */
+#ifndef SELECT_H
+#define SELECT_H
+
+#include "simd.h"
+
+/* Arrays over the vocabulary are padded to whole strides with ids that are never kept. */
+enum { STRIDE = 64 };
+
+typedef struct {
+    int32_t size; /* padded */
+    float *adjusted, *maxima; /* maxima: of each stride */
+
+    /* The ids that are left, in ascending order, and what is known of each. */
+    int32_t count, *ids;
+    float *x;
+    uint32_t *keys; /* the smallest are kept */
+    int64_t *weights;
+} Scratch;
+
+int64_t scratch_bytes(int32_t vocab_size);
+Scratch scratch_at(uint8_t *memory, int32_t vocab_size);
+
+/* Fills `maxima`.  The largest of them is returned; NaN where a logit is NaN, or the largest is
+ * infinite. */
+float largest_of(const Scratch *s, const float *logits, int32_t vocab_size);
+
+/* The lowest id of the largest logit. */
+int32_t first_equal(const Scratch *s, const float *logits, float best);
+
+/* A number that at least k logits are not below: the k-th largest of the maxima. */
+float bound_of_largest(const Scratch *s, int32_t k);
+
+/* Leaves the ids whose x = (logit - best) / temperature is not below `least`. */
+void gather(
+    Scratch *s, const float *logits, int32_t vocab_size, float best, float temperature, float least);
+
+/* Keeps the k largest x, of equals the first. */
+void keep_top_k(Scratch *s, int32_t k);
+
+/* Keeps the smallest keys until their amounts (each 1 where null) reach the goal, of equals the
+ * first. */
+void keep_smallest(Scratch *s, const int64_t *amounts, int64_t goal);
+
+/* The keys of floats ascend as the floats fall; those of 0 and -0 are equal. */
+INLINE uint32_t key_of(float value)
+{
+    uint32_t bits;
+    value += 0.0f;
+    memcpy(&bits, &value, sizeof bits);
+    return bits >> 31 ? bits : ~bits & 0x7fffffff;
+}
+
+/* The last vector of a row, whose other lanes can never be largest. */
+INLINE f32x16 load_padded(const float *p, int32_t left)
+{
+    f32x16 x = splat(-INFINITY);
+    if (left >= 16)
+        return load(p);
+    memcpy(&x, p, sizeof(float) * (size_t)(left > 0 ? left : 0));
+    return x;
+}
+
+INLINE void move(Scratch *s, int32_t from, int32_t to)
+{
+    s->ids[to] = s->ids[from];
+    s->x[to] = s->x[from];
+    s->weights[to] = s->weights[from];
+}
+
+#endif
