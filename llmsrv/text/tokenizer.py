@@ -81,6 +81,7 @@ class Tokenizer:
         known_ends = {self.special_tokens[t] for t in END_TEXTS if t in self.special_tokens}
         self.end_ids = vocabulary.end_ids | known_ends
         self.named_tokens = {f"{name}_token": tokens[id] for name, id in ids.items()}
+        self.fill_in_ids = _fill_in_ids(self._id_of)
 
     def encode(self, text: str, *, parse_special: bool, is_start: bool = True) -> list[int]:
         """The ids of `text`, without BOS; 0.5 M tokens a second.  A byte that the vocabulary has no
