@@ -150,6 +150,11 @@ class Tokenizer:
         return self._types[id] not in SPECIAL and self._types[id] != TokenType.UNUSED
 
 
+def _fill_in_ids(id_of: Mapping[str, int]) -> tuple[int, int, int] | None:
+    texts = next((texts for texts in FILL_IN_TEXTS if all(t in id_of for t in texts)), None)
+    return (id_of[texts[0]], id_of[texts[1]], id_of[texts[2]]) if texts else None
+
+
 def _check_lengths(texts: Collection[str]) -> None:
     longest, total = max(map(len, texts), default=0), sum(map(len, texts))
     if longest > MAX_SPECIAL_LENGTH or total > MAX_SPECIAL_TOTAL:
