@@ -29,6 +29,13 @@ from llmsrv.text.vocabulary import Vocabulary
 
 # Control tokens that end an answer even where the files do not say so.
 END_TEXTS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>")
+# What stands before a text, between it and its ending, and behind both, for a model to fill in.
+FILL_IN_TEXTS = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>"),
+    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
+)
 # The texts of special tokens, far above any model known: one, and all together.
 MAX_SPECIAL_LENGTH = 256
 MAX_SPECIAL_TOTAL = 1 << 18
