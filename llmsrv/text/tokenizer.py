@@ -65,6 +65,7 @@ class Tokenizer:
     special_tokens  id of each control token's text; user-defined tokens are not among them
     bos_id          None where the model has none; add_bos says whether a prompt begins with it
     end_ids         any of these ends an answer
+    fill_in_ids     as FILL_IN_TEXTS, None where the model has none
     named_tokens    texts under the names that chat templates use, as bos_token and eos_token
     longest_token   characters that one id can stand for at most
     """
