@@ -12,6 +12,7 @@ and may be called from several threads at once.
 import re
 from collections.abc import Collection
 from collections.abc import Iterable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
 
