@@ -11,6 +11,8 @@ from llmsrv.api.completions import Completions
 from llmsrv.api.gate import Gate
 from llmsrv.api.models import Models
 from llmsrv.api.operations import Operations
+from llmsrv.api.traffic import Traffic
+from llmsrv.api.traffic import counted
 from llmsrv.asgi.cors import CORS
 from llmsrv.asgi.request import Headers
 from llmsrv.asgi.request import Request
@@ -38,7 +40,8 @@ def build_app(models: Models, keys: list[str]) -> ASGIApp:
     router = Router()
     router.add("POST", "/v1/chat/completions", ChatCompletions(models))
     router.add("POST", "/v1/completions", Completions(models))
-    Operations(models).add_to(router)
+    traffic = Traffic()
+    Operations(models, traffic).add_to(router)
     gate = Gate(config.host, config.allowed_hosts, keys)
     origins = config.allow_origins or (["*"] if keys else "loopback")
     decorated = CORS(
@@ -49,7 +52,7 @@ def build_app(models: Models, keys: list[str]) -> ASGIApp:
         allow_credentials=config.allow_credentials,
         expose_headers=EXPOSED_HEADERS,
     )
-    return identified(decorated)
+    return counted(identified(decorated), traffic)
 
 
 class Application:

@@ -1,11 +1,14 @@
 """GET /metrics in Prometheus' text format, under the names that vLLM's dashboards know.
 
-The rest of the server counts in plain integers; this module alone knows prometheus-client, and
-reads them when it is scraped.
+The rest of the server counts in plain numbers; this module alone knows prometheus-client, and reads
+them when it is scraped.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
 from collections.abc import Iterator
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry
 from prometheus_client import PlatformCollector
@@ -13,52 +16,32 @@ from prometheus_client import ProcessCollector
 from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.core import Metric
+from prometheus_client.core import SummaryMetricFamily
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
+from llmsrv.api.counters import Counters
+from llmsrv.api.counters import Histogram
 from llmsrv.api.models import Model
 from llmsrv.api.models import Models
+from llmsrv.api.traffic import Traffic
 from llmsrv.engine.messages import Gauges
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LABELS = ["model_name", "engine"]
-Family = GaugeMetricFamily | CounterMetricFamily
-Value = Callable[[Model], float]
-FINISH_REASONS = ("stop", "length", "abort")
-
-
-def _gauges(model: Model) -> Gauges:
-    return model.engine.gauges if model.engine else Gauges()
-
-
-def _kv_usage(model: Model) -> float:
-    gauges = _gauges(model)
-    return gauges.used_blocks / gauges.total_blocks if gauges.total_blocks else 0.0
-
-
-# Name, help, value: one sample a model.
-GAUGES: tuple[tuple[str, str, Value], ...] = (
-    ("vllm:num_requests_running", "Sequences in steps", lambda m: _gauges(m).running),
-    ("vllm:num_requests_waiting", "Sequences waiting", lambda m: _gauges(m).waiting),
-    ("vllm:kv_cache_usage_perc", "Part of the KV blocks in use", _kv_usage),
-)
-COUNTERS: tuple[tuple[str, str, Value], ...] = (
-    ("vllm:prompt_tokens", "Prompt tokens", lambda m: m.counters.prompt_tokens),
-    ("vllm:generation_tokens", "Output tokens", lambda m: m.counters.generation_tokens),
-    (
-        "vllm:prefix_cache_queries",
-        "Prompt tokens looked up",
-        lambda m: _gauges(m).num_prefix_queries,
-    ),
-    ("vllm:prefix_cache_hits", "Prompt tokens found", lambda m: _gauges(m).num_prefix_hits),
-    ("vllm:num_preemptions", "Preemptions", lambda m: _gauges(m).num_preemptions),
-)
+CACHE_LABELS = "block_size num_gpu_blocks kv_cache_size_tokens kv_cache_max_concurrency".split()
+FINISH_REASONS = ("stop", "length", "abort", "error")
+# Names that newer releases of vLLM do without, and that many dashboards still ask for.
+OLD_NAMES = {"inter_token_latency_seconds": "time_per_output_token_seconds"}
 
 
 class Metrics:
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Models, traffic: Traffic) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_ModelsCollector(models))
+        self._registry.register(_TrafficCollector(traffic, models))
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
 
@@ -67,24 +50,37 @@ class Metrics:
 
 
 class _ModelsCollector(Collector):
-    """Every family has a sample of every model, loaded or not, labelled with its first name."""
+    """Every family has samples of every model, loaded or not, labelled with its first name."""
 
     def __init__(self, models: Models) -> None:
         self._models = models
 
     def collect(self) -> Iterator[Metric]:
-        for name, help, value in GAUGES:
-            yield self._family(GaugeMetricFamily(name, help, labels=LABELS), value)
-        for name, help, value in COUNTERS:
-            yield self._family(CounterMetricFamily(name, help, labels=LABELS), value)
+        yield self._gauge("num_requests_running", "Sequences in steps", _running)
+        yield self._gauge("num_requests_waiting", "Sequences waiting", _waiting)
+        yield self._gauge("kv_cache_usage_perc", "Part of the KV blocks in use", _kv_usage)
+        yield self._gauge("gpu_cache_usage_perc", "The same under its old name", _kv_usage)
+        yield self._waiting_by_reason()
         yield self._finished()
-        unknown = self._models.num_unknown_fields
-        help = "Request fields that nobody knows, and that were ignored"
-        yield CounterMetricFamily("llmsrv:unknown_fields", help, value=unknown)
+        yield self._cache_config()
+        yield self._restarts()
+        for field in dataclasses.fields(Counters):
+            if "help" in field.metadata:
+                yield self._counted(field.name, field.name, field.metadata["help"])
+                if old_name := OLD_NAMES.get(field.name):
+                    yield self._counted(field.name, old_name, "The same under its old name")
 
-    def _family(self, family: Family, value: Value) -> Metric:
+    def _gauge(self, name: str, help: str, value: Callable[[Gauges], float]) -> Metric:
+        family = GaugeMetricFamily(f"vllm:{name}", help, labels=LABELS)
         for model in self._models:
-            family.add_metric(_labels(model), value(model))
+            family.add_metric(_labels(model), value(_gauges(model)))
+        return family
+
+    def _waiting_by_reason(self) -> Metric:
+        name = "vllm:num_requests_waiting_by_reason"
+        family = GaugeMetricFamily(name, "Sequences waiting", labels=[*LABELS, "reason"])
+        for model in self._models:
+            family.add_metric([*_labels(model), "capacity"], _gauges(model).waiting)
         return family
 
     def _finished(self) -> Metric:
@@ -95,6 +91,93 @@ class _ModelsCollector(Collector):
                 family.add_metric([*_labels(model), reason], model.counters.finished[reason])
         return family
 
+    def _cache_config(self) -> Metric:
+        name, help = "vllm:cache_config_info", "The KV cache of loaded models"
+        family = GaugeMetricFamily(name, help, labels=[*LABELS, *CACHE_LABELS])
+        for model in self._models:
+            if ready := model.engine and model.engine.ready:
+                num_tokens = ready.num_blocks * ready.block_size
+                concurrency = f"{num_tokens / ready.context_length:.2f}"
+                values = (ready.block_size, ready.num_blocks, num_tokens, concurrency)
+                family.add_metric([*_labels(model), *map(str, values)], 1)
+        return family
+
+    def _restarts(self) -> Metric:
+        name = "llmsrv:engine_restarts"
+        family = CounterMetricFamily(name, "Engines started again after a crash", labels=LABELS)
+        for model in self._models:
+            family.add_metric(_labels(model), model.num_restarts)
+        return family
+
+    def _counted(self, field: str, name: str, help: str) -> Metric:
+        """One of the fields of Counters, of every model."""
+        family: Metric = CounterMetricFamily(f"vllm:{name}", help, labels=LABELS)
+        if isinstance(getattr(Counters(), field), Histogram):
+            family = HistogramMetricFamily(f"vllm:{name}", help, labels=LABELS)
+        for model in self._models:
+            value = getattr(model.counters, field)
+            if isinstance(family, HistogramMetricFamily):
+                family.add_metric(_labels(model), *_buckets(value))
+            elif isinstance(family, CounterMetricFamily):
+                family.add_metric(_labels(model), value)
+        return family
+
+
+class _TrafficCollector(Collector):
+    def __init__(self, traffic: Traffic, models: Models) -> None:
+        self._traffic = traffic
+        self._models = models
+
+    def collect(self) -> Iterator[Metric]:
+        traffic = self._traffic
+        requests = CounterMetricFamily(
+            "http_requests", "Requests answered", labels=["handler", "method", "status"]
+        )
+        for labels, number in traffic.requests.items():
+            requests.add_metric(labels, number)
+        yield requests
+        durations = HistogramMetricFamily(
+            "http_request_duration_seconds", "To an answer's end", labels=["handler", "method"]
+        )
+        for route, histogram in traffic.duration_s.items():
+            durations.add_metric(route, *_buckets(histogram))
+        yield durations
+        name = "http_request_duration_highr_seconds"
+        yield HistogramMetricFamily(name, "The same", *_buckets(traffic.all_duration_s))
+        yield self._sizes("http_request_size_bytes", "Of bodies received", traffic.request_bytes)
+        yield self._sizes("http_response_size_bytes", "Of bodies sent", traffic.response_bytes)
+        yield CounterMetricFamily(
+            "llmsrv:unknown_fields", "Request fields ignored", self._models.num_unknown_fields
+        )
+
+    def _sizes(self, name: str, help: str, num_bytes: dict[str, int]) -> Metric:
+        family = SummaryMetricFamily(name, help, labels=["handler"])
+        for route, total in num_bytes.items():
+            family.add_metric([route], self._traffic.num_requests(route), total)
+        return family
+
 
 def _labels(model: Model) -> list[str]:
     return [model.names[0], "0"]
+
+
+def _gauges(model: Model) -> Gauges:
+    return model.engine.gauges if model.engine else Gauges()
+
+
+def _running(gauges: Gauges) -> float:
+    return gauges.running
+
+
+def _waiting(gauges: Gauges) -> float:
+    return gauges.waiting
+
+
+def _kv_usage(gauges: Gauges) -> float:
+    return gauges.used_blocks / gauges.total_blocks if gauges.total_blocks else 0.0
+
+
+def _buckets(histogram: Histogram) -> tuple[list[tuple[str, float]], float]:
+    """As Prometheus wants them: how many values were at most each bound, and the sum."""
+    bounds = map(floatToGoString, [*histogram.bounds, math.inf])
+    return list(zip(bounds, accumulate(histogram.counts), strict=True)), histogram.sum

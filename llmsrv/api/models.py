@@ -57,12 +57,17 @@ class Model:
         self.created = int(time.time())
         self.counters = Counters()
         self.last_used_s = 0.0
+        self._num_restarts = 0  # of the engines of earlier loads
 
         # Of one load
         self.state = ModelState.UNLOADED
         self.service: "Service | None" = None
         self.engine: EngineClient | None = None
         self._text: "TextModel | None" = None
+
+    @property
+    def num_restarts(self) -> int:
+        return self._num_restarts + (self.engine.num_restarts if self.engine else 0)
 
     @property
     def is_busy(self) -> bool:
@@ -107,7 +112,9 @@ class Model:
     async def start_engine(self, config: Config) -> None:
         """Returns before the engine is ready."""
         self.state = ModelState.LOADING
-        self.engine = EngineClient(engine_config(config, self.path))
+        self.engine = EngineClient(
+            engine_config(config, self.path), on_step=self.counters.note_step
+        )
         await self.engine.start()
 
     async def wait_loaded(self, config: Config, is_patient: bool) -> None:
@@ -134,6 +141,7 @@ class Model:
             except TimeoutError:
                 pass
             await self.engine.stop("the model is unloaded", "model_unloaded")
+            self._num_restarts += self.engine.num_restarts
         self.close_text()
         self.state, self.engine, self._text = ModelState.UNLOADED, None, None
 
@@ -278,8 +286,8 @@ class Models:
 def find_models(config: Config) -> list[Model]:
     """The models of the options, each with its file, fetched where need be.
 
-    Raises StartupError when there is none or one is not there, two have the same name, or an option that fits one
-    model only comes with several.
+    Raises StartupError when there is none or one is not there, two have the same name, or an option
+    that fits one model only comes with several.
     """
     if not config.model:
         raise StartupError("--model names no model")

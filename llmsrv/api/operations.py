@@ -12,6 +12,7 @@ from llmsrv.api.metrics import Metrics
 from llmsrv.api.models import Model
 from llmsrv.api.models import Models
 from llmsrv.api.schema import Name
+from llmsrv.api.traffic import Traffic
 from llmsrv.asgi.request import Request
 from llmsrv.asgi.response import Response
 from llmsrv.asgi.router import Router
@@ -28,9 +29,9 @@ class ModelRequest(msgspec.Struct):
 
 
 class Operations:
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Models, traffic: Traffic) -> None:
         self._models = models
-        self._metrics = Metrics(models)
+        self._metrics = Metrics(models, traffic)
         self._decoder = msgspec.json.Decoder(ModelRequest)
 
     def add_to(self, router: Router) -> None:
@@ -63,7 +64,7 @@ class Operations:
         return _told(await self._models.unload(name), name)
 
     async def _asked(self, request: Request) -> str:
-        asked = await decode.read(request, self._decoder, self._models.body_limit_bytes)
+        asked = await decode.read(request, self._decoder, self._models)
         return asked.model
 
     async def health(self, request: Request) -> Response:

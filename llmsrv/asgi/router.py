@@ -20,7 +20,8 @@ MAX_SHOWN_PATH = 200
 
 
 class Router:
-    """A table of handlers, and itself a handler: calling it dispatches a request.
+    """A table of handlers, and itself a handler: calling it dispatches a request, whose
+    scope["route"] then is the path as it was added.
 
     It answers OPTIONS itself, and a HEAD as the GET of that path; the server drops the body.
     Raises ApiError 404 for an unknown path, 405 for a known one without that method, 501 for a
@@ -73,6 +74,7 @@ class Router:
         """The handlers of the request's path by method, none for an unknown path."""
         path = request.raw_path
         if path in self._exact:
+            request.scope["route"] = path.decode()
             return self._exact[path]
         for prefix, name, handlers in self._tails:
             if path.startswith(prefix) and len(path) > len(prefix):
@@ -81,6 +83,7 @@ class Router:
                 except UnicodeDecodeError:
                     return {}
                 request.path_params[name] = value
+                request.scope["route"] = f"{prefix.decode()}{{{name}}}"
                 return handlers
         return {}
 

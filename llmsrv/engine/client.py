@@ -180,9 +180,10 @@ class EngineClient:
         self,
         config: EngineConfig,
         patience: Patience = Patience(),
-        on_step: Callable[[Step], None] = lambda step: None,
+        on_step: Callable[[Step, int], None] = lambda step, num_prompt_tokens: None,
     ) -> None:
-        """on_step is called with each step, after its requests have got theirs."""
+        """on_step is called with each step, after its requests have got theirs, and the number of
+        prompt tokens of those that were admitted in it."""
         self._config = config
         self._patience = patience
         self._on_step = on_step
@@ -333,8 +334,11 @@ class EngineClient:
     def _take(self, step: Step) -> None:
         """Hands a step to its requests; one that is unknown here was aborted a moment ago."""
         generations = self._generations
+        num_prompt_tokens = 0
         for admitted in step.admitted:
             if generation := generations.get(admitted.request):
+                if not generation.is_admitted:
+                    num_prompt_tokens += len(generation.submit.prompt_ids)
                 generation.admit(admitted.num_cached_tokens)
         for tokens in step.tokens:
             if generation := generations.get(tokens.request):
@@ -348,7 +352,7 @@ class EngineClient:
             if generation := generations.pop(failed.request, None):
                 generation.end(_error_of(failed))
         self.gauges = step.gauges
-        self._on_step(step)
+        self._on_step(step, num_prompt_tokens)
         if not generations:
             self._note_change()
 
