@@ -15,7 +15,7 @@ typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 
 #define INLINE static inline __attribute__((always_inline))
-#if !defined(TIER_AVX512) && !defined(TIER_AVX2)
+#if !defined(TIER_AVX512) && !defined(TIER_AVX2) && !defined(TIER_NEON)
 #define UNROLL /* vectors are memory: unrolled, they take minutes to compile and run no faster */
 #elif defined(__clang__)
 #define UNROLL _Pragma("unroll")
@@ -49,8 +49,15 @@ INLINE f32x16 choose(i32x16 mask, f32x16 a, f32x16 b)
 #include "avx512.h"
 #elif defined(TIER_AVX2)
 #include "avx2.h"
+#elif defined(TIER_NEON)
+#include "neon.h"
 #else
 #include "portable.h"
+#endif
+
+/* Whether dot4 takes the bytes of weights as signed; else they are unsigned. */
+#ifndef DOT4_IS_SIGNED
+#define DOT4_IS_SIGNED 0
 #endif
 
 INLINE void prefetch_write(const void *p) { __builtin_prefetch(p, 1); }

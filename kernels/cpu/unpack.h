@@ -5,9 +5,16 @@
 #include "formats.h"
 #include "simd.h"
 
+/* What 8-bit weights, stored plus 128, are xored with; all others are below 128 anyway. */
+enum { SIGN = DOT4_IS_SIGNED ? 128 : 0 };
+
 INLINE int32_t offset_of(int format)
 {
-    return format == Q4_0 ? 8 : format == Q5_0 ? 16 : format == Q6_K ? 32 : format == Q8_0 ? 128 : 0;
+    return format == Q4_0   ? 8
+           : format == Q5_0 ? 16
+           : format == Q6_K ? 32
+           : format == Q8_0 ? 128 - SIGN
+                            : 0;
 }
 
 INLINE int has_minimum(int format)
@@ -19,8 +26,8 @@ INLINE int has_minimum(int format)
 INLINE void integers(int format, const uint8_t *w, int j, u32x16 *low, u32x16 *high)
 {
     if (format == Q8_0) {
-        *low = load_bytes(w + 64 * j);
-        *high = load_bytes(w + 64 * (j + 4));
+        *low = load_bytes(w + 64 * j) ^ (0x01010101u * SIGN);
+        *high = load_bytes(w + 64 * (j + 4)) ^ (0x01010101u * SIGN);
         return;
     }
     u32x16 both = load_bytes(w + 64 * j);

@@ -88,6 +88,12 @@ TIERS = (
         frozenset({"avx2", "fma", "f16c"}),
         ("-DTIER_AVX2", "-mavx2", "-mfma", "-mf16c"),
     ),
+    Tier(
+        "NEON with I8MM",
+        frozenset({"asimddp", "i8mm"}),
+        ("-DTIER_NEON", "-DTIER_I8MM", "-march=armv8.2-a+dotprod+i8mm"),
+    ),
+    Tier("NEON", frozenset({"asimddp"}), ("-DTIER_NEON", "-march=armv8.2-a+dotprod")),
     Tier("portable", frozenset(), ()),
 )
 

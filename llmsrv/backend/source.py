@@ -99,11 +99,13 @@ def load_library(texts: dict[str, bytes], flags: Iterable[str], cache_dir: Path)
 
 
 def cpu_features() -> frozenset[str]:
-    """The names of the instruction sets this CPU has, as Linux lists them; elsewhere its name."""
+    """The names of the instruction sets this CPU has, as Linux lists them; elsewhere its name, and
+    of Apple's own CPUs the dot products that all of them have."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return frozenset({platform.machine(), platform.processor()})
+        features = {platform.machine(), platform.processor()}
+        return frozenset(features | {"asimddp"} if "arm64" in features else features)
     for line in lines:
         name, _, value = line.partition(":")
         if name.strip() in ("flags", "Features"):
@@ -183,6 +185,8 @@ def _compile(
 ) -> Path:
     for name, text in texts.items():
         (build / name).write_bytes(text)
+    if "ziglang" in compiler.command:  # it compiles for this CPU, and has its own words for others
+        flags = tuple(flag for flag in flags if not flag.startswith("-march="))
     library = build / "kernels.so"
     names = [name for name in texts if name.endswith(".c")]
     command = [*compiler.command, *flags, "-shared", "-fPIC", "-o", library.name, *names, "-lm"]

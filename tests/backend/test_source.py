@@ -1,6 +1,7 @@
 """Kernels compiled and cached: whatever is wrong with compiler or cache, the server starts."""
 
 import ctypes
+import importlib.util
 import logging
 import os
 import stat
@@ -10,10 +11,14 @@ import sys
 import pytest
 
 from llmsrv.backend import source
+from llmsrv.backend.cpu import TIERS
+from llmsrv.backend.cpu import CPUBackend
+from llmsrv.backend.cpu import CPUOptions
 from llmsrv.backend.source import CompileError
 from llmsrv.backend.source import find_compiler
 from llmsrv.backend.source import kernel_texts
 from llmsrv.backend.source import load_library
+from llmsrv.config import default_cache_dir
 
 TEXTS = {"answer.c": b"#include \"answer.h\"\nint answer(void) { return ANSWER; }\n"}
 FLAGS = ["-O1"]
@@ -185,6 +190,27 @@ def test_the_compiler_is_cc_of_the_environment_then_of_the_path_then_ziglang(
     spec = type("Spec", (), {"origin": __file__})
     monkeypatch.setattr(source.importlib.util, "find_spec", lambda name: spec)
     assert find_compiler().command == (sys.executable, "-m", "ziglang", "cc")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("ziglang"), reason="needs ziglang")
+def test_ziglang_compiles_the_best_tier_where_nothing_else_can(tmp_path, monkeypatch):
+    best = CPUBackend(CPUOptions(default_cache_dir())).tier
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "ziglang" in find_compiler().command
+    assert CPUBackend(CPUOptions(tmp_path)).tier == best
+    assert load_library(texts(), [*FLAGS, "-march=native"], tmp_path).answer() == 42
+
+
+def test_on_apples_own_cpus_there_are_dot_products(monkeypatch):
+    def read_text(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(source.Path, "read_text", read_text)
+    monkeypatch.setattr(source.platform, "machine", lambda: "arm64")
+    tiers = [tier.name for tier in TIERS if tier.needs <= source.cpu_features()]
+    assert tiers == ["NEON", "portable"]
 
 
 def test_the_kernels_of_this_checkout_are_found():

@@ -1,0 +1,88 @@
+"""A pytest plugin: the CPU kernels are those of AArch64, and run under qemu-aarch64.
+
+Loaded by test_cpu_aarch64.py as `-p tests.support.aarch64` with the tier's name in TIER.  ziglang
+compiles; the emulated process maps the arena of this one, so that all addresses mean the same.
+"""
+
+import functools
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from llmsrv.backend import cpu
+from llmsrv.backend import cpu_library
+from llmsrv.backend import source
+from tests.support.arena import ADDRESS
+from tests.support.arena import SIZE
+from tests.support.arena import Arena
+
+HOST = Path(__file__).with_name("aarch64_host.c")
+ZIG = (sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-musl")
+# By tier: the CPU's flags in zig's words, and a CPU of qemu that has nothing else.
+CPUS = {
+    "NEON": ("-mcpu=generic+v8_2a+dotprod", "neoverse-n1"),
+    "NEON with I8MM": ("-mcpu=generic+v8_2a+dotprod+i8mm", "max"),
+}
+
+
+class Emulated:
+    """The functions of one library in a process of its own.
+
+    directory  holds the program as long as it runs
+    """
+
+    def __init__(self, directory: Any, program: Path, qemu_cpu: str, arena: Arena) -> None:
+        self._directory = directory
+        command = ["qemu-aarch64", "-cpu", qemu_cpu, str(program)]
+        self._process = subprocess.Popen(
+            [*command, str(ADDRESS), str(SIZE), str(arena.fd)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[arena.fd],
+        )
+
+    def call(self, number: int, *arguments: int) -> int:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        words = *arguments, *[0] * (16 - len(arguments))
+        self._process.stdin.write(struct.pack("17q", number, *words))
+        self._process.stdin.flush()
+        return int.from_bytes(self._process.stdout.read(8), "little", signed=True)
+
+
+def pytest_collection() -> None:
+    tier = next(tier for tier in cpu.TIERS if tier.name == os.environ["TIER"])
+    arena = Arena()
+    for module in (cpu, source):
+        setattr(module, "cpu_features", lambda: tier.needs)
+    setattr(cpu, "load_library", functools.partial(load, arena, tier.name))
+    arena.install()
+
+
+def load(arena: Arena, tier: str, texts: dict[str, bytes], flags: tuple[str, ...], _: Path) -> Any:
+    names = list(cpu_library.FUNCTIONS)
+    directory = tempfile.TemporaryDirectory()
+    program = compile_for(tier, texts, flags, Path(directory.name))
+    emulated = Emulated(directory, program, CPUS[tier][1], arena)
+    return arena.library(
+        {name: functools.partial(emulated.call, i) for i, name in enumerate(names)}
+    )
+
+
+def compile_for(tier: str, texts: dict[str, bytes], flags: tuple[str, ...], build: Path) -> Path:
+    """A program of the kernels and HOST; the C library is that of any AArch64, made once."""
+    for name, text in texts.items():
+        (build / name).write_bytes(text)
+    functions = "".join(f"F({name})" for name in cpu_library.FUNCTIONS)
+    (build / "host.c").write_text(f"#define FUNCTIONS {functions}\n{HOST.read_text()}")
+    names = [name for name in texts if name.endswith(".c")]
+    told = [flag for flag in flags if not flag.startswith("-march=")]
+    run = functools.partial(subprocess.run, cwd=build, check=True)
+    for name in names:
+        run([*ZIG, *told, CPUS[tier][0], "-c", name, "-o", f"{name}.o"])
+    objects = [f"{name}.o" for name in names]
+    run([*ZIG, "-O1", "-static", "-Wno-everything", "host.c", *objects, "-o", "kernels"])
+    return build / "kernels"
