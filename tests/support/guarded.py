@@ -1,0 +1,23 @@
+"""A pytest plugin: behind every buffer that the CPU kernels get lies a page that faults.
+
+Loaded by test_cpu_guarded.py as `-p tests.support.guarded`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from llmsrv.backend import cpu
+from llmsrv.backend import cpu_library
+from llmsrv.backend import source
+from tests.support.arena import Arena
+
+
+def pytest_collection() -> None:
+    arena = Arena()
+
+    def load(texts: dict[str, bytes], flags: tuple[str, ...], cache_dir: Path) -> Any:
+        library = cpu_library.declare(source.load_library(texts, flags, cache_dir))
+        return arena.library({name: getattr(library, name) for name in cpu_library.FUNCTIONS})
+
+    setattr(cpu, "load_library", load)
+    arena.install()
