@@ -3,7 +3,6 @@
 Source: OpenAI API reference, "Chat Completions".
 """
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -13,18 +12,25 @@ import orjson
 
 from llmsrv.api import decode
 from llmsrv.api import generate
-from llmsrv.api.generate import Job
+from llmsrv.api import logprobs
+from llmsrv.api import structured
+from llmsrv.api.job import Job
+from llmsrv.api.job import start
+from llmsrv.api.message import MessageReader
+from llmsrv.api.message import begins_thinking
+from llmsrv.api.message import shown_tokens
 from llmsrv.api.models import Models
-from llmsrv.api.output import TokenEntry
+from llmsrv.api.output import Delta
+from llmsrv.api.prompt import prompt_ids
 from llmsrv.api.schema import ChatCompletionRequest
-from llmsrv.api.schema import ContentPart
-from llmsrv.api.schema import Message
 from llmsrv.api.service import Service
+from llmsrv.api.tools import ToolUse
+from llmsrv.api.tools import tool_use
 from llmsrv.asgi.request import Request
 from llmsrv.asgi.response import Response
 from llmsrv.asgi.sse import EventStream
+from llmsrv.config import Config
 from llmsrv.errors import ApiError
-from llmsrv.text.tokenizer import Tokenizer
 
 
 class ChatCompletions:
@@ -33,128 +39,127 @@ class ChatCompletions:
         self._decoder = msgspec.json.Decoder(ChatCompletionRequest)
 
     async def __call__(self, request: Request) -> Response | EventStream:
-        asked = await decode.read(request, self._decoder, self._models.body_limit_bytes)
-        _check(asked)
+        asked = await decode.read(request, self._decoder, self._models)
+        _check(asked, self._models.config)
         service = self._models.find(asked.model)
-        prompt_ids = await self._encode(service, asked)
-        max_tokens = generate.output_limit(
+        tools = tool_use(service, asked)
+        ids = await prompt_ids(service, asked, tools.tools if tools else [])
+        thinks = _thinks(service)
+        submits = generate.make_submits(
             service,
-            len(prompt_ids),
-            asked.max_completion_tokens or asked.max_tokens,
-            None,
-            "messages",
-        )
-        num_logprobs = (asked.top_logprobs or 0) if asked.logprobs else -1
-        job = Job(
-            service,
-            service.text.tokenizer,
             asked,
-            [prompt_ids],
-            [max_tokens],
-            num_logprobs,
-            generate.tenant_of(request),
+            [ids],
+            [generate.output_limit(service, len(ids), asked.max_tokens, None, "messages")],
+            n=asked.n or 1,
+            num_logprobs=_num_logprobs(asked),
+            tells_prompt=asked.prompt_logprobs is not None,
+            tenant=generate.tenant_of(request),
+            grammar=await structured.grammar_of(service, asked),
         )
-        await generate.start(request, job)
-        answer = _Answer(service, service.text.tokenizer, asked, job)
+        shown = shown_tokens(service.text.tokenizer, tools, thinks)
+        rules = generate.text_rules(asked, service.text.tokenizer, shown)
+        job = await start(request, Job(service, submits, rules))
+        answer = _Answer(service, asked, job, ids, tools, thinks)
         if asked.stream:
             return EventStream(answer.events(), on_end=job.end)
         async with request.cancel_on_disconnect():
             return Response(body=await answer.whole())
-
-    async def _encode(self, service: Service, asked: ChatCompletionRequest) -> list[int]:
-        model = service.text
-        if model.template is None:
-            raise ApiError(
-                400,
-                "This model has no chat template; start the server with --chat-template FILE, "
-                "or use /v1/completions.",
-                param="messages",
-                code="no_chat_template",
-            )
-        messages = [_plain(message, i) for i, message in enumerate(asked.messages)]
-        num_chars = sum(len(message["content"]) for message in messages)
-        if num_chars <= generate.INLINE_CHARS:
-            return model.template.encode(messages)
-        longest = max((message["content"] for message in messages), key=len)
-        generate.refuse_too_long(service, model.tokenizer, longest, "messages")
-        return await asyncio.to_thread(model.template.encode, messages)
 
 
 class _Answer:
     """One request's answer in OpenAI's shape."""
 
     def __init__(
-        self, service: Service, tokenizer: Tokenizer, asked: ChatCompletionRequest, job: Job
+        self,
+        service: Service,
+        asked: ChatCompletionRequest,
+        job: Job,
+        prompt_ids: list[int],
+        tools: ToolUse | None,
+        thinks: bool,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer = service.text.tokenizer
+        self._asked = asked
         self._job = job
-        self._with_logprobs = bool(asked.logprobs)
-        self._token_ids_as_text = bool(asked.return_tokens_as_token_ids)
-        self._include_usage = generate.wants_usage(asked)
+        self._prompt_ids = prompt_ids
+        self._shapes = logprobs.Shapes(
+            self._tokenizer, asked.top_logprobs or 0, bool(asked.return_tokens_as_token_ids)
+        )
+        is_thinking = thinks and begins_thinking(self._tokenizer, prompt_ids)
+        self._readers = [MessageReader(tools, thinks, is_thinking) for _ in job.outputs]
         kind = "chat.completion.chunk" if asked.stream else "chat.completion"
-        self._head = generate.head(service, asked.model, kind, "chatcmpl")
+        self._head = generate.head(service, asked, kind, "chatcmpl")
 
     async def whole(self) -> bytes:
         """The answer as one object, when every choice has ended."""
-        choices = [
-            {
-                "index": choice.index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                "logprobs": self._logprobs(choice.entries),
-                "finish_reason": choice.finish_reason,
-            }
-            for choice in await self._job.whole()
-        ]
-        return orjson.dumps(self._head | {"choices": choices, "usage": self._job.usage()})
+        choices = [self._choice(delta) for delta in await self._job.whole()]
+        body = self._head | {"choices": choices, "usage": self._job.usage()}
+        if (num_asked := self._asked.prompt_logprobs) is not None:
+            entries = self._job.prompt_entries[0]
+            body["prompt_logprobs"] = logprobs.of_prompt(self._tokenizer, entries, num_asked)
+        if self._asked.return_token_ids:
+            body["prompt_token_ids"] = self._prompt_ids
+        return orjson.dumps(body)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as the payloads of server-sent events."""
         for output in self._job.outputs:
-            yield self._chunk(output.index, {"role": "assistant", "content": ""}, None, None)
+            yield self._chunk(Delta(output.index, ""), {"role": "assistant", "content": ""})
         async with aclosing(self._job.deltas()) as deltas:
             async for delta in deltas:
-                if delta.text or delta.entries:
-                    logprobs = self._logprobs(delta.entries)
-                    yield self._chunk(delta.index, {"content": delta.text}, logprobs, None)
-                if delta.finish_reason:
-                    yield self._chunk(delta.index, {}, None, delta.finish_reason)
-        if self._include_usage:
+                for chunk in self._chunks(delta):
+                    yield chunk
+        if generate.includes_usage(self._asked):
             yield orjson.dumps(self._head | {"choices": [], "usage": self._job.usage()})
         yield b"[DONE]"
 
-    def _chunk(
-        self, index: int, delta: dict[str, Any], logprobs: Any, finish_reason: str | None
-    ) -> bytes:
+    def _choice(self, delta: Delta) -> dict[str, Any]:
+        reader = self._readers[delta.index]
+        assert delta.finish_reason is not None
         choice = {
-            "index": index,
-            "delta": delta,
-            "logprobs": logprobs,
-            "finish_reason": finish_reason,
+            "index": delta.index,
+            "message": reader.message(delta.text),
+            "logprobs": self._logprobs(delta),
+            "finish_reason": reader.finish_reason(delta.finish_reason),
         }
-        usage = {"usage": None} if self._include_usage else {}
-        return orjson.dumps({**self._head, "choices": [choice], **usage})
+        return choice | ({"token_ids": delta.ids} if self._asked.return_token_ids else {})
 
-    def _logprobs(self, entries: list[TokenEntry]) -> dict[str, Any] | None:
-        if not self._with_logprobs:
-            return None
-        content = [
-            {
-                **self._token(entry.id, entry.logprob),
-                "top_logprobs": [self._token(*pair) for pair in entry.alternatives],
-            }
-            for entry in entries
-        ]
-        return {"content": content, "refusal": None}
+    def _chunks(self, delta: Delta) -> list[bytes]:
+        """Of one delta: its parts, the first with all log-probabilities; the reason by itself."""
+        reader, reason = self._readers[delta.index], delta.finish_reason
+        parts = reader.deltas(delta.text, is_last=reason is not None)
+        if not parts and (delta.entries or (delta.ids and self._asked.return_token_ids)):
+            parts = [{}]
+        chunks = [self._chunk(delta, part) for part in parts[:1]]
+        chunks += [self._chunk(Delta(delta.index, ""), part) for part in parts[1:]]
+        if reason is not None:
+            told = reader.finish_reason(reason)
+            chunks.append(self._chunk(Delta(delta.index, ""), {}, told))
+        return chunks
 
-    def _token(self, id: int, logprob: float) -> dict[str, Any]:
-        spelled = self._tokenizer.token_bytes(id)
-        text = f"token_id:{id}" if self._token_ids_as_text else spelled.decode(errors="replace")
-        return {"token": text, "logprob": generate.logprob(logprob), "bytes": list(spelled)}
+    def _chunk(self, delta: Delta, part: dict[str, Any], reason: str | None = None) -> bytes:
+        choice = {
+            "index": delta.index,
+            "delta": part,
+            "logprobs": self._logprobs(delta) if delta.entries else None,
+            "finish_reason": reason,
+        }
+        if self._asked.return_token_ids:
+            choice["token_ids"] = delta.ids
+        chunk = {**self._head, "choices": [choice]}
+        if self._asked.return_token_ids and "role" in part:
+            chunk["prompt_token_ids"] = self._prompt_ids
+        if generate.includes_usage(self._asked):
+            is_told = generate.includes_usage(self._asked, in_each_chunk=True)
+            chunk["usage"] = self._job.usage() if is_told else None
+        return orjson.dumps(chunk)
+
+    def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
+        return self._shapes.chat(delta.entries) if self._asked.logprobs else None
 
 
-def _check(asked: ChatCompletionRequest) -> None:
-    decode.refuse_unsupported(asked)
-    generate.check_stream_options(asked)
+def _check(asked: ChatCompletionRequest, config: Config) -> None:
+    generate.check(asked, config)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise ApiError(
             400,
@@ -162,33 +167,16 @@ def _check(asked: ChatCompletionRequest) -> None:
             param="top_logprobs",
             code="invalid_value",
         )
+    asked.max_tokens = asked.max_completion_tokens or asked.max_tokens
 
 
-def _plain(message: Message, index: int) -> dict[str, str]:
-    """A message as templates know it: the content one string, `developer` the older `system`."""
-    content = message.content
-    if not isinstance(content, str):
-        where = f"messages[{index}].content"
-        content = "".join(_text(part, f"{where}[{j}]") for j, part in enumerate(content))
-    role = "system" if message.role == "developer" else message.role
-    plain = {"role": role, "content": content}
-    return plain | ({"name": message.name} if message.name else {})
+def _num_logprobs(asked: ChatCompletionRequest) -> int:
+    """How many alternatives the engine is asked for."""
+    of_answer = (asked.top_logprobs or 0) if asked.logprobs else -1
+    return max(of_answer, -1 if asked.prompt_logprobs is None else asked.prompt_logprobs)
 
 
-def _text(part: ContentPart, param: str) -> str:
-    if part.type != "text":
-        raise ApiError(
-            400,
-            f"Invalid value for '{param}.type': expected 'text', the only type that this model "
-            f"takes, but got '{part.type}'.",
-            param=f"{param}.type",
-            code="unsupported_value",
-        )
-    if part.text is None:
-        raise ApiError(
-            400,
-            f"Missing required parameter: '{param}.text'.",
-            param=f"{param}.text",
-            code="missing_required_parameter",
-        )
-    return part.text
+def _thinks(service: Service) -> bool:
+    """Whether the answer may begin with thoughts between tags."""
+    asked, template = service.config.reasoning_parser, service.text.template
+    return asked == "think" or (asked == "auto" and bool(template and template.has_thoughts))

@@ -5,7 +5,11 @@ Source: OpenAI API reference, "Completions".
 
 import asyncio
 from collections.abc import AsyncGenerator
+from collections.abc import Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import msgspec
@@ -13,7 +17,10 @@ import orjson
 
 from llmsrv.api import decode
 from llmsrv.api import generate
-from llmsrv.api.generate import Job
+from llmsrv.api import logprobs
+from llmsrv.api import structured
+from llmsrv.api.job import Job
+from llmsrv.api.job import start
 from llmsrv.api.models import Models
 from llmsrv.api.output import Delta
 from llmsrv.api.output import TokenEntry
@@ -23,7 +30,9 @@ from llmsrv.api.service import Service
 from llmsrv.asgi.request import Request
 from llmsrv.asgi.response import Response
 from llmsrv.asgi.sse import EventStream
+from llmsrv.config import Config
 from llmsrv.errors import ApiError
+from llmsrv.text.detokenizer import Detokenizer
 from llmsrv.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -35,100 +44,119 @@ class Completions:
         self._decoder = msgspec.json.Decoder(CompletionRequest)
 
     async def __call__(self, request: Request) -> Response | EventStream:
-        asked = await decode.read(request, self._decoder, self._models.body_limit_bytes)
-        decode.refuse_unsupported(asked)
-        generate.check_stream_options(asked)
+        asked = await decode.read(request, self._decoder, self._models)
+        _check(asked, self._models.config)
         service = self._models.find(asked.model)
-        tokenizer = service.text.tokenizer
         prompts = [
-            await self._encode(service, prompt, param) for prompt, param in _prompts(asked.prompt)
+            await _encode(service, asked, prompt, param) for prompt, param in _prompts(asked.prompt)
         ]
         max_tokens = [
-            generate.output_limit(
-                service, len(ids), asked.max_tokens, DEFAULT_MAX_TOKENS, "prompt"
-            )
+            generate.output_limit(service, len(ids), asked.max_tokens, DEFAULT_MAX_TOKENS, "prompt")
             for ids in prompts
         ]
-        num_logprobs = -1 if asked.logprobs is None else asked.logprobs
-        tenant = generate.tenant_of(request)
-        job = Job(service, tokenizer, asked, prompts, max_tokens, num_logprobs, tenant)
-        await generate.start(request, job)
-        answer = _Answer(service, tokenizer, asked, job)
+        submits = generate.make_submits(
+            service,
+            asked,
+            prompts,
+            max_tokens,
+            n=asked.best_of or asked.n or 1,
+            num_logprobs=_num_logprobs(asked),
+            tells_prompt=_tells_prompt(asked),
+            tenant=generate.tenant_of(request),
+            grammar=await structured.grammar_of(service, asked),
+        )
+        rules = generate.text_rules(asked, service.text.tokenizer)
+        job = await start(request, Job(service, submits, rules))
+        answer = _Answer(service, asked, job, prompts)
         if asked.stream:
             return EventStream(answer.events(), on_end=job.end)
         async with request.cancel_on_disconnect():
             return Response(body=await answer.whole())
-
-    async def _encode(
-        self, service: Service, prompt: str | list[int], param: str
-    ) -> list[int]:
-        tokenizer = service.text.tokenizer
-        if not isinstance(prompt, str):
-            return _checked_ids(prompt, tokenizer.vocab_size, param)
-        if len(prompt) <= generate.INLINE_CHARS:
-            ids = tokenizer.encode(prompt, parse_special=True)
-        else:
-            generate.refuse_too_long(service, tokenizer, prompt, "prompt")
-            ids = await asyncio.to_thread(tokenizer.encode, prompt, parse_special=True)
-        ids = tokenizer.with_bos(ids)
-        if not ids:
-            raise _empty(param)
-        return ids
 
 
 class _Answer:
     """One request's answer in OpenAI's shape."""
 
     def __init__(
-        self, service: Service, tokenizer: Tokenizer, asked: CompletionRequest, job: Job
+        self, service: Service, asked: CompletionRequest, job: Job, prompts: list[list[int]]
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer = service.text.tokenizer
+        self._asked = asked
         self._job = job
-        self._with_logprobs = asked.logprobs is not None
-        self._token_ids_as_text = bool(asked.return_tokens_as_token_ids)
-        self._include_usage = generate.wants_usage(asked)
-        self._head = generate.head(service, asked.model, "text_completion", "cmpl")
+        self._prompts = prompts
+        self._shapes = logprobs.Shapes(
+            self._tokenizer, asked.logprobs or 0, bool(asked.return_tokens_as_token_ids)
+        )
+        self._begun: set[int] = set()  # choices of which something was told
+        self._echoes: dict[int, _Echo] = {}  # by prompt
+        self._head = generate.head(service, asked, "text_completion", "cmpl")
 
     async def whole(self) -> bytes:
         """The answer as one object, when every choice has ended."""
-        choices = [self._choice(choice) for choice in await self._job.whole()]
+        deltas = await self._job.whole()
+        if self._asked.best_of:
+            deltas = _best(deltas, self._asked.best_of, self._asked.n or 1)
+        num_each = len(deltas) // len(self._prompts)
+        choices = [self._choice(delta, i // num_each) for i, delta in enumerate(deltas)]
         return orjson.dumps(self._head | {"choices": choices, "usage": self._job.usage()})
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as the payloads of server-sent events."""
-        usage = {"usage": None} if self._include_usage else {}
+        num_each = self._asked.n or 1
         async with aclosing(self._job.deltas()) as deltas:
             async for delta in deltas:
-                yield orjson.dumps({**self._head, "choices": [self._choice(delta)], **usage})
-        if self._include_usage:
+                choice = self._choice(delta, delta.index // num_each)
+                yield orjson.dumps({**self._head, "choices": [choice], **self._usage()})
+        if generate.includes_usage(self._asked):
             yield orjson.dumps(self._head | {"choices": [], "usage": self._job.usage()})
         yield b"[DONE]"
 
-    def _choice(self, delta: Delta) -> dict[str, Any]:
-        return {
+    def _usage(self) -> dict[str, Any]:
+        if not generate.includes_usage(self._asked):
+            return {}
+        is_told = generate.includes_usage(self._asked, in_each_chunk=True)
+        return {"usage": self._job.usage() if is_told else None}
+
+    def _choice(self, delta: Delta, prompt: int) -> dict[str, Any]:
+        """A choice in full, or what is new of it; with its first piece comes what echoes the
+        prompt."""
+        is_first = delta.index not in self._begun
+        self._begun.add(delta.index)
+        echo = self._echo(prompt)
+        choice: dict[str, Any] = {
             "index": delta.index,
-            "text": delta.text,
-            "logprobs": self._logprobs(delta.entries),
+            "text": echo.text + delta.text if is_first else delta.text,
+            "logprobs": self._logprobs(delta, echo, is_first),
             "finish_reason": delta.finish_reason,
         }
+        if (num_asked := self._asked.prompt_logprobs) is not None:
+            entries = self._job.prompt_entries[prompt]
+            choice["prompt_logprobs"] = logprobs.of_prompt(self._tokenizer, entries, num_asked)
+        if self._asked.return_token_ids:
+            choice["token_ids"] = delta.ids
+            if is_first:
+                choice["prompt_token_ids"] = self._prompts[prompt]
+        return choice
 
-    def _logprobs(self, entries: list[TokenEntry]) -> dict[str, Any] | None:
-        if not self._with_logprobs:
+    def _logprobs(self, delta: Delta, echo: "_Echo", is_first: bool) -> dict[str, Any] | None:
+        if self._asked.logprobs is None:
             return None
-        return {
-            "tokens": [self._text(entry.id) for entry in entries],
-            "token_logprobs": [generate.logprob(entry.logprob) for entry in entries],
-            "top_logprobs": [
-                {self._text(id): generate.logprob(value) for id, value in entry.alternatives}
-                for entry in entries
-            ],
-            "text_offset": [entry.start for entry in entries],
-        }
+        entries = [replace(entry, start=entry.start + len(echo.text)) for entry in delta.entries]
+        if not is_first:
+            return self._shapes.completion(entries, None)
+        return self._shapes.completion([*echo.entries, *entries], echo.first_id)
 
-    def _text(self, id: int) -> str:
-        if self._token_ids_as_text:
-            return f"token_id:{id}"
-        return self._tokenizer.token_bytes(id).decode(errors="replace")
+    def _echo(self, prompt: int) -> "_Echo":
+        if not self._asked.echo:
+            return _Echo()
+        if prompt not in self._echoes:
+            text, _ = _prompts(self._asked.prompt)[prompt]
+            ids, entries = self._prompts[prompt], self._job.prompt_entries[prompt]
+            self._echoes[prompt] = _echo_of(self._tokenizer, text, ids, entries)
+        return self._echoes[prompt]
+
+
+# ---- The prompt
 
 
 def _prompts(prompt: str | list[Any]) -> list[tuple[str | list[int], str]]:
@@ -140,28 +168,117 @@ def _prompts(prompt: str | list[Any]) -> list[tuple[str | list[int], str]]:
         return [(prompt, "prompt")]
     if not any(isinstance(item, int) for item in prompt) and len(prompt) <= MAX_PROMPTS:
         return [(item, f"prompt[{i}]") for i, item in enumerate(prompt)]
-    raise ApiError(
-        400,
-        "Invalid 'prompt': expected a string, a list of token ids, or a list of at most "
-        f"{MAX_PROMPTS} of either, but got a list of {len(prompt)} items.",
-        param="prompt",
-        code="invalid_value",
+    raise _invalid(
+        "prompt",
+        "expected a string, a list of token ids, or a list of at most "
+        f"{MAX_PROMPTS} of either, but got a list of {len(prompt)} items",
     )
 
 
-def _checked_ids(ids: list[int], vocab_size: int, param: str) -> list[int]:
+async def _encode(
+    service: Service, asked: CompletionRequest, prompt: str | list[int], param: str
+) -> list[int]:
+    tokenizer = service.text.tokenizer
+    ids = await _ids(service, asked, prompt, param)
+    if asked.suffix:
+        if tokenizer.fill_in_ids is None:
+            raise _invalid("suffix", "this model's vocabulary has no tokens for filling in")
+        before, between, behind = tokenizer.fill_in_ids
+        ids = [before, *ids, between, *await _ids(service, asked, asked.suffix, "suffix"), behind]
+    if asked.add_special_tokens is not False and isinstance(prompt, str):
+        ids = tokenizer.with_bos(ids)
     if not ids:
-        raise _empty(param)
-    if max(ids) >= vocab_size:
-        raise ApiError(
-            400,
-            f"Invalid '{param}': token ids must be below {vocab_size}, but got {max(ids)}.",
-            param=param,
-            code="invalid_value",
-        )
-    return ids
+        raise _invalid(param, "expected at least one token, but got an empty prompt")
+    return generate.truncated(service, asked, ids)
 
 
-def _empty(param: str) -> ApiError:
-    message = f"Invalid '{param}': expected at least one token, but got an empty prompt."
-    return ApiError(400, message, param=param, code="invalid_value")
+async def _ids(
+    service: Service, asked: CompletionRequest, text: str | list[int], param: str
+) -> list[int]:
+    tokenizer = service.text.tokenizer
+    if not isinstance(text, str):
+        if text and max(text) >= tokenizer.vocab_size:
+            below = f"token ids must be below {tokenizer.vocab_size}"
+            raise _invalid(param, f"{below}, but got {max(text)}")
+        return text
+    if len(text) <= generate.INLINE_CHARS:
+        return tokenizer.encode(text, parse_special=True)
+    if asked.truncate_prompt_tokens is None:
+        generate.refuse_too_long(service, tokenizer, text, param)
+    return await asyncio.to_thread(tokenizer.encode, text, parse_special=True)
+
+
+# ---- The prompt's echo
+
+
+@dataclass(frozen=True)
+class _Echo:
+    """text      what comes before the completion
+    first_id  the prompt's first token, which has no log-probability
+    entries   of the others
+    """
+
+    text: str = ""
+    first_id: int | None = None
+    entries: Sequence[TokenEntry] = ()
+
+
+def _echo_of(
+    tokenizer: Tokenizer, prompt: str | list[int], ids: list[int], entries: Sequence[TokenEntry]
+) -> _Echo:
+    """The prompt as the client sent it, with the place of each token in it.
+
+    What the ids print may begin with a BOS or a blank that the client did not send."""
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
+    pieces = [detokenizer.push([id]) for id in ids] + [detokenizer.flush()]
+    starts = [0, *accumulate(map(len, pieces))]
+    text = "".join(pieces)
+    num_added = 0
+    if isinstance(prompt, str) and text.endswith(prompt):
+        num_added = len(text) - len(prompt)
+    placed = [
+        replace(entry, start=max(0, start - num_added))
+        for entry, start in zip(entries, starts[1:])
+    ]
+    return _Echo(text[num_added:], ids[0], placed)
+
+
+# ---- What is asked for
+
+
+def _check(asked: CompletionRequest, config: Config) -> None:
+    generate.check(asked, config)
+    if asked.best_of is not None and asked.best_of < (asked.n or 1):
+        raise _invalid("best_of", f"expected at least 'n', {asked.n}, but got {asked.best_of}")
+    if asked.stream and (asked.best_of or 1) > (asked.n or 1):
+        raise _invalid("best_of", "more than 'n' is not allowed when 'stream' is true")
+
+
+def _tells_prompt(asked: CompletionRequest) -> bool:
+    """Whether the log-probabilities of the prompt are wanted."""
+    return asked.prompt_logprobs is not None or bool(asked.echo and asked.logprobs is not None)
+
+
+def _num_logprobs(asked: CompletionRequest) -> int:
+    """How many alternatives the engine is asked for; choices are ranked by log-probability."""
+    counts = [asked.logprobs, asked.prompt_logprobs, 0 if asked.best_of else None]
+    return max((count for count in counts if count is not None), default=-1)
+
+
+def _best(deltas: list[Delta], best_of: int, n: int) -> list[Delta]:
+    """Of each prompt's best_of choices the n that are most likely a token, the first of them
+    first."""
+    chosen: list[Delta] = []
+    for first in range(0, len(deltas), best_of):
+        ranked = sorted(deltas[first : first + best_of], key=_mean_logprob, reverse=True)
+        chosen += ranked[:n]
+    return [replace(delta, index=index) for index, delta in enumerate(chosen)]
+
+
+def _mean_logprob(delta: Delta) -> float:
+    values = [logprobs.finite(entry.logprob) for entry in delta.entries]
+    return sum(values) / len(values) if values else 0.0
+
+
+def _invalid(param: str, reason: str) -> ApiError:
+    return ApiError(400, f"Invalid '{param}': {reason}.", param=param, code="invalid_value")

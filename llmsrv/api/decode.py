@@ -5,16 +5,18 @@ without types, to name the value that was found.
 """
 
 import re
+from collections.abc import Collection
 from typing import Any
 from typing import TypeVar
 
 import msgspec
 
+from llmsrv.api.models import Models
 from llmsrv.api.schema import UNSUPPORTED
 from llmsrv.asgi.request import Request
 from llmsrv.errors import ApiError
 
-T = TypeVar("T")
+T = TypeVar("T", bound=msgspec.Struct)
 
 _PATH = re.compile(
     r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>.*)`)?$", re.DOTALL
@@ -25,17 +27,23 @@ _BOUND = re.compile(
 )
 _MISSING = re.compile(r"Object missing required field `(?P<field>[^`]+)`")
 _KIND = {"int": "integer", "float": "decimal", "str": "string", "array": "array"}
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _SHOWN = 64  # characters of a bad value that a message repeats
 
 
-async def read(request: Request, decoder: msgspec.json.Decoder[T], limit_bytes: int) -> T:
+async def read(request: Request, decoder: msgspec.json.Decoder[T], models: Models) -> T:
     """The request's body as the type of `decoder`.
 
     Raises ApiError 415 for what is not announced as JSON: a page may send a form to any origin
-    without asking, and must not reach a model with it.  413 and 400 as body() and decode_body().
+    without asking, and must not reach a model with it.  413 as body(), 400 as decode_body().
     """
     _check_content_type(request)
-    return decode_body(decoder, await request.body(limit_bytes))
+    body = await request.body(models.body_limit_bytes)
+    decoded = decode_body(decoder, body)
+    models.num_unknown_fields += check_further_fields(
+        body, decoder.type.__struct_fields__, models.config.strict_fields
+    )
+    return decoded
 
 
 def decode_body(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
@@ -49,18 +57,29 @@ def decode_body(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
         raise _not_json(error) from None
 
 
-def refuse_unsupported(request: msgspec.Struct) -> None:
-    """ApiError 400 for a known field that this server would have to ignore."""
-    for field, neutral in UNSUPPORTED.items():
-        value = getattr(request, field, None)
-        if value is not None and value not in neutral:
-            raise ApiError(
-                400,
-                f"Unsupported value: '{field}' is not supported by this server, "
-                f"but got {_shown(value)}.",
-                param=field,
-                code="unsupported_parameter",
-            )
+def check_further_fields(body: bytes, taken: Collection[str], is_strict: bool) -> int:
+    """How many fields of the object `body` are unknown, beside those that were taken.
+
+    ApiError 400 for a known field that this server would have to ignore, and for an unknown one
+    where the server is strict.
+    """
+    fields = _FIELDS.decode(body)
+    num_unknown = 0
+    for field in fields.keys() - taken:
+        if field in UNSUPPORTED:
+            _refuse_unsupported(field, msgspec.json.decode(fields[field]))
+        elif is_strict:
+            message = f"Unknown parameter: '{field[:_SHOWN]}'."
+            raise ApiError(400, message, param=field[:_SHOWN], code="unknown_parameter")
+        else:
+            num_unknown += 1
+    return num_unknown
+
+
+def _refuse_unsupported(field: str, value: Any) -> None:
+    if value is not None and value not in UNSUPPORTED[field]:
+        message = f"'{field}' is not supported by this server, but got {_shown(value)}."
+        raise ApiError(400, message, param=field, code="unsupported_parameter")
 
 
 def _check_content_type(request: Request) -> None:

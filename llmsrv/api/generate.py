@@ -1,155 +1,26 @@
-"""One request's generation, whatever its route: checked against the model, submitted, and followed
-until every choice has ended.
+"""What the routes that generate have in common: from a request's fields to what the engine is asked
+for, checked against the model and the server's options."""
 
-Knows token ids and deltas of text; the shapes of chat and completions are in their own modules.
-"""
-
-import asyncio
+import hashlib
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator
 from collections.abc import Mapping
-from collections.abc import Sequence
-from contextlib import aclosing
 from typing import Any
 
-from llmsrv.api.output import ChoiceOutput
-from llmsrv.api.output import Delta
+from llmsrv.api.output import TextRules
+from llmsrv.api.schema import DebugConfig
 from llmsrv.api.schema import GenerationRequest
 from llmsrv.api.service import Service
 from llmsrv.asgi.request import Request
-from llmsrv.engine.client import Generation
-from llmsrv.engine.messages import Finished
+from llmsrv.config import Config
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.messages import Submit
 from llmsrv.errors import ApiError
 from llmsrv.text.tokenizer import Tokenizer
 
-ADMISSION_S = 10.0  # after this a stream's 200 goes out although its request still waits
+MAX_CHOICES = 1024  # of one request
 INLINE_CHARS = 4096  # longer texts are tokenised in a thread: about 1 ms of the loop's time
-
-
-class Job:
-    """The choices of one request: choice i * n + j is the j-th choice of prompt i."""
-
-    def __init__(
-        self,
-        service: Service,
-        tokenizer: Tokenizer,
-        request: GenerationRequest,
-        prompts: list[list[int]],
-        max_tokens: list[int],
-        num_logprobs: int,
-        tenant: bytes,
-    ) -> None:
-        """tenant: requests of different tenants share no prefix, so none can time another's."""
-        self.num_prompt_tokens = sum(map(len, prompts))
-        self._service = service
-        self._n = request.n or 1
-        self._has_ended = False
-        end_ids = [] if request.ignore_eos else sorted(tokenizer.end_ids)
-        end_ids += request.stop_token_ids or []
-        min_tokens = request.min_tokens or 0
-        stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
-        self.outputs = [
-            ChoiceOutput(index, tokenizer, stops, end_ids, min_tokens)
-            for index in range(len(prompts) * self._n)
-        ]
-        self._generations: list[Generation] = []
-        sampling = sampling_of(request, service.text.sampling_defaults, num_logprobs)
-        timeout_s = service.config.request_timeout_s
-        deadline_s = time.monotonic() + timeout_s if timeout_s else math.inf
-        try:
-            for ids, limit in zip(prompts, max_tokens, strict=True):
-                submit = Submit(
-                    request=0,
-                    prompt_ids=ids,
-                    max_tokens=limit,
-                    end_ids=end_ids,
-                    sampling=sampling,
-                    n=self._n,
-                    salt=tenant,
-                    min_tokens=min(min_tokens, limit),
-                    tenant=tenant,
-                    deadline_s=deadline_s,
-                )
-                self._generations.append(service.engine.submit(submit))
-        except ApiError:
-            self.end()
-            raise
-
-    async def admitted(self) -> None:
-        """Returns when every prompt is, or after ADMISSION_S; raises what came instead."""
-        try:
-            async with asyncio.timeout(ADMISSION_S):
-                for generation in self._generations:
-                    await generation.admitted()
-        except TimeoutError:
-            pass  # the answer begins now, and pings keep it alive until there is a token
-
-    async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """Every choice's deltas as they come; ends the job when it is exhausted or closed."""
-        streams = [self._follow(i, generation) for i, generation in enumerate(self._generations)]
-        try:
-            async with aclosing(streams[0] if len(streams) == 1 else _merge(streams)) as merged:
-                async for delta in merged:
-                    yield delta
-        finally:
-            self.end()
-
-    async def whole(self) -> list[Delta]:
-        """Each choice as one delta, when all have ended."""
-        whole = [Delta(output.index, "") for output in self.outputs]
-        async with aclosing(self.deltas()) as deltas:
-            async for delta in deltas:
-                whole[delta.index].text += delta.text
-                whole[delta.index].entries += delta.entries
-                whole[delta.index].finish_reason = delta.finish_reason
-        return whole
-
-    def end(self) -> None:
-        """Aborts what still runs and counts the request, once."""
-        if self._has_ended:
-            return
-        self._has_ended = True
-        for generation in self._generations:
-            generation.abort()
-        self._count()
-
-    def usage(self) -> dict[str, Any]:
-        num_output_tokens = sum(output.num_tokens for output in self.outputs)
-        num_cached_tokens = sum(generation.num_cached_tokens for generation in self._generations)
-        return {
-            "prompt_tokens": self.num_prompt_tokens,
-            "completion_tokens": num_output_tokens,
-            "total_tokens": self.num_prompt_tokens + num_output_tokens,
-            "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
-        }
-
-    async def _follow(self, prompt: int, generation: Generation) -> AsyncGenerator[Delta, None]:
-        outputs = self.outputs[prompt * self._n : (prompt + 1) * self._n]
-        async for event in generation:
-            output = outputs[event.choice]
-            if output.finish_reason:
-                continue  # what the engine sent before it learnt of the stop string
-            if isinstance(event, Finished):
-                delta: Delta | None = output.finish(event.reason)
-            else:
-                delta = output.push(event)
-                if output.finish_reason:
-                    generation.abort(event.choice)
-            if delta:
-                yield delta
-            if all(output.finish_reason for output in outputs):
-                return
-
-    def _count(self) -> None:
-        counters = self._service.counters
-        counters.prompt_tokens += self.num_prompt_tokens
-        for output in self.outputs:
-            counters.generation_tokens += output.num_tokens
-            counters.finished[output.finish_reason or "abort"] += 1
 
 
 def tenant_of(request: Request) -> bytes:
@@ -157,25 +28,87 @@ def tenant_of(request: Request) -> bytes:
     return tenant
 
 
-async def start(request: Request, job: Job) -> Job:
-    """Waits until the job is admitted; a client that leaves meanwhile ends it."""
-    try:
-        async with request.cancel_on_disconnect():
-            await job.admitted()
-    except BaseException:
-        job.end()
-        raise
-    return job
-
-
-def check_stream_options(request: GenerationRequest) -> None:
+def check(request: GenerationRequest, config: Config) -> None:
+    """ApiError 400 for fields that do not go together, or not with the server's options."""
     if request.stream_options is not None and not request.stream:
-        raise ApiError(
-            400,
-            "Invalid 'stream_options': it is only allowed when 'stream' is true.",
-            param="stream_options",
-            code="invalid_value",
+        raise _invalid("stream_options", "it is only allowed when 'stream' is true")
+    if request.prompt_logprobs is not None and request.stream:
+        raise _invalid("prompt_logprobs", "it is not allowed when 'stream' is true")
+    if request.debug_config is not None and not config.enable_debug:
+        raise _invalid("debug_config", "it is only allowed when the server has --enable-debug")
+
+
+def make_submits(
+    service: Service,
+    request: GenerationRequest,
+    prompts: list[list[int]],
+    max_tokens: list[int],
+    *,
+    n: int,
+    num_logprobs: int,
+    tells_prompt: bool,
+    tenant: bytes,
+    grammar: str = "",
+) -> list[Submit]:
+    """What the engine is asked for, a Submit a prompt.
+
+    num_logprobs  alternatives at each token that is told; -1 for no log-probabilities at all
+    tenant        requests of different tenants share no prefix, so none can time another's
+    """
+    if len(prompts) * n > MAX_CHOICES:
+        message = f"a request may have at most {MAX_CHOICES} choices, and this has"
+        raise _invalid("n", f"{message} {len(prompts) * n}")
+    sampling = sampling_of(request, service.text.sampling_defaults, num_logprobs)
+    timeout_s = service.config.request_timeout_s
+    deadline_s = time.monotonic() + timeout_s if timeout_s else math.inf
+    return [
+        Submit(
+            request=0,
+            prompt_ids=ids,
+            max_tokens=limit,
+            end_ids=_end_ids(request, service.text.tokenizer),
+            sampling=sampling,
+            n=n,
+            salt=_salt(tenant, request.cache_salt),
+            min_tokens=min(request.min_tokens or 0, limit),
+            grammar=grammar,
+            priority=request.priority or 0,
+            tenant=tenant,
+            deadline_s=deadline_s,
+            prompt_logprobs=tells_prompt,
         )
+        for ids, limit in zip(prompts, max_tokens, strict=True)
+    ]
+
+
+def text_rules(
+    request: GenerationRequest, tokenizer: Tokenizer, shown: frozenset[int] = frozenset()
+) -> TextRules:
+    """shown: special tokens whose text is wanted in any case."""
+    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    return TextRules(
+        stops=[] if _ignores_end(request.debug_config) else stops,
+        keeps_stop=bool(request.include_stop_str_in_output),
+        end_ids=frozenset(_end_ids(request, tokenizer)),
+        min_tokens=request.min_tokens or 0,
+        skip_special=request.skip_special_tokens is not False,
+        shown=shown,
+    )
+
+
+def _end_ids(request: GenerationRequest, tokenizer: Tokenizer) -> list[int]:
+    ignored = request.ignore_eos or _ignores_end(request.debug_config)
+    return [*(() if ignored else sorted(tokenizer.end_ids)), *(request.stop_token_ids or ())]
+
+
+def _ignores_end(debug_config: DebugConfig | None) -> bool:
+    return bool(debug_config and debug_config.ignore_eos)
+
+
+def _salt(tenant: bytes, cache_salt: str | None) -> bytes:
+    if cache_salt is None:
+        return tenant
+    return hashlib.blake2b(cache_salt.encode(), key=tenant[:64], digest_size=16).digest()
 
 
 def sampling_of(
@@ -227,6 +160,16 @@ def output_limit(
     return asked or min(left, default or left)
 
 
+def truncated(service: Service, request: GenerationRequest, ids: list[int]) -> list[int]:
+    """The end of a prompt, as long as truncate_prompt_tokens says; -1: as the context allows."""
+    assert service.engine.ready is not None
+    asked = request.truncate_prompt_tokens
+    if asked is None:
+        return ids
+    most = service.engine.ready.context_length - (request.max_tokens or 1)
+    return ids[-(max(1, most) if asked < 1 else asked) :]
+
+
 def refuse_too_long(service: Service, tokenizer: Tokenizer, text: str, param: str) -> None:
     """Refuses before any work a text whose length alone shows that it cannot fit the context."""
     assert service.engine.ready is not None
@@ -235,47 +178,27 @@ def refuse_too_long(service: Service, tokenizer: Tokenizer, text: str, param: st
         output_limit(service, at_least, None, None, param)
 
 
-def head(service: Service, model: str, kind: str, prefix: str) -> dict[str, Any]:
+def head(
+    service: Service, request: GenerationRequest, kind: str, prefix: str
+) -> dict[str, Any]:
     """The fields with which every response object of a request begins."""
-    return {
+    head = {
         "id": f"{prefix}-{secrets.token_hex(16)}",
         "object": kind,
         "created": int(time.time()),
-        "model": model,
+        "model": request.model,
         "system_fingerprint": service.fingerprint,
     }
+    return head | ({"service_tier": "default"} if request.service_tier else {})
 
 
-def wants_usage(request: GenerationRequest) -> bool:
-    """Whether a stream ends with a chunk of usage; all others then say `"usage": null`."""
-    return bool(request.stream_options and request.stream_options.include_usage)
+def includes_usage(request: GenerationRequest, in_each_chunk: bool = False) -> bool:
+    """Whether a stream ends with a chunk of usage; all others then say `"usage": null`, or what it
+    is so far."""
+    options = request.stream_options
+    included = bool(options and options.include_usage)
+    return included and (not in_each_chunk or bool(options and options.continuous_usage_stats))
 
 
-def logprob(value: float) -> float:
-    """JSON has no infinity; -9999 is what OpenAI sends for a token that cannot be."""
-    return value if value > -9999.0 else -9999.0
-
-
-async def _merge(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
-    """The deltas of several streams in the order they come; the first error ends them all."""
-    deltas: asyncio.Queue[Delta | None] = asyncio.Queue()
-
-    async def forward(stream: AsyncGenerator[Delta, None]) -> None:
-        try:
-            async for delta in stream:
-                deltas.put_nowait(delta)
-        finally:
-            deltas.put_nowait(None)
-
-    tasks = [asyncio.create_task(forward(stream)) for stream in streams]
-    try:
-        for _ in tasks:
-            while (delta := await deltas.get()) is not None:
-                yield delta
-            for task in tasks:
-                if task.done():
-                    task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+def _invalid(param: str, reason: str) -> ApiError:
+    return ApiError(400, f"Invalid '{param}': {reason}.", param=param, code="invalid_value")

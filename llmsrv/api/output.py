@@ -21,7 +21,7 @@ class TokenEntry:
     id: int
     logprob: float
     alternatives: list[tuple[int, float]]
-    start: int  # where its text begins, in characters of the choice's text
+    start: int = 0  # where its text begins, in characters of the choice's text
 
 
 @dataclass
@@ -32,6 +32,32 @@ class Delta:
     text: str
     entries: list[TokenEntry] = field(default_factory=list)
     finish_reason: str | None = None
+    ids: list[int] = field(default_factory=list)  # tokens that came, an end token included
+
+    def add(self, other: "Delta") -> None:
+        self.text += other.text
+        self.entries += other.entries
+        self.finish_reason = other.finish_reason
+        self.ids += other.ids
+
+
+@dataclass(frozen=True)
+class TextRules:
+    """How the text of a request's choices is made, and what ends it.
+
+    stops         stop strings
+    keeps_stop    whether what ended the text is part of it
+    end_ids       of tokens that end a choice
+    min_tokens    no stop string is looked for in the text of so many
+    skip_special  whether special tokens are left out, but for those `shown`
+    """
+
+    stops: Sequence[str] = ()
+    keeps_stop: bool = False
+    end_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    skip_special: bool = True
+    shown: frozenset[int] = frozenset()
 
 
 class ChoiceOutput:
@@ -42,34 +68,27 @@ class ChoiceOutput:
     finish_reason  None while the choice goes on
     """
 
-    def __init__(
-        self,
-        index: int,
-        tokenizer: Tokenizer,
-        stops: Sequence[str],
-        end_ids: Sequence[int],
-        min_tokens: int,
-    ) -> None:
-        """No stop string is looked for in the text of the first min_tokens."""
+    def __init__(self, index: int, tokenizer: Tokenizer, rules: TextRules) -> None:
         self.index = index
         self.num_tokens = 0
         self.finish_reason: str | None = None
-        self._detokenizer = Detokenizer(tokenizer)
-        self._stop = StopMatcher(stops) if stops else None
+        self._rules = rules
+        self._detokenizer = Detokenizer(tokenizer, rules.skip_special, rules.shown)
+        self._stop = StopMatcher(rules.stops, rules.keeps_stop) if rules.stops else None
         self._is_cut = False  # a stop string ended the text
-        self._end_ids = frozenset(end_ids)
-        self._min_tokens = min_tokens
         self._num_decoded = 0  # characters decoded, sent or not
         self._num_sent = 0
         self._entries: list[TokenEntry] = []  # of tokens whose text is not all sent
+        self._ids: list[int] = []  # not sent
 
     def push(self, tokens: Tokens) -> Delta | None:
         """Takes what the engine sent; None when there is nothing to show yet."""
         text = ""
         for position, id in enumerate(tokens.ids):
             self.num_tokens += 1
-            if id in self._end_ids:
-                break  # the engine ends here too; an end token has no text
+            self._ids.append(id)
+            if id in self._rules.end_ids and not self._rules.keeps_stop:
+                break  # the engine ends here too
             decoded = self._detokenizer.push([id])
             if tokens.logprobs:
                 self._remember(tokens, position)
@@ -91,7 +110,7 @@ class ChoiceOutput:
 
     def _release(self, decoded: str) -> str:
         """What of the text may be shown now: all but the beginning of a possible stop string."""
-        if self._stop is None or self.num_tokens <= self._min_tokens:
+        if self._stop is None or self.num_tokens <= self._rules.min_tokens:
             return decoded
         text, matched = self._stop.push(decoded)
         if matched:
@@ -111,4 +130,5 @@ class ChoiceOutput:
         if self.finish_reason and not self._is_cut:
             shown = self._entries  # the last may be half a character and have no text of its own
         self._entries = self._entries[len(shown) :]
-        return Delta(self.index, text, shown, self.finish_reason)
+        ids, self._ids = self._ids, []
+        return Delta(self.index, text, shown, self.finish_reason, ids)

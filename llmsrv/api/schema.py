@@ -16,31 +16,127 @@ INT64 = 2**63
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
+NumAlternatives = Annotated[int, Meta(ge=0, le=20)]
+FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 MAX_PROMPTS = 128
+# Of a schema, which stays the text that it came as: it may be large, and is for grammars alone.
+NOTHING = msgspec.Raw(b"null")
 
 
 class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class ContentPart(msgspec.Struct):
     type: str
     text: str | None = None
+    refusal: str | None = None
+
+
+class CalledFunction(msgspec.Struct):
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct):
+    """A call that an assistant made earlier."""
+
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
 
 
 class Message(msgspec.Struct):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
     name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=128)] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+
+
+class Function(msgspec.Struct, omit_defaults=True):
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionReference(msgspec.Struct):
+    name: str
+
+
+class NamedToolChoice(msgspec.Struct):
+    type: Literal["function"]
+    function: FunctionReference
+
+
+class DebugConfig(msgspec.Struct):
+    """MLC's; only under --enable-debug."""
+
+    ignore_eos: bool | None = None
+    grammar_execution_mode: Literal["jump_forward", "constraint"] | None = None
+    pinned_system_prompt: Literal[False] | None = None
+    special_request: None = None
+    disagg_config: None = None
+
+
+class JSONSchema(msgspec.Struct):
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    schema: msgspec.Raw
+    description: str | None = None
+    strict: bool | None = None  # an answer follows the schema in any case
+
+
+class StructuralTag(msgspec.Struct):
+    begin: str
+    schema: msgspec.Raw
+    end: str
+
+
+class ResponseFormat(msgspec.Struct):
+    """OpenAI's text, json_object and json_schema; `schema` beside json_object is MLC's."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar", "structural_tag"]
+    json_schema: JSONSchema | None = None
+    schema: msgspec.Raw = NOTHING
+    regex: str | None = None
+    grammar: str | None = None
+    tags: list[StructuralTag] | None = None
+    structures: list[StructuralTag] | None = None  # vLLM's name of `tags`
+    triggers: list[str] | None = None
+
+
+class StructuredOutputs(msgspec.Struct):
+    """vLLM's."""
+
+    json: msgspec.Raw = NOTHING
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    structural_tag: str | None = None  # a ResponseFormat as JSON
+    whitespace_pattern: str | None = None
+    disable_fallback: bool | None = None  # there is none
+    disable_any_whitespace: bool | None = None  # nor that, without a pattern
+    disable_additional_properties: Literal[False] | None = None
 
 
 class GenerationRequest(msgspec.Struct, kw_only=True):
     """What chat and completions have in common; null means the default, as with OpenAI."""
 
     model: Name
-    max_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
+    max_tokens: Count | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
@@ -55,26 +151,50 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     seed: Annotated[int, Meta(ge=-INT64, le=INT64 - 1)] | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=4)] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=128)] | None = None
+    include_stop_str_in_output: bool | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    prompt_logprobs: NumAlternatives | None = None
     return_tokens_as_token_ids: bool | None = None
+    return_token_ids: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
+    debug_config: DebugConfig | None = None
+
+    # Grammars, each in its own language: see structured.py.
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: msgspec.Raw = NOTHING
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+
+    # Taken and not needed: these change nothing in what is answered.
     user: str | None = None
-    # Known, and refused unless they say what would happen anyway: see UNSUPPORTED.
-    response_format: Any = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
 
 
 class ChatCompletionRequest(GenerationRequest, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1, max_length=4096)]
-    max_completion_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    tools: Any = None
-    tool_choice: Any = None
-    functions: Any = None
-    function_call: Any = None
-    modalities: Any = None
+    top_logprobs: NumAlternatives | None = None
+    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Meta(max_length=32)] | None = None
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
@@ -82,20 +202,33 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         str | Annotated[list[TokenId | str | list[TokenId]], Meta(min_length=1)]
     )
     logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
-    echo: Any = None
-    best_of: Any = None
-    suffix: Any = None
+    echo: bool | None = None
+    best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
+    suffix: str | None = None
+    add_special_tokens: bool | None = None
 
 
-# Field -> values that change nothing and so are accepted, beside null.
+# Known fields that are not supported -> the values that change nothing and so are accepted, beside
+# null.  What is neither here nor above is unknown.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
+    "audio": (),
+    "function_call": ("none",),
     "functions": ([],),
-    "function_call": ("none", "auto"),
     "modalities": (["text"],),
+    "moderation": (),
+    "prediction": (),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    # Of vLLM
+    "bad_words": ([],),
+    "chat_template": (),
+    "documents": ([],),
+    "early_stopping": (False,),
     "echo": (False,),
-    "best_of": (1,),
-    "suffix": ("",),
+    "kv_transfer_params": (),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "mm_processor_kwargs": ({},),
+    "spaces_between_special_tokens": (True,),
+    "use_beam_search": (False,),
 }

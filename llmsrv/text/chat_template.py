@@ -23,19 +23,26 @@ from typing import NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
 from llmsrv.errors import ApiError
 from llmsrv.errors import StartupError
+from llmsrv.text import reasoning
 from llmsrv.text.tokenizer import Tokenizer
 from llmsrv.text.tokenizer import alternate
 from llmsrv.text.tokenizer import any_of
+from llmsrv.text.tool_calls import detect_format
 
 
 class ChatTemplate:
-    """A compiled template together with the tokenizer whose special tokens it writes."""
+    """A compiled template together with the tokenizer whose special tokens it writes.
+
+    tool_call_format  how it shows its model to write tool calls: a name in tool_calls.FORMATS
+    has_thoughts      whether it shows its model to think between tags
+    """
 
     def __init__(self, source: str, tokenizer: Tokenizer, origin: str = "the model") -> None:
         """origin: the file that the template is from, for error messages.
@@ -47,7 +54,9 @@ class ChatTemplate:
         self._longest_beginning = max(map(len, self._beginnings), default=0)
         try:
             source.encode()  # a model's file may hold bytes that are no UTF-8
-            self._template = _environment().from_string(source)
+            environment = _environment()
+            self._template = environment.from_string(source)
+            self._variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except Exception as error:  # the compiler computes constants, so it may raise anything
             line = getattr(error, "lineno", None)
             place = f" at line {line}" if line else ""
@@ -55,6 +64,12 @@ class ChatTemplate:
                 f"{origin}: its chat template does not compile{place}: {error}; "
                 "--chat-template FILE takes another"
             ) from None
+        self.tool_call_format = detect_format(source)
+        self.has_thoughts = reasoning.is_taught_by(source)
+
+    def knows(self, variable: str) -> bool:
+        """Whether the template asks for a variable of this name."""
+        return variable in self._variables
 
     def render(
         self,
@@ -62,12 +77,18 @@ class ChatTemplate:
         *,
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         extra: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt as text.  extra: further variables for the template, as enable_thinking.
+        """The prompt as text.
+
+        continue_final_message  it ends within the last message, for the model to go on with it
+        extra                   further variables for the template, as enable_thinking
 
         Raises ApiError 400 with the template's own words when it refuses the conversation."""
-        text, hidden = self._render(messages, tools, add_generation_prompt, extra)
+        text, hidden = self._render(
+            messages, tools, add_generation_prompt, continue_final_message, extra
+        )
         return hidden.put_back(text)
 
     def encode(
@@ -76,11 +97,14 @@ class ChatTemplate:
         *,
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         extra: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """The prompt as ids, with BOS once where the model wants it, whether the template writes it
         or not.  Special tokens are only those that the template wrote.  Raises as render does."""
-        text, hidden = self._render(messages, tools, add_generation_prompt, extra)
+        text, hidden = self._render(
+            messages, tools, add_generation_prompt, continue_final_message, extra
+        )
         ids: list[int] = []
         for is_special, piece in alternate(self._tokenizer.split(text, parse_special=True)):
             plain = hidden.put_back(piece)
@@ -92,24 +116,33 @@ class ChatTemplate:
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None,
         add_generation_prompt: bool,
+        continue_final_message: bool,
         extra: Mapping[str, Any] | None,
     ) -> tuple[str, "_Hidden"]:
         hidden = _Hidden()
-        variables = self._guarded(dict(extra or {}), hidden) | {
-            "messages": self._guarded(messages, hidden),
-            "tools": self._guarded(tools, hidden),
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            **self._tokenizer.named_tokens,
-        }
+        end = hidden.put_away("") if continue_final_message else ""  # of the last message
         try:
-            return self._template.render(variables), hidden
+            guarded = self._guarded(messages, hidden)
+            if continue_final_message:
+                guarded[-1]["content"] += end
+            variables = self._guarded(dict(extra or {}), hidden) | {
+                "messages": guarded,
+                "tools": self._guarded(tools, hidden),
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+                **self._tokenizer.named_tokens,
+            }
+            text = self._template.render(variables)
         except _RaisedByTemplate as error:
             raise ApiError(400, hidden.put_back(str(error)), param="messages") from None
         except Exception as error:  # a template is a foreign program: it may raise anything
             reason = hidden.put_back(f"{type(error).__name__}: {error}")
             message = f"The model's chat template fails on these messages: {reason}"
             raise ApiError(400, message, param="messages") from None
+        if end and end not in text:
+            message = "The model's chat template leaves the last message out."
+            raise ApiError(400, message, param="continue_final_message")
+        return text[: text.rindex(end)] if end else text, hidden
 
     def _guarded(self, value: Any, hidden: "_Hidden") -> Any:
         """A caller's value with what could spell a special token put away, at any depth."""

@@ -14,9 +14,11 @@ from collections.abc import Sequence
 class StopMatcher:
     """Watches the text of one choice.  Once a stop string matched, everything later is dropped."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        """stops: none of them empty; there may be none at all."""
+    def __init__(self, stops: Sequence[str], keeps_match: bool = False) -> None:
+        """stops: none of them empty; there may be none at all.  keeps_match: the stop string that
+        ends the text is part of it."""
         assert "" not in stops
+        self._keeps_match = keeps_match
         self._patterns = [_Pattern(stop) for stop in stops]
         self._first_characters = frozenset(stop[0] for stop in stops)
         self._withheld = ""
@@ -30,7 +32,8 @@ class StopMatcher:
     def push(self, text: str) -> tuple[str, bool]:
         """Takes the next text; returns what may be sent now, and whether a stop string matched.
 
-        What is returned with a match is all that comes before the stop string."""
+        What is returned with a match is all that comes before the stop string, and the string
+        itself where it is kept."""
         if self._is_matched:
             return "", True
         if not self._withheld and self._first_characters.isdisjoint(text):
@@ -41,7 +44,8 @@ class StopMatcher:
             if matched:
                 self._is_matched = True
                 self._withheld = ""
-                return pending[:position - max(matched)], True
+                num_dropped = 0 if self._keeps_match else max(matched)
+                return pending[: position - num_dropped], True
         num_safe = len(pending) - max(pattern.state for pattern in self._patterns)
         self._withheld = pending[num_safe:]
         return pending[:num_safe], False

@@ -338,8 +338,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"frequency_penalty": -2.5}, "frequency_penalty", "decimal_below_min_value"),
     ({"extra_body": {"stop_token_ids": [49152]}}, "stop_token_ids", "invalid_value"),
     ({"extra_body": {"allowed_token_ids": []}}, "allowed_token_ids", "array_below_min_length"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
-    ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function", "missing_required_parameter"),
+    ({"functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
 ]
 
 

@@ -1,0 +1,73 @@
+"""The tools of a chat request: what the model is told of, and what it may or must call."""
+
+import secrets
+from dataclasses import dataclass
+
+from llmsrv.api.schema import ChatCompletionRequest
+from llmsrv.api.schema import NamedToolChoice
+from llmsrv.api.schema import Tool
+from llmsrv.api.service import Service
+from llmsrv.errors import ApiError
+from llmsrv.text.tool_calls import FORMATS
+from llmsrv.text.tool_calls import ToolCallFormat
+from llmsrv.text.tool_calls import ToolCallParser
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """tools     those that the model is told of
+    callable     those that it may call, by name
+    must_call    whether it has to call one of them
+    at_most_one  whether more than one call is too many
+    """
+
+    tools: list[Tool]
+    format: ToolCallFormat
+    callable: dict[str, Tool]
+    must_call: bool
+    at_most_one: bool
+
+    def parser(self) -> ToolCallParser:
+        return ToolCallParser(self.format, self.callable, self.at_most_one)
+
+
+def tool_use(service: Service, asked: ChatCompletionRequest) -> ToolUse | None:
+    """None where the model is to know of no tool.  ApiError 400 for a choice that cannot be."""
+    choice, tools = asked.tool_choice, asked.tools or []
+    if not tools:
+        if choice not in (None, "none", "auto"):
+            raise _invalid("it is only allowed when 'tools' are given")
+        return None
+    if choice == "none":
+        return None
+    callable = {tool.function.name: tool for tool in tools}
+    if isinstance(choice, NamedToolChoice):
+        name = choice.function.name
+        if name not in callable:
+            raise _invalid(f"there is no tool '{name[:64]}'")
+        callable = {name: callable[name]}
+    return ToolUse(
+        tools=tools,
+        format=FORMATS[_format_name(service)],
+        callable=callable,
+        must_call=choice == "required" or isinstance(choice, NamedToolChoice),
+        at_most_one=asked.parallel_tool_calls is False or isinstance(choice, NamedToolChoice),
+    )
+
+
+def call_id(format: ToolCallFormat) -> str:
+    """A number for a call.  Mistral's templates take nothing but nine letters and digits."""
+    return secrets.token_hex(5)[:9] if format.is_named else f"call_{secrets.token_hex(12)}"
+
+
+def _format_name(service: Service) -> str:
+    asked, template = service.config.tool_call_parser, service.text.template
+    if asked != "auto" or template is None:
+        return "hermes" if asked == "auto" else asked
+    # A template without tools gets them as prompt.py words them.
+    return template.tool_call_format if template.knows("tools") else "hermes"
+
+
+def _invalid(reason: str) -> ApiError:
+    message = f"Invalid 'tool_choice': {reason}."
+    return ApiError(400, message, param="tool_choice", code="invalid_value")
