@@ -47,7 +47,7 @@ class GrammarError(ValueError):
 
 
 def json_source(schema: Any, whitespace_pattern: str | None = None) -> str:
-    """JSON that follows a JSON Schema, which is an object, or a string that holds it.
+    """JSON that follows a JSON Schema, which is an object, or text or bytes that hold one.
 
     whitespace_pattern  a regular expression for what may stand between tokens; None: as SPELLING
     """
@@ -165,11 +165,11 @@ def _lark_text(text: str, tokenizer: "Tokenizer") -> str:
 
 
 def _checked_schema(schema: Any, whitespace_pattern: str | None) -> dict[str, Any]:
-    if isinstance(schema, str):
-        try:
-            schema = json.loads(schema)
-        except (ValueError, RecursionError) as error:
-            raise GrammarError(f"the schema is not JSON: {error}") from None
+    if isinstance(schema, bytes | str):
+        _check_size(schema)
+        schema = _parsed(schema)
+    if isinstance(schema, str):  # MLC's clients send the schema as a string
+        schema = _parsed(schema)
     if not isinstance(schema, dict):
         raise GrammarError(f"expected a schema that is an object, but got {_shown(schema)}")
     if not schema:
@@ -178,6 +178,13 @@ def _checked_schema(schema: Any, whitespace_pattern: str | None) -> dict[str, An
     if whitespace_pattern is not None:
         options = {"whitespace_flexible": True, "whitespace_pattern": whitespace_pattern}
     return schema | {"x-guidance": options}
+
+
+def _parsed(text: bytes | str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise GrammarError(f"the schema is not JSON: {error}") from None
 
 
 def _shown(value: Any) -> str:
@@ -193,11 +200,15 @@ def _source(grammars: list[dict[str, Any]]) -> str:
         source = json.dumps({"grammars": grammars})
     except RecursionError:
         raise GrammarError("the schema is nested too deeply") from None
-    if len(source) > MAX_SOURCE_BYTES:
-        raise GrammarError(
-            f"the grammar has {len(source)} bytes; at most {MAX_SOURCE_BYTES} are possible"
-        )
+    _check_size(source)
     return source
+
+
+def _check_size(text: bytes | str) -> None:
+    if len(text) > MAX_SOURCE_BYTES:
+        raise GrammarError(
+            f"the grammar has {len(text)} bytes; at most {MAX_SOURCE_BYTES} are possible"
+        )
 
 
 # ---- Compiling, in the worker and in the engine; llguidance is imported nowhere else
