@@ -1,0 +1,194 @@
+"""What becomes a source, and what is refused before anything is compiled."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmsrv.files.open import open_model
+from llmsrv.text.grammar import MAX_SOURCE_BYTES
+from llmsrv.text.grammar import GrammarError
+from llmsrv.text.grammar import Tag
+from llmsrv.text.grammar import choice_source
+from llmsrv.text.grammar import compile_source
+from llmsrv.text.grammar import grammar_source
+from llmsrv.text.grammar import json_source
+from llmsrv.text.grammar import read_vocabulary
+from llmsrv.text.grammar import regex_source
+from llmsrv.text.grammar import tags_source
+from llmsrv.text.grammar import translated
+from llmsrv.text.grammar import triggered_source
+from llmsrv.text.tokenizer import Tokenizer
+from llmsrv.text.tokenizer import load_tokenizer
+from tests.support.gguf_writer import write_tiny_llama
+
+INTEGER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+SPECIAL = "<|im_start|>"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model: Path) -> Tokenizer:
+    return load_tokenizer(open_model(model))
+
+
+class Texts:
+    """Says of a source which texts it takes."""
+
+    def __init__(self, model: Path, tokenizer: Tokenizer) -> None:
+        self._vocabulary = read_vocabulary(model, model.parent)
+        self._tokenizer = tokenizer
+
+    def take(self, source: str, text: str) -> bool:
+        matcher = compile_source(translated(source), self._vocabulary)
+        ids = self._tokenizer.encode(text, parse_special=True)
+        return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+
+@pytest.fixture(scope="module")
+def texts(model: Path, tokenizer: Tokenizer) -> Texts:
+    return Texts(model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("schema", "why"),
+    [
+        (True, "an object, but got true"),
+        (False, "an object, but got false"),
+        (None, "an object, but got null"),
+        ([1], r"an object, but got \[1\]"),
+        ("", "not JSON"),
+        ({}, "empty"),
+        ("{}", "empty"),
+        (b"{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ({"enum": ["x" * MAX_SOURCE_BYTES]}, "at most 524288"),
+        (b'{"enum": ["' + b"x" * 10_000_000 + b'"]}', "at most 524288"),
+    ],
+    ids=lambda value: str(value)[:16],
+)
+def test_a_schema_is_an_object_of_bounded_size(schema: object, why: str) -> None:
+    with pytest.raises(GrammarError, match=why):
+        json_source(schema)
+
+
+def test_a_schema_may_come_as_a_string_of_json() -> None:
+    assert json_source(json.dumps(INTEGER)) == json_source(INTEGER)
+    assert json_source(json.dumps(json.dumps(INTEGER)).encode()) == json_source(INTEGER)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: regex_source(""), lambda: choice_source([""]), lambda: grammar_source(" \n")]
+)
+def test_what_is_empty_is_refused(make: object) -> None:
+    assert callable(make)
+    with pytest.raises(GrammarError, match="empty"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("schema", "why"),
+    [
+        ({"type": "object", "if": {}, "not": {}}, "not supported: if, not"),
+        ({"type": "string", "pattern": "(?<=a)b"}, "look-behind"),
+        ({"type": "string", "format": "nonsense"}, "Unknown format: nonsense"),
+        ({"$ref": "#"}, "allows no text that ends"),
+        ({"$ref": "http://example.com/schema.json"}, "does not fetch"),
+        ({"enum": []}, "empty"),
+    ],
+    ids=str,
+)
+def test_what_a_schema_asks_in_vain_is_named(
+    texts: Texts, schema: dict[str, object], why: str
+) -> None:
+    with pytest.raises(GrammarError, match=why):
+        texts.take(json_source(schema), "")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [("a/b", "a/b"), (r"a\/b", "a/b"), (r"\\/", "\\/"), ("a\nb", "a\nb"), ("^[a-c]+$", "abc")],
+)
+def test_a_pattern_means_in_a_grammar_what_it_means_alone(
+    texts: Texts, pattern: str, text: str
+) -> None:
+    assert texts.take(regex_source(pattern), text)
+
+
+@pytest.mark.parametrize(
+    ("gbnf", "text", "other"),
+    [
+        ('root ::= "a/b" [/] "\\x41\\u00e9"', "a/b/Aé", "a/b/A"),
+        ('root ::= item+\nitem ::= "- " [^\\r\\n]+ "\\n"', "- x\n- y\n", "- x"),
+        ('root ::= yes | "no" # or not\nyes ::= "yes" "!"{1,3}', "yes!!", "yes"),
+        ('root ::= "(" root ")" | ""', "(())", "(()"),
+    ],
+)
+def test_gbnf_is_understood(texts: Texts, gbnf: str, text: str, other: str) -> None:
+    assert texts.take(grammar_source(gbnf), text)
+    assert not texts.take(grammar_source(gbnf), other)
+
+
+def test_gbnf_that_is_none_is_refused() -> None:
+    with pytest.raises(GrammarError, match="line 1"):
+        translated(grammar_source("root ::= ("))
+
+
+def call(name: str) -> Tag:
+    return Tag(f'<call>{{"name": "{name}", "arguments": ', INTEGER, "}</call>")
+
+
+F = '<call>{"name": "f", "arguments": {"n": 1}}</call>'
+G = '<call>{"name": "g", "arguments": {"n": 2}}</call>'
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "is_taken"),
+    [
+        ({}, F, True),
+        ({}, F + G, False),
+        ({}, "text", False),
+        ({"many": True, "separator": "\n"}, f"{F}\n{G}\n{F}", True),
+        ({"many": True, "separator": "\n"}, f"{F}{G}", False),
+        ({"prefix": SPECIAL + "[", "suffix": "]"}, f"{SPECIAL}[{G}]", True),
+        ({"prefix": SPECIAL}, G, False),
+    ],
+)
+def test_tags_from_the_start_leave_room_for_nothing_else(
+    texts: Texts, tokenizer: Tokenizer, form: dict[str, object], text: str, is_taken: bool
+) -> None:
+    source = tags_source([call("f"), call("g")], tokenizer, **form)  # type: ignore[arg-type]
+    assert texts.take(source, text) == is_taken
+
+
+@pytest.mark.parametrize(
+    ("text", "is_taken"),
+    [
+        ("any text, < or <b> or </call>", True),
+        (f"first {F} then {G}.", True),
+        ('<call>{"name": "h", "arguments": {"n": 1}}</call>', False),
+        ('<call>{"name": "f", "arguments": {"n": "1"}}</call>', False),
+        ("<call>nothing", False),
+    ],
+)
+def test_triggers_begin_a_tag_within_any_text(
+    texts: Texts, tokenizer: Tokenizer, text: str, is_taken: bool
+) -> None:
+    source = triggered_source([call("f"), call("g")], ["<call>"], tokenizer)
+    assert texts.take(source, text) == is_taken
+
+
+def test_a_special_token_may_be_the_trigger(texts: Texts, tokenizer: Tokenizer) -> None:
+    tags = [Tag(f"{SPECIAL}f ", INTEGER, ""), Tag(f"{SPECIAL}g ", INTEGER, "<|endoftext|>")]
+    source = triggered_source(tags, [SPECIAL], tokenizer)
+    assert texts.take(source, f'text {SPECIAL}f {{"n": 1}}{SPECIAL}g {{"n": 2}}<|endoftext|>')
+    assert not texts.take(source, f"text {SPECIAL}h")
+
+
+def test_a_trigger_needs_a_tag(tokenizer: Tokenizer) -> None:
+    with pytest.raises(GrammarError, match="no tag begins"):
+        triggered_source([call("f")], ["<tool>"], tokenizer)
