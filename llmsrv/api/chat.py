@@ -25,6 +25,7 @@ from llmsrv.api.prompt import prompt_ids
 from llmsrv.api.schema import ChatCompletionRequest
 from llmsrv.api.service import Service
 from llmsrv.api.tools import ToolUse
+from llmsrv.api.tools import tool_grammar
 from llmsrv.api.tools import tool_use
 from llmsrv.asgi.request import Request
 from llmsrv.asgi.response import Response
@@ -44,7 +45,8 @@ class ChatCompletions:
         service = self._models.find(asked.model)
         tools = tool_use(service, asked)
         ids = await prompt_ids(service, asked, tools.tools if tools else [])
-        thinks = _thinks(service)
+        thinks = _thinks(service) and not (tools and tools.must_call)
+        grammar = await tool_grammar(service, tools) if tools else ""
         submits = generate.make_submits(
             service,
             asked,
@@ -54,7 +56,7 @@ class ChatCompletions:
             num_logprobs=_num_logprobs(asked),
             tells_prompt=asked.prompt_logprobs is not None,
             tenant=generate.tenant_of(request),
-            grammar=await structured.grammar_of(service, asked),
+            grammar=grammar or await structured.grammar_of(service, asked),
         )
         shown = shown_tokens(service.text.tokenizer, tools, thinks)
         rules = generate.text_rules(asked, service.text.tokenizer, shown)

@@ -1,16 +1,25 @@
 """The tools of a chat request: what the model is told of, and what it may or must call."""
 
+import json
 import secrets
 from dataclasses import dataclass
+from typing import Any
 
+from llmsrv.api import structured
 from llmsrv.api.schema import ChatCompletionRequest
 from llmsrv.api.schema import NamedToolChoice
 from llmsrv.api.schema import Tool
 from llmsrv.api.service import Service
 from llmsrv.errors import ApiError
+from llmsrv.text.grammar import Tag
 from llmsrv.text.tool_calls import FORMATS
 from llmsrv.text.tool_calls import ToolCallFormat
 from llmsrv.text.tool_calls import ToolCallParser
+
+# With one of these a schema may allow properties that it does not list.
+OPENING_KEYS = frozenset(
+    ("additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref")
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,42 @@ def tool_use(service: Service, asked: ChatCompletionRequest) -> ToolUse | None:
         must_call=choice == "required" or isinstance(choice, NamedToolChoice),
         at_most_one=asked.parallel_tool_calls is False or isinstance(choice, NamedToolChoice),
     )
+
+
+async def tool_grammar(service: Service, use: ToolUse) -> str:
+    """What the answer must follow so that the model calls one of its tools, or, where it need not,
+    so that calls of `strict` tools keep to their schemas; "" for nothing."""
+    form = use.format
+    is_strict = any(tool.function.strict for tool in use.callable.values())
+    if not use.must_call and not (is_strict and form.opening and not form.is_bare):
+        return ""
+    opening, closing = (form.opening + "[", "]") if form.is_list else ("", "")
+    if not use.must_call:
+        calls = [_call(form, tool, opening, closing) for tool in use.callable.values()]
+        return await structured.tool_grammar(service, calls, triggers=[form.opening])
+    return await structured.tool_grammar(
+        service,
+        [_call(form, tool) for tool in use.callable.values()],
+        prefix=opening,
+        separator=form.separator,
+        suffix=closing,
+        many=not use.at_most_one,
+    )
+
+
+def _call(form: ToolCallFormat, tool: Tool, opening: str = "", closing: str = "") -> Tag:
+    """One call as the model is to write it."""
+    if form.closing:
+        opening, closing = f"{form.opening}\n", f"\n{form.closing}"
+    begin = f'{opening}{{"name": {json.dumps(tool.function.name)}, "{form.arguments}": '
+    return Tag(begin, _closed(tool.function.parameters), "}" + closing)
+
+
+def _closed(schema: dict[str, Any] | None) -> dict[str, Any]:
+    """The schema of a call's arguments, without further ones where it does not speak of them: small
+    models would invent them without end."""
+    schema = {"type": "object", "properties": {}} | (schema or {})
+    return schema if OPENING_KEYS & schema.keys() else schema | {"additionalProperties": False}
 
 
 def call_id(format: ToolCallFormat) -> str:

@@ -27,6 +27,8 @@ class ToolCallFormat:
     arguments  the key of a call's arguments
     is_bare    whether an answer that begins as JSON is a call without the opening, too
     is_named   whether the name may stand before the arguments, outside of the JSON
+    is_list    whether it is usually a list of calls that is announced
+    separator  between calls, beside what announces them
     """
 
     opening: str
@@ -34,12 +36,16 @@ class ToolCallFormat:
     arguments: str = "arguments"
     is_bare: bool = False
     is_named: bool = False
+    is_list: bool = False
+    separator: str = "\n"
 
 
 FORMATS = {
     "hermes": ToolCallFormat("<tool_call>", "</tool_call>"),
-    "llama3": ToolCallFormat("<|python_tag|>", arguments="parameters", is_bare=True),
-    "mistral": ToolCallFormat("[TOOL_CALLS]", is_named=True),
+    "llama3": ToolCallFormat(
+        "<|python_tag|>", arguments="parameters", is_bare=True, separator="; "
+    ),
+    "mistral": ToolCallFormat("[TOOL_CALLS]", is_named=True, is_list=True, separator=", "),
     "json": ToolCallFormat("", is_bare=True),
 }
 
