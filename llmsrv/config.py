@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 BACKENDS = ("auto", "cpu", "reference")
+SPECULATIVE_MODES = ("disable", "ngram")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -39,6 +40,8 @@ class EngineConfig:
     context_window_size: int = 0  # positions of one sequence; 0: what the model was made for
     extend_context: bool = False  # or more than that
     gpu_memory_utilization: float = 0.85  # of the memory that there is
+    speculative_mode: str = "disable"
+    spec_draft_length: int = 0  # 0: what pays
     threads: int = 0  # 0: one a physical core
     activation_bits: int = 16
     cache_dir: str = field(default_factory=lambda: str(default_cache_dir()))
@@ -160,6 +163,21 @@ class Config:
     )
     extend_context: bool = option(
         False, "Engine", "allow a --context-window-size beyond what the model was made for"
+    )
+    speculative_mode: str = option(
+        "disable",
+        "Engine",
+        "guess tokens that come next, which changes no answer: ngram looks them up in what was "
+        "said before",
+        choices=SPECULATIVE_MODES,
+    )
+    spec_draft_length: int = option(
+        0,
+        "Engine",
+        "tokens to guess in one step; 0 takes what pays",
+        least=0,
+        most=16,
+        overrides=True,
     )
     gpu_memory_utilization: float = option(
         0.85,

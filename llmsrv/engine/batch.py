@@ -10,17 +10,17 @@ from llmsrv.engine.scheduler import Chunk
 
 
 def build_batch(chunks: list[Chunk], block_tables: Array) -> Batch:
-    """The rows of the chunks, in their order; a row's logits are wanted where a chunk completes its
-    sequence, and those of all rows where it tells its prompt.
+    """The rows of the chunks, in their order; the last num_logit_rows of each chunk are logit rows.
 
     block_tables  [max_num_sequence, max_blocks] int32, of every slot, as KVCache has them
     """
     ids: list[int] = []
-    for sequence, num_rows in chunks:
-        ids += sequence.ids(sequence.num_computed, sequence.num_computed + num_rows)
-    counts = np.array([num_rows for _, num_rows in chunks])  # [S]
-    firsts = np.array([sequence.num_computed for sequence, _ in chunks])  # [S]
-    slots = np.array([sequence.slot for sequence, _ in chunks])  # [S]
+    for sequence, num_tokens, draft in chunks:
+        ids += sequence.ids(sequence.num_computed, sequence.num_computed + num_tokens)
+        ids += draft
+    counts = np.array([chunk.num_rows for chunk in chunks])  # [S]
+    firsts = np.array([chunk.sequence.num_computed for chunk in chunks])  # [S]
+    slots = np.array([chunk.sequence.slot for chunk in chunks])  # [S]
     wanted = np.array([chunk.num_logit_rows for chunk in chunks])  # [S], the last rows of each
     ends = counts.cumsum()  # [S]
 
@@ -34,7 +34,7 @@ def build_batch(chunks: list[Chunk], block_tables: Array) -> Batch:
         sequences=sequences,
         slot_mapping=blocks * BLOCK_SIZE + positions % BLOCK_SIZE,
         block_tables=tables,
-        is_long=np.array([sequence.is_long for sequence, _ in chunks]),
+        is_long=np.array([chunk.sequence.is_long for chunk in chunks]),
         logit_rows=np.flatnonzero(
             np.arange(len(ids)) >= (ends - wanted).repeat(counts)
         ).astype(np.int32),

@@ -14,10 +14,10 @@ from concurrent.futures import Future
 from concurrent.futures import wait
 from heapq import heappop
 from heapq import heappush
+from typing import NamedTuple
 
 import numpy as np
 
-from llmsrv.backend.base import Array
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
 from llmsrv.backend.sampling import Samples
@@ -41,16 +41,29 @@ from llmsrv.engine.scheduler import Chunk
 from llmsrv.engine.scheduler import Scheduler
 from llmsrv.engine.sequence import Sequence
 from llmsrv.engine.sequence import State
+from llmsrv.engine.speculation import Speculation
 from llmsrv.engine.step_costs import StepCosts
 from llmsrv.errors import ApiError
 
 log = logging.getLogger("llmsrv.engine")
 
-# A row whose logits are wanted: the index of the prompt's token that it tells of, None if it draws.
-LogitRow = tuple[Sequence, int | None]
-DRAW = -1  # in place of a target
+NONE = -1  # in place of an id
 GRAMMAR_WAIT_S = 0.005  # where there is nothing to do but to wait for a grammar
 TIMED_OUT = "The request was not finished within the time that this server gives to one."
+
+
+class LogitRow(NamedTuple):
+    """A row whose logits are wanted.
+
+    at      index in its sequence of the token that it tells of, or draws
+    target  the prompt's token there, else NONE
+    draft   the drafted token that the row stands on, else NONE
+    """
+
+    sequence: Sequence
+    at: int
+    target: int
+    draft: int
 
 
 class EngineCore:
@@ -63,10 +76,13 @@ class EngineCore:
         long_from: int | None = None,
         clock: Callable[[], float] = time.monotonic,
         compile_grammar: Callable[[str], Future[Grammar]] | None = None,
+        speculative_mode: str = "disable",
+        draft_length: int = 0,
     ) -> None:
         """limits are those that the plan was compiled for; its cache must hold one sequence of
         context_length.  long_from is the program's.  compile_grammar returns at once; None: no
-        request has one."""
+        request has one.  speculative_mode is one of config.SPECULATIVE_MODES, draft_length as
+        Speculation has it."""
         self._clock = clock
         self._plan = plan
         self._context_length = context_length
@@ -75,11 +91,13 @@ class EngineCore:
         self._compile_grammar = compile_grammar
         self._kv_cache = KVCache(limits.num_blocks, limits.max_slots, context_length)
         self._costs = StepCosts()
+        self._speculation = Speculation(self._costs, speculative_mode == "ngram", draft_length)
         self._scheduler = Scheduler(
             self._kv_cache,
             limits.max_slots,
             limits.max_rows,
             self._costs,
+            self._speculation,
             limits.max_logit_rows - limits.max_slots,
         )
         self._sequences: dict[int, list[Sequence]] = {}  # by request, what has not ended
@@ -194,44 +212,72 @@ class EngineCore:
                 self._admitted.append(Admitted(sequence.submit.request, sequence.num_cached))
 
     def _compute(self, chunks: list[Chunk]) -> None:
+        chunks = [masked for chunk in chunks if (masked := self._mask(chunk))]
+        if not chunks:
+            return
         self._plan.forward(build_batch(chunks, self._kv_cache.block_tables))
         rows = [row for chunk in chunks for row in _logit_rows(chunk)]
+        before = [chunk.sequence.num_tokens for chunk in chunks]
         for chunk in chunks:
             self._scheduler.note_computed(chunk)
         if rows:
-            slots = np.array([sequence.slot for sequence, _ in rows], np.int32)
-            output_positions = np.array([len(s.output_ids) for s, _ in rows], np.int64)
-            self._mask(rows)
-            self._take(rows, self._plan.sample(slots, output_positions, _targets(rows)))
+            self._take(rows, self._sample(rows))
+        for chunk, num_tokens in zip(chunks, before, strict=True):
+            num_kept = chunk.sequence.num_tokens - num_tokens - 1
+            if chunk.draft and num_kept >= 0:  # else the row before the draft has failed
+                self._speculation.note(chunk.sequence, len(chunk.draft), num_kept)
 
-    def _mask(self, rows: list[LogitRow]) -> None:
-        """Lets each row draw what its grammar allows there; where that is nothing, it has ended."""
-        for sequence, prompt_at in rows:
-            if sequence.grammar is not None and prompt_at is None:
-                masks = sequence.grammar.masks()
-                if masks is None:
-                    self._finish(sequence, "length")
-                else:
-                    self._plan.sampling.set_grammar(sequence.slot, masks)
+    def _mask(self, chunk: Chunk) -> Chunk | None:
+        """Lets the chunk's rows draw what its grammar allows there, and cuts its draft at the first
+        token that it does not; None where it allows nothing, and the sequence has ended."""
+        grammar = chunk.sequence.grammar
+        if grammar is None or chunk.num_tokens < chunk.sequence.num_uncomputed:
+            return chunk
+        masks = grammar.masks(chunk.draft)
+        if masks is None:
+            self._finish(chunk.sequence, "length")
+            return None
+        self._plan.sampling.set_grammar(chunk.sequence.slot, masks)
+        return chunk._replace(draft=chunk.draft[: len(masks) - 1])
+
+    def _sample(self, rows: list[LogitRow]) -> Samples:
+        slots = np.array([row.sequence.slot for row in rows], np.int32)
+        positions = [max(0, row.at - len(row.sequence.submit.prompt_ids)) for row in rows]
+        targets = np.array([row.target for row in rows], np.int32)
+        drafts = np.array([row.draft for row in rows], np.int32)
+        return self._plan.sample(
+            slots,
+            np.array(positions, np.int64),
+            targets if (targets != NONE).any() else None,
+            drafts if (drafts != NONE).any() else None,
+        )
 
     def _take(self, rows: list[LogitRow], samples: Samples) -> None:
         now_s = self._clock()
-        for row, (sequence, prompt_at) in enumerate(rows):
+        for i, row in enumerate(rows):
+            sequence = row.sequence
             if sequence.state is State.ENDED:
-                continue  # by its grammar, or by another row of the request in this very step
+                continue  # by a token, or by another row of the request in this very step
             try:
-                if prompt_at is None:
-                    self._advance(sequence, row, samples, now_s)
-                elif prompt_at == sequence.num_told:
-                    self._tell_prompt(sequence, row, samples)
+                if row.target != NONE and row.at == sequence.num_told:
+                    self._tell_prompt(sequence, i, samples)
+                elif row.target == NONE and _stands(row):
+                    self._advance(row, i, samples, now_s)
             except Exception as error:
                 self._fail(sequence.submit.request, error)
 
-    def _advance(self, sequence: Sequence, row: int, samples: Samples, now_s: float) -> None:
-        tokens = _tokens(sequence, sequence.choice, row, samples)
-        reason = sequence.append(tokens.ids[0], now_s)
-        self._tokens.append(tokens)
-        if reason:
+    def _advance(self, row: LogitRow, index: int, samples: Samples, now_s: float) -> None:
+        sequence = row.sequence
+        tokens = _tokens(sequence, sequence.choice, index, samples)
+        if row.draft == NONE:
+            self._tokens.append(tokens)
+        else:
+            self._scheduler.note_kept(sequence, 1)
+            last = self._tokens[-1]  # of the same sequence, whose rows lie together
+            last.ids.extend(tokens.ids)
+            last.logprobs.extend(tokens.logprobs)
+            last.alternatives.extend(tokens.alternatives)
+        if reason := sequence.append(tokens.ids[0], now_s):
             self._finish(sequence, reason)
 
     def _tell_prompt(self, sequence: Sequence, row: int, samples: Samples) -> None:
@@ -268,6 +314,9 @@ class EngineCore:
             num_preemptions=self._scheduler.num_preemptions,
             num_prefix_queries=self._scheduler.num_prefix_queries,
             num_prefix_hits=self._scheduler.num_prefix_hits,
+            num_drafts=self._speculation.num_drafts,
+            num_draft_tokens=self._speculation.num_draft_tokens,
+            num_accepted_tokens=self._speculation.num_accepted_tokens,
         )
         step = Step(self._admitted, self._tokens, self._finished, self._failed, gauges)
         self._admitted, self._tokens, self._finished, self._failed = [], [], [], []
@@ -275,20 +324,22 @@ class EngineCore:
 
 
 def _logit_rows(chunk: Chunk) -> list[LogitRow]:
-    """The chunk's rows whose logits are wanted."""
-    sequence = chunk.sequence
-    end = sequence.num_computed + chunk.num_rows  # the row at position p is for the token at p + 1
-    wanted = range(end - chunk.num_logit_rows + 1, end + 1)
-    num_prompt = len(sequence.submit.prompt_ids)
-    return [(sequence, at if at < num_prompt else None) for at in wanted]
+    """The chunk's rows whose logits are wanted: the last ones."""
+    sequence, prompt_ids = chunk.sequence, chunk.sequence.submit.prompt_ids
+    rows = []
+    for i in range(chunk.num_rows - chunk.num_logit_rows, chunk.num_rows):
+        at = sequence.num_computed + i + 1
+        target = prompt_ids[at] if at < len(prompt_ids) else NONE
+        draft = chunk.draft[i - chunk.num_tokens] if i >= chunk.num_tokens else NONE
+        rows.append(LogitRow(sequence, at, target, draft))
+    return rows
 
 
-def _targets(rows: list[LogitRow]) -> Array | None:
-    """As Plan.sample takes them."""
-    if all(at is None for _, at in rows):
-        return None
-    targets = [DRAW if at is None else sequence.submit.prompt_ids[at] for sequence, at in rows]
-    return np.array(targets, np.int32)
+def _stands(row: LogitRow) -> bool:
+    """Whether every token before the row's is what the row was computed with."""
+    if row.at != row.sequence.num_tokens:
+        return False  # a draft before it was not kept
+    return row.draft == NONE or row.draft == row.sequence.output_ids[-1]
 
 
 def _tokens(sequence: Sequence, choice: int, row: int, samples: Samples) -> Tokens:

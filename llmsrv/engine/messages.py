@@ -139,6 +139,9 @@ class Gauges(msgspec.Struct, frozen=True, array_like=True):
     num_preemptions: int = 0  # since the engine started, as the following
     num_prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
     num_prefix_hits: int = 0  # and found there
+    num_drafts: int = 0  # of speculative decoding
+    num_draft_tokens: int = 0  # in them
+    num_accepted_tokens: int = 0  # of these
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):

@@ -167,6 +167,8 @@ def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, 
         program.vocab_size,
         program.long_from,
         compile_grammar=grammars.compile,
+        speculative_mode=config.speculative_mode,
+        draft_length=config.spec_draft_length,
     )
     return core, ready
 

@@ -1,9 +1,10 @@
 """Which rows the next step computes: continuous batching, in the order of the sequences' ranks.
 
 Sequences in decode take one row each, before anything else, so a long prompt never stops the
-running streams; what is left goes to prompts, in chunks; then sequences are admitted from the queue
-while slots, blocks and rows last.  With nothing in decode a step has max_rows.  Otherwise it has so
-many that its streams stay smooth, by what steps have cost so far (_num_prefill_rows).
+running streams, and further rows for drafts (speculation.py); what is left goes to prompts, in
+chunks; then sequences are admitted from the queue while slots, blocks and rows last.  With nothing
+in decode a step has max_rows.  Otherwise it has so many that its streams stay smooth, by what steps
+have cost so far (_num_prefill_rows).
 
 When a sequence in decode needs a block and none is free, the running sequence of the last rank is
 preempted: its blocks are freed, it goes back to the queue, and when it is admitted again its prompt
@@ -28,6 +29,7 @@ from llmsrv.engine.kv_cache import num_blocks_for
 from llmsrv.engine.sequence import NO_SLOT
 from llmsrv.engine.sequence import Sequence
 from llmsrv.engine.sequence import State
+from llmsrv.engine.speculation import Speculation
 from llmsrv.engine.step_costs import StepCosts
 
 # A step with streams takes so many times what it would without prompts: no pause is long beside
@@ -40,16 +42,22 @@ LEAST_PREFILL_ROWS = 16
 
 
 class Chunk(NamedTuple):
-    """The next num_rows uncomputed tokens of a sequence."""
+    """The next num_tokens uncomputed tokens of a sequence, and a draft behind the last of all."""
 
     sequence: Sequence
-    num_rows: int
+    num_tokens: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_tokens + len(self.draft)
 
     @property
     def num_logit_rows(self) -> int:
         if self.sequence.tells_prompt:
             return self.num_rows
-        return int(self.num_rows == self.sequence.num_uncomputed)
+        is_complete = self.num_tokens == self.sequence.num_uncomputed
+        return is_complete + len(self.draft)
 
 
 class Scheduler:
@@ -59,6 +67,7 @@ class Scheduler:
         max_num_sequence: int,
         max_rows: int,
         costs: StepCosts,
+        speculation: Speculation,
         num_spare_logit_rows: int = 0,
     ) -> None:
         """num_spare_logit_rows: of a step, beside one for each sequence."""
@@ -68,6 +77,7 @@ class Scheduler:
         self._max_rows = max_rows
         self._num_spare_logit_rows = num_spare_logit_rows
         self._costs = costs
+        self._speculation = speculation
         self._free_slots = list(range(max_num_sequence - 1, -1, -1))
         self.waiting = FairQueue()
         self.running: list[Sequence] = []  # by rank
@@ -94,9 +104,9 @@ class Scheduler:
         Empty only when there is no sequence at all.
         """
         self.admitted = []
-        chunks = self._schedule_decode()
-        budget = self._num_prefill_rows(len(chunks))
-        spare = self._num_spare_logit_rows
+        chunks = self._with_drafts(self._schedule_decode())
+        budget = self._num_prefill_rows(sum(chunk.num_rows for chunk in chunks))
+        spare = self._num_spare_logit_rows - sum(len(chunk.draft) for chunk in chunks)
 
         def prefill(sequence: Sequence) -> None:
             nonlocal budget, spare
@@ -114,10 +124,14 @@ class Scheduler:
         return chunks
 
     def note_computed(self, chunk: Chunk) -> None:
-        """The chunk's rows are in the cache; blocks that they filled are known from now on."""
-        sequence, num_rows = chunk
+        """The chunk's tokens, without its draft, are in the cache; blocks that they filled are
+        known from now on."""
+        self.note_kept(chunk.sequence, chunk.num_tokens)
+
+    def note_kept(self, sequence: Sequence, num_tokens: int) -> None:
+        """The same for drafted tokens that have become the sequence's own."""
         num_pages = sequence.num_computed // BLOCK_SIZE
-        sequence.num_computed += num_rows
+        sequence.num_computed += num_tokens
         if sequence.num_computed // BLOCK_SIZE > num_pages:
             pages = sequence.pages.upto(sequence.num_computed // BLOCK_SIZE, sequence.ids)
             self._kv_cache.remember(sequence.slot, pages)
@@ -139,6 +153,19 @@ class Scheduler:
             if sequence.num_uncomputed == 1 and self._make_room(sequence):
                 chunks.append(Chunk(sequence, 1))
         return chunks
+
+    def _with_drafts(self, chunks: list[Chunk]) -> list[Chunk]:
+        """The chunks of decode with drafts, as far as there is room that nobody else needs soon."""
+        most = min(self._num_spare_logit_rows, self._max_rows - len(chunks))
+        num_blocks = num_blocks_for(most) + 1
+        if most <= 0 or self._kv_cache.num_free < len(chunks) * (1 + num_blocks):
+            return chunks
+        drafts = self._speculation.draft([chunk.sequence for chunk in chunks], most)
+        with_drafts = []
+        for chunk, draft in zip(chunks, drafts, strict=True):
+            self._kv_cache.grow(chunk.sequence.slot, chunk.sequence.num_tokens + len(draft))
+            with_drafts.append(Chunk(*chunk[:2], tuple(draft)))
+        return with_drafts
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Gets the block for the sequence's next token; False when it had to give way itself."""

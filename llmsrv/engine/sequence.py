@@ -10,6 +10,7 @@ from dataclasses import field
 
 from llmsrv.engine.grammar import Grammar
 from llmsrv.engine.kv_cache import Pages
+from llmsrv.engine.lookup import Lookup
 from llmsrv.engine.messages import Finished
 from llmsrv.engine.messages import Submit
 
@@ -56,6 +57,7 @@ class Sequence:
 
     # Over its whole life
     grammar: Grammar | None = None
+    lookup: Lookup = field(default_factory=Lookup)
     output_ids: list[int] = field(default_factory=list)
     num_told: int = 1  # tokens of the prompt that are told, as far as it tells them
     scheduled_s: float = 0.0

@@ -141,10 +141,10 @@ def test_an_exception_for_one_request_inside_a_step_fails_it_alone(
     engine = Engine()
     advance = engine.core._advance
 
-    def faulty(sequence, *rest):  # type: ignore[no-untyped-def]
-        if sequence.submit.request == 2:
+    def faulty(row, *rest):  # type: ignore[no-untyped-def]
+        if row.sequence.submit.request == 2:
             raise RuntimeError("a fault for this request")
-        advance(sequence, *rest)
+        advance(row, *rest)
 
     monkeypatch.setattr(engine.core, "_advance", faulty)
     healthy = engine.submit(1, healthy_prompt(3))
@@ -376,13 +376,15 @@ def test_a_failing_choice_fails_the_choices_after_it_in_the_same_step() -> None:
 
 
 class Anything(RuleBasedStateMachine):
-    """Submits, steps and aborts in any order, in a cache that is far too small."""
+    """Submits, steps, aborts and whatever else in any order, in a cache that is far too small."""
 
     requests: Bundle[Submit] = Bundle("requests")
 
     def __init__(self) -> None:
         super().__init__()
-        self.engine = Engine(max_sequences=5, blocks=6, max_rows=9, context=80)
+        self.engine = Engine(
+            max_sequences=5, blocks=6, max_rows=9, context=80, spare_logit_rows=7, draft_length=3
+        )
         self.submits: dict[int, Submit] = {}
         self.aborted: set[int] = set()
 

@@ -34,11 +34,21 @@ class Engine:
         make_plan: Callable[[Limits], Plan] = FakePlan,
         clock: Callable[[], float] = time.monotonic,
         spare_logit_rows: int = 0,
+        draft_length: int | None = None,
     ) -> None:
+        """draft_length: as Speculation has it; None without look-up."""
         limits = Limits(max_rows, max_sequences + spare_logit_rows, max_sequences, blocks + 1)
         self.plan = make_plan(limits)
         context_length = min(context, blocks * BLOCK_SIZE)
-        self.core = EngineCore(self.plan, limits, context_length, VOCAB_SIZE, clock=clock)
+        self.core = EngineCore(
+            self.plan,
+            limits,
+            context_length,
+            VOCAB_SIZE,
+            clock=clock,
+            speculative_mode="disable" if draft_length is None else "ngram",
+            draft_length=draft_length or 0,
+        )
         self.admitted: list[int] = []
         self.num_cached: list[int] = []  # of each admission
         self.outputs: dict[tuple[int, int], list[int]] = {}

@@ -23,10 +23,13 @@ NAN_ID = 49  # a sequence whose last token this is has no usable logits
 
 
 def next_id(ids: Sequence[int], seed: int, choice: int, position: int) -> int:
-    """What the fake draws after `ids`; greedy when seed is 0.  About one in 1000 is NAN_ID."""
+    """What the fake draws after `ids`; greedy when seed is 0.  Most of it repeats the five tokens
+    before; about one in 1000 is NAN_ID."""
     draw = (seed, choice, position) if seed else ()
     number = zlib.crc32(repr((list(ids), draw)).encode())
-    return NAN_ID if number % 997 == 0 else number % NAN_ID
+    if number % 997 == 0:
+        return NAN_ID
+    return (ids[-5] if len(ids) >= 5 and number % 8 else number) % NAN_ID
 
 
 class FakePlan(Plan):
