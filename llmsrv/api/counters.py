@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from llmsrv.engine.messages import PROMPT
 from llmsrv.engine.messages import Gauges
 from llmsrv.engine.messages import Step
 
@@ -97,7 +98,8 @@ class Counters:
 
     def note_step(self, step: Step, num_prompt_tokens: int) -> None:
         """num_prompt_tokens: of the requests that were admitted in it."""
-        if num_tokens := num_prompt_tokens + sum(len(tokens.ids) for tokens in step.tokens):
+        drawn = (len(tokens.ids) for tokens in step.tokens if tokens.choice != PROMPT)
+        if num_tokens := num_prompt_tokens + sum(drawn):
             self.iteration_tokens_total.observe(num_tokens)
         now, before = step.gauges, self.gauges
         self.prefix_cache_queries += _grown(now.num_prefix_queries, before.num_prefix_queries)

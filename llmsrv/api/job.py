@@ -11,6 +11,7 @@ from contextlib import aclosing
 from typing import Any
 
 from llmsrv.api import debug
+from llmsrv.api.counters import ChoiceClock
 from llmsrv.api.output import ChoiceOutput
 from llmsrv.api.output import Delta
 from llmsrv.api.output import TextRules
@@ -46,6 +47,8 @@ class Job:
             ChoiceOutput(index, service.text.tokenizer, rules)
             for index in range(len(submits) * self._n)
         ]
+        self._clocks = [ChoiceClock(service.counters) for _ in self.outputs]
+        self._unfinished = "abort"  # why a choice ended without a finish_reason of its own
         self._generations: list[Generation] = []
         try:
             for submit in submits:
@@ -60,6 +63,9 @@ class Job:
             async with asyncio.timeout(ADMISSION_S):
                 for generation in self._generations:
                     await generation.admitted()
+        except ApiError:
+            self._unfinished = "error"
+            raise
         except TimeoutError:
             pass  # the answer begins now, and pings keep it alive until there is a token
 
@@ -70,6 +76,9 @@ class Job:
             async with aclosing(streams[0] if len(streams) == 1 else _merge(streams)) as merged:
                 async for delta in merged:
                     yield delta
+        except ApiError:
+            self._unfinished = "error"
+            raise
         finally:
             self.end()
 
@@ -117,6 +126,7 @@ class Job:
                 self._finished.append(event)
                 delta: Delta | None = output.finish(event.reason)
             else:
+                self._clocks[output.index].note_tokens(len(event.ids), generation.received_s)
                 delta = output.push(event)
                 if output.finish_reason:
                     generation.abort(event.choice)
@@ -127,10 +137,13 @@ class Job:
 
     def _count(self) -> None:
         counters = self._service.counters
-        counters.prompt_tokens += self.num_prompt_tokens
-        for output in self.outputs:
-            counters.generation_tokens += output.num_tokens
-            counters.finished[output.finish_reason or "abort"] += 1
+        for i, generation in enumerate(self._generations):
+            submit, choices = generation.submit, range(i * self._n, (i + 1) * self._n)
+            for output, clock in ((self.outputs[c], self._clocks[c]) for c in choices):
+                reason = output.finish_reason or self._unfinished
+                clock.note_end(reason, output.num_tokens, generation.admitted_s)
+            longest = max(self.outputs[c].num_tokens for c in choices)
+            counters.note_prompt(len(submit.prompt_ids), self._n, submit.max_tokens, longest)
 
 
 async def start(request: Request, job: Job) -> Job:
