@@ -7,6 +7,8 @@ import ctypes
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +26,8 @@ from llmsrv.backend.quants import dequantise
 ALIGNMENT = 64
 # Products fetch this far ahead of what they read, and may run over the end of a stretch.
 MARGIN_BYTES = 16384
+# What is packed at once, and then dropped of the mapped file.
+PIECE_VALUES = 1 << 20
 
 
 class Stack(NamedTuple):
@@ -65,8 +69,9 @@ class Weights:
             memory.array((size + MARGIN_BYTES,), np.uint8, wants_huge_pages=True) for size in sizes
         ]
         self._used = [0] * num_threads
-        for stack in stacks:
-            self._parts[stack.names] = self._pack_stack(stack)
+        with ThreadPoolExecutor(num_threads) as self._packers:
+            for stack in stacks:
+                self._parts[stack.names] = self._pack_stack(stack)
 
     def parts(self, stack: Stack) -> "ctypes.Array[Part]":
         return self._parts[stack.names]
@@ -115,28 +120,41 @@ class Weights:
         every: int = 1,
     ) -> None:
         """Each thread's rows of the tensors, one below the other, to groups `every` apart."""
-        start = 0
-        for tensor in tensors:
-            stop = start + tensor.shape[0]
-            data = _converted(tensor, format).reshape(tensor.shape[0], -1)
-            for thread in range(self._num_threads):
-                begin = ROWS * int(bounds[thread])
-                first, end = max(start, begin), min(stop, ROWS * int(bounds[thread + 1]))
-                if first < end:
-                    rows = data[first - start : end - start]
-                    self._library.llmsrv_pack(
-                        FORMATS[format],
-                        columns,
-                        address_of(rows),
-                        rows.strides[0],
-                        len(rows),
-                        first - begin,
-                        every,
-                        int(groups[thread]),
-                    )
-            drop_pages(tensor.data)
+
+        def pack(tensor: Tensor, start: int, first: int, end: int, thread: int) -> None:
+            data = tensor.data.reshape(tensor.shape[0], -1)[first - start : end - start]
+            rows = _converted(tensor.type, data, columns, format)
+            self._library.llmsrv_pack(
+                FORMATS[format],
+                columns,
+                address_of(rows),
+                rows.strides[0],
+                len(rows),
+                first - ROWS * int(bounds[thread]),
+                every,
+                int(groups[thread]),
+            )
+            drop_pages(data)
+
+        pieces = list(_pieces(tensors, [ROWS * int(bound) for bound in bounds]))
+        for packed in [self._packers.submit(pack, *piece) for piece in pieces]:
+            packed.result()
             self._tick()
-            start = stop
+
+
+def _pieces(
+    tensors: Sequence[Tensor], bounds: Sequence[int]
+) -> Iterator[tuple[Tensor, int, int, int, int]]:
+    """Tensors that lie one below the other, cut where threads' rows begin, and small: the tensor,
+    the row where it starts, first and end of the piece's rows, the thread."""
+    start = 0
+    for tensor in tensors:
+        step = max(1, PIECE_VALUES // tensor.shape[1])
+        for thread, (begin, end) in enumerate(pairwise(bounds)):
+            last = min(start + tensor.shape[0], end)
+            for first in range(max(start, begin), last, step):
+                yield tensor, start, first, min(first + step, last), thread
+        start += tensor.shape[0]
 
 
 def _runs(stack: Sequence[Tensor]) -> Iterator[tuple[str, list[Tensor], int, int]]:
@@ -159,10 +177,10 @@ def format_of(tensor: Tensor) -> str:
     return tensor.type if tensor.type in FORMATS else "F32"
 
 
-def _converted(tensor: Tensor, format: str) -> Array:
-    """The tensor's bytes, of a type that has no format of its own its values as float32."""
-    if tensor.type == format:
-        return tensor.data
-    values = np.empty(tensor.shape, np.float32)
-    dequantise(tensor.type, tensor.data, values)
-    return values.reshape(-1).view(np.uint8)
+def _converted(type: str, data: Array, columns: int, format: str) -> Array:
+    """Rows of a tensor [rows, bytes]; of a type that has no format their values as float32."""
+    if type == format:
+        return data
+    values = np.empty((len(data), columns), np.float32)
+    dequantise(type, data.reshape(-1), values)
+    return values.view(np.uint8)

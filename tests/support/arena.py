@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable
 from collections.abc import Mapping
 from math import prod
+from threading import RLock
 from typing import Any
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ class Arena:
         place = libc.mmap(ADDRESS, SIZE, mmap.PROT_READ | mmap.PROT_WRITE, flags, self.fd, 0)
         assert place == ADDRESS
         self._next = ADDRESS
+        self._lock = RLock()  # weights are packed by several threads
         self._free: dict[int, list[int]] = {}  # by pages
         self._copies: dict[int, Copy] = {}  # by address
 
@@ -81,6 +83,10 @@ class Arena:
         return self._place(Copy(weakref.ref(array), address, array.nbytes, array.flags.writeable))
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        with self._lock:
+            return self._call(function, *arguments)
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         for address, copy in list(self._copies.items()):
             if copy.owner() is None:
                 del self._copies[address]
@@ -101,12 +107,13 @@ class Arena:
         """Where C finds the bytes."""
         if ADDRESS <= copy.original < ADDRESS + SIZE:
             return copy.original
-        for address, known in self._copies.items():
-            if known[1:] == copy[1:] and known.owner() is copy.owner():
-                return address
-        address = self._take(copy.size)
-        self._copies[address] = copy
-        return address
+        with self._lock:
+            for address, known in self._copies.items():
+                if known[1:] == copy[1:] and known.owner() is copy.owner():
+                    return address
+            address = self._take(copy.size)
+            self._copies[address] = copy
+            return address
 
     def _take(self, size: int) -> int:
         pages = -(-size // PAGE)
