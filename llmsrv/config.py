@@ -44,6 +44,7 @@ class EngineConfig:
     spec_draft_length: int = 0  # 0: what pays
     threads: int = 0  # 0: one a physical core
     activation_bits: int = 16
+    kv_cache_bits: int = 16
     cache_dir: str = field(default_factory=lambda: str(default_cache_dir()))
     log_level: str = "info"
 
@@ -152,6 +153,13 @@ class Config:
         "Engine",
         "of what goes into products on the CPU: 8 is up to 1.6 times faster and less exact",
         choices=(16, 8),
+        least=8,
+    )
+    kv_cache_bits: int = option(
+        16,
+        "Engine",
+        "of a key's or value's element on the CPU: 8 takes half the memory and is less exact",
+        choices=(16, 8, 32),
         least=8,
     )
     context_window_size: int = option(

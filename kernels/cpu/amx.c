@@ -60,13 +60,10 @@ int tile_words(int width) { return scales_at(width, 1) + num_stretches(width); }
 /* The largest size of x[0..count-1], a multiple of 32; infinity and NaN are larger than all. */
 INLINE float largest_of(const float *x, int count)
 {
-    i32x16 no_sign = splat_int(0x7fffffff), largest = splat_int(0);
+    i32x16 largest = splat_int(0);
     for (int i = 0; i < count; i += 16)
-        largest = max_int(largest, (i32x16)load(x + i) & no_sign);
-    int32_t bits = largest_int(largest);
-    float size;
-    memcpy(&size, &bits, sizeof size);
-    return size;
+        largest = max_int(largest, size_bits(load(x + i)));
+    return float_of(largest_int(largest));
 }
 
 /* Columns first .. end - 1 of row r of R; the tile's scale for them is returned. */

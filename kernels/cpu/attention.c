@@ -72,37 +72,56 @@ static int first_of(const Plan *plan, const Operation *operation, const Queries 
     return first > 0 ? first : 0;
 }
 
+/* Sixteen values of a cache from number `i` on, without their scales. */
+INLINE f32x16 load_kv(const uint8_t *values, int i)
+{
+    const uint8_t *at = values + i * KV_BYTES;
+    return KV_BITS == 8    ? load_signed_bytes(at)
+           : KV_BITS == 16 ? load_half((const uint16_t *)at)
+                           : load((const float *)at);
+}
+
+/* The scales of the sixteen positions of a block. */
+INLINE f32x16 kv_scales(const uint8_t *values, int dim)
+{
+    return KV_BITS == 8 ? load((const float *)(values + dim * BLOCK_SIZE)) : splat(1);
+}
+
 /* Meanwhile the v of this block and the k of the next one are fetched: blocks lie scattered. */
 INLINE void scores_of_block(
     const int N,
     const float *q,
     int dim,
-    const uint16_t *k,
-    const uint16_t *v,
-    const uint16_t *next,
+    const uint8_t *k,
+    const uint8_t *v,
+    const uint8_t *next,
     f32x16 *s)
 {
     f32x16 odd[QUERIES];
     UNROLL for (int n = 0; n < N; n++) s[n] = odd[n] = splat(0);
     for (int i = 0; i < dim; i += 2) {
-        prefetch(v + 16 * i);
-        prefetch(next + 16 * i);
-        f32x16 a = load_half(k + 16 * i), b = load_half(k + 16 * (i + 1));
+        prefetch(v + 16 * KV_BYTES * i);
+        prefetch(next + 16 * KV_BYTES * i);
+        f32x16 a = load_kv(k, 16 * i), b = load_kv(k, 16 * (i + 1));
         UNROLL for (int n = 0; n < N; n++) {
             s[n] = fma16(a, splat(q[n * dim + i]), s[n]);
             odd[n] = fma16(b, splat(q[n * dim + i + 1]), odd[n]);
         }
     }
-    UNROLL for (int n = 0; n < N; n++) s[n] += odd[n];
+    UNROLL for (int n = 0; n < N; n++) {
+        s[n] += odd[n];
+        if (KV_BITS == 8)
+            s[n] *= kv_scales(k, dim);
+    }
 }
 
 /* o[n][0 .. 16 S) += sum of p[n] v over the positions of one block. */
 INLINE void weigh_block(
-    const int N, const int S, const float *p, int count, const uint16_t *v, int dim, f32x16 (*o)[4])
+    const int N, const int S, const float *p, int count, const uint8_t *v, int dim, f32x16 (*o)[4])
 {
-    for (int u = 0; u < count; u++, v += dim) {
+    for (int u = 0; u < count; u++, v += dim * KV_BYTES) {
         f32x16 x[4];
-        UNROLL for (int i = 0; i < S; i++) x[i] = load_half(v + 16 * i);
+        UNROLL for (int i = 0; i < S; i++) x[i] = load_kv(v, 16 * i);
         UNROLL for (int n = 0; n < N; n++) UNROLL for (int i = 0; i < S; i++)
             o[n][i] = fma16(x[i], splat(p[n * CHUNK + u]), o[n][i]);
     }
@@ -110,9 +129,9 @@ INLINE void weigh_block(
 
 /* Positions begin .. end of one sequence in one layer and kv head. */
 typedef struct {
-    const uint16_t *k, *v;
+    const uint8_t *k, *v;
     const int32_t *table;
-    int64_t block_size;
+    int64_t block_bytes;
     int dim, begin, end;
 } Range;
 
@@ -121,9 +140,9 @@ INLINE void weigh(const int N, const int S, const Range *range, const float *p, 
     f32x16 sums[QUERIES][4];
     UNROLL for (int n = 0; n < N; n++) UNROLL for (int i = 0; i < S; i++) sums[n][i] = splat(0);
     for (int position = range->begin; position < range->end; position += BLOCK_SIZE) {
-        const uint16_t *v = range->v + range->table[position / BLOCK_SIZE] * range->block_size + at;
+        const uint8_t *v = range->v + range->table[position / BLOCK_SIZE] * range->block_bytes;
         int left = range->end - position, count = left < BLOCK_SIZE ? left : BLOCK_SIZE;
-        weigh_block(N, S, p + position % CHUNK, count, v, range->dim, sums);
+        weigh_block(N, S, p + position % CHUNK, count, v + at * KV_BYTES, range->dim, sums);
     }
     UNROLL for (int n = 0; n < N; n++) UNROLL for (int i = 0; i < S; i++)
         store(o + n * range->dim + at + 16 * i, sums[n][i]);
@@ -157,8 +176,8 @@ INLINE void attend_chunk(
     for (int position = range.begin; position < range.end; position += BLOCK_SIZE) {
         f32x16 s[QUERIES];
         const int32_t *block = range.table + position / BLOCK_SIZE;
-        int64_t at = *block * range.block_size, is_last = position + BLOCK_SIZE >= range.end;
-        const uint16_t *next = range.k + block[!is_last] * range.block_size;
+        int64_t at = *block * range.block_bytes, is_last = position + BLOCK_SIZE >= range.end;
+        const uint8_t *next = range.k + block[!is_last] * range.block_bytes;
         scores_of_block(
             N, queries->q + first_query * range.dim, range.dim, range.k + at, range.v + at, next, s);
         i32x16 positions = lanes() + position;
@@ -178,6 +197,9 @@ INLINE void attend_chunk(
             f32x16 s = load(at), e = exp16(s - splat(m[n]));
             e = choose(s == splat(NOTHING), splat(0), e);
             sum += e;
+            if (KV_BITS == 8)
+                e *= kv_scales(range.v + range.table[position / BLOCK_SIZE] * range.block_bytes,
+                               range.dim);
             store(at, e);
         }
         l[n] = sum16(sum);
@@ -287,11 +309,11 @@ void attention_run(const Plan *plan, const Operation *operation, int unit, int t
     int first_chunk = plan->is_split ? chunk : first_of(plan, operation, &queries, 0) / CHUNK;
     if (plan->is_split)
         last_chunk = chunk;
-    int64_t head_size = (int64_t)dim * BLOCK_SIZE, heads = plan->num_kv_heads;
-    int64_t at = (operation->layer * heads + kv_head) * head_size;
+    int64_t head_bytes = kv_head_bytes(dim), heads = plan->num_kv_heads;
+    int64_t at = (operation->layer * heads + kv_head) * head_bytes;
     Range range = {plan->k_cache + at, plan->v_cache + at,
                    batch->block_tables + (int64_t)batch->sequences[span.first] * batch->max_blocks,
-                   plan->num_layers * heads * head_size, dim, 0, 0};
+                   plan->num_layers * heads * head_bytes, dim, 0, 0};
     for (int c = first_chunk; c <= last_chunk; c++) {
         range.begin = c * CHUNK;
         range.end = range.begin + CHUNK;

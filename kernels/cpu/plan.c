@@ -137,6 +137,8 @@ int64_t llmsrv_group_bytes(int32_t format, int32_t columns)
     return (int64_t)group_bytes(format, columns);
 }
 
+int64_t llmsrv_kv_head_bytes(int32_t padded_dim) { return kv_head_bytes(padded_dim); }
+
 int64_t llmsrv_scratch_floats(int32_t num_heads, int32_t num_kv_heads, int32_t padded_dim)
 {
     int64_t floats = attention_scratch(num_heads, num_kv_heads, padded_dim);

@@ -41,14 +41,10 @@ static const float LARGEST = 127;
 INLINE void split_block(const float *x, int R, int32_t *words)
 {
     f32x16 x0 = load(x), x1 = load(x + 16);
-    i32x16 no_sign = splat_int(0x7fffffff);
-    /* As integers sizes compare the same, and NaN is larger than all. */
-    int32_t bits = largest_int(max_int((i32x16)x0 & no_sign, (i32x16)x1 & no_sign));
-    float largest, inverse, d;
+    float largest = float_of(largest_int(max_int(size_bits(x0), size_bits(x1))));
+    float d = largest / LARGEST;
+    float inverse = d > 0x1p-120f ? LARGEST / largest : 0; /* of infinity and NaN 0, but d stays */
     int32_t packed[8 * PLANES];
-    memcpy(&largest, &bits, sizeof largest);
-    d = largest / LARGEST;
-    inverse = d > 0x1p-120f ? LARGEST / largest : 0; /* of infinity and NaN 0, but d stays */
     if (!(largest < INFINITY)) {
         d = NAN;
         inverse = 0;

@@ -62,6 +62,16 @@ INLINE f32x16 choose(i32x16 mask, f32x16 a, f32x16 b)
 
 INLINE void prefetch_write(const void *p) { __builtin_prefetch(p, 1); }
 
+/* The sizes of x as integers, which compare as the sizes do; NaN is larger than all. */
+INLINE i32x16 size_bits(f32x16 x) { return (i32x16)x & splat_int(0x7fffffff); }
+
+INLINE float float_of(int32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
 /* The first n lanes, 16 at most; the others are 0. */
 INLINE f32x16 load_first(const float *p, int n)
 {

@@ -100,11 +100,13 @@ TIERS = (
 
 @dataclass(frozen=True)
 class CPUOptions:
-    """cache_dir: where compiled kernels are kept; num_threads: 0 takes one a physical core."""
+    """cache_dir: where compiled kernels are kept; num_threads: 0 takes one a physical core;
+    kv_bits: 8, 16 or 32, of a key's or a value's element in the cache."""
 
     cache_dir: Path
     num_threads: int = 0
     activation_bits: int = 16
+    kv_bits: int = 16
     tiers: tuple[Tier, ...] = TIERS
 
 
@@ -121,7 +123,7 @@ class CPUBackend(Backend):
         for self.tier in tiers:
             self.activation_bits = 16 if self.tier.always_16_bits else options.activation_bits
             try:
-                self._library = self._load(options.cache_dir)
+                self._library = self._load(options)
                 check_kernels(self, self.tier.name, self.activation_bits)
                 return
             except StartupError as error:
@@ -129,9 +131,10 @@ class CPUBackend(Backend):
                     raise
                 log.warning("%s; the next slower ones are tried", error)
 
-    def _load(self, cache_dir: Path) -> ctypes.CDLL:
-        flags = (*FLAGS, f"-DACTIVATION_BITS={self.activation_bits}", *self.tier.flags)
-        library = declare(load_library(kernel_texts("cpu"), flags, cache_dir))
+    def _load(self, options: CPUOptions) -> ctypes.CDLL:
+        bits = f"-DACTIVATION_BITS={self.activation_bits}", f"-DKV_BITS={options.kv_bits}"
+        flags = (*FLAGS, *bits, *self.tier.flags)
+        library = declare(load_library(kernel_texts("cpu"), flags, options.cache_dir))
         if library.llmsrv_prepare() != 0:
             raise StartupError(f"the system does not let this process use {self.tier.name}")
         return library
@@ -222,9 +225,10 @@ class CPUPlan(Plan):
     def _lay_out(self, limits: Limits, num_threads: int) -> PlanStruct:
         program, array = self.program, self._memory.array
         padded_dim = -(-program.head_dim // 16) * 16
-        cache = limits.num_blocks, program.num_layers, program.num_kv_heads, padded_dim * BLOCK_SIZE
-        self.k_cache = array(cache, np.float16, wants_huge_pages=True)
-        self.v_cache = array(cache, np.float16, wants_huge_pages=True)
+        head_bytes = self._library.llmsrv_kv_head_bytes(padded_dim)
+        cache = limits.num_blocks, program.num_layers, program.num_kv_heads, head_bytes
+        self.k_cache = array(cache, np.uint8, wants_huge_pages=True)
+        self.v_cache = array(cache, np.uint8, wants_huge_pages=True)
         max_chunks = -(-limits.num_blocks * BLOCK_SIZE // CHUNK)
         scratch_floats = self._library.llmsrv_scratch_floats(
             program.num_heads, program.num_kv_heads, padded_dim

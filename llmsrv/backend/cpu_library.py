@@ -132,6 +132,7 @@ FUNCTIONS: dict[str, tuple[Any, Sequence[Any]]] = {
     "llmsrv_forward": (None, [pointer, pointer]),
     "llmsrv_sample": (None, [pointer, pointer]),
     "llmsrv_sample_scratch_bytes": (ctypes.c_int64, [int32]),
+    "llmsrv_kv_head_bytes": (ctypes.c_int64, [int32]),
     "llmsrv_prepare": (int32, []),
     "llmsrv_tile_words": (int32, [int32]),
     "llmsrv_group_bytes": (ctypes.c_int64, [int32, int32]),

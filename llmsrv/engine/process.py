@@ -45,7 +45,6 @@ MAX_UNREAD_BYTES = 8 << 20
 OOM_SCORE_ADJ = "500"
 # For the log-probabilities of prompts, so many of their tokens in a step; 4 MB for 32,000 tokens.
 SPARE_LOGIT_ROWS = 32
-KV_BYTES = {"reference": 4}  # of one value; others keep them in half precision
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -136,7 +135,8 @@ def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, 
 
     model = load_model(Path(config.model_path), tick)
     program = model.program
-    memory = memory_of(program, KV_BYTES.get(config.backend, 2), *memory_limit())
+    kv_bits = 32 if config.backend == "reference" else config.kv_cache_bits
+    memory = memory_of(program, kv_bits // 8, *memory_limit())
     sizes = choose_sizes(config, model.config.context_length, memory)
     logger.info("%s", sizes.reason)
     limits = Limits(
@@ -145,7 +145,9 @@ def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, 
         max_slots=sizes.max_num_sequence,
         num_blocks=sizes.num_blocks + 1,
     )
-    options = CPUOptions(Path(config.cache_dir), config.threads, config.activation_bits)
+    options = CPUOptions(
+        Path(config.cache_dir), config.threads, config.activation_bits, config.kv_cache_bits
+    )
     plan, backend, reason = lay_out(config.backend, options, program, limits, tick)
     ready = Ready(
         architecture=model.config.architecture,

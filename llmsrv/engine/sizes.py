@@ -17,7 +17,7 @@ from llmsrv.errors import StartupError
 
 # Both processes without weights and KV cache: the interpreters, numpy, buffers of a step.
 BASE_BYTES = 160 << 20
-PREFILL_CHUNK_SIZE = 512  # more rows make a step longer and hardly cheaper by row
+PREFILL_CHUNK_SIZE = 256  # the buffers of more rows leave the caches, and make each row dearer
 # An engine of less is of no use; so little memory is an error.
 LEAST_TOKENS = 512
 
