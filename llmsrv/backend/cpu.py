@@ -124,7 +124,8 @@ class CPUBackend(Backend):
             self.activation_bits = 16 if self.tier.always_16_bits else options.activation_bits
             try:
                 self._library = self._load(options)
-                check_kernels(self, self.tier.name, self.activation_bits)
+                bits = min(self.activation_bits, options.kv_bits)
+                check_kernels(self, self.tier.name, bits)
                 return
             except StartupError as error:
                 if self.tier is tiers[-1]:

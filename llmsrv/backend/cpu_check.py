@@ -34,8 +34,11 @@ LIMITS = Limits(max_rows=NUM_ROWS, max_logit_rows=1, max_slots=1, num_blocks=2)
 ALLOWED = {16: 2e-3, 8: 5e-2}
 
 
-def check_kernels(backend: Backend, tier: str, activation_bits: int) -> None:
-    """Raises StartupError when the backend's results are not the reference's."""
+def check_kernels(backend: Backend, tier: str, bits: int) -> None:
+    """Raises StartupError when the backend's results are not the reference's.
+
+    bits: the fewest that it computes or keeps something with, at most 16.
+    """
     program = Program(
         tuple(_operations()), _buffers(), 1, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, VOCAB
     )
@@ -48,7 +51,7 @@ def check_kernels(backend: Backend, tier: str, activation_bits: int) -> None:
             theirs = plans[1].buffers[name]  # type: ignore[attr-defined]
             ours = plans[0].buffers[name][: len(theirs), :width]  # type: ignore[attr-defined]
             error = np.abs(ours - theirs).mean() / np.abs(theirs).mean()
-            if not error <= ALLOWED[activation_bits]:
+            if not error <= ALLOWED[bits]:
                 raise StartupError(
                     f"the {tier} kernels are not used: in '{name}' they are off by {error:.1%}"
                 )
