@@ -142,13 +142,13 @@ class Model:
                 pass
             await self.engine.stop("the model is unloaded", "model_unloaded")
             self._num_restarts += self.engine.num_restarts
-        self.close_text()
+        await self.close_text()
         self.state, self.engine, self._text = ModelState.UNLOADED, None, None
 
-    def close_text(self) -> None:
+    async def close_text(self) -> None:
         """Ends the process that checks grammars, if there is one."""
         if self._text is not None:
-            self._text.grammars.close()
+            await self._text.grammars.close()
 
 
 class Models:
@@ -233,7 +233,7 @@ class Models:
         engines = [model.engine for model in self._models if model.engine is not None]
         await asyncio.gather(*(engine.stop() for engine in engines))
         for model in self._models:
-            model.close_text()
+            await model.close_text()
 
     # ---- What its operator asks for
 

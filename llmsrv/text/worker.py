@@ -54,6 +54,11 @@ class GrammarWorker:
         self._num_waiting = 0
         self._known: OrderedDict[bytes, str | GrammarError] = OrderedDict()
 
+    @property
+    def pid(self) -> int | None:
+        """Of the process; None while there is none."""
+        return self._process.pid if self._process else None
+
     async def check(self, source: str) -> str:
         """The source as the engine takes it.  Raises GrammarError when it does not compile, within
         COMPILE_S of its turn; ApiError 503 when too many wait for theirs."""
@@ -75,12 +80,17 @@ class GrammarWorker:
             raise answer
         return answer
 
-    def close(self) -> None:
-        """Ends the process; the next check starts another."""
-        if self._process is not None:
-            if self._process.returncode is None:
-                self._process.kill()
-            self._process = None
+    async def close(self) -> None:
+        """Ends the process; a check after this starts another."""
+        process = self._process
+        self._kill()
+        if process is not None:
+            await process.wait()
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+        self._process = None
 
     async def _ask(self, source: str) -> str | GrammarError:
         process = await self._started()
@@ -89,13 +99,13 @@ class GrammarWorker:
                 await _write(process, source.encode())
                 answer = json.loads(await _read(process))
         except TimeoutError:
-            self.close()
+            self._kill()
             return GrammarError(TOO_SLOW)
         except (asyncio.IncompleteReadError, ConnectionError):
-            self.close()
+            self._kill()
             return GrammarError(CRASHED)
         except BaseException:  # the client has left: what it asked for may take long
-            self.close()
+            self._kill()
             raise
         if "error" in answer:
             return GrammarError(answer["error"])
@@ -118,7 +128,7 @@ class GrammarWorker:
             async with asyncio.timeout(START_S):
                 await _read(self._process)
         except BaseException:
-            self.close()
+            self._kill()
             raise
         return self._process
 
