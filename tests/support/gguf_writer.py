@@ -63,15 +63,19 @@ def write_gguf(
     raw = {name: _raw(tensor) for name, tensor in (tensors or {}).items()}
     head = b"GGUF" + struct.pack("<IQQ", version, len(raw), len(entries))
     head += b"".join(_string(key) + _value(value) for key, value in entries.items())
-    body = b""
+    offset = 0
     for name, (type_, shape, data) in raw.items():
-        body += b"\0" * (-len(body) % alignment)
+        offset += -offset % alignment
         number = TENSOR_TYPES[type_] if isinstance(type_, str) else type_
         head += _string(name) + struct.pack("<I", len(shape))
         head += struct.pack(f"<{len(shape)}Q", *reversed(shape))
-        head += struct.pack("<IQ", number, len(body))
-        body += data
-    path.write_bytes(head + b"\0" * (-len(head) % alignment) + body)
+        head += struct.pack("<IQ", number, offset)
+        offset += len(data)
+    with path.open("wb") as file:
+        file.write(head + b"\0" * (-len(head) % alignment))
+        for _, _, data in raw.values():
+            file.write(b"\0" * (-file.tell() % alignment))
+            file.write(data)
     return path
 
 

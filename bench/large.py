@@ -1,0 +1,121 @@
+"""Decode and prefill of a larger model, as shares of what the machine can do in the same run.
+
+python -m bench.large [--types Q4_K,Q6_K] [--bits 8|16] [--threads N] [--runs N]
+
+The model has the shapes of Llama 3.2 1B and random weights, the same in every layer, and is written
+to a temporary file of 0.7 to 1 GB.  Decode reads every weight for each token: its share is that of
+the bytes read a second.  Prefill multiplies: its share is that of the products of bytes in vectors
+a second (roofs.c), for the layers' products alone.
+"""
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+
+from bench.cpu import LIMITS
+from bench.cpu import Roofs
+from bench.cpu import decode
+from bench.cpu import prefill
+from bench.machine import describe
+from llmsrv.backend.base import Linear
+from llmsrv.backend.base import Program
+from llmsrv.backend.cpu import CPUBackend
+from llmsrv.backend.cpu import CPUOptions
+from llmsrv.config import default_cache_dir
+from llmsrv.model.load import load_model
+from tests.support.gguf_writer import RawTensor
+from tests.support.gguf_writer import tiny_vocabulary
+from tests.support.gguf_writer import write_gguf
+from tests.support.tensors import random_tensor
+
+LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 16, 2048, 8192, 32, 8, 64, 128256
+GGML_TYPES = {"F32": 0, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
+ENTRIES = {
+    "general.architecture": "llama",
+    "general.name": "random 1B",
+    "llama.block_count": LAYERS,
+    "llama.context_length": 131072,
+    "llama.embedding_length": HIDDEN,
+    "llama.feed_forward_length": INNER,
+    "llama.attention.head_count": HEADS,
+    "llama.attention.head_count_kv": KV_HEADS,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.rope.freq_base": 500000.0,
+    "llama.rope.dimension_count": HEAD_DIM,
+    "llama.vocab_size": VOCAB,
+}
+DECODE_TOKENS = 16
+
+
+def write_model(path: Path, type: str) -> Path:
+    """All layers share the bytes of one, so that writing takes the memory of one."""
+
+    def matrix(rows: int, columns: int) -> RawTensor:
+        tensor = random_tensor("", type, (rows, columns), size=0.05)
+        return GGML_TYPES[type], tensor.shape, tensor.data.tobytes()
+
+    norm = GGML_TYPES["F32"], (HIDDEN,), random_tensor("", "F32", (HIDDEN,)).data.tobytes()
+    kv = matrix(KV_HEADS * HEAD_DIM, HIDDEN)
+    square, up = matrix(HIDDEN, HIDDEN), matrix(INNER, HIDDEN)
+    layer = {
+        "attn_norm": norm,
+        "attn_q": square,
+        "attn_k": kv,
+        "attn_v": kv,
+        "attn_output": square,
+        "ffn_norm": norm,
+        "ffn_gate": up,
+        "ffn_up": up,
+        "ffn_down": matrix(HIDDEN, INNER),
+    }
+    tensors: dict[str, RawTensor] = {"token_embd.weight": matrix(VOCAB, HIDDEN)}
+    for i in range(LAYERS):
+        tensors |= {f"blk.{i}.{name}.weight": tensor for name, tensor in layer.items()}
+    tensors["output_norm.weight"] = norm
+    return write_gguf(path, {**ENTRIES, **tiny_vocabulary(VOCAB)}, tensors)
+
+
+def linears(program: Program) -> list[Linear]:
+    return [op for op in program.operations if isinstance(op, Linear)]
+
+
+def measure(type: str, backend: CPUBackend, path: Path, runs: int) -> str:
+    """Lines of medians over the runs."""
+    program = load_model(write_model(path, type), lambda: None).program
+    plan = backend.compile(program, LIMITS, lambda: None)
+    weights = [weight for op in linears(program) for weight in op.weights]
+    num_bytes = sum(weight.data.nbytes for weight in weights)
+    products = sum(w.shape[0] * w.shape[1] for w in weights) - VOCAB * HIDDEN
+    roofs = Roofs(backend.num_threads, 256 << 20)
+    found = []
+    for _ in range(runs):
+        read, tokens = roofs.bytes_a_second(), decode(plan, 1, DECODE_TOKENS)
+        multiply, rows = roofs.products_a_second(), 1000 / prefill(plan)
+        found.append((tokens, tokens * num_bytes / read, rows, rows * products / multiply))
+    tokens, of_read, rows, of_multiply = map(statistics.median, zip(*found))
+    return (
+        f"{type}, {num_bytes / 1e6:.0f} MB of weights\n"
+        f"  1 stream     {tokens:8.1f} tokens/s, {of_read:.2f} of the bytes read a second\n"
+        f"  prompt       {rows:8.1f} tokens/s, {of_multiply:.2f} of the products of bytes a second"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--types", default="Q4_K,Q6_K")
+    parser.add_argument("--bits", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--runs", type=int, default=3)
+    options = parser.parse_args()
+    backend = CPUBackend(CPUOptions(default_cache_dir(), options.threads, options.bits))
+    print(describe())
+    print(f"{backend.tier.name}, {backend.num_threads} threads, {backend.activation_bits} bits")
+    for type in options.types.split(","):
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "model.gguf"
+            print(measure(type, backend, path, options.runs), flush=True)
+
+
+if __name__ == "__main__":
+    main()
