@@ -1,7 +1,9 @@
 """The engine without its process, over a plan that notices every wrong block and position."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from llmsrv.backend.base import Plan
 from llmsrv.backend.reference import ReferenceBackend
 from llmsrv.backend.sampling import Samples
 from llmsrv.engine.messages import Abort
+from llmsrv.engine.messages import Failed
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.messages import Submit
 from llmsrv.model.load import load_model
@@ -382,11 +385,21 @@ class Anything(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.engine = Engine(
-            max_sequences=5, blocks=6, max_rows=9, context=80, spare_logit_rows=7, draft_length=3
-        )
+        self.now_s = 0.0
+        self.engine = self.new_engine()
         self.submits: dict[int, Submit] = {}
         self.aborted: set[int] = set()
+
+    def new_engine(self) -> Engine:
+        return Engine(
+            max_sequences=5,
+            blocks=6,
+            max_rows=9,
+            context=80,
+            clock=lambda: self.now_s,
+            spare_logit_rows=7,
+            draft_length=3,
+        )
 
     @rule(
         target=requests,
@@ -396,11 +409,32 @@ class Anything(RuleBasedStateMachine):
         end_ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=2),
         sampling=st.sampled_from([GREEDY, Sampling(seed=5), Sampling(seed=2**64 - 1)]),
         n=st.integers(1, 4),
+        priority=st.integers(-1, 1),
+        tenant=st.sampled_from([b"", b"a", b"b"]),
+        timeout_s=st.sampled_from([math.inf, math.inf, 25.0]),
     )
     def submit(
-        self, prompt: list[int], max_tokens: int, end_ids: list[int], sampling: Sampling, n: int
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        end_ids: list[int],
+        sampling: Sampling,
+        n: int,
+        priority: int,
+        tenant: bytes,
+        timeout_s: float,
     ) -> Submit:
-        submit = Submit(len(self.submits), prompt, max_tokens, end_ids, sampling, n)
+        submit = Submit(
+            len(self.submits),
+            prompt,
+            max_tokens,
+            end_ids,
+            sampling,
+            n,
+            priority=priority,
+            tenant=tenant,
+            deadline_s=self.now_s + timeout_s,
+        )
         self.submits[submit.request] = submit
         self.engine.core.submit(submit)
         return submit
@@ -419,6 +453,33 @@ class Anything(RuleBasedStateMachine):
     def abort_at_once(self, submit: Submit) -> None:
         self.abort(submit, None)
         assert submit.request not in self.engine.core._sequences
+
+    @rule()
+    def time_goes_on(self) -> None:
+        self.now_s += 10
+
+    @precondition(lambda self: self.engine.core._scheduler.running)
+    @rule()
+    def preempt(self) -> None:
+        self.engine.core._scheduler._preempt_last()
+
+    @precondition(lambda self: self.engine.core._scheduler.running)
+    @rule()
+    def crash(self) -> None:
+        """The engine's client fails what was in it; a new engine knows nothing of that."""
+
+        def broken(batch: object) -> None:
+            raise FloatingPointError
+
+        before, self.engine = self.engine, self.new_engine()
+        before.plan.forward = broken  # type: ignore[method-assign]
+        with suppress(FloatingPointError):
+            before.core.step()  # nothing that it reports is heard
+        self.engine.outputs, self.engine.finished = before.outputs, before.finished
+        self.engine.failed = before.failed
+        for request, submit in self.submits.items():
+            if not all((request, choice) in before.finished for choice in range(submit.n)):
+                before.failed.setdefault(request, Failed(request, 500, "the engine crashed"))
 
     @precondition(lambda self: self.engine.core.has_work)
     @rule()
@@ -468,6 +529,7 @@ class Anything(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.engine.run()
+        self.engine.step()
         self.engine.assert_idle()
         self.check_ends()
 
