@@ -287,17 +287,24 @@ INLINE void store_planes(const int format, u32x16 q, Wide D, Wide M, uint8_t *ou
 
 typedef uint8_t Planes[3][16][STEP]; /* of a step: four columns by sixteen rows each */
 
-/* `num_blocks` blocks at w; after an odd number the rest of the last step is 0. */
-INLINE void make_planes(
-    const int format, const uint8_t *w, int num_blocks, f32x16 inverse, Planes *planes)
+/* A step's planes of two blocks at w, or of the last one, beside which they are 0; what lies behind
+ * the blocks is returned. */
+INLINE const uint8_t *make_planes(
+    const int format, const uint8_t *w, int blocks_left, f32x16 inverse, Planes planes)
 {
     const size_t size = block_bytes(format);
-    for (int k = 0; k < num_blocks; k++, w += size) {
-        uint8_t *out = planes[k / 2][0][k % 2 * 8];
+    for (int k = 0; k < 2; k++) {
+        uint8_t *out = planes[0][8 * k];
         i32x16 D, M;
+        if (k == blocks_left) {
+            for (int p = 0; p < weight_planes(format); p++)
+                memset(planes[p][8], 0, 8 * STEP);
+            break;
+        }
         UNROLL for (size_t u = 0; u < size; u += 64) prefetch_far(w + AHEAD + u);
         integer_scales(format, w, inverse, 0, &D, &M);
-        Wide wide_D = split_wide(format, D), wide_M = split_wide(format, M), second_D = wide_D, second_M = wide_M;
+        Wide wide_D = split_wide(format, D), wide_M = split_wide(format, M);
+        Wide second_D = wide_D, second_M = wide_M;
         if (format == Q6_K) {
             integer_scales(format, w, inverse, 1, &D, &M);
             second_D = split_wide(format, D);
@@ -309,10 +316,10 @@ INLINE void make_planes(
             store_planes(format, low, wide_D, wide_M, out + STEP * j);
             store_planes(format, high, second_D, second_M, out + STEP * (j + 4));
         }
+        w += size;
     }
-    if (num_blocks % 2)
-        for (int p = 0; p < weight_planes(format); p++)
-            memset(planes[num_blocks / 2][p][8], 0, 8 * STEP);
+    __asm__ volatile("" ::: "memory"); /* loads of matrix registers name no memory to gcc */
+    return w;
 }
 
 /* Registers: four sums, by power of 256; two planes of activations; two of weights. */
@@ -357,42 +364,52 @@ INLINE void fold_row(const int format, Folding *folding)
     store(y, fma16(to_float(total), splat(folding->scales[r]), before));
 }
 
-INLINE void multiply_stretch(
-    const int format, Planes *planes, const uint8_t *x, int steps, int R, Sums sums, Folding *folding)
+INLINE void clear_sums(void)
 {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int s = 0; s < steps; s++, x += 2 * R * STEP) {
-        UNROLL for (int u = 0; u < 32; u++) prefetch(x + 4 * R * STEP + 64 * u);
-        _tile_loadd(4, x, STEP);
-        _tile_loadd(6, planes[s][0], STEP);
-        _tile_loadd(5, x + R * STEP, STEP);
-        _tile_dpbsud(1, 4, 6);
-        _tile_dpbsud(0, 5, 6);
-        fold_row(format, folding);
-        _tile_loadd(7, planes[s][1], STEP);
-        if (weight_planes(format) == 2) {
-            _tile_dpbssd(2, 4, 7);
-            _tile_dpbssd(1, 5, 7);
-            fold_row(format, folding);
-            continue;
-        }
-        _tile_dpbsud(2, 4, 7);
-        _tile_dpbsud(1, 5, 7);
-        fold_row(format, folding);
-        _tile_loadd(6, planes[s][2], STEP);
-        _tile_dpbssd(3, 4, 6);
-        _tile_dpbssd(2, 5, 6);
-    }
-    while (folding->row < folding->R)
-        fold_row(format, folding);
+}
+
+INLINE void store_sums(const int format, Sums sums)
+{
     _tile_stored(0, sums[0], STEP);
     _tile_stored(1, sums[1], STEP);
     _tile_stored(2, sums[2], STEP);
     if (weight_planes(format) == 3)
         _tile_stored(3, sums[3], STEP);
+}
+
+/* One step of a tile of R rows at x; two rows of another one are folded meanwhile. */
+INLINE void multiply_step(
+    const int format, Planes planes, const uint8_t *x, int R, Folding *folding)
+{
+    _tile_loadd(4, x, STEP);
+    _tile_loadd(6, planes[0], STEP);
+    _tile_loadd(5, x + R * STEP, STEP);
+    _tile_dpbsud(1, 4, 6);
+    _tile_dpbsud(0, 5, 6);
+    fold_row(format, folding);
+    _tile_loadd(7, planes[1], STEP);
+    if (weight_planes(format) == 2) {
+        _tile_dpbssd(2, 4, 7);
+        _tile_dpbssd(1, 5, 7);
+        fold_row(format, folding);
+        return;
+    }
+    _tile_dpbsud(2, 4, 7);
+    _tile_dpbsud(1, 5, 7);
+    fold_row(format, folding);
+    _tile_loadd(6, planes[2], STEP);
+    _tile_dpbssd(3, 4, 6);
+    _tile_dpbssd(2, 5, 6);
+}
+
+INLINE void fold_rest(const int format, Folding *folding)
+{
+    while (folding->row < folding->R)
+        fold_row(format, folding);
 }
 
 /* y[row][0..15] of one group and the rows of tiles first .. end - 1. */
@@ -412,24 +429,31 @@ INLINE void many_rows(
     const int first_row = tile_start(num_rows, first);
     const f32x16 inverse = inverse_units(group);
     const uint8_t *w = group + UNITS_BYTES;
-    for (int i = 0, step = 0; i < num_stretches(columns); i++, step += stretch) {
-        int width = columns - step * STEP < stretch * STEP ? columns - step * STEP : stretch * STEP;
+    for (int i = 0, step = 0; step * STEP < columns; i++, step += stretch) {
+        int num_blocks = (columns - step * STEP) / COLUMNS;
+        if (num_blocks > stretch * STEP / COLUMNS)
+            num_blocks = stretch * STEP / COLUMNS;
         Folding folding = {0};
-        make_planes(format, w, width / COLUMNS, inverse, planes);
-        w += block_bytes(format) * (size_t)(width / COLUMNS);
-        __asm__ volatile("" ::: "memory"); /* loads of matrix registers name no memory to gcc */
         for (int tile = first; tile < end; tile++) {
             int row = tile_start(num_rows, tile), R = tile_start(num_rows, tile + 1) - row;
-            const int32_t *x = tile_at(operation, row);
-            multiply_stretch(
-                format, planes, (const uint8_t *)(x + step * STEP / 2 * R), num_steps(width), R,
-                sums[tile % 2], &folding);
-            folding = (Folding){sums[tile % 2], (const float *)(x + scales_at(columns, R)) + i * R,
+            const int32_t *tile_words = tile_at(operation, row);
+            const uint8_t *x = (const uint8_t *)(tile_words + step * STEP / 2 * R);
+            clear_sums();
+            for (int k = 0; k < num_blocks; k += STEP / COLUMNS, x += 2 * R * STEP) {
+                /* The first tile makes planes of the weights beside its own products. */
+                if (tile == first)
+                    w = make_planes(format, w, num_blocks - k, inverse, planes[k / 2]);
+                else
+                    UNROLL for (int u = 0; u < 32; u++) prefetch(x + 4 * R * STEP + 64 * u);
+                multiply_step(format, planes[k / 2], x, R, &folding);
+            }
+            fold_rest(format, &folding);
+            store_sums(format, sums[tile % 2]);
+            folding = (Folding){sums[tile % 2], (const float *)(tile_words + scales_at(columns, R)) + i * R,
                                 y + ROWS * (row - first_row), 0, R, i == 0,
                                 out_at(operation, groups, row), operation->out_stride};
         }
-        while (folding.row < folding.R)
-            fold_row(format, &folding);
+        fold_rest(format, &folding);
     }
     for (float *last = y + ROWS * (tile_start(num_rows, end) - first_row); y < last; y += ROWS)
         store(y, load(y) * units(format, group));
