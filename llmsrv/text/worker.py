@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 START_S = 15.0  # for Python, the tokenizer and the vocabulary: 0.5 s where nothing else runs
 COMPILE_S = 1.0
 MAX_WAITING = 64
-MAX_KNOWN = 1024  # sources whose answer is kept
+# Answers that are kept: so many, to sources of so many bytes at most.
+MAX_KEPT = 1024
+MAX_KEPT_BYTES = 16 << 10
 # The limits of the process, beyond what the vocabulary took.  The engine compiles on a thread with
 # a larger stack, so what did not overflow here does not there.
 CPU_S = 3
@@ -52,7 +54,7 @@ class GrammarWorker:
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
         self._num_waiting = 0
-        self._known: OrderedDict[bytes, str | GrammarError] = OrderedDict()
+        self._answers: OrderedDict[bytes, dict[str, str]] = OrderedDict()  # by the source's hash
 
     @property
     def pid(self) -> int | None:
@@ -63,60 +65,65 @@ class GrammarWorker:
         """The source as the engine takes it.  Raises GrammarError when it does not compile, within
         COMPILE_S of its turn; ApiError 503 when too many wait for theirs."""
         key = sha256(source.encode()).digest()
-        if key not in self._known:
-            if self._num_waiting >= MAX_WAITING:
-                raise ApiError(503, "Too many grammars wait.", code="server_is_overloaded")
-            self._num_waiting += 1
-            try:
-                async with self._turn:
-                    self._known[key] = await self._ask(source)
-            finally:
-                self._num_waiting -= 1
-            if len(self._known) > MAX_KNOWN:
-                self._known.popitem(last=False)
-        self._known.move_to_end(key)
-        answer = self._known[key]
-        if isinstance(answer, GrammarError):
-            raise answer
-        return answer
+        answer = self._answers.pop(key, None) or await self._take_turn(source)
+        if len(source) <= MAX_KEPT_BYTES:
+            self._answers[key] = answer  # behind all others
+            if len(self._answers) > MAX_KEPT:
+                self._answers.popitem(last=False)
+        if "error" in answer:
+            raise GrammarError(answer["error"])
+        return answer["source"]
 
     async def close(self) -> None:
         """Ends the process; a check after this starts another."""
-        process = self._process
-        self._kill()
-        if process is not None:
+        if (process := self._kill()) is not None:
             await process.wait()
 
-    def _kill(self) -> None:
-        if self._process is not None and self._process.returncode is None:
-            self._process.kill()
-        self._process = None
+    async def _take_turn(self, source: str) -> dict[str, str]:
+        if self._num_waiting >= MAX_WAITING:
+            message = "The server is overloaded: too many grammars wait to be compiled."
+            retry = {"Retry-After": "1"}
+            raise ApiError(503, message, code="server_is_overloaded", headers=retry)
+        self._num_waiting += 1
+        try:
+            async with self._turn:
+                return await self._ask(source)
+        finally:
+            self._num_waiting -= 1
 
-    async def _ask(self, source: str) -> str | GrammarError:
+    async def _ask(self, source: str) -> dict[str, str]:
+        """What the process answers.  Raises GrammarError when it had to be killed for it."""
+        was_there = self._process is not None
         process = await self._started()
         try:
             async with asyncio.timeout(COMPILE_S):
                 await _write(process, source.encode())
-                answer = json.loads(await _read(process))
+                answer: dict[str, str] = json.loads(await _read(process))
+                return answer
         except TimeoutError:
-            self._kill()
-            return GrammarError(TOO_SLOW)
+            await self.close()
+            raise GrammarError(TOO_SLOW) from None
         except (asyncio.IncompleteReadError, ConnectionError):
-            self._kill()
-            return GrammarError(CRASHED)
+            await self.close()
+            if was_there:  # something else may have ended it before
+                return await self._ask(source)
+            raise GrammarError(CRASHED) from None
         except BaseException:  # the client has left: what it asked for may take long
             self._kill()
             raise
-        if "error" in answer:
-            return GrammarError(answer["error"])
-        checked: str = answer["source"]
-        return checked
+
+    def _kill(self) -> asyncio.subprocess.Process | None:
+        """Returns the process that is killed, if there was one."""
+        process, self._process = self._process, None
+        if process is not None and process.returncode is None:
+            process.kill()
+        return process
 
     async def _started(self) -> asyncio.subprocess.Process:
         if self._process is not None and self._process.returncode is None:
             return self._process
         code = "from llmsrv.text.worker import main; main()"
-        path = os.pathsep.join(filter(None, sys.path))
+        path = os.pathsep.join(map(os.path.abspath, sys.path))
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-c", code, *self._arguments),
             stdin=asyncio.subprocess.PIPE,
