@@ -186,7 +186,7 @@ class ToolCallParser:
 
     def _in_arguments(self) -> bool:
         end = self._json.end(self._text, self._position, self._arguments_depth)
-        self._calls.append(CallDelta(self.num_calls - 1, None, self._take_to(end)))
+        self._tell_arguments(self._take_to(end))
         if self._json.depth < self._arguments_depth:
             self._state = self._after_arguments
         return True
@@ -241,6 +241,12 @@ class ToolCallParser:
         self._content += [*self._withheld, *self._object]
         self._withheld, self._object = [], []
         self._state = self._in_text
+
+    def _tell_arguments(self, text: str) -> None:
+        if self._calls:  # the last is of this call, as another would begin with its name
+            self._calls[-1].arguments += text
+        else:
+            self._calls.append(CallDelta(self.num_calls - 1, None, text))
 
     def _begin(self, name: str, arguments: str) -> None:
         self._calls.append(CallDelta(self.num_calls, name, arguments))
