@@ -31,7 +31,7 @@ from llmsrv.config import default_cache_dir
 from llmsrv.files.source import resolve_model
 from llmsrv.model.load import load_model
 
-LIMITS = Limits(max_rows=512, max_logit_rows=32, max_slots=32, num_blocks=1025)
+LIMITS = Limits(max_rows=256, max_logit_rows=32, max_slots=32, num_blocks=1025)
 PROMPT_TOKENS = 131
 FLAGS = "-O2", "-pthread", "-mavx512f", "-mavx512vnni"
 MULTIPLY_PASSES = 2_000_000

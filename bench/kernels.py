@@ -49,7 +49,7 @@ WIDTHS = {
 LAYERS = 4
 WORK_BYTES = 64 << 20
 ROWS = 1, 8, 32, 512
-LIMITS = Limits(max_rows=512, max_logit_rows=32, max_slots=32, num_blocks=1025)
+LIMITS = Limits(max_rows=256, max_logit_rows=32, max_slots=32, num_blocks=1025)
 MIN_S = 0.05  # of one measurement
 
 
