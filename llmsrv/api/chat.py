@@ -46,7 +46,8 @@ class ChatCompletions:
         tools = tool_use(service, asked)
         ids = await prompt_ids(service, asked, tools.tools if tools else [])
         thinks = _thinks(service) and not (tools and tools.must_call)
-        grammar = await tool_grammar(service, tools) if tools else ""
+        is_thinking = begins_thinking(service.text.tokenizer, ids) if thinks else None
+        grammar = await tool_grammar(service, tools, is_thinking) if tools else ""
         submits = generate.make_submits(
             service,
             asked,
@@ -56,7 +57,7 @@ class ChatCompletions:
             num_logprobs=_num_logprobs(asked),
             tells_prompt=asked.prompt_logprobs is not None,
             tenant=generate.tenant_of(request),
-            grammar=grammar or await structured.grammar_of(service, asked),
+            grammar=grammar or await structured.grammar_of(service, asked, is_thinking),
         )
         shown = shown_tokens(service.text.tokenizer, tools, thinks)
         rules = generate.text_rules(asked, service.text.tokenizer, shown)

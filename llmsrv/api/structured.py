@@ -20,12 +20,15 @@ from llmsrv.api.service import Service
 from llmsrv.errors import ApiError
 from llmsrv.text.grammar import GrammarError
 from llmsrv.text.grammar import Tag
+from llmsrv.text.grammar import behind_thoughts
 from llmsrv.text.grammar import choice_source
 from llmsrv.text.grammar import grammar_source
 from llmsrv.text.grammar import json_source
 from llmsrv.text.grammar import regex_source
 from llmsrv.text.grammar import tags_source
 from llmsrv.text.grammar import triggered_source
+from llmsrv.text.reasoning import CLOSING
+from llmsrv.text.reasoning import OPENING
 from llmsrv.text.tokenizer import Tokenizer
 
 # Makes a source of text/grammar.py, or raises GrammarError.
@@ -36,8 +39,12 @@ T = TypeVar("T")
 ANY_OBJECT = {"type": "object"}
 
 
-async def grammar_of(service: Service, asked: GenerationRequest) -> str:
+async def grammar_of(
+    service: Service, asked: GenerationRequest, is_thinking: bool | None = None
+) -> str:
     """The grammar for Submit, "" where the request wants none.
+
+    is_thinking  whether the prompt has begun the thoughts before the answer; None: there are none
 
     Raises ApiError 400 naming the field, when it does not compile or is not the only one.
     """
@@ -49,7 +56,7 @@ async def grammar_of(service: Service, asked: GenerationRequest) -> str:
         message = f"Invalid '{second}': only one of '{first}' and '{second}' may be given."
         raise ApiError(400, message, param=second, code="invalid_value")
     param, maker = found[0]
-    return await _checked(service, maker, param)
+    return await _checked(service, maker, param, is_thinking)
 
 
 async def tool_grammar(
@@ -61,11 +68,13 @@ async def tool_grammar(
     separator: str = "",
     suffix: str = "",
     many: bool = False,
+    is_thinking: bool | None = None,
 ) -> str:
     """The grammar of answers that call tools, a Tag for each of them.
 
     With triggers the answer is any text, in which each of them begins a call; else it is calls and
-    nothing else, as in text.grammar.tags_source.  Raises ApiError 400 naming `tools`.
+    nothing else, as in text.grammar.tags_source.  is_thinking as in grammar_of.  Raises ApiError
+    400 naming `tools`.
     """
     tokenizer = service.text.tokenizer
 
@@ -75,12 +84,16 @@ async def tool_grammar(
         form = {"prefix": prefix, "separator": separator, "suffix": suffix}
         return tags_source(calls, tokenizer, **form, many=many)
 
-    return await _checked(service, maker, "tools")
+    return await _checked(service, maker, "tools", is_thinking)
 
 
-async def _checked(service: Service, maker: Maker, param: str) -> str:
+async def _checked(service: Service, maker: Maker, param: str, is_thinking: bool | None) -> str:
     try:
-        return await service.text.grammars.check(maker())
+        source = maker()
+        if is_thinking is not None:
+            tokenizer = service.text.tokenizer
+            source = behind_thoughts(source, tokenizer, OPENING, CLOSING, is_thinking)
+        return await service.text.grammars.check(source)
     except GrammarError as error:
         is_schema = "json" in param or param in ("response_format", "tools")
         code = "invalid_json_schema" if is_schema else "invalid_grammar"

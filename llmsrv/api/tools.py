@@ -64,9 +64,12 @@ def tool_use(service: Service, asked: ChatCompletionRequest) -> ToolUse | None:
     )
 
 
-async def tool_grammar(service: Service, use: ToolUse) -> str:
+async def tool_grammar(service: Service, use: ToolUse, is_thinking: bool | None) -> str:
     """What the answer must follow so that the model calls one of its tools, or, where it need not,
-    so that calls of `strict` tools keep to their schemas; "" for nothing."""
+    so that calls of `strict` tools keep to their schemas; "" for nothing.
+
+    is_thinking  as in structured.grammar_of
+    """
     form = use.format
     is_strict = any(tool.function.strict for tool in use.callable.values())
     if not use.must_call and not (is_strict and form.opening and not form.is_bare):
@@ -74,7 +77,9 @@ async def tool_grammar(service: Service, use: ToolUse) -> str:
     opening, closing = (form.opening + "[", "]") if form.is_list else ("", "")
     if not use.must_call:
         calls = [_call(form, tool, opening, closing) for tool in use.callable.values()]
-        return await structured.tool_grammar(service, calls, triggers=[form.opening])
+        return await structured.tool_grammar(
+            service, calls, triggers=[form.opening], is_thinking=is_thinking
+        )
     return await structured.tool_grammar(
         service,
         [_call(form, tool) for tool in use.callable.values()],

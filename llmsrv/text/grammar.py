@@ -148,6 +148,24 @@ def _rest_of_trigger(
     )
 
 
+def behind_thoughts(
+    source: str, tokenizer: "Tokenizer", opening: str, closing: str, is_begun: bool
+) -> str:
+    """The texts of a source, behind any text between two tags; `is_begun` where the prompt ends
+    with the opening one, else there need not be such text."""
+    rest, *further = json.loads(source)["grammars"]
+    lazy = "" if closing in tokenizer.special_tokens else "[lazy]"
+    thoughts = "thoughts" if is_begun else f"({_lark_text(opening, tokenizer)} thoughts)?"
+    lines = [
+        f"start: {thoughts} @answer",
+        "thoughts: thought BLANKS",
+        f"thought{lazy}: TEXT {_lark_text(closing, tokenizer)}",
+        r"TEXT: /(.|\n)*/",
+        r"BLANKS: /\s{0,4}/",
+    ]
+    return _source([{"lark_grammar": "\n".join(lines)}, {"name": "answer", **rest}, *further])
+
+
 def _tag_rules(
     tags: Iterable[Tag], tokenizer: "Tokenizer", prefix: str = ""
 ) -> Iterable[str]:
@@ -267,14 +285,17 @@ def translated(source: str) -> str:
     """A source without GBNF, which becomes Lark.  Takes its time, as compile_source does."""
     from llguidance import grammar_from
 
-    gbnf = json.loads(source)["grammars"][0].get("gbnf")
-    if gbnf is None:
-        return source
-    try:
+    grammars = json.loads(source)["grammars"]
+    for grammar in grammars:
+        if (gbnf := grammar.pop("gbnf", None)) is None:
+            continue
         # llguidance 1.9 loses the zeros of \u00e9.
-        return _lark_source(grammar_from("gbnf", _GBNF_ESCAPE.sub(r"\\x\1", gbnf)))
-    except (ValueError, RecursionError) as error:
-        raise GrammarError(str(error)[:MAX_ERROR_CHARS]) from None
+        gbnf = _GBNF_ESCAPE.sub(r"\\x\1", gbnf)
+        try:
+            grammar["lark_grammar"] = grammar_from("gbnf", gbnf)
+        except (ValueError, RecursionError) as error:
+            raise GrammarError(str(error)[:MAX_ERROR_CHARS]) from None
+    return _source(grammars)
 
 
 def _told(error: str) -> str:

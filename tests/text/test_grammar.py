@@ -9,6 +9,7 @@ from llmsrv.files.open import open_model
 from llmsrv.text.grammar import MAX_SOURCE_BYTES
 from llmsrv.text.grammar import GrammarError
 from llmsrv.text.grammar import Tag
+from llmsrv.text.grammar import behind_thoughts
 from llmsrv.text.grammar import choice_source
 from llmsrv.text.grammar import compile_source
 from llmsrv.text.grammar import grammar_source
@@ -187,6 +188,28 @@ def test_a_special_token_may_be_the_trigger(texts: Texts, tokenizer: Tokenizer) 
     source = triggered_source(tags, [SPECIAL], tokenizer)
     assert texts.take(source, f'text {SPECIAL}f {{"n": 1}}{SPECIAL}g {{"n": 2}}<|endoftext|>')
     assert not texts.take(source, f"text {SPECIAL}h")
+
+
+@pytest.mark.parametrize(
+    ("text", "is_begun", "is_taken"),
+    [
+        ("well ...</think>\n\nyes", True, True),
+        ("yes", True, False),
+        ("well ...</think>\n\nwell", True, False),
+        ("yes", False, True),
+        ("<think>or no?</think>yes", False, True),
+        ("<think>or no?", False, False),
+    ],
+)
+def test_an_answer_may_stand_behind_thoughts(
+    texts: Texts, tokenizer: Tokenizer, text: str, is_begun: bool, is_taken: bool
+) -> None:
+    for plain in (choice_source(["yes", "no"]), grammar_source('root ::= "yes" | "no"')):
+        source = behind_thoughts(plain, tokenizer, "<think>", "</think>", is_begun)
+        assert texts.take(source, text) == is_taken
+    source = behind_thoughts(choice_source(["yes"]), tokenizer, SPECIAL, "<|endoftext|>", is_begun)
+    text = text.replace("<think>", SPECIAL).replace("</think>", "<|endoftext|>")
+    assert texts.take(source, text) == is_taken
 
 
 def test_a_trigger_needs_a_tag(tokenizer: Tokenizer) -> None:
