@@ -1,15 +1,8 @@
 /* Rows of a file's tensors to groups of formats.h; the values stay what they are.
  *
  * The file's blocks are those of ggml-common.h.  A K block has 256 columns and becomes eight. */
-#include "formats.h"
+#include "pack.h"
 #include "simd.h"
-
-/* One row of 32 columns taken out of a file's block: its integers and its scales. */
-typedef struct {
-    uint8_t q[COLUMNS];
-    uint16_t d, m;
-    uint8_t s, t;
-} Block;
 
 static uint16_t half_at(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
 
@@ -60,8 +53,7 @@ static void block_k6(Block *block, const uint8_t *p, int i)
     block->d = half_at(p + 208);
 }
 
-/* Block k of a row whose file blocks begin at `row`. */
-static Block take(int format, const uint8_t *row, int k)
+Block take_block(int format, const uint8_t *row, int k)
 {
     Block block = {{0}, 0, 0, 0, 0};
     switch (format) {
@@ -171,7 +163,7 @@ static void put_unit(int format, uint8_t *group, const uint8_t *row, int columns
 {
     float largest = 0, unit = 1;
     for (int k = 0; k < columns / COLUMNS; k++) {
-        Block block = take(format, row, k);
+        Block block = take_block(format, row, k);
         float size = size_of(format, &block);
         if (size > largest || size != size)
             largest = size;
@@ -210,7 +202,7 @@ void llmsrv_pack(
             put_unit(format, out, rows, columns, i % ROWS);
         out += UNITS_BYTES;
         for (int k = 0; k < columns / COLUMNS; k++, out += block_bytes(format)) {
-            Block block = take(format, rows, k);
+            Block block = take_block(format, rows, k);
             put(format, out, &block, i % ROWS);
         }
     }

@@ -18,11 +18,11 @@ from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Array
 from llmsrv.backend.base import Backend
 from llmsrv.backend.base import Batch
-from llmsrv.backend.base import Embed
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
 from llmsrv.backend.base import Program
 from llmsrv.backend.cpu_check import check_kernels
+from llmsrv.backend.cpu_embed import Embedding
 from llmsrv.backend.cpu_layout import Layout
 from llmsrv.backend.cpu_library import CHUNK
 from llmsrv.backend.cpu_library import Memory
@@ -33,7 +33,6 @@ from llmsrv.backend.cpu_library import address_of
 from llmsrv.backend.cpu_library import declare
 from llmsrv.backend.cpu_sampling import CPUSamplingTable
 from llmsrv.backend.cpu_sampling import Sampler
-from llmsrv.backend.quants import dequantise
 from llmsrv.backend.sampling import Samples
 from llmsrv.backend.source import cpu_features
 from llmsrv.backend.source import find_compiler
@@ -165,10 +164,10 @@ class CPUPlan(Plan):
         self._tick = tick
         self._memory = Memory(library)
         self._operations = (Operation * len(layout.steps))(*layout.steps)
-        self._positions = self._memory.array((limits.max_rows,), np.int32)
-        self._sequences = self._memory.array((limits.max_rows,), np.int32)
+        self._ids, self._positions, self._sequences, self._logit_rows = self._memory.array(
+            (4, limits.max_rows), np.int32
+        )
         self._slot_mapping = self._memory.array((limits.max_rows,), np.int64)
-        self._logit_rows = self._memory.array((limits.max_rows,), np.int32)
         self._is_long = self._memory.array((limits.max_rows,), np.uint8)
         self._rows = Rows(
             positions=address_of(self._positions),
@@ -179,15 +178,19 @@ class CPUPlan(Plan):
         )
         self._struct = self._lay_out(limits, num_threads)
         self._at = ctypes.addressof(self._struct), ctypes.addressof(self._rows)
+        self._forward = library.llmsrv_forward
         logits = self.buffers.get("logits", NO_LOGITS)
         self._sampler = Sampler(
             library, self._at[0], logits, num_threads, limits, self.sampling
         )
+        self._embeddings = [
+            Embedding(library, embed, self._ids, self._sampler.ids, self.buffers[embed.out])
+            for embed in layout.embeds
+        ]
 
     def forward(self, batch: Batch) -> None:
         num_rows, num_logit_rows = len(batch.ids), len(batch.logit_rows)
-        for embed in self._layout.embeds:
-            self._embed(embed, batch.ids)
+        self._ids[:num_rows] = batch.ids
         self._positions[:num_rows] = batch.positions
         self._sequences[:num_rows] = batch.sequences
         self._slot_mapping[:num_rows] = batch.slot_mapping
@@ -199,7 +202,9 @@ class CPUPlan(Plan):
         rows.num_rows, rows.num_logit_rows = num_rows, num_logit_rows
         rows.num_sequences, rows.max_blocks = block_tables.shape
         rows.block_tables = address_of(block_tables)
-        self._library.llmsrv_forward(*self._at)
+        for embed in self._embeddings:
+            embed(num_rows)
+        self._forward(*self._at)
         self._tick()
 
     def sample(
@@ -210,18 +215,6 @@ class CPUPlan(Plan):
         drafts: Array | None = None,
     ) -> Samples:
         return self._sampler.sample(slots, output_positions, targets, drafts)
-
-    def _embed(self, embed: Embed, ids: Array) -> None:
-        """Rows of the table as the file has them, made float32; the rest of it is not touched."""
-        if (ids < 0).any():
-            sampled = np.maximum(self._sampler.ids, 0)
-            ids = np.where(ids < 0, sampled[np.maximum(-1 - ids, 0)], ids)
-        width = embed.table.shape[1]
-        packed = embed.table.data.reshape(embed.table.shape[0], -1)[ids]
-        values = np.empty((len(ids), width), np.float32)
-        dequantise(embed.table.type, packed.reshape(-1), values)
-        out = self.buffers[embed.out][: len(ids), :width]
-        np.multiply(values, np.float32(embed.scale), out=out)
 
     def _lay_out(self, limits: Limits, num_threads: int) -> PlanStruct:
         program, array = self.program, self._memory.array

@@ -130,6 +130,7 @@ class PlanStruct(ctypes.Structure):
 FUNCTIONS: dict[str, tuple[Any, Sequence[Any]]] = {
     "llmsrv_pack": (None, [int32, int32, pointer, ctypes.c_int64, int32, int32, int32, pointer]),
     "llmsrv_forward": (None, [pointer, pointer]),
+    "llmsrv_embed": (None, [pointer, int32]),
     "llmsrv_sample": (None, [pointer, pointer]),
     "llmsrv_sample_scratch_bytes": (ctypes.c_int64, [int32]),
     "llmsrv_kv_head_bytes": (ctypes.c_int64, [int32]),

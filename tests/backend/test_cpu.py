@@ -25,6 +25,7 @@ from llmsrv.backend.cpu import TIERS
 from llmsrv.backend.cpu import CPUBackend
 from llmsrv.backend.cpu import CPUOptions
 from llmsrv.backend.cpu import Tier
+from llmsrv.backend.cpu_library import FLOATS
 from llmsrv.backend.cpu_library import FORMATS
 from llmsrv.backend.quants import TYPES
 from llmsrv.backend.reference import ReferenceBackend
@@ -87,6 +88,15 @@ def rows(count):
 
 
 # ---- Operations
+
+
+@pytest.mark.parametrize("type", [*PACKED, *OTHERS])
+def test_embed_takes_rows_of_every_type(cpu, type):
+    width = 50 if type in FLOATS else 512
+    embed = Embed("out", random_tensor("table", type, (VOCAB, width)), scale=0.3)
+    ids = [0, 5, VOCAB - 1, 5]
+    ours, theirs = both(cpu, [embed], {"out": width}, [Piece(ids, 0, [1])])["out"]
+    np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("type", PACKED)
