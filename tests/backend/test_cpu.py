@@ -113,6 +113,29 @@ def test_linear_multiplies_weights_of_every_type(cpu, type, num_rows):
 
 
 @pytest.mark.parametrize("type", PACKED)
+@pytest.mark.parametrize("columns", [32, 256, 768, 1568])
+def test_a_row_has_the_same_bits_however_many_there_are(cpu, type, columns):
+    if type.endswith("_K") and columns % 256:
+        columns = 256 * (columns // 256 + 1)
+    weight = random_tensor("w", type, (100, columns))
+    operations = (Linear("out", "x", (weight,)),)
+    program = Program(operations, {"x": columns, "out": 100}, 1, 4, 2, 16, vocab_size=VOCAB)
+    plan = cpu.compile(program, LIMITS, lambda: None)
+    x = random(50, columns) * np.exp2(np.arange(50, dtype=np.float32) * 4 - 100)[:, None]
+    x[7], x[8, 3], x[9] = 0, 1e30, np.abs(x[9])
+
+    def multiplied(some):
+        plan.buffers["x"][: len(some), :columns] = some
+        plan.forward(batch_of(rows(len(some))))
+        return plan.buffers["out"][: len(some), :100].tobytes()
+
+    alone = b"".join(multiplied(x[i : i + 1]) for i in range(50))
+    for count in (2, 3, 4, 5, 17, 33, 50):
+        parts = [multiplied(x[i : i + count]) for i in range(0, 50, count)]
+        assert b"".join(parts) == alone, count
+
+
+@pytest.mark.parametrize("type", PACKED)
 def test_linear_with_eight_bits_is_as_near_as_eight_bits_are(cpu8, type):
     columns = 512 if type.endswith("_K") else 96
     x = random(20, columns)
