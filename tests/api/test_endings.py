@@ -40,6 +40,13 @@ def post(path: str, body: dict[str, Any], key: str = "none") -> bytes:
     return head.encode() + content
 
 
+@pytest.fixture(scope="module")
+def endless_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose answers may be so long that no test waits for them."""
+    path = tmp_path_factory.mktemp("endless") / "tiny.gguf"
+    return write_tiny_llama(path, context_length=65536)
+
+
 def completion(**fields: Any) -> bytes:
     """A request that would go on for a long time on the real model."""
     body = {"model": MODEL, "prompt": "Once", "max_tokens": 4000, "ignore_eos": True} | fields
@@ -71,45 +78,65 @@ def test_a_client_that_leaves_during_a_long_prefill_frees_everything(server: Run
     eventually(lambda: is_idle(server))
 
 
-def test_a_client_that_leaves_while_queued_is_never_scheduled(smollm2: Path) -> None:
-    with run_server("--mode", "interactive") as server:
-        with connect(server) as first, connect(server) as second:
-            first.sendall(completion(stream=True))
-            eventually(lambda: running(server) == 1)
-            second.sendall(completion(stream=True))
-            eventually(lambda: gauges(server)["vllm:num_requests_waiting"] == 1)
-            second.close()
-            eventually(lambda: gauges(server)["vllm:num_requests_waiting"] == 0)
-            assert running(server) == 1
-        eventually(lambda: is_idle(server))
+@pytest.fixture(scope="module")
+def narrow_server(endless_model: Path) -> Iterator[RunningServer]:
+    """One request runs, and one waits."""
+    with run_server(*narrow(endless_model), "--max-queue", "1") as server:
+        yield server
 
 
-def test_what_comes_while_the_queue_is_full_is_told_to_come_again(smollm2: Path) -> None:
-    with run_server("--mode", "interactive", "--max-queue", "1") as server:
-        with connect(server) as first, connect(server) as second:
-            first.sendall(completion(stream=True))
-            eventually(lambda: running(server) == 1)
-            second.sendall(completion(stream=True))
-            eventually(lambda: gauges(server)["vllm:num_requests_waiting"] == 1)
-            client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-            with pytest.raises(openai.InternalServerError) as caught:
-                client.completions.create(model=MODEL, prompt="a")
-            assert caught.value.status_code == 503 and caught.value.code == "server_is_overloaded"
-            assert caught.value.response.headers["retry-after"] == "1"
-            assert running(server) == 1
-        eventually(lambda: is_idle(server))
-        client.completions.create(model=MODEL, prompt="a", max_tokens=1)
+def narrow(model: Path) -> tuple[str, ...]:
+    """Options with which one request runs at a time; it may go on for a long time."""
+    return "--model", str(model), "--served-model-name", MODEL, "--mode", "interactive"
 
 
-def test_a_queue_is_also_bounded_in_tokens_and_a_request_in_time(smollm2: Path) -> None:
-    limits = ("--max-queue-tokens", "100", "--request-timeout-s", "3")
-    with run_server("--mode", "interactive", *limits) as server:
+def endless(**fields: Any) -> bytes:
+    return completion(max_tokens=65000, stream=True, **fields)
+
+
+def waiting(server: RunningServer) -> float:
+    return gauges(server)["vllm:num_requests_waiting"]
+
+
+def test_a_client_that_leaves_while_queued_is_never_scheduled(narrow_server: RunningServer) -> None:
+    with connect(narrow_server) as first, connect(narrow_server) as second:
+        first.sendall(endless())
+        eventually(lambda: running(narrow_server) == 1)
+        second.sendall(endless())
+        eventually(lambda: waiting(narrow_server) == 1)
+        second.close()
+        eventually(lambda: waiting(narrow_server) == 0)
+        assert running(narrow_server) == 1
+    eventually(lambda: is_idle(narrow_server))
+
+
+def test_what_comes_while_the_queue_is_full_is_told_to_come_again(
+    narrow_server: RunningServer,
+) -> None:
+    with connect(narrow_server) as first, connect(narrow_server) as second:
+        first.sendall(endless())
+        eventually(lambda: running(narrow_server) == 1)
+        second.sendall(endless())
+        eventually(lambda: waiting(narrow_server) == 1)
+        client = OpenAI(base_url=f"{narrow_server.url}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.completions.create(model=MODEL, prompt="a")
+        assert caught.value.status_code == 503 and caught.value.code == "server_is_overloaded"
+        assert caught.value.response.headers["retry-after"] == "1"
+        assert running(narrow_server) == 1
+    eventually(lambda: is_idle(narrow_server))
+    client.completions.create(model=MODEL, prompt="a", max_tokens=1)
+
+
+def test_a_queue_is_also_bounded_in_tokens_and_a_request_in_time(endless_model: Path) -> None:
+    limits = ("--max-queue-tokens", "100", "--request-timeout-s", "2")
+    with run_server(*narrow(endless_model), *limits) as server:
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         with connect(server) as first, connect(server) as second:
-            first.sendall(completion(stream=True))
+            first.sendall(endless())
             eventually(lambda: running(server) == 1)
-            second.sendall(completion(prompt=[504] * 100, stream=True))
-            eventually(lambda: gauges(server)["vllm:num_requests_waiting"] == 1)
+            second.sendall(endless(prompt=[5] * 100))
+            eventually(lambda: waiting(server) == 1)
             with pytest.raises(openai.InternalServerError, match="requests of 100 tokens"):
                 client.completions.create(model=MODEL, prompt="a")
             while b"request_timeout" not in (data := first.recv(65536)):
@@ -208,10 +235,9 @@ def test_sigterm_lets_running_requests_finish_and_exits_with_0(tmp_path: Path) -
 
 
 def test_the_first_ctrl_c_gives_streams_two_seconds_and_then_an_error_event(
-    tmp_path: Path,
+    endless_model: Path,
 ) -> None:
-    model = write_tiny_llama(tmp_path / "tiny.gguf", context_length=65536)
-    with run_server("--model", str(model), "--mode", "server") as server:
+    with run_server("--model", str(endless_model), "--mode", "server") as server:
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         stream = client.completions.create(
             model="tiny", prompt="a", max_tokens=65000, stream=True, extra_body={"ignore_eos": True}
@@ -228,9 +254,8 @@ def test_the_first_ctrl_c_gives_streams_two_seconds_and_then_an_error_event(
         assert "Traceback" not in server.output
 
 
-def test_the_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
-    model = write_tiny_llama(tmp_path / "tiny.gguf", context_length=65536)
-    with run_server("--model", str(model), "--mode", "server") as server:
+def test_the_second_ctrl_c_ends_at_once(endless_model: Path) -> None:
+    with run_server("--model", str(endless_model), "--mode", "server") as server:
         engine = server.engine_pid()
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         stream = client.completions.create(

@@ -41,7 +41,9 @@ def counts(usage: Any) -> tuple[int, int, int]:
     return usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
 
 
-@pytest.mark.parametrize("backend", ["reference_client", "client"])
+@pytest.mark.parametrize(
+    "backend", ["client", pytest.param("reference_client", marks=pytest.mark.slow)]
+)
 def test_the_real_model_knows_the_capital_of_france(
     backend: str, request: pytest.FixtureRequest
 ) -> None:
@@ -123,17 +125,24 @@ def test_a_seed_repeats_and_another_seed_does_not(client: OpenAI) -> None:
     assert len({say(seed) for seed in range(4)}) > 1
 
 
-def test_chat_logprobs_are_the_golden_ones(reference_client: OpenAI) -> None:
-    answer = chat(reference_client, temperature=0, logprobs=True, top_logprobs=10)
+@pytest.mark.parametrize(
+    "backend, num_top, tolerance",
+    [("client", 5, 0.02), pytest.param("reference_client", 10, 2e-3, marks=pytest.mark.slow)],
+)
+def test_chat_logprobs_are_the_golden_ones(
+    backend: str, num_top: int, tolerance: float, request: pytest.FixtureRequest
+) -> None:
+    client = request.getfixturevalue(backend)
+    answer = chat(client, temperature=0, logprobs=True, top_logprobs=num_top)
     content = answer.choices[0].logprobs.content
     golden = GOLDEN[0]
     assert "".join(token.token for token in content) == ANSWER
     for step, token in enumerate(content):  # the end token has no text and no entry
-        wanted = golden["top10_logprobs"][step]
-        assert token.logprob == pytest.approx(wanted[0][1], abs=2e-3)
-        assert [top.token for top in token.top_logprobs] == golden["top10_text"][step]
+        wanted = golden["top10_logprobs"][step][:num_top]
+        assert token.logprob == pytest.approx(wanted[0][1], abs=tolerance)
+        assert [top.token for top in token.top_logprobs] == golden["top10_text"][step][:num_top]
         assert [top.logprob for top in token.top_logprobs] == pytest.approx(
-            [logprob for _, logprob in wanted], abs=2e-3
+            [logprob for _, logprob in wanted], abs=tolerance
         )
         assert bytes(token.bytes).decode() == token.token
 
