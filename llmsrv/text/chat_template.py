@@ -8,15 +8,20 @@ special token was written by the template; only then is the text put back, insid
 which are encoded as any plain text.  A template that cuts characters out of the middle of a message
 could still put a token together; we know of none.
 
-Templates come from the model's file or from whoever started the server, never from a request: the
-sandbox keeps them from Python's internals, but bounds neither their time nor their memory.
+Templates come from the model's file or from whoever started the server, never from a request.  The
+sandbox keeps them from Python's internals, and their loops end at a deadline; their memory has no
+bound.
 Source: transformers, utils/chat_template_utils.py, for what templates may use.
 """
 
 import json
 import re
 import secrets
+import time
+from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Mapping
+from contextvars import ContextVar
 from datetime import datetime
 from typing import Any
 from typing import NoReturn
@@ -35,6 +40,9 @@ from llmsrv.text.tokenizer import Tokenizer
 from llmsrv.text.tokenizer import alternate
 from llmsrv.text.tokenizer import any_of
 from llmsrv.text.tool_calls import detect_format
+
+RENDER_S = 1.0  # of the thread's time on the CPU
+_deadline_s: ContextVar[float] = ContextVar("deadline_s")
 
 
 class ChatTemplate:
@@ -55,8 +63,9 @@ class ChatTemplate:
         try:
             source.encode()  # a model's file may hold bytes that are no UTF-8
             environment = _environment()
-            self._template = environment.from_string(source)
-            self._variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
+            parsed = environment.parse(source)
+            self._variables = jinja2.meta.find_undeclared_variables(parsed)
+            self._template = environment.from_string(_timed_loops(parsed))
         except Exception as error:  # the compiler computes constants, so it may raise anything
             line = getattr(error, "lineno", None)
             place = f" at line {line}" if line else ""
@@ -132,6 +141,7 @@ class ChatTemplate:
                 "add_generation_prompt": add_generation_prompt,
                 **self._tokenizer.named_tokens,
             }
+            _deadline_s.set(time.thread_time() + RENDER_S)
             text = self._template.render(variables)
         except _RaisedByTemplate as error:
             raise ApiError(400, hidden.put_back(str(error)), param="messages") from None
@@ -202,6 +212,22 @@ def _beginnings(tokenizer: Tokenizer) -> frozenset[str]:
 # ---- What templates may use
 
 
+def _timed_loops(template: jinja2.nodes.Template) -> jinja2.nodes.Template:
+    """The template with every loop under the rendering's deadline."""
+    for loop in template.find_all(jinja2.nodes.For):
+        timed = jinja2.nodes.Filter(loop.iter, "timed", [], [], None, None)
+        loop.iter = timed.set_lineno(loop.lineno)
+    return template
+
+
+def _timed(items: Iterable[Any]) -> Iterator[Any]:
+    deadline_s = _deadline_s.get()
+    for item in items:
+        if time.thread_time() > deadline_s:
+            raise TimeoutError(f"it takes more than {RENDER_S:g} s")
+        yield item
+
+
 class _RaisedByTemplate(Exception):
     """raise_exception(message): the template refuses the conversation."""
 
@@ -225,6 +251,7 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
         extensions=["jinja2.ext.loopcontrols", _Generation],
     )
     environment.filters["tojson"] = _tojson
+    environment.filters["timed"] = _timed
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from llmsrv.errors import ApiError
 from llmsrv.errors import StartupError
 from llmsrv.files.gguf import open_gguf
+from llmsrv.text import chat_template
 from llmsrv.text.chat_template import ChatTemplate
 from llmsrv.text.tokenizer import Tokenizer
 from llmsrv.text.tokenizer import load_tokenizer
@@ -251,6 +252,22 @@ def test_a_template_that_fails_is_a_400_that_says_how(tokenizer, source, reason)
     assert caught.value.status == 400
     assert caught.value.message.startswith("The model's chat template fails on these messages: ")
     assert reason in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "loops",
+    [
+        "{% for i in range(50000) %}" * 3 + "{% endfor %}" * 3,
+        "{% for m in messages recursive %}" * 9 + "{{ loop.length }}" + "{% endfor %}" * 9,
+    ],
+)
+def test_a_template_that_loops_without_end_is_cut(tokenizer, monkeypatch, loops):
+    monkeypatch.setattr(chat_template, "RENDER_S", 0.02)
+    template = ChatTemplate(loops, tokenizer)
+    for _ in range(2):  # each rendering has a deadline of its own
+        with pytest.raises(ApiError, match="takes more than 0.02 s") as caught:
+            template.encode(USER * 20)
+        assert caught.value.status == 400
 
 
 @pytest.mark.parametrize(
