@@ -17,8 +17,7 @@ from llmsrv.backend.source import cpu_features
 
 ROOT = Path(__file__).parents[2]
 COMMAND = (sys.executable, "-m", "pytest", "-p", "tests.support.aarch64", "-q", "-x")
-TESTS = ("tests/backend/test_cpu.py", "tests/backend/test_cpu_golden.py")
-TESTS += ("-k", "not default_model and not refused")
+TESTS = ("tests/backend/test_cpu.py", "tests/backend/test_cpu_sampling.py", "-k", "not refused")
 # Without cosines, which are the C library's own.
 DIGEST = """
 import dataclasses, hashlib, os
@@ -27,7 +26,7 @@ from llmsrv.backend import cpu
 from llmsrv.config import default_cache_dir
 from tests.support import aarch64
 if os.environ["TIER"] in aarch64.CPUS:
-    aarch64.pytest_collection()
+    aarch64.install(os.environ["TIER"])
 from tests.backend.test_cpu import LIMITS, VOCAB, RopeAndStore, llama, logits_of
 from tests.support.plans import Run
 tiers = tuple(tier for tier in cpu.TIERS if tier.name == os.environ["TIER"])

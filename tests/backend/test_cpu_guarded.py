@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 COMMAND = (sys.executable, "-m", "pytest", "-p", "tests.support.guarded", "-q", "-x")
-TESTS = ("tests/backend/test_cpu.py", "tests/backend/test_cpu_golden.py", "-k", "not default_model")
+TESTS = (
+    *(f"tests/backend/test_cpu{name}.py" for name in ("", "_sampling", "_golden")),
+    *("-k", "not default_model"),
+)
 OVER_THE_END = """
 import ctypes, sys
 import numpy as np

@@ -13,6 +13,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from math import prod
 from threading import RLock
@@ -87,17 +88,22 @@ class Arena:
             return self._call(function, *arguments)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        for address, copy in list(self._copies.items()):
-            if copy.owner() is None:
-                del self._copies[address]
-                self._give_back(address, copy.size)
-            else:
-                ctypes.memmove(address, copy.original, copy.size)
+        for address, copy, owner in self._living():
+            ctypes.memmove(address, copy.original, copy.size)
         result = function(*arguments)
-        for address, copy in self._copies.items():
+        for address, copy, owner in self._living():
             if copy.is_writable:
                 ctypes.memmove(copy.original, address, copy.size)
         return result
+
+    def _living(self) -> Iterator[tuple[int, Copy, object]]:
+        """The copies whose owners are still there; gives back the others."""
+        for address in list(self._copies):
+            copy = self._copies.get(address)  # none: a finalizer's own call came in between
+            if copy and (owner := copy.owner()) is not None:
+                yield address, copy, owner
+            elif copy and self._copies.pop(address, None):
+                self._give_back(address, copy.size)
 
     def _addressof(self, value: Any) -> int:
         size = ctypes.sizeof(value)
