@@ -12,12 +12,13 @@ enum { WEIGHT_BITS = 40, FRACTION_BITS = 32, SURPRISE_BITS = 20 };
 
 #define LEAST_X -28.0f /* below, weights are 0 */
 
-typedef int64_t i64x16 __attribute__((vector_size(128)));
+typedef int64_t i64x8 __attribute__((vector_size(64))); /* half of sixteen lanes */
+typedef float f32x8 __attribute__((vector_size(32)));
 
 /* ---- What may be drawn */
 
-/* floor(exp(x) * 2^40) for x from -28 to 0. */
-INLINE i64x16 weights_of(f32x16 x)
+/* exp(x) * 2^40 for x from -28 to 0. */
+INLINE f32x16 scaled_exp(f32x16 x)
 {
     i32x16 n = to_nearest(x * splat(0x1.715476p+0f));
     f32x16 whole = to_float(n);
@@ -29,24 +30,49 @@ INLINE i64x16 weights_of(f32x16 x)
     y = y * r + splat(0x1.fffffcp-2f);
     y = y * r + splat(1.0f);
     y = y * r + splat(1.0f);
-    y = y * (f32x16)((n + (127 + WEIGHT_BITS)) << 23);
-    return __builtin_convertvector(y, i64x16);
+    return y * (f32x16)((n + (127 + WEIGHT_BITS)) << 23);
+}
+
+/* The integers in eight of them. */
+INLINE i64x8 weights_of(f32x16 y, int half)
+{
+    f32x8 eight;
+    memcpy(&eight, (const char *)&y + 32 * half, sizeof eight);
+    return __builtin_convertvector(eight, i64x8);
 }
 
 static void fill_weights(Scratch *s)
 {
     for (int32_t i = 0; i < s->count; i += 16) {
-        i64x16 weights = weights_of(load_first(s->x + i, s->count - i));
-        memcpy(s->weights + i, &weights, sizeof weights);
+        f32x16 y = scaled_exp(load_first(s->x + i, s->count - i));
+        i64x8 low = weights_of(y, 0), high = weights_of(y, 1);
+        memcpy(s->weights + i, &low, sizeof low);
+        memcpy(s->weights + i + 8, &high, sizeof high);
     }
+    shrink(s, s->count);
 }
 
-static int64_t sum_of(const int64_t *weights, int32_t count)
+static int64_t sum8(i64x8 x)
 {
-    int64_t sum = 0;
-    for (int32_t i = 0; i < count; i++)
-        sum += weights[i];
-    return sum;
+    return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+}
+
+INLINE i64x8 load_weights(const Scratch *s, int32_t i)
+{
+    i64x8 weights;
+    memcpy(&weights, s->weights + i, sizeof weights);
+    return weights;
+}
+
+/* Of all weights that are not below `least`. */
+static int64_t sum_from(const Scratch *s, int64_t least)
+{
+    i64x8 sums = {0};
+    for (int32_t i = 0; i < s->count; i += 8) {
+        i64x8 weights = load_weights(s, i);
+        sums += weights & (weights >= least);
+    }
+    return sum8(sums);
 }
 
 /* The least integer that is `fraction` / 2^32 of the total, at least 1. */
@@ -60,18 +86,29 @@ static int64_t share(int64_t total, int64_t fraction)
 static void keep_weights_from(Scratch *s, int64_t least)
 {
     int32_t count = 0;
-    for (int32_t i = 0; i < s->count; i++)
-        if (s->weights[i] >= least)
-            move(s, i, count++);
-    s->count = count;
+    for (int32_t i = 0; i < s->count; i += 8) {
+        if (sum8(load_weights(s, i) >= least) == 0)
+            continue;
+        for (int32_t j = i; j < i + 8 && j < s->count; j++) {
+            int is_kept = s->weights[j] >= least;
+            move(s, j, count);
+            count += is_kept;
+        }
+    }
+    shrink(s, count);
 }
 
 /* Weights have 24 significant bits at most, so that they are floats. */
 static void keep_top_p(Scratch *s, int64_t fraction)
 {
-    int64_t total = sum_of(s->weights, s->count), goal = share(total, fraction);
-    /* All weights below a share of what may be left out together weigh less than that. */
-    keep_weights_from(s, (total - goal) / s->count);
+    int64_t total = sum_from(s, 0), goal = share(total, fraction), least = (int64_t)1 << WEIGHT_BITS;
+    /* All weights below this together weigh less than what may be left out; often far fewer than
+     * those above it reach the goal. */
+    int64_t enough = (total - goal) / s->count;
+    do
+        least >>= 3;
+    while (least > enough && sum_from(s, least) < goal);
+    keep_weights_from(s, least > enough ? least : enough);
     for (int32_t i = 0; i < s->count; i++)
         s->keys[i] = key_of((float)s->weights[i]);
     keep_smallest(s, s->weights, goal);
@@ -79,7 +116,7 @@ static void keep_top_p(Scratch *s, int64_t fraction)
 
 static void keep_typical_p(Scratch *s, int64_t fraction)
 {
-    int64_t surprises = 0, total = sum_of(s->weights, s->count);
+    int64_t surprises = 0, total = sum_from(s, 0);
     for (int32_t i = 0; i < s->count; i++) {
         s->keys[i] = (uint32_t)(-s->x[i] * (float)(1 << SURPRISE_BITS));
         surprises += s->weights[i] * s->keys[i] >> 24;
@@ -135,7 +172,7 @@ static int32_t draw(
     if (parameters->typical_p < (int64_t)1 << FRACTION_BITS)
         keep_typical_p(s, parameters->typical_p);
     uint64_t bits = uniform_bits(parameters->seed, parameters->choice, output_position);
-    unsigned __int128 product = (unsigned __int128)bits * (uint64_t)sum_of(s->weights, s->count);
+    unsigned __int128 product = (unsigned __int128)bits * (uint64_t)sum_from(s, 0);
     int64_t target = (int64_t)(product >> 64), sum = s->weights[0];
     int32_t i = 0;
     while (sum <= target)
@@ -148,17 +185,13 @@ static int32_t draw(
 /* Of the sum of exp(logit - best) over the vocabulary. */
 static double log_sum_of(const float *logits, int32_t vocab_size, float best)
 {
-    i64x16 sums = {0};
+    i64x8 sums = {0};
     for (int32_t i = 0; i < vocab_size; i += 16) {
         f32x16 x = load_padded(logits + i, vocab_size - i) - splat(best);
-        i64x16 weights = weights_of(max16(x, splat(LEAST_X)));
-        i32x16 counts = x >= splat(LEAST_X);
-        sums += weights & __builtin_convertvector(counts, i64x16);
+        f32x16 y = choose(x >= splat(LEAST_X), scaled_exp(max16(x, splat(LEAST_X))), splat(0));
+        sums += weights_of(y, 0) + weights_of(y, 1);
     }
-    int64_t total = 0;
-    for (int lane = 0; lane < 16; lane++)
-        total += sums[lane];
-    return log((double)total * 0x1p-40);
+    return log((double)sum8(sums) * 0x1p-40);
 }
 
 static float logprob_of(float logit, float best, double log_sum)

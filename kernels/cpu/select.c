@@ -88,13 +88,13 @@ void keep_smallest(Scratch *s, const int64_t *amounts, int64_t goal)
     uint32_t threshold = threshold_of(s->keys, amounts, s->count, &goal);
     int32_t count = 0;
     for (int32_t i = 0; i < s->count; i++) {
-        if (s->keys[i] > threshold || (s->keys[i] == threshold && goal <= 0))
-            continue;
-        if (s->keys[i] == threshold)
-            goal -= amounts ? amounts[i] : 1;
-        move(s, i, count++);
+        int is_last = s->keys[i] == threshold, is_kept = s->keys[i] < threshold;
+        is_kept |= is_last & (goal > 0);
+        goal -= is_last ? (amounts ? amounts[i] : 1) : 0;
+        move(s, i, count);
+        count += is_kept; /* no branch: it would be anybody's guess */
     }
-    s->count = count;
+    shrink(s, count);
 }
 
 float bound_of_largest(const Scratch *s, int32_t k)

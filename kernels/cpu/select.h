@@ -61,6 +61,14 @@ INLINE f32x16 load_padded(const float *p, int32_t left)
     return x;
 }
 
+/* What follows are the first so many; the weights past the last become 0, to a whole vector. */
+INLINE void shrink(Scratch *s, int32_t count)
+{
+    s->count = count;
+    for (int32_t i = count; i % 16; i++)
+        s->weights[i] = 0;
+}
+
 INLINE void move(Scratch *s, int32_t from, int32_t to)
 {
     s->ids[to] = s->ids[from];

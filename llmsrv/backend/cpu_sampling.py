@@ -55,11 +55,13 @@ class SamplingStruct(ctypes.Structure):
 class CPUSamplingTable(SamplingTable):
     """A sampling table whose extras C finds by their addresses.
 
-    addresses  [max_slots] of ADDRESSES; it never moves
+    addresses     [max_slots] of ADDRESSES; it never moves
+    num_logprobs  those of the parameters
     """
 
     def __init__(self, max_slots: int, vocab_size: int) -> None:
         super().__init__(max_slots, vocab_size)
+        self.num_logprobs = [-1] * max_slots
         self.addresses = np.zeros(max_slots, ADDRESSES)
 
     def set(
@@ -70,6 +72,7 @@ class CPUSamplingTable(SamplingTable):
         output_ids: Sequence[int] = (),
     ) -> None:
         super().set(slot, parameters, prompt_ids, output_ids)
+        self.num_logprobs[slot] = int(self.parameters[slot]["num_logprobs"])
         self._note_addresses(slot)
 
     def set_grammar(self, slot: int, mask: Mask | None) -> None:
@@ -135,23 +138,30 @@ class Sampler:
         self._output_positions[:num_rows] = output_positions
         self._targets[:num_rows] = -1 if targets is None else targets
         self._drafts[:num_rows] = -1 if drafts is None else drafts
-        counts = self._table.parameters["num_logprobs"][slots]
-        width = max(0, int(counts.max(initial=0)))
-        alternative_ids = np.empty((num_rows, width), np.int32)
-        alternative_logprobs = np.empty((num_rows, width), np.float32)
-        struct.num_rows, struct.num_alternatives = num_rows, width
-        if width:
-            struct.alternative_ids = address_of(alternative_ids)
-            struct.alternative_logprobs = address_of(alternative_logprobs)
+        struct.num_rows = num_rows
+        counts = [self._table.num_logprobs[slot] for slot in slots.tolist()]
+        width = max(counts, default=0)
+        if width <= 0:
+            self._call(self._plan, self._at)
+            alternatives = [NO_ALTERNATIVES] * num_rows
+        else:
+            alternatives = self._call_for_alternatives(counts, width)
+        return Samples(self.ids[:num_rows].copy(), self._logprobs[:num_rows].copy(), alternatives)
+
+    def _call_for_alternatives(self, counts: list[int], width: int) -> list[tuple[Array, Array]]:
+        """counts: how many each row wants, `width` at most."""
+        ids = np.empty((len(counts), width), np.int32)
+        logprobs = np.empty((len(counts), width), np.float32)
+        self._struct.num_alternatives = width
+        self._struct.alternative_ids = address_of(ids)
+        self._struct.alternative_logprobs = address_of(logprobs)
         self._call(self._plan, self._at)
-        ids, logprobs = self.ids[:num_rows].copy(), self._logprobs[:num_rows].copy()
-        if not width:
-            return Samples(ids, logprobs, [NO_ALTERNATIVES] * num_rows)
-        counts = np.where(ids == FAILED, 0, np.maximum(counts, 0)).tolist()
-        return Samples(ids, logprobs, [
-            (alternative_ids[row, :count], alternative_logprobs[row, :count])
+        is_sampled = (self.ids[: len(counts)] != FAILED).tolist()
+        return [
+            (ids[row, :count], logprobs[row, :count]) if count > 0 and is_sampled[row]
+            else NO_ALTERNATIVES
             for row, count in enumerate(counts)
-        ])
+        ]
 
 
 NO_ALTERNATIVES = np.zeros(0, np.int32), np.zeros(0, np.float32)
