@@ -34,6 +34,7 @@ from llmsrv.backend.cpu_library import declare
 from llmsrv.backend.cpu_sampling import CPUSamplingTable
 from llmsrv.backend.cpu_sampling import Sampler
 from llmsrv.backend.sampling import Samples
+from llmsrv.backend.source import CompilerHangs
 from llmsrv.backend.source import cpu_features
 from llmsrv.backend.source import find_compiler
 from llmsrv.backend.source import kernel_texts
@@ -127,7 +128,7 @@ class CPUBackend(Backend):
                 check_kernels(self, self.tier.name, bits)
                 return
             except StartupError as error:
-                if self.tier is tiers[-1]:
+                if self.tier is tiers[-1] or isinstance(error, CompilerHangs):
                     raise
                 log.warning("%s; the next slower ones are tried", error)
 

@@ -39,6 +39,10 @@ class CompileError(StartupError):
     """There is no compiler, or it did not do its work; without kernels numpy computes."""
 
 
+class CompilerHangs(CompileError):
+    """It was stopped; another attempt would take as long."""
+
+
 @dataclass(frozen=True)
 class Compiler:
     """command: what starts it; identity: changes when another version takes its place."""
@@ -195,7 +199,8 @@ def _compile(
             command, cwd=build, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
-        raise CompileError(f"{command[0]} was stopped after {COMPILE_TIMEOUT_S:.0f} s") from None
+        message = f"{command[0]} was stopped after {COMPILE_TIMEOUT_S:.0f} s"
+        raise CompilerHangs(message) from None
     if done.returncode:
         log.debug("%s\n%s", shlex.join(command), done.stderr)
         said = next((line for line in done.stderr.splitlines() if "error" in line), "")

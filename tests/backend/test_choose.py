@@ -48,6 +48,14 @@ def test_without_a_compiler_numpy_computes_with_one_warning(monkeypatch, tmp_pat
         chosen("cpu", cache_dir=tmp_path)
 
 
+def test_with_a_compiler_that_fails_numpy_computes(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("CC", "false")
+    with caplog.at_level(logging.WARNING):
+        assert chosen("auto", cache_dir=tmp_path) == ("reference", "none faster")
+    assert "false failed with 1" in caplog.records[-1].message
+    assert "numpy computes instead" in caplog.records[-1].message
+
+
 def test_a_program_that_the_cpu_backend_does_not_run_goes_to_numpy(caplog):
     table = random_tensor("t", "F32", (12, 4))
     late = Program((*PROGRAM.operations, Embed("x", table)), {"x": 4}, 1, 1, 1, 1024, 12)

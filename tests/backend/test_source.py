@@ -1,6 +1,8 @@
 """Kernels compiled and cached: whatever is wrong with compiler or cache, the server starts."""
 
 import ctypes
+import errno
+import hashlib
 import importlib.util
 import logging
 import os
@@ -14,6 +16,7 @@ from llmsrv.backend import source
 from llmsrv.backend.cpu import TIERS
 from llmsrv.backend.cpu import CPUBackend
 from llmsrv.backend.cpu import CPUOptions
+from llmsrv.backend.cpu import Tier
 from llmsrv.backend.source import CompileError
 from llmsrv.backend.source import find_compiler
 from llmsrv.backend.source import kernel_texts
@@ -139,16 +142,37 @@ def test_a_cache_that_cannot_be_made_costs_only_a_warning(tmp_path, caplog):
     assert "each start compiles them" in record.message
 
 
-def test_a_full_disk_costs_only_a_warning(tmp_path, caplog, monkeypatch):
-    def replace(*arguments):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize(
+    "module, name, error",
+    [
+        ("tempfile", "mkstemp", OSError(errno.EROFS, "Read-only file system")),
+        ("os", "replace", OSError(errno.ENOSPC, "No space left on device")),
+    ],
+)
+def test_a_directory_that_takes_nothing_costs_only_a_warning(
+    tmp_path, caplog, monkeypatch, module, name, error
+):
+    def fail(*arguments, **options):
+        raise error
 
-    monkeypatch.setattr(source.os, "replace", replace)
+    monkeypatch.setattr(getattr(source, module), name, fail)
     with caplog.at_level(logging.WARNING):
         assert answer(tmp_path) == 42
     [record] = caplog.records
-    assert "No space left" in record.message
+    assert error.strerror in record.message and "each start compiles them" in record.message
     assert not list((tmp_path / "kernels").iterdir())
+
+
+def test_a_whole_library_that_cannot_be_loaded_is_compiled_again(tmp_path, caplog):
+    assert answer(tmp_path) == 42
+    [library] = libraries(tmp_path)
+    library.unlink()
+    nonsense = b"compiled for another system"
+    name = f"{library.name.partition('-')[0]}-{hashlib.sha256(nonsense).hexdigest()}.so"
+    library.with_name(name).write_bytes(nonsense)
+    with caplog.at_level(logging.WARNING):
+        assert answer(tmp_path) == 42
+    assert "cannot be loaded" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -171,6 +195,34 @@ def test_a_compiler_that_hangs_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(source, "COMPILE_TIMEOUT_S", 0.1)
     with pytest.raises(CompileError, match="was stopped after"):
         answer(tmp_path)
+
+
+def test_without_apples_tools_their_stub_is_no_compiler(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(source.sys, "platform", "darwin")
+    monkeypatch.setattr(source.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(source.importlib.util, "find_spec", lambda name: None)
+    xcode_select = subprocess.CompletedProcess(["xcode-select", "-p"], 2)
+    monkeypatch.setattr(source.subprocess, "run", lambda *arguments, **options: xcode_select)
+    with pytest.raises(CompileError, match="no C compiler was found"):
+        find_compiler()
+
+
+def test_a_tier_that_the_compiler_does_not_know_gives_way_to_the_next(caplog):
+    tiers = Tier("newest", frozenset(), ("-mno-such-instructions",)), *TIERS
+    backend = CPUBackend(CPUOptions(default_cache_dir(), tiers=tiers))
+    assert backend.tier in TIERS
+    [record] = caplog.records
+    assert "-mno-such-instructions" in record.message
+    assert "the next slower ones are tried" in record.message
+
+
+def test_after_a_compiler_that_hangs_no_other_tier_is_tried(tmp_path, monkeypatch, caplog):
+    compiler(tmp_path, monkeypatch, "exec sleep 60")
+    monkeypatch.setattr(source, "COMPILE_TIMEOUT_S", 0.1)
+    with pytest.raises(CompileError, match="was stopped after"):
+        CPUBackend(CPUOptions(tmp_path))
+    assert not caplog.records
 
 
 def test_the_compiler_is_cc_of_the_environment_then_of_the_path_then_ziglang(
