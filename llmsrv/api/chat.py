@@ -45,8 +45,7 @@ class ChatCompletions:
         service = self._models.find(asked.model)
         tools = tool_use(service, asked)
         ids = await prompt_ids(service, asked, tools.tools if tools else [])
-        thinks = _thinks(service) and not (tools and tools.must_call)
-        is_thinking = begins_thinking(service.text.tokenizer, ids) if thinks else None
+        is_thinking = _is_thinking(service, ids)
         grammar = await tool_grammar(service, tools, is_thinking) if tools else ""
         submits = generate.make_submits(
             service,
@@ -59,10 +58,10 @@ class ChatCompletions:
             tenant=generate.tenant_of(request),
             grammar=grammar or await structured.grammar_of(service, asked, is_thinking),
         )
-        shown = shown_tokens(service.text.tokenizer, tools, thinks)
+        shown = shown_tokens(service.text.tokenizer, tools, is_thinking)
         rules = generate.text_rules(asked, service.text.tokenizer, shown)
         job = await start(request, Job(service, submits, rules))
-        answer = _Answer(service, asked, job, ids, tools, thinks)
+        answer = _Answer(service, asked, job, ids, tools, is_thinking)
         if asked.stream:
             return EventStream(answer.events(), on_end=job.end)
         async with request.cancel_on_disconnect():
@@ -79,7 +78,7 @@ class _Answer:
         job: Job,
         prompt_ids: list[int],
         tools: ToolUse | None,
-        thinks: bool,
+        is_thinking: bool | None,
     ) -> None:
         self._tokenizer = service.text.tokenizer
         self._asked = asked
@@ -88,8 +87,7 @@ class _Answer:
         self._shapes = logprobs.Shapes(
             self._tokenizer, asked.top_logprobs or 0, bool(asked.return_tokens_as_token_ids)
         )
-        is_thinking = thinks and begins_thinking(self._tokenizer, prompt_ids)
-        self._readers = [MessageReader(tools, thinks, is_thinking) for _ in job.outputs]
+        self._readers = [MessageReader(tools, is_thinking) for _ in job.outputs]
         kind = "chat.completion.chunk" if asked.stream else "chat.completion"
         self._head = generate.head(service, asked, kind, "chatcmpl")
 
@@ -179,7 +177,9 @@ def _num_logprobs(asked: ChatCompletionRequest) -> int:
     return max(of_answer, -1 if asked.prompt_logprobs is None else asked.prompt_logprobs)
 
 
-def _thinks(service: Service) -> bool:
-    """Whether the answer may begin with thoughts between tags."""
+def _is_thinking(service: Service, prompt_ids: list[int]) -> bool | None:
+    """Whether the prompt has begun the thoughts before the answer; None: the model has none."""
     asked, template = service.config.reasoning_parser, service.text.template
-    return asked == "think" or (asked == "auto" and bool(template and template.has_thoughts))
+    if asked == "think" or (asked == "auto" and template and template.has_thoughts):
+        return begins_thinking(service.text.tokenizer, prompt_ids)
+    return None

@@ -25,10 +25,10 @@ class Parts:
 class MessageReader:
     """Reads one choice.  num_calls: tool calls so far."""
 
-    def __init__(self, tools: ToolUse | None, thinks: bool, is_thinking: bool) -> None:
-        """thinks: the model may think between tags; is_thinking: its prompt has begun it."""
+    def __init__(self, tools: ToolUse | None, is_thinking: bool | None) -> None:
+        """is_thinking: whether the prompt has begun the thoughts; None: the model has none."""
         self._tools = tools
-        self._reasoning = ReasoningParser(is_thinking) if thinks else None
+        self._reasoning = None if is_thinking is None else ReasoningParser(is_thinking)
         self._calls = tools.parser() if tools else None
 
     @property
@@ -105,9 +105,11 @@ class MessageReader:
         return calls
 
 
-def shown_tokens(tokenizer: Tokenizer, tools: ToolUse | None, thinks: bool) -> frozenset[int]:
+def shown_tokens(
+    tokenizer: Tokenizer, tools: ToolUse | None, is_thinking: bool | None
+) -> frozenset[int]:
     """Special tokens that the reader of messages needs to see."""
-    texts = [OPENING, CLOSING] if thinks else []
+    texts = [] if is_thinking is None else [OPENING, CLOSING]
     if tools:
         texts += [tools.format.opening, tools.format.closing, "[ARGS]", "[CALL_ID]"]
     special = tokenizer.special_tokens

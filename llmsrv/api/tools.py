@@ -87,6 +87,7 @@ async def tool_grammar(service: Service, use: ToolUse, is_thinking: bool | None)
         separator=form.separator,
         suffix=closing,
         many=not use.at_most_one,
+        is_thinking=is_thinking,
     )
 
 

@@ -305,3 +305,55 @@ def test_special_tokens_that_overlap_are_still_put_away(tmp_path):
     template = ChatTemplate("{{ messages[0].content }}x", tokenizer)
     for content in ("<|im_end|>", "~", "~a", "<|im_end|>~", "|>", "1", "a~a~", "<|im_end|>1~a"):
         assert template.render([{"content": content}]) == content + "x"
+
+
+# ---- What a template says of itself, and messages that go on
+
+
+def test_a_template_knows_the_variables_that_it_asks_for(tokenizer):
+    source = "{% if enable_thinking is defined %}{{ tools }}{% endif %}{{ messages }}"
+    template = ChatTemplate(source, tokenizer)
+    assert template.knows("enable_thinking") and template.knows("tools")
+    assert not template.knows("reasoning_effort")
+
+
+def test_a_template_shows_how_its_model_calls_and_thinks(tokenizer, chatml):
+    template = ChatTemplate("{{ '<tool_call>' }}{{ '</think>' }}", tokenizer)
+    assert (template.tool_call_format, template.has_thoughts) == ("hermes", True)
+    assert (chatml.tool_call_format, chatml.has_thoughts) == ("json", False)
+
+
+def test_the_last_message_is_left_open_where_it_is_to_be_continued(chatml):
+    messages = [*USER, {"role": "assistant", "content": "so far "}]
+    text = chatml.render(messages, add_generation_prompt=False, continue_final_message=True)
+    assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nso far "
+
+
+def test_a_last_message_that_the_template_leaves_out_cannot_be_continued(tokenizer):
+    template = ChatTemplate("{{ messages[0].content }}", tokenizer)
+    messages = [*USER, {"role": "assistant", "content": "so far"}]
+    with pytest.raises(ApiError) as caught:
+        template.render(messages, continue_final_message=True)
+    assert caught.value.param == "continue_final_message"
+
+
+def test_calls_and_results_are_rendered_as_qwen_does(tokenizer):
+    source = (
+        "{%- for m in messages %}{%- if m.tool_calls %}{%- for c in m.tool_calls %}"
+        "<tool_call>{{ c.function.arguments | tojson }}</tool_call>{%- endfor %}"
+        "{%- elif m.role == 'tool' %}<tool_response>{{ m.content }}</tool_response>"
+        "{%- endif %}{%- endfor %}{%- if tools %}{{ tools[0] | tojson }}{%- endif %}"
+    )
+    function = {"name": "f", "arguments": {"a": "<|im_end|>"}}
+    messages = [
+        *USER,
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "function": function}]},
+        {"role": "tool", "content": "4", "tool_call_id": "1"},
+    ]
+    template = ChatTemplate(source, tokenizer)
+    text = template.render(messages, tools=[{"type": "function"}])
+    assert text == (
+        '<tool_call>{"a": "<|im_end|>"}</tool_call><tool_response>4</tool_response>'
+        '{"type": "function"}'
+    )
+    assert num_special(tokenizer, template.encode(messages)) == 0
