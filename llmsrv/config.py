@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 BACKENDS = ("auto", "cpu", "reference")
-SPECULATIVE_MODES = ("disable", "ngram")
+SPECULATIVE_MODES = ("disable", "ngram", "small_draft")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -32,6 +32,7 @@ class EngineConfig:
     """What an engine process is started with; plain values, since they cross to it."""
 
     model_path: str
+    draft_model_path: str = ""
     backend: str = "auto"
     mode: str = "local"
     max_num_sequence: int = 0  # sequences that are in steps at once; 0: by mode, as the next two
@@ -176,8 +177,15 @@ class Config:
         "disable",
         "Engine",
         "guess tokens that come next, which changes no answer: ngram looks them up in what was "
-        "said before",
+        "said before, small_draft asks the model of --additional-models",
         choices=SPECULATIVE_MODES,
+    )
+    additional_models: list[str] = option(
+        [],
+        "Engine",
+        "a small model that guesses, as --model names it, with the same vocabulary",
+        metavar="PATH|NAME",
+        many=True,
     )
     spec_draft_length: int = option(
         0,
@@ -273,8 +281,12 @@ class Config:
     log_level: str = option("info", "Files and logs", "what is logged", choices=LOG_LEVELS)
 
 
-def engine_config(config: Config, model_path: Path) -> EngineConfig:
+def engine_config(config: Config, model_path: Path, draft_path: Path | None) -> EngineConfig:
     """What an engine needs of the options, for one of the models."""
-    own: dict[str, Any] = {"model_path": str(model_path), "cache_dir": str(config.cache_dir)}
+    own: dict[str, Any] = {
+        "model_path": str(model_path),
+        "draft_model_path": str(draft_path or ""),
+        "cache_dir": str(config.cache_dir),
+    }
     names = {field.name for field in fields(EngineConfig)} - own.keys()
     return EngineConfig(**own, **{name: getattr(config, name) for name in names})

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmsrv.api.gate import read_keys
+from llmsrv.api.models import find_models
 from llmsrv.cli import parse
 from llmsrv.config import Config
 from llmsrv.errors import StartupError
@@ -73,6 +74,20 @@ def test_overrides_set_options_by_their_names_and_win_over_the_environment() -> 
     )
     assert parse(["--overrides", overrides], {"LLMSRV_MAX_NUM_SEQUENCE": "9"}) == wanted
     assert parse([], {"LLMSRV_OVERRIDES": overrides}) == wanted
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--speculative-mode", "small_draft"],
+        ["--additional-models", "a.gguf"],
+        ["--speculative-mode", "small_draft", "--additional-models", "a.gguf,b.gguf"],
+    ],
+)
+def test_a_draft_model_and_its_mode_come_together(options: list[str], tmp_path: Path) -> None:
+    model = write_tiny_llama(tmp_path / "tiny.gguf")
+    with pytest.raises(StartupError, match="of --additional-models, not"):
+        find_models(parse(["--model", str(model), *options], {}))
 
 
 def test_an_engine_gets_the_options_that_concern_it() -> None:

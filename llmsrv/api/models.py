@@ -47,13 +47,15 @@ class Model:
 
     names        ids that clients use, the first one canonical
     path         its file or folder
+    draft_path   that of the small model that guesses for it
     service      what answers requests, while it is LOADED
     last_used_s  when a request asked for it last, monotonic
     """
 
-    def __init__(self, names: list[str], path: Path) -> None:
+    def __init__(self, names: list[str], path: Path, draft_path: Path | None = None) -> None:
         self.names = names
         self.path = path
+        self.draft_path = draft_path
         self.created = int(time.time())
         self.counters = Counters()
         self.last_used_s = 0.0
@@ -113,7 +115,7 @@ class Model:
         """Returns before the engine is ready."""
         self.state = ModelState.LOADING
         self.engine = EngineClient(
-            engine_config(config, self.path), on_step=self.counters.note_step
+            engine_config(config, self.path, self.draft_path), on_step=self.counters.note_step
         )
         await self.engine.start()
 
@@ -310,7 +312,20 @@ def _find_model(config: Config, text: str) -> Model:
     if not equals or os.path.exists(text):
         name, source = name_of(text), text
     path = resolve_model(source, config.cache_dir, sys.stderr, config.hf_token)
-    return Model(config.served_model_name or [name], path)
+    return Model(config.served_model_name or [name], path, _find_draft(config))
+
+
+def _find_draft(config: Config) -> Path | None:
+    wanted = int(config.speculative_mode == "small_draft")
+    if len(config.additional_models) != wanted:
+        raise StartupError(
+            f"--speculative-mode {config.speculative_mode} takes {wanted} of --additional-models, "
+            f"not {len(config.additional_models)}"
+        )
+    if not wanted:
+        return None
+    source = config.additional_models[0]
+    return resolve_model(source, config.cache_dir, sys.stderr, config.hf_token)
 
 
 def name_of(model: str) -> str:

@@ -1,4 +1,6 @@
-"""From the chunks of a step to the arrays that a backend takes."""
+"""From the rows of a step to the arrays that a backend takes."""
+
+from typing import NamedTuple
 
 import numpy as np
 
@@ -6,36 +8,51 @@ from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Array
 from llmsrv.backend.base import Batch
 from llmsrv.engine.kv_cache import num_blocks_for
-from llmsrv.engine.scheduler import Chunk
+from llmsrv.engine.sequence import Sequence
 
 
-def build_batch(chunks: list[Chunk], block_tables: Array) -> Batch:
-    """The rows of the chunks, in their order; the last num_logit_rows of each chunk are logit rows.
+class Rows(NamedTuple):
+    """Neighbouring rows of one sequence: their ids from the position `first` on.  The last
+    num_logit_rows of them are logit rows."""
+
+    sequence: Sequence
+    first: int
+    ids: list[int]
+    num_logit_rows: int
+
+
+def build_batch(rows: list[Rows], block_tables: Array) -> Batch:
+    """The rows of several sequences, in their order.
 
     block_tables  [max_num_sequence, max_blocks] int32, of every slot, as KVCache has them
     """
+    # Lists, not arrays: a decode step has few rows, and meets every function with a cold cache.
     ids: list[int] = []
-    for sequence, num_tokens, draft in chunks:
-        ids += sequence.ids(sequence.num_computed, sequence.num_computed + num_tokens)
-        ids += draft
-    counts = np.array([chunk.num_rows for chunk in chunks])  # [S]
-    firsts = np.array([chunk.sequence.num_computed for chunk in chunks])  # [S]
-    slots = np.array([chunk.sequence.slot for chunk in chunks])  # [S]
-    wanted = np.array([chunk.num_logit_rows for chunk in chunks])  # [S], the last rows of each
-    ends = counts.cumsum()  # [S]
-
-    sequences = np.arange(len(chunks), dtype=np.int32).repeat(counts)  # [T]
-    positions = np.arange(len(ids)) + (firsts + counts - ends).repeat(counts)  # [T]
-    tables = block_tables[slots, : num_blocks_for(int((firsts + counts).max()))]
-    blocks = tables[sequences, positions // BLOCK_SIZE].astype(np.int64)  # [T]
+    positions: list[int] = []
+    sequences: list[int] = []
+    slot_mapping: list[int] = []
+    logit_rows: list[int] = []
+    for number, (sequence, first, new_ids, num_logit_rows) in enumerate(rows):
+        end = first + len(new_ids)
+        ids += new_ids
+        positions += range(first, end)
+        sequences += [number] * len(new_ids)
+        slot_mapping += _lines(block_tables[sequence.slot], first, end)
+        logit_rows += range(len(ids) - num_logit_rows, len(ids))
+    slots = [each.sequence.slot for each in rows]
     return Batch(
         ids=np.array(ids, np.int32),
-        positions=positions.astype(np.int32),
-        sequences=sequences,
-        slot_mapping=blocks * BLOCK_SIZE + positions % BLOCK_SIZE,
-        block_tables=tables,
-        is_long=np.array([chunk.sequence.is_long for chunk in chunks]),
-        logit_rows=np.flatnonzero(
-            np.arange(len(ids)) >= (ends - wanted).repeat(counts)
-        ).astype(np.int32),
+        positions=np.array(positions, np.int32),
+        sequences=np.array(sequences, np.int32),
+        slot_mapping=np.array(slot_mapping, np.int64),
+        block_tables=block_tables[slots, : num_blocks_for(max(positions) + 1)],
+        is_long=np.array([each.sequence.is_long for each in rows]),
+        logit_rows=np.array(logit_rows, np.int32),
     )
+
+
+def _lines(table: Array, first: int, end: int) -> list[int]:
+    """Where the positions [first, end) of a sequence are stored, by its line of block_tables."""
+    blocks: list[int] = table[first // BLOCK_SIZE : num_blocks_for(end)].tolist()
+    lines = [block * BLOCK_SIZE + offset for block in blocks for offset in range(BLOCK_SIZE)]
+    return lines[first % BLOCK_SIZE :][: end - first]

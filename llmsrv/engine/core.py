@@ -22,6 +22,7 @@ from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
 from llmsrv.backend.sampling import Samples
 from llmsrv.engine.batch import build_batch
+from llmsrv.engine.draft_model import DraftModel
 from llmsrv.engine.grammar import Grammar
 from llmsrv.engine.kv_cache import KVCache
 from llmsrv.engine.kv_cache import Pages
@@ -76,13 +77,14 @@ class EngineCore:
         long_from: int | None = None,
         clock: Callable[[], float] = time.monotonic,
         compile_grammar: Callable[[str], Future[Grammar]] | None = None,
-        speculative_mode: str = "disable",
+        looks_up: bool = False,
+        draft_plan: Plan | None = None,
         draft_length: int = 0,
     ) -> None:
         """limits are those that the plan was compiled for; its cache must hold one sequence of
         context_length.  long_from is the program's.  compile_grammar returns at once; None: no
-        request has one.  speculative_mode is one of config.SPECULATIVE_MODES, draft_length as
-        Speculation has it."""
+        request has one.  looks_up and draft_length are as Speculation has them, draft_plan is the
+        draft model's, compiled for the same limits."""
         self._clock = clock
         self._plan = plan
         self._context_length = context_length
@@ -91,7 +93,10 @@ class EngineCore:
         self._compile_grammar = compile_grammar
         self._kv_cache = KVCache(limits.num_blocks, limits.max_slots, context_length)
         self._costs = StepCosts()
-        self._speculation = Speculation(self._costs, speculative_mode == "ngram", draft_length)
+        draft_model = None
+        if draft_plan is not None:
+            draft_model = DraftModel(draft_plan, limits.max_rows, self._kv_cache, clock)
+        self._speculation = Speculation(self._costs, looks_up, draft_model, draft_length)
         self._scheduler = Scheduler(
             self._kv_cache,
             limits.max_slots,
@@ -158,8 +163,6 @@ class EngineCore:
         if chunks := self._scheduler.schedule():
             self._enter(self._scheduler.admitted, start_s)
             self._compute(chunks)
-            num_rows = sum(chunk.num_rows for chunk in chunks)
-            self._costs.note(num_rows, self._clock() - start_s)
         elif self._compiling:
             wait(self._compiling.values(), GRAMMAR_WAIT_S, FIRST_COMPLETED)
         return self._report()
@@ -207,6 +210,7 @@ class EngineCore:
         """Prepares the sequences that have just been admitted, for the first time or again."""
         for sequence in admitted:
             write_sampling(self._plan.sampling, sequence)
+            self._speculation.enter(sequence)
             if not sequence.scheduled_s:
                 sequence.scheduled_s = now_s
                 self._admitted.append(Admitted(sequence.submit.request, sequence.num_cached))
@@ -215,13 +219,16 @@ class EngineCore:
         chunks = [masked for chunk in chunks if (masked := self._mask(chunk))]
         if not chunks:
             return
-        self._plan.forward(build_batch(chunks, self._kv_cache.block_tables))
+        start_s = self._clock()
+        batch = build_batch([chunk.rows for chunk in chunks], self._kv_cache.block_tables)
+        self._plan.forward(batch)
         rows = [row for chunk in chunks for row in _logit_rows(chunk)]
         before = [chunk.sequence.num_tokens for chunk in chunks]
         for chunk in chunks:
             self._scheduler.note_computed(chunk)
         if rows:
             self._take(rows, self._sample(rows))
+        self._costs.note(len(batch.ids), self._clock() - start_s)
         for chunk, num_tokens in zip(chunks, before, strict=True):
             num_kept = chunk.sequence.num_tokens - num_tokens - 1
             if chunk.draft and num_kept >= 0:  # else the row before the draft has failed
@@ -241,15 +248,14 @@ class EngineCore:
         return chunk._replace(draft=chunk.draft[: len(masks) - 1])
 
     def _sample(self, rows: list[LogitRow]) -> Samples:
-        slots = np.array([row.sequence.slot for row in rows], np.int32)
+        slots = [row.sequence.slot for row in rows]
         positions = [max(0, row.at - len(row.sequence.submit.prompt_ids)) for row in rows]
-        targets = np.array([row.target for row in rows], np.int32)
-        drafts = np.array([row.draft for row in rows], np.int32)
+        targets, drafts = [row.target for row in rows], [row.draft for row in rows]
         return self._plan.sample(
-            slots,
+            np.array(slots, np.int32),
             np.array(positions, np.int64),
-            targets if (targets != NONE).any() else None,
-            drafts if (drafts != NONE).any() else None,
+            np.array(targets, np.int32) if max(targets) > NONE else None,
+            np.array(drafts, np.int32) if max(drafts) > NONE else None,
         )
 
     def _take(self, rows: list[LogitRow], samples: Samples) -> None:

@@ -28,6 +28,7 @@ from llmsrv.engine.messages import ToEngine
 from llmsrv.errors import StartupError
 
 if TYPE_CHECKING:
+    from llmsrv.backend.base import Program
     from llmsrv.engine.core import EngineCore
     from llmsrv.engine.queues import Receiver
 
@@ -135,8 +136,12 @@ def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, 
 
     model = load_model(Path(config.model_path), tick)
     program = model.program
+    programs = [program]
+    if config.draft_model_path:
+        programs.append(load_model(Path(config.draft_model_path), tick).program)
+        _check_draft(config, *programs)
     kv_bits = 32 if config.backend == "reference" else config.kv_cache_bits
-    memory = memory_of(program, kv_bits // 8, *memory_limit())
+    memory = memory_of(programs, kv_bits // 8, *memory_limit())
     sizes = choose_sizes(config, model.config.context_length, memory)
     logger.info("%s", sizes.reason)
     limits = Limits(
@@ -149,6 +154,7 @@ def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, 
         Path(config.cache_dir), config.threads, config.activation_bits, config.kv_cache_bits
     )
     plan, backend, reason = lay_out(config.backend, options, program, limits, tick)
+    drafts = [lay_out(config.backend, options, each, limits, tick)[0] for each in programs[1:]]
     ready = Ready(
         architecture=model.config.architecture,
         backend=backend,
@@ -169,10 +175,19 @@ def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, 
         program.vocab_size,
         program.long_from,
         compile_grammar=grammars.compile,
-        speculative_mode=config.speculative_mode,
+        looks_up=config.speculative_mode == "ngram",
+        draft_plan=drafts[0] if drafts else None,
         draft_length=config.spec_draft_length,
     )
     return core, ready
+
+
+def _check_draft(config: EngineConfig, program: "Program", draft: "Program") -> None:
+    if draft.vocab_size != program.vocab_size:
+        raise StartupError(
+            f"the draft model {config.draft_model_path} has {draft.vocab_size} tokens and "
+            f"{config.model_path} {program.vocab_size}; speculation needs the same vocabulary"
+        )
 
 
 def _told(error: Exception) -> str:

@@ -22,6 +22,7 @@ from bisect import insort
 from typing import NamedTuple
 
 from llmsrv.backend.base import BLOCK_SIZE
+from llmsrv.engine.batch import Rows
 from llmsrv.engine.fair_queue import FairQueue
 from llmsrv.engine.fair_queue import by_rank
 from llmsrv.engine.kv_cache import KVCache
@@ -58,6 +59,12 @@ class Chunk(NamedTuple):
             return self.num_rows
         is_complete = self.num_tokens == self.sequence.num_uncomputed
         return is_complete + len(self.draft)
+
+    @property
+    def rows(self) -> Rows:
+        first = self.sequence.num_computed
+        ids = self.sequence.ids(first, first + self.num_tokens) + list(self.draft)
+        return Rows(self.sequence, first, ids, self.num_logit_rows)
 
 
 class Scheduler:
@@ -157,8 +164,7 @@ class Scheduler:
     def _with_drafts(self, chunks: list[Chunk]) -> list[Chunk]:
         """The chunks of decode with drafts, as far as there is room that nobody else needs soon."""
         most = min(self._num_spare_logit_rows, self._max_rows - len(chunks))
-        num_blocks = num_blocks_for(most) + 1
-        if most <= 0 or self._kv_cache.num_free < len(chunks) * (1 + num_blocks):
+        if most <= 0 or self._kv_cache.num_free < 2 * len(chunks) + num_blocks_for(most):
             return chunks
         drafts = self._speculation.draft([chunk.sequence for chunk in chunks], most)
         with_drafts = []

@@ -54,10 +54,13 @@ class Sequence:
     slot: int = NO_SLOT
     num_computed: int = 0  # positions whose keys and values are in the cache
     num_cached: int = 0  # of these, how many were there when it was admitted last
+    num_seen: int = 0  # positions that the draft model has computed, and behind them
+    guesses: list[int] = field(default_factory=list)  # these, which may not be what has come
 
     # Over its whole life
     grammar: Grammar | None = None
     lookup: Lookup = field(default_factory=Lookup)
+    hope: float = 0.5  # the share of drafted tokens that will be kept
     output_ids: list[int] = field(default_factory=list)
     num_told: int = 1  # tokens of the prompt that are told, as far as it tells them
     scheduled_s: float = 0.0

@@ -37,11 +37,15 @@ class Memory:
     position: int
 
 
-def memory_of(program: Program, value_bytes: int, limit: int, whose: str) -> Memory:
-    """value_bytes: of one value in the KV cache."""
-    weights = {tensor.name: tensor.data.nbytes for tensor in _tensors(program.operations)}
-    num_values = 2 * program.num_layers * program.num_kv_heads * program.head_dim
-    return Memory(limit, whose, sum(weights.values()), num_values * value_bytes)
+def memory_of(programs: list[Program], value_bytes: int, limit: int, whose: str) -> Memory:
+    """value_bytes: of one value in the KV caches, which all programs have for the same tokens."""
+    num_values = sum(2 * each.num_layers * each.num_kv_heads * each.head_dim for each in programs)
+    weights = sum(map(_weight_bytes, programs))
+    return Memory(limit, whose, weights, num_values * value_bytes)
+
+
+def _weight_bytes(program: Program) -> int:
+    return sum({each.name: each.data.nbytes for each in _tensors(program.operations)}.values())
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

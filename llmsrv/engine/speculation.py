@@ -5,19 +5,24 @@ The model itself draws at each drafted position, with that position's own number
 kept as long as it is what was drawn (backend/base.py, Plan.sample).  So the output is that of plain
 decoding, and a draft costs time at most.
 
-Drafts come from what the sequence has said before (lookup.py), and where its grammar leaves only
-one way to go on, from there.  How long they are follows from what steps cost by their rows, and
-from how many drafted tokens of the sequence were kept so far; where drafts do not pay, there are
-none.
+Drafts come from what the sequence has said before (lookup.py) or from a small model
+(draft_model.py), and where a grammar leaves only one way to go on, from there.  How long they are
+follows from what steps cost by their rows, and from how many drafted tokens of the sequence were
+kept so far; where drafts do not pay, there are none.
 """
 
 from collections import Counter
 from typing import NamedTuple
 
+from llmsrv.engine.draft_model import DraftModel
 from llmsrv.engine.sequence import Sequence
 from llmsrv.engine.step_costs import StepCosts
 
 MAX_DRAFT = 16
+# What is hoped for at first, and how fast that changes by what becomes of drafts.
+FIRST_HOPE = 0.5
+WEIGHT = 0.1
+FORGIVENESS = 0.005  # of each draft that was not tried: text changes
 FORCED_HOPE = 0.95  # a grammar leaves one text, which tokens may still spell in several ways
 
 
@@ -29,14 +34,26 @@ class Draft(NamedTuple):
 class Speculation:
     """num_drafts, num_draft_tokens, num_accepted_tokens  since the engine started"""
 
-    def __init__(self, costs: StepCosts, looks_up: bool, draft_length: int = 0) -> None:
-        """draft_length: of all drafts; 0: what pays."""
+    def __init__(
+        self,
+        costs: StepCosts,
+        looks_up: bool,
+        model: DraftModel | None = None,
+        draft_length: int = 0,
+    ) -> None:
+        """costs: of the large model's steps; draft_length: of all drafts, 0 for what pays."""
         self._costs = costs
         self._looks_up = looks_up
+        self._model = model
         self._draft_length = draft_length
         self.num_drafts = 0
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0
+
+    def enter(self, sequence: Sequence) -> None:
+        """The sequence has got a slot."""
+        if self._model is not None:
+            self._model.enter(sequence)
 
     def draft(self, sequences: list[Sequence], most: int) -> list[list[int]]:
         """A draft for each of the sequences, which all are in decode, of so many tokens together at
@@ -44,23 +61,23 @@ class Speculation:
         longest = min(most, self._draft_length or MAX_DRAFT)
         drafts = [self._propose(sequence, longest) for sequence in sequences]
         if not any(draft.ids for draft in drafts):
-            return [[] for _ in drafts]
+            return self._ask(sequences, most)
         lengths = self._lengths(drafts, most)
         for i, sequence in enumerate(sequences):
             if drafts[i].ids and not lengths[i]:
-                sequence.lookup.forgive()
+                _forgive(sequence)
         return [draft.ids[: lengths[i]] for i, draft in enumerate(drafts)]
 
     def note(self, sequence: Sequence, num_drafted: int, num_kept: int) -> None:
-        """What became of a draft."""
+        """What became of a draft: so many were kept, and the next one, if any, was not."""
         self.num_drafts += 1
         self.num_draft_tokens += num_drafted
         self.num_accepted_tokens += num_kept
-        sequence.lookup.note(num_drafted, num_kept)
+        for is_kept in [1.0] * num_kept + [0.0] * (num_kept < num_drafted):
+            sequence.hope += WEIGHT * (is_kept - sequence.hope)
 
     def _propose(self, sequence: Sequence, most: int) -> Draft:
-        # One token is drawn anyway, and behind the last one nothing.
-        most = min(most, sequence.max_tokens - len(sequence.output_ids) - 1)
+        most = min(most, _num_left(sequence))
         if most > 0 and sequence.grammar is not None:
             if forced := sequence.grammar.forced():
                 return Draft(forced[:most], FORCED_HOPE)
@@ -68,7 +85,32 @@ class Speculation:
             return Draft([], 0.0)
         lookup = sequence.lookup
         lookup.extend(sequence.ids(lookup.num_tokens, sequence.num_tokens))
-        return Draft(lookup.draft(most), lookup.hope)
+        return Draft(lookup.draft(most), sequence.hope)
+
+    def _ask(self, sequences: list[Sequence], most: int) -> list[list[int]]:
+        """Drafts of the small model, of one length for all of them."""
+        if self._model is None or most < len(sequences) or not sequences:
+            return [[] for _ in sequences]
+        pays = self._draft_length or self._length_that_pays(self._model, sequences)
+        length = min(pays, most // len(sequences))
+        if not length:
+            for sequence in sequences:
+                _forgive(sequence)
+            return [[] for _ in sequences]
+        drafts = self._model.draft(sequences, length)
+        return [ids[: _num_left(sequence)] for sequence, ids in zip(sequences, drafts, strict=True)]
+
+    def _length_that_pays(self, model: DraftModel, sequences: list[Sequence]) -> int:
+        num_rows = len(sequences)
+        num_tokens: float = num_rows
+        best, best_cost_s = 0, self._costs.of(num_rows) / num_tokens
+        for length in range(1, MAX_DRAFT + 1):
+            num_tokens += sum(sequence.hope**length for sequence in sequences)
+            drafting_s = length * model.costs.of(num_rows)
+            cost_s = (self._costs.of(num_rows * (1 + length)) + drafting_s) / num_tokens
+            if cost_s < best_cost_s:
+                best, best_cost_s = length, cost_s
+        return best
 
     def _lengths(self, drafts: list[Draft], most: int) -> Counter[int]:
         """How much of each draft makes the most tokens a second, all sequences together."""
@@ -92,3 +134,12 @@ class Speculation:
             if cost_s < best_cost_s:
                 best, best_cost_s = i + 1, cost_s
         return best
+
+
+def _num_left(sequence: Sequence) -> int:
+    """How much of a draft may be kept: one token is drawn anyway, and behind the last one none."""
+    return sequence.max_tokens - len(sequence.output_ids) - 1
+
+
+def _forgive(sequence: Sequence) -> None:
+    sequence.hope += FORGIVENESS * (FIRST_HOPE - sequence.hope)

@@ -97,6 +97,24 @@ async def test_requests_are_answered_with_the_same_tokens_alone_and_together(tin
 
 
 @in_loop
+async def test_a_draft_model_and_look_up_give_the_same_tokens_in_fewer_steps(tiny: Path) -> None:
+    async with engine(tiny) as client:
+        alone = await output_of(client.submit(asked([1, 2], 100)))
+    for draft in ({"speculative_mode": "ngram"}, {"draft_model_path": str(tiny)}):
+        async with engine(tiny, spec_draft_length=4, **draft) as client:
+            assert await output_of(client.submit(asked([1, 2], 100))) == alone
+            assert client.gauges.num_accepted_tokens > 0
+
+
+@in_loop
+async def test_a_draft_model_of_another_vocabulary_is_refused(tiny: Path, tmp_path: Path) -> None:
+    other = write_tiny_llama(tmp_path / "other.gguf", vocab_size=400)
+    with pytest.raises(StartupError, match="has 400 tokens"):
+        async with engine(tiny, draft_model_path=str(other)):
+            pass
+
+
+@in_loop
 async def test_a_seed_gives_its_choices_again(tiny: Path) -> None:
     async with engine(tiny, max_num_sequence=2) as client:
         sampling = Sampling(seed=77, num_logprobs=2)

@@ -1,18 +1,26 @@
 """Speculative decoding: the tokens of plain decoding, in fewer steps."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
+from llmsrv.backend.base import Batch
+from llmsrv.backend.base import Limits
+from llmsrv.backend.sampling import Samples
 from llmsrv.engine.lookup import Lookup
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.speculation import Speculation
+from llmsrv.engine.speculation import _forgive
 from llmsrv.engine.step_costs import StepCosts
 from tests.engine.test_scheduler import Clock
 from tests.support.cores import GREEDY
 from tests.support.cores import Engine
 from tests.support.cores import alone
 from tests.support.cores import healthy_prompt
+from tests.support.fake_plan import NAN_ID
 from tests.support.fake_plan import VOCAB_SIZE
+from tests.support.fake_plan import FakePlan
 
 
 def engine_of(draft_length: int | None, **limits: int) -> Engine:
@@ -188,9 +196,95 @@ def test_the_most_likely_drafts_come_first_when_not_all_fit() -> None:
     for request in range(2):
         engine.submit(request, [1, 2, 3, 4, 5] * 4, max_tokens=100)
     sequences = [engine.core._sequences[request][0] for request in range(2)]
-    sequences[1].lookup.hope = 0.95
+    sequences[1].hope = 0.95
     lengths = [len(draft) for draft in speculation.draft(sequences, 12)]
     assert sum(lengths) == 12 and lengths[0] < 3 < lengths[1]
+
+
+@pytest.mark.parametrize("draft_length", [1, 4, 0])
+def test_a_draft_model_changes_no_output(draft_length: int) -> None:
+    """It is as good as the model itself: what it does not draw is what it has computed wrongly."""
+    engine = Engine(
+        max_sequences=5,
+        blocks=24,
+        max_rows=32,
+        context=200,
+        clock=lambda: 1.0,
+        spare_logit_rows=32,
+        draft_length=draft_length,
+        make_draft_plan=FakePlan,
+    )
+    samplings = [GREEDY, Sampling(seed=5), Sampling(seed=6, temperature=0.5)]
+    submits = [
+        engine.submit(r, healthy_prompt(9 + 7 * r, r), sampling=samplings[r % 3], max_tokens=60)
+        for r in range(8)
+    ]
+    engine.run()
+    for submit in submits:
+        expected, reason = alone(submit)
+        finished = engine.finished.get((submit.request, 0))
+        assert engine.outputs[submit.request, 0] == expected
+        assert (finished and finished.reason) == reason
+    gauges = engine.gauges
+    assert gauges.num_preemptions > 0
+    if draft_length:
+        assert gauges.num_accepted_tokens >= 0.97 * gauges.num_draft_tokens > 10
+    engine.assert_idle()
+
+
+def test_a_draft_model_that_guesses_wrong_is_asked_less() -> None:
+    class Wrong(FakePlan):
+        def sample(self, *arguments: Any) -> Samples:
+            samples = super().sample(*arguments)
+            samples.ids[:] = (samples.ids + 1) % NAN_ID
+            return samples
+
+    clock = Clock()
+    engine = Engine(
+        blocks=100,
+        context=600,
+        max_rows=64,
+        make_plan=clock.make_plan,
+        clock=clock,
+        spare_logit_rows=32,
+        draft_length=0,
+        make_draft_plan=Wrong,
+    )
+    submit = engine.submit(1, healthy_prompt(20, steps=500), max_tokens=500)
+    engine.run()
+    assert engine.outputs[1, 0] == alone(submit, context=600)[0]
+    assert engine.gauges.num_accepted_tokens == 0
+    assert engine.plan.num_forwards > 480  # type: ignore[attr-defined]
+    assert clock.now_s - 1000 < 1.3 * 500 * 0.0044
+
+
+def test_a_draft_model_sees_a_long_prompt_in_parts() -> None:
+    widths: list[int] = []
+
+    def make_noting(limits: Limits) -> FakePlan:
+        plan = FakePlan(limits)
+        forward = plan.forward
+
+        def noting(batch: Batch) -> None:
+            widths.append(len(batch.ids))
+            forward(batch)
+
+        plan.forward = noting  # type: ignore[method-assign]
+        return plan
+
+    engine = Engine(
+        blocks=100,
+        context=1000,
+        max_rows=600,
+        clock=lambda: 1.0,
+        spare_logit_rows=8,
+        draft_length=2,
+        make_draft_plan=make_noting,
+    )
+    submit = engine.submit(1, healthy_prompt(600, steps=30), max_tokens=30)
+    engine.run()
+    assert widths[:3] == [256, 256, 91]  # 600 and the three tokens that came meanwhile
+    assert engine.outputs[1, 0] == alone(submit, context=1000)[0]
 
 
 def test_what_was_there_before_is_what_comes_next() -> None:
@@ -205,13 +299,16 @@ def test_what_was_there_before_is_what_comes_next() -> None:
 
 
 def test_hope_follows_the_fate_of_drafts_and_comes_back() -> None:
-    lookup = Lookup()
+    speculation = Speculation(StepCosts(), looks_up=False, draft_length=4)
+    engine = engine_of(None)
+    engine.submit(1, [1, 2, 3])
+    sequence = engine.core._sequences[1][0]
     for _ in range(30):
-        lookup.note(4, 4)
-    assert lookup.hope > 0.95
+        speculation.note(sequence, 4, 4)
+    assert sequence.hope > 0.95
     for _ in range(60):
-        lookup.note(4, 0)
-    assert lookup.hope < 0.05
+        speculation.note(sequence, 4, 0)
+    assert sequence.hope < 0.05
     for _ in range(500):
-        lookup.forgive()
-    assert lookup.hope > 0.4
+        _forgive(sequence)
+    assert sequence.hope > 0.4

@@ -35,8 +35,10 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         spare_logit_rows: int = 0,
         draft_length: int | None = None,
+        make_draft_plan: Callable[[Limits], Plan] | None = None,
     ) -> None:
-        """draft_length: as Speculation has it; None without look-up."""
+        """draft_length: as Speculation has it; None without look-up.  make_draft_plan: the draft
+        model's, in place of look-up."""
         limits = Limits(max_rows, max_sequences + spare_logit_rows, max_sequences, blocks + 1)
         self.plan = make_plan(limits)
         context_length = min(context, blocks * BLOCK_SIZE)
@@ -46,7 +48,8 @@ class Engine:
             context_length,
             VOCAB_SIZE,
             clock=clock,
-            speculative_mode="disable" if draft_length is None else "ngram",
+            looks_up=draft_length is not None and make_draft_plan is None,
+            draft_plan=make_draft_plan(limits) if make_draft_plan else None,
             draft_length=draft_length or 0,
         )
         self.admitted: list[int] = []
