@@ -223,7 +223,9 @@ def test_keys_come_from_options_and_from_a_file(tmp_path: Path) -> None:
     assert read_keys(["sk-three"], str(path)) == ["sk-three", "sk-one", "sk-two"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_while_the_model_loads_ends_without_a_traceback(
     smollm2: Path, number: signal.Signals
 ) -> None:

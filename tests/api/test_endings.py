@@ -128,6 +128,7 @@ def test_what_comes_while_the_queue_is_full_is_told_to_come_again(
     client.completions.create(model=MODEL, prompt="a", max_tokens=1)
 
 
+@pytest.mark.slow
 def test_a_queue_is_also_bounded_in_tokens_and_a_request_in_time(endless_model: Path) -> None:
     limits = ("--max-queue-tokens", "100", "--request-timeout-s", "2")
     with run_server(*narrow(endless_model), *limits) as server:
@@ -182,7 +183,10 @@ def accepts(server: RunningServer) -> bool:
     return True
 
 
-@pytest.mark.parametrize("stream", [True, False], ids=["streaming", "whole"])
+@pytest.mark.parametrize(
+    "stream",
+    [pytest.param(True, id="streaming"), pytest.param(False, id="whole", marks=pytest.mark.slow)],
+)
 def test_a_killed_engine_ends_its_requests_within_a_second_and_comes_back(
     mortal_server: RunningServer, stream: bool
 ) -> None:
@@ -254,6 +258,7 @@ def test_the_first_ctrl_c_gives_streams_two_seconds_and_then_an_error_event(
         assert "Traceback" not in server.output
 
 
+@pytest.mark.slow
 def test_the_second_ctrl_c_ends_at_once(endless_model: Path) -> None:
     with run_server("--model", str(endless_model), "--mode", "server") as server:
         engine = server.engine_pid()
