@@ -90,6 +90,8 @@ class _Answer:
         self._readers = [MessageReader(tools, is_thinking) for _ in job.outputs]
         kind = "chat.completion.chunk" if asked.stream else "chat.completion"
         self._head = generate.head(service, asked, kind, "chatcmpl")
+        self._includes_usage = generate.includes_usage(asked)
+        self._counts_chunks = generate.includes_usage(asked, in_each_chunk=True)
 
     async def whole(self) -> bytes:
         """The answer as one object, when every choice has ended."""
@@ -110,7 +112,7 @@ class _Answer:
             async for delta in deltas:
                 for chunk in self._chunks(delta):
                     yield chunk
-        if generate.includes_usage(self._asked):
+        if self._includes_usage:
             yield orjson.dumps(self._head | {"choices": [], "usage": self._job.usage()})
         yield b"[DONE]"
 
@@ -150,9 +152,8 @@ class _Answer:
         chunk = {**self._head, "choices": [choice]}
         if self._asked.return_token_ids and "role" in part:
             chunk["prompt_token_ids"] = self._prompt_ids
-        if generate.includes_usage(self._asked):
-            is_told = generate.includes_usage(self._asked, in_each_chunk=True)
-            chunk["usage"] = self._job.usage() if is_told else None
+        if self._includes_usage:
+            chunk["usage"] = self._job.usage() if self._counts_chunks else None
         return orjson.dumps(chunk)
 
     def _logprobs(self, delta: Delta) -> dict[str, Any] | None:

@@ -90,6 +90,8 @@ class _Answer:
         self._begun: set[int] = set()  # choices of which something was told
         self._echoes: dict[int, _Echo] = {}  # by prompt
         self._head = generate.head(service, asked, "text_completion", "cmpl")
+        self._includes_usage = generate.includes_usage(asked)
+        self._counts_chunks = generate.includes_usage(asked, in_each_chunk=True)
 
     async def whole(self) -> bytes:
         """The answer as one object, when every choice has ended."""
@@ -107,15 +109,14 @@ class _Answer:
             async for delta in deltas:
                 choice = self._choice(delta, delta.index // num_each)
                 yield orjson.dumps({**self._head, "choices": [choice], **self._usage()})
-        if generate.includes_usage(self._asked):
+        if self._includes_usage:
             yield orjson.dumps(self._head | {"choices": [], "usage": self._job.usage()})
         yield b"[DONE]"
 
     def _usage(self) -> dict[str, Any]:
-        if not generate.includes_usage(self._asked):
+        if not self._includes_usage:
             return {}
-        is_told = generate.includes_usage(self._asked, in_each_chunk=True)
-        return {"usage": self._job.usage() if is_told else None}
+        return {"usage": self._job.usage() if self._counts_chunks else None}
 
     def _choice(self, delta: Delta, prompt: int) -> dict[str, Any]:
         """A choice in full, or what is new of it; with its first piece comes what echoes the

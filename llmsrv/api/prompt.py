@@ -57,7 +57,10 @@ def _encode(
     messages = [_plain(message, i) for i, message in enumerate(asked.messages)]
     told = [_described(tool) for tool in tools]
     if not template.knows("tools"):
-        messages, told = _as_text(messages, told), []
+        try:
+            messages, told = _as_text(messages, told), []
+        except RecursionError:
+            raise _invalid("tools", "nested too deeply") from None
     return template.encode(
         messages,
         tools=told or None,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmsrv.api import structured
+from llmsrv.api.schema import AllowedToolsChoice
 from llmsrv.api.schema import ChatCompletionRequest
 from llmsrv.api.schema import NamedToolChoice
 from llmsrv.api.schema import Tool
@@ -49,19 +50,28 @@ def tool_use(service: Service, asked: ChatCompletionRequest) -> ToolUse | None:
         return None
     if choice == "none":
         return None
-    callable = {tool.function.name: tool for tool in tools}
-    if isinstance(choice, NamedToolChoice):
-        name = choice.function.name
-        if name not in callable:
+    mode, names = _chosen(choice)
+    offered = {tool.function.name: tool for tool in tools}
+    for name in names:
+        if name not in offered:
             raise _invalid(f"there is no tool '{name[:64]}'")
-        callable = {name: callable[name]}
     return ToolUse(
         tools=tools,
         format=FORMATS[_format_name(service)],
-        callable=callable,
-        must_call=choice == "required" or isinstance(choice, NamedToolChoice),
+        callable={name: offered[name] for name in names or offered},
+        must_call=mode == "required",
         at_most_one=asked.parallel_tool_calls is False or isinstance(choice, NamedToolChoice),
     )
+
+
+def _chosen(choice: str | NamedToolChoice | AllowedToolsChoice | None) -> tuple[str, list[str]]:
+    """Whether a call is "required", and the names that may be called, none standing for all."""
+    if isinstance(choice, NamedToolChoice):
+        return "required", [choice.function.name]
+    if isinstance(choice, AllowedToolsChoice):
+        allowed = choice.allowed_tools
+        return allowed.mode, [tool.function.name for tool in allowed.tools]
+    return choice or "auto", []
 
 
 async def tool_grammar(service: Service, use: ToolUse, is_thinking: bool | None) -> str:

@@ -144,14 +144,15 @@ class ChatTemplate:
             _deadline_s.set(time.thread_time() + RENDER_S)
             text = self._template.render(variables)
         except _RaisedByTemplate as error:
-            raise ApiError(400, hidden.put_back(str(error)), param="messages") from None
+            message = hidden.put_back(str(error))
+            raise ApiError(400, message, param="messages", code="invalid_value") from None
         except Exception as error:  # a template is a foreign program: it may raise anything
             reason = hidden.put_back(f"{type(error).__name__}: {error}")
             message = f"The model's chat template fails on these messages: {reason}"
-            raise ApiError(400, message, param="messages") from None
+            raise ApiError(400, message, param="messages", code="template_failed") from None
         if end and end not in text:
             message = "The model's chat template leaves the last message out."
-            raise ApiError(400, message, param="continue_final_message")
+            raise ApiError(400, message, param="continue_final_message", code="invalid_value")
         return text[: text.rindex(end)] if end else text, hidden
 
     def _guarded(self, value: Any, hidden: "_Hidden") -> Any:

@@ -37,6 +37,7 @@ WEATHER = {
         },
     },
 }
+REFERENCE = {"type": "function", "function": {"name": "get_weather"}}
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +204,25 @@ def test_an_answer_goes_on_with_the_last_message(tiny_client: OpenAI) -> None:
         chat(tiny_client, continue_final_message=True)
 
 
+@pytest.mark.parametrize("depth", [100, 400, 960, 100_000])
+def test_tools_nested_beyond_reason_are_refused(tiny_server: RunningServer, depth: int) -> None:
+    parameters = '{"a":' * depth + "{}" + "}" * depth
+    tools = [{"type": "function", "function": {"name": "f", "parameters": "HERE"}}]
+    body = json.dumps({"model": "tiny", "messages": MESSAGES, "tools": tools})
+    body = body.replace('"HERE"', parameters)
+    status, error = post_body(tiny_server, "/v1/chat/completions", body)
+    assert status == 400
+    assert error["code"] in ("context_length_exceeded", "invalid_value", "invalid_json")
+
+
+def test_arguments_nested_beyond_reason_are_text(roomy_client: OpenAI) -> None:
+    call = {"name": "f", "arguments": "[" * 100_000}
+    message = {"role": "assistant", "tool_calls": [{"id": "1", "function": call}]}
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(roomy_client, [*MESSAGES, message])
+    assert caught.value.code == "context_length_exceeded"
+
+
 def test_tools_calls_and_results_reach_a_template_that_knows_none(roomy_client: OpenAI) -> None:
     call = {"name": "get_weather", "arguments": '{"city": "Rome"}'}
     messages = [
@@ -222,7 +242,13 @@ def test_tools_calls_and_results_reach_a_template_that_knows_none(roomy_client: 
 
 
 @pytest.mark.parametrize(
-    "choice", ["required", {"type": "function", "function": {"name": "get_weather"}}], ids=str
+    "choice",
+    [
+        "required",
+        {"type": "function", "function": {"name": "get_weather"}},
+        {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [REFERENCE]}},
+    ],
+    ids=str,
 )
 def test_a_tool_is_called_where_it_must_be(roomy_client: OpenAI, choice: Any) -> None:
     fields = {"tools": [WEATHER], "tool_choice": choice, "parallel_tool_calls": False}
@@ -293,6 +319,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tool_choice": "some", "tools": [WEATHER]}, "tool_choice"),
     ({"tool_choice": {"type": "function", "function": {"name": "f"}}, "tools": [WEATHER]},
      "tool_choice"),
+    ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}},
+      "tools": [WEATHER]}, "tool_choice"),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
     ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs.enable_thinking"),
     ({"reasoning_effort": "low"}, "reasoning_effort"),
@@ -344,9 +372,12 @@ def test_a_completion_that_cannot_be_is_refused_by_the_field(
 
 
 def post(server: RunningServer, path: str, fields: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    body = json.dumps({"model": "tiny", **fields}).encode()
+    return post_body(server, path, json.dumps({"model": "tiny", **fields}))
+
+
+def post_body(server: RunningServer, path: str, body: str) -> tuple[int, dict[str, Any]]:
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-    request = urllib.request.Request(f"{server.url}{path}", body, headers)
+    request = urllib.request.Request(f"{server.url}{path}", body.encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=20) as response:
             return response.status, {}
