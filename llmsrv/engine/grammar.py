@@ -5,6 +5,7 @@ one waits for the vocabulary as well.  The server has tried each of them in a pr
 kill (text/worker.py), and both compile under the same limits.
 """
 
+import functools
 import threading
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 # Well above what the worker allows: what compiled there must not overflow here.
 STACK_BYTES = 16 << 20
+MAX_KEPT = 16  # compiled ones, for requests that come with the same
 
 
 class Grammar:
@@ -78,13 +80,18 @@ class GrammarCompiler:
         self._read_vocabulary = read_vocabulary
         self._vocab_size = vocab_size
         self._vocabulary: "LLTokenizer | None" = None
+        self._compiled = functools.lru_cache(MAX_KEPT)(self._compile)
         self._thread = ThreadPoolExecutor(1, "grammars")
 
     def compile(self, source: str) -> "Future[Grammar]":
-        """A source of text/grammar.py; the future's error is an ApiError 400 or one of ours."""
+        """The place before all text, of which each sequence takes a copy.  The error is an ApiError
+        400, or one of ours.
+
+        source  of text/grammar.py
+        """
         before = threading.stack_size(STACK_BYTES)
         try:
-            return self._thread.submit(self._compile, source)  # which may start the thread
+            return self._thread.submit(self._compiled, source)  # which may start the thread
         finally:
             threading.stack_size(before)
 

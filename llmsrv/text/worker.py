@@ -38,7 +38,7 @@ MAX_KEPT_BYTES = 16 << 10
 # The limits of the process, beyond what the vocabulary took.  The engine compiles on a thread with
 # a larger stack, so what did not overflow here does not there.
 CPU_S = 3
-MEMORY_BYTES = 512 << 20
+MEMORY_BYTES = 128 << 20
 STACK_BYTES = 4 << 20
 
 SIZE = struct.Struct(">I")

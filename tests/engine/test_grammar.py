@@ -49,6 +49,10 @@ def compiler(model: Path) -> GrammarCompiler:
     return GrammarCompiler(lambda: read_vocabulary(model, model.parent, VOCAB_SIZE), VOCAB_SIZE)
 
 
+def start(compiler: GrammarCompiler, source: str) -> Grammar:
+    return compiler.compile(source).result().copy()
+
+
 def ids_of(text: str) -> list[int]:
     return [FIRST_BYTE + byte for byte in text.encode()]
 
@@ -88,7 +92,7 @@ def follows(grammar: Grammar, text: str) -> bool:
 def test_a_grammar_takes_its_texts_and_no_others(
     compiler: GrammarCompiler, source: str, texts: list[str], others: list[str]
 ) -> None:
-    grammar = compiler.compile(source).result()
+    grammar = start(compiler, source)
     for text in texts:
         assert follows(grammar.copy(), text), text
     for text in others:
@@ -96,7 +100,7 @@ def test_a_grammar_takes_its_texts_and_no_others(
 
 
 def test_masks_behind_drafts_are_those_of_plain_decoding(compiler: GrammarCompiler) -> None:
-    grammar = compiler.compile(json_source(POINT)).result()
+    grammar = start(compiler, json_source(POINT))
     drafts = ids_of('{"x": 1')
     masks = grammar.masks(drafts)
     assert masks is not None and masks.shape == (len(drafts) + 1, VOCAB_SIZE // 32)
@@ -107,25 +111,25 @@ def test_masks_behind_drafts_are_those_of_plain_decoding(compiler: GrammarCompil
 
 
 def test_there_are_no_masks_behind_a_draft_that_may_not_come(compiler: GrammarCompiler) -> None:
-    grammar = compiler.compile(json_source(POINT)).result()
+    grammar = start(compiler, json_source(POINT))
     masks = grammar.masks(ids_of('{"z'))
     assert masks is not None and len(masks) == 3
     assert follows(grammar, '{"x": 0, "y": "a"}')
 
 
 def test_the_last_byte_completes_the_text(compiler: GrammarCompiler) -> None:
-    grammar = compiler.compile(regex_source("ab")).result()
+    grammar = start(compiler, regex_source("ab"))
     assert [grammar.accept(id) for id in ids_of("ab")] == [False, True]
 
 
 def test_forced_ids_are_those_that_nothing_else_may_replace(compiler: GrammarCompiler) -> None:
-    grammar = compiler.compile(json_source(POINT)).result()
+    grammar = start(compiler, json_source(POINT))
     assert text_of(grammar.forced()) == '{"x": '[: len(grammar.forced())]
     assert grammar.masks(grammar.forced()) is not None
 
 
 def test_ids_that_stand_for_no_text_are_never_allowed(compiler: GrammarCompiler) -> None:
-    ids = allowed(compiler.compile(regex_source("(.|\n)+")).result())
+    ids = allowed(start(compiler, regex_source("(.|\n)+")))
     assert {FIRST_BYTE + byte for byte in range(128)} <= ids
     assert not ids & {0, 1, END_ID, *range(FIRST_BYTE + 256 + 20, VOCAB_SIZE)}
 
@@ -138,7 +142,7 @@ def test_ids_that_stand_for_no_text_are_never_allowed(compiler: GrammarCompiler)
 def test_where_no_end_can_be_reached_nothing_is_allowed(
     compiler: GrammarCompiler, lark: str
 ) -> None:
-    grammar = compiler.compile(grammar_source(lark)).result()
+    grammar = start(compiler, grammar_source(lark))
     for id in ids_of("abb"):
         if grammar.masks() is None:
             return
