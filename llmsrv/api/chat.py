@@ -42,7 +42,7 @@ class ChatCompletions:
     async def __call__(self, request: Request) -> Response | EventStream:
         asked = await decode.read(request, self._decoder, self._models)
         _check(asked, self._models.config)
-        service = self._models.find(asked.model)
+        service = self._models.find(asked.model, generate.tenant_of(request))
         tools = tool_use(service, asked)
         ids = await prompt_ids(service, asked, tools.tools if tools else [])
         is_thinking = _is_thinking(service, ids)

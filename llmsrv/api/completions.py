@@ -46,7 +46,7 @@ class Completions:
     async def __call__(self, request: Request) -> Response | EventStream:
         asked = await decode.read(request, self._decoder, self._models)
         _check(asked, self._models.config)
-        service = self._models.find(asked.model)
+        service = self._models.find(asked.model, generate.tenant_of(request))
         prompts = [
             await _encode(service, asked, prompt, param) for prompt, param in _prompts(asked.prompt)
         ]

@@ -174,14 +174,14 @@ class Models:
 
     # ---- Requests
 
-    def find(self, name: str) -> "Service":
+    def find(self, name: str, tenant: bytes) -> "Service":
         """What serves the model that a request names; ApiError 404 for one that is not known, 503
-        while it cannot serve or has too much to do."""
+        or 429 while it cannot serve or has too much to do."""
         model = self._models[0] if self.config.any_model_name else self.get(name)
         if error := self._draining() or model.unavailable():
             raise error
         assert model.service is not None
-        if error := model.service.overloaded():
+        if error := model.service.overloaded(tenant):
             raise error
         model.last_used_s = time.monotonic()
         return model.service

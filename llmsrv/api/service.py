@@ -9,6 +9,7 @@ from llmsrv.config import Config
 from llmsrv.engine.client import RETRY
 from llmsrv.engine.client import EngineClient
 from llmsrv.engine.client import EngineState
+from llmsrv.engine.client import Queued
 from llmsrv.errors import ApiError
 from llmsrv.errors import StartupError
 from llmsrv.files.open import open_model
@@ -19,6 +20,8 @@ from llmsrv.text.tokenizer import Tokenizer
 from llmsrv.text.tokenizer import load_tokenizer
 from llmsrv.text.worker import GrammarWorker
 from llmsrv.version import __version__
+
+UNITS = "requests", "tokens of prompts"  # of Queued
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,24 @@ class Service:
         reason = f"The model is not ready: {self.engine.reason}."
         return ApiError(503, reason, code="model_not_ready", headers=self.engine.retry)
 
-    def overloaded(self) -> ApiError | None:
-        """Decided before any work on a request, so that refusing many costs little."""
-        if self.engine.num_queued >= self.config.max_queue:
-            waiting = f"{self.config.max_queue} requests"
-        elif self.engine.num_queued_tokens >= self.config.max_queue_tokens:
-            waiting = f"requests of {self.config.max_queue_tokens} tokens"
-        else:
-            return None
-        message = f"The server is overloaded: {waiting} are waiting. Please try again later."
+    def overloaded(self, tenant: bytes) -> ApiError | None:
+        """Decided before any work on a request, so that refusing many costs little.
+
+        A full queue takes no request of a tenant that has its equal share of it already."""
+        queued = self.engine.queued()
+        num_sharing = len(queued.keys() | {tenant})
+        own = queued.get(tenant, Queued(0, 0))
+        limits = Queued(self.config.max_queue, self.config.max_queue_tokens)
+        totals = Queued(*map(sum, zip(*queued.values()))) if queued else own
+        for limit, total, mine, unit in zip(limits, totals, own, UNITS, strict=True):
+            if total >= limit and mine * num_sharing >= limit:
+                return _full(f"{limit} {unit}", num_sharing)
+        return None
+
+
+def _full(waiting: str, num_sharing: int) -> ApiError:
+    message = f"The server is overloaded: {waiting} are waiting. Please try again later."
+    if num_sharing == 1:
         return ApiError(503, message, code="server_is_overloaded", headers=RETRY)
+    message = f"Rate limit reached: this key has its share of the queue. {message}"
+    return ApiError(429, message, code="rate_limit_exceeded", headers=RETRY)

@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
+from typing import NamedTuple
 from typing import Self
 
 import msgspec
@@ -169,6 +170,11 @@ class Generation:
             self._waiter = None
 
 
+class Queued(NamedTuple):
+    requests: int
+    tokens: int  # of their prompts
+
+
 class EngineClient:
     """state         what the engine is now, and `reason` why, as a clause
     ready         what the engine said when it was ready last; None until it first was
@@ -208,19 +214,15 @@ class EngineClient:
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
-    @property
-    def num_queued(self) -> int:
-        """Requests that are not part of a step yet."""
-        return sum(not generation.is_admitted for generation in self._generations.values())
-
-    @property
-    def num_queued_tokens(self) -> int:
-        """Tokens of their prompts."""
-        return sum(
-            len(generation.submit.prompt_ids)
-            for generation in self._generations.values()
-            if not generation.is_admitted
-        )
+    def queued(self) -> dict[bytes, Queued]:
+        """What is not part of a step yet, by tenant."""
+        queued: dict[bytes, Queued] = {}
+        for generation in self._generations.values():
+            if not generation.is_admitted:
+                submit = generation.submit
+                requests, tokens = queued.get(submit.tenant, (0, 0))
+                queued[submit.tenant] = Queued(requests + 1, tokens + len(submit.prompt_ids))
+        return queued
 
     @property
     def retry(self) -> dict[str, str]:

@@ -138,7 +138,7 @@ def test_a_queue_is_also_bounded_in_tokens_and_a_request_in_time(endless_model: 
             eventually(lambda: running(server) == 1)
             second.sendall(endless(prompt=[5] * 100))
             eventually(lambda: waiting(server) == 1)
-            with pytest.raises(openai.InternalServerError, match="requests of 100 tokens"):
+            with pytest.raises(openai.InternalServerError, match="100 tokens of prompts are waiting"):
                 client.completions.create(model=MODEL, prompt="a")
             while b"request_timeout" not in (data := first.recv(65536)):
                 assert data

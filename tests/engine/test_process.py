@@ -224,15 +224,16 @@ async def test_a_request_that_misses_its_deadline_fails_and_need_not_come_again(
 
 
 @in_loop
-async def test_what_waits_is_counted_in_requests_and_in_tokens(tiny: Path) -> None:
+async def test_what_waits_is_counted_in_requests_and_tokens_by_tenant(tiny: Path) -> None:
     async with engine(tiny, max_num_sequence=1) as client:
         async with client.submit(asked([1, 2], ENDLESS)) as running:
             await running.admitted()
-            assert (client.num_queued, client.num_queued_tokens) == (0, 0)
+            assert client.queued() == {}
             waiting = [client.submit(asked([1] * length, 5)) for length in (10, 20)]
-            assert (client.num_queued, client.num_queued_tokens) == (2, 30)
+            client.submit(msgspec.structs.replace(asked([1, 2, 3], 5), tenant=b"other"))
+            assert client.queued() == {b"": (2, 30), b"other": (1, 3)}
             waiting[0].abort()
-            assert (client.num_queued, client.num_queued_tokens) == (1, 20)
+            assert client.queued() == {b"": (1, 20), b"other": (1, 3)}
 
 
 @in_loop
