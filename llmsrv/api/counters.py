@@ -30,6 +30,16 @@ TOKEN_S = (
 TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 STEP_TOKENS = (1, *(2**power for power in range(3, 15)))
 CHOICES = (1, 2, 5, 10, 20)
+PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
+# Counters and where the engine's gauges have them, since it started.
+SINCE_START = {
+    "prefix_cache_queries": "num_prefix_queries",
+    "prefix_cache_hits": "num_prefix_hits",
+    "num_preemptions": "num_preemptions",
+    "spec_decode_num_drafts": "num_drafts",
+    "spec_decode_num_draft_tokens": "num_draft_tokens",
+    "spec_decode_num_accepted_tokens": "num_accepted_tokens",
+}
 
 
 class Histogram:
@@ -65,6 +75,9 @@ class Counters:
     prefix_cache_queries: int = _number("Prompt tokens looked up in the prefix cache")
     prefix_cache_hits: int = _number("Prompt tokens found in the prefix cache")
     num_preemptions: int = _number("Sequences that lost their blocks to others")
+    spec_decode_num_drafts: int = _number("Drafts of speculative decoding")
+    spec_decode_num_draft_tokens: int = _number("Tokens of drafts")
+    spec_decode_num_accepted_tokens: int = _number("Tokens of drafts that were kept")
 
     time_to_first_token_seconds: Histogram = _histogram(
         FIRST_TOKEN_S, "From a request to its first token"
@@ -89,6 +102,9 @@ class Counters:
     request_max_num_generation_tokens: Histogram = _histogram(
         TOKENS, "Tokens of the longest choice of a prompt"
     )
+    request_num_preemptions: Histogram = _histogram(
+        PREEMPTIONS, "How often a choice lost its blocks to others"
+    )
     request_params_n: Histogram = _histogram(CHOICES, "Choices asked for")
     request_params_max_tokens: Histogram = _histogram(TOKENS, "Output tokens asked for at most")
     iteration_tokens_total: Histogram = _histogram(STEP_TOKENS, "Tokens of a step of the engine")
@@ -101,11 +117,10 @@ class Counters:
         drawn = (len(tokens.ids) for tokens in step.tokens if tokens.choice != PROMPT)
         if num_tokens := num_prompt_tokens + sum(drawn):
             self.iteration_tokens_total.observe(num_tokens)
-        now, before = step.gauges, self.gauges
-        self.prefix_cache_queries += _grown(now.num_prefix_queries, before.num_prefix_queries)
-        self.prefix_cache_hits += _grown(now.num_prefix_hits, before.num_prefix_hits)
-        self.num_preemptions += _grown(now.num_preemptions, before.num_preemptions)
-        self.gauges = now
+        for name, gauge in SINCE_START.items():
+            growth = _grown(getattr(step.gauges, gauge), getattr(self.gauges, gauge))
+            setattr(self, name, getattr(self, name) + growth)
+        self.gauges = step.gauges
 
     def note_prompt(self, num_tokens: int, n: int, max_tokens: int, longest: int) -> None:
         self.prompt_tokens += num_tokens

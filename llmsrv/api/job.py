@@ -124,6 +124,7 @@ class Job:
                 continue  # what the engine sent before it learnt of the stop string
             if isinstance(event, Finished):
                 self._finished.append(event)
+                self._service.counters.request_num_preemptions.observe(event.num_preemptions)
                 delta: Delta | None = output.finish(event.reason)
             else:
                 self._clocks[output.index].note_tokens(len(event.ids), generation.received_s)

@@ -117,6 +117,7 @@ class Finished(msgspec.Struct, frozen=True, array_like=True):
     scheduled_s: float  # when it first was part of a step
     first_token_s: float
     last_token_s: float
+    num_preemptions: int = 0  # how often its blocks went to others
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True):

@@ -185,6 +185,7 @@ class Scheduler:
         self._release(sequence)
         sequence.move_to(State.WAITING)
         self.waiting.put_back(sequence)
+        sequence.num_preemptions += 1
         self.num_preemptions += 1
         return sequence
 

@@ -66,6 +66,7 @@ class Sequence:
     scheduled_s: float = 0.0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
+    num_preemptions: int = 0
 
     def move_to(self, state: State) -> None:
         assert (self.state, state) in TRANSITIONS, (self.state, state)
@@ -124,4 +125,5 @@ class Sequence:
             scheduled_s=self.scheduled_s,
             first_token_s=self.first_token_s,
             last_token_s=self.last_token_s,
+            num_preemptions=self.num_preemptions,
         )

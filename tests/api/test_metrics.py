@@ -27,7 +27,8 @@ MODEL_FAMILIES = """
     request_queue_time_seconds request_inference_time_seconds request_prefill_time_seconds
     request_decode_time_seconds request_prompt_tokens request_generation_tokens request_params_n
     request_params_max_tokens request_max_num_generation_tokens
-    request_time_per_output_token_seconds iteration_tokens_total
+    request_time_per_output_token_seconds iteration_tokens_total request_num_preemptions
+    spec_decode_num_drafts spec_decode_num_draft_tokens spec_decode_num_accepted_tokens
 """.split()
 PROMPT = [5, 6, 7]
 
@@ -84,6 +85,8 @@ def test_ten_requests_of_ten_tokens_are_counted_to_the_token(counted: RunningSer
         "request_prompt_tokens_sum": 30,
         "request_generation_tokens_sum": 100,
         "request_params_n_sum": 10,
+        "request_num_preemptions_count": 10,
+        "request_num_preemptions_sum": 0,
         "request_params_max_tokens_sum": 100,
         "iteration_tokens_total_sum": 130,
         "iteration_tokens_total_count": 100,
