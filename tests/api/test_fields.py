@@ -215,6 +215,7 @@ def test_tools_nested_beyond_reason_are_refused(tiny_server: RunningServer, dept
     assert error["code"] in ("context_length_exceeded", "invalid_value", "invalid_json")
 
 
+@pytest.mark.slow
 def test_arguments_nested_beyond_reason_are_text(roomy_client: OpenAI) -> None:
     call = {"name": "f", "arguments": "[" * 100_000}
     message = {"role": "assistant", "tool_calls": [{"id": "1", "function": call}]}
@@ -223,6 +224,7 @@ def test_arguments_nested_beyond_reason_are_text(roomy_client: OpenAI) -> None:
     assert caught.value.code == "context_length_exceeded"
 
 
+@pytest.mark.slow
 def test_tools_calls_and_results_reach_a_template_that_knows_none(roomy_client: OpenAI) -> None:
     call = {"name": "get_weather", "arguments": '{"city": "Rome"}'}
     messages = [
@@ -241,6 +243,7 @@ def test_tools_calls_and_results_reach_a_template_that_knows_none(roomy_client: 
     assert "user\n<tool_response>\nrain\n</tool_response>\n<tool_response>\nsnow\n" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "choice",
     [
@@ -267,6 +270,7 @@ def test_a_tool_is_called_where_it_must_be(roomy_client: OpenAI, choice: Any) ->
     assert chunk.choices[0].finish_reason == "tool_calls"
 
 
+@pytest.mark.slow
 def test_no_tool_is_called_where_none_may_be(roomy_client: OpenAI) -> None:
     told = chat(roomy_client, tools=[WEATHER], tool_choice="none").usage.prompt_tokens
     assert told == chat(roomy_client).usage.prompt_tokens
@@ -385,6 +389,19 @@ def post_body(server: RunningServer, path: str, body: str) -> tuple[int, dict[st
         return error.code, json.loads(error.read())["error"]
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/models/load"])
+@pytest.mark.parametrize(
+    "body", ["", "{", "[]", "null", "{}", '{"model": 1}', '{"model": "none"}', "[" * 100_000]
+)
+def test_every_route_tells_what_is_wrong_in_one_shape(
+    tiny_server: RunningServer, path: str, body: str
+) -> None:
+    status, error = post_body(tiny_server, path, body)
+    assert 400 <= status < 500
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] and error["type"] == "invalid_request_error"
+
+
 def test_unknown_fields_are_ignored_and_counted(
     tiny_server: RunningServer, tiny_client: OpenAI
 ) -> None:
@@ -469,6 +486,7 @@ def add(joined: dict[str, Any], choice: Any) -> None:
 # ---- The server's options
 
 
+@pytest.mark.slow
 def test_a_debugged_server_tells_its_figures_and_ignores_the_end(roomy_client: OpenAI) -> None:
     fields = {"logit_bias": {"2": 100}, "stop": "l", "debug_config": {"ignore_eos": True}}
     answer = complete(roomy_client, **fields)

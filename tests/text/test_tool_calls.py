@@ -19,16 +19,18 @@ Calls = list[tuple[str, str]]
 def parse(format: str, pieces: list[str], at_most_one: bool = False) -> tuple[str, Calls]:
     """The text, and the name and arguments of each call, put together as a client does."""
     parser = ToolCallParser(FORMATS[format], NAMES, at_most_one)
-    content, calls = "", []
+    content = ""
+    names: list[str] = []
+    arguments: list[list[str]] = []
     for text, deltas in [*map(parser.push, pieces), parser.flush()]:
         content += text
         for delta in deltas:
             if delta.name is not None:
-                assert delta.index == len(calls)
-                calls.append((delta.name, ""))
-            name, arguments = calls[delta.index]
-            calls[delta.index] = name, arguments + delta.arguments
-    return content, calls
+                assert delta.index == len(names)
+                names.append(delta.name)
+                arguments.append([])
+            arguments[delta.index].append(delta.arguments)
+    return content, list(zip(names, map("".join, arguments)))
 
 
 CASES: list[tuple[str, str, str, Calls]] = [
@@ -117,11 +119,11 @@ def test_arguments_are_told_as_they_come() -> None:
 @pytest.mark.parametrize(
     "answer",
     [
-        '<tool_call>{"name": "f", "arguments": ' + '{"a":' * 100_000,
-        '<tool_call>{"arguments": ' + "[" * 50_000 + "]" * 50_000 + ', "name": "f"}',
-        '<tool_call>{"name": "f", "arguments": {"a": "' + "x" * 100_000,
-        "<tool_call>" * 10_000,
-        "<tool_call>{" * 10_000,
+        '<tool_call>{"name": "f", "arguments": ' + '{"a":' * 30_000,
+        '<tool_call>{"arguments": ' + "[" * 20_000 + "]" * 20_000 + ', "name": "f"}',
+        '<tool_call>{"name": "f", "arguments": {"a": "' + "x" * 50_000,
+        "<tool_call>" * 5_000,
+        "<tool_call>{" * 5_000,
         '<tool_call>{"name": "f", "arguments": {}}</tool_call>' * 5_000,
         "<tool_cal" * 20_000,
         " " * 100_000,
