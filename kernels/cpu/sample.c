@@ -10,6 +10,7 @@
 
 enum { WEIGHT_BITS = 40, FRACTION_BITS = 32, SURPRISE_BITS = 20 };
 
+#define ONE ((int64_t)1 << WEIGHT_BITS)
 #define LEAST_X -28.0f /* below, weights are 0 */
 
 typedef int64_t i64x8 __attribute__((vector_size(64))); /* half of sixteen lanes */
@@ -98,17 +99,51 @@ static void keep_weights_from(Scratch *s, int64_t least)
     shrink(s, count);
 }
 
-/* Weights have 24 significant bits at most, so that they are floats. */
-static void keep_top_p(Scratch *s, int64_t fraction)
+/* Fills `sums`, and returns the sum of all weights. */
+static int64_t fill_sums(const Scratch *s, const Row *row)
 {
-    int64_t total = sum_from(s, 0), goal = share(total, fraction), least = (int64_t)1 << WEIGHT_BITS;
-    /* All weights below this together weigh less than what may be left out; often far fewer than
-     * those above it reach the goal. */
-    int64_t enough = (total - goal) / s->count;
-    do
-        least >>= 3;
-    while (least > enough && sum_from(s, least) < goal);
-    keep_weights_from(s, least > enough ? least : enough);
+    int64_t total = 0;
+    for (int32_t i = 0; i < s->size; i += STRIDE) {
+        i64x8 sums = {0};
+        for (int32_t j = i; j < i + STRIDE; j += 16) {
+            f32x16 x = x_of(row, j);
+            f32x16 y = scaled_exp(max16(x, splat(LEAST_X)));
+            y = choose(x >= splat(LEAST_X), y, splat(0));
+            sums += weights_of(y, 0) + weights_of(y, 1);
+        }
+        s->sums[i / STRIDE] = sum8(sums);
+        total += s->sums[i / STRIDE];
+    }
+    return total;
+}
+
+static void gather_weights(Scratch *s, const Row *row, float least_x)
+{
+    gather(s, row, 0, s->size, least_x);
+    fill_weights(s);
+}
+
+/* Leaves all ids whose weight is not below `least`, and few others: exp is that exact. */
+static void gather_weights_from(Scratch *s, const Row *row, int64_t least)
+{
+    float x = logf((float)least * 0x1p-40f) - 0.01f;
+    gather_weights(s, row, x > LEAST_X ? x : LEAST_X);
+}
+
+/* Leaves all ids whose weights are among the largest that reach the goal. */
+static void gather_likely(Scratch *s, const Row *row, int64_t goal)
+{
+    for (int64_t least = ONE >> 6; least >= ONE >> 16; least >>= 5) {
+        gather_weights_from(s, row, least);
+        if (sum_from(s, least) >= goal)
+            return;
+    }
+    gather_weights(s, row, LEAST_X);
+}
+
+/* Weights have 24 significant bits at most, so that they are floats. */
+static void keep_until(Scratch *s, int64_t goal)
+{
     for (int32_t i = 0; i < s->count; i++)
         s->keys[i] = key_of((float)s->weights[i]);
     keep_smallest(s, s->weights, goal);
@@ -146,52 +181,69 @@ static uint64_t uniform_bits(uint64_t seed, uint32_t choice, int64_t position)
     return (uint64_t)c[1] << 32 | c[0];
 }
 
-static int32_t draw(
-    Scratch *s,
-    const float *logits,
-    int32_t vocab_size,
-    float best,
-    const Parameters *parameters,
-    int64_t output_position)
+/* A share of the total that is random from 0 to below 1. */
+static int64_t target_of(uint64_t bits, int64_t total)
 {
-    float temperature = parameters->temperature, least = LEAST_X;
-    if (temperature == 0)
-        return first_equal(s, logits, best);
-    if (parameters->top_k > 0) {
-        float x = (bound_of_largest(s, parameters->top_k) - best) / temperature;
-        least = x > least ? x : least;
-    }
-    gather(s, logits, vocab_size, best, temperature, least);
-    if (parameters->top_k > 0)
-        keep_top_k(s, parameters->top_k);
+    return (int64_t)((unsigned __int128)bits * (uint64_t)total >> 64);
+}
+
+/* The first id at which the running sum of what is left exceeds the target. */
+static int32_t id_at(const Scratch *s, int64_t target)
+{
+    int32_t i = 0;
+    while (s->weights[i] <= target)
+        target -= s->weights[i++];
+    return s->ids[i];
+}
+
+static int32_t draw_from_all(Scratch *s, const Row *row, uint64_t bits)
+{
+    int64_t target = target_of(bits, fill_sums(s, row));
+    int32_t stride = 0;
+    while (s->sums[stride] <= target)
+        target -= s->sums[stride++];
+    gather(s, row, stride * STRIDE, (stride + 1) * STRIDE, LEAST_X);
     fill_weights(s);
-    if (parameters->top_p < (int64_t)1 << FRACTION_BITS)
-        keep_top_p(s, parameters->top_p);
+    return id_at(s, target);
+}
+
+static int32_t draw(
+    Scratch *s, const Row *row, const Parameters *parameters, int64_t output_position)
+{
+    const int64_t all = (int64_t)1 << FRACTION_BITS;
+    int64_t total = 0;
+    if (row->temperature == 0)
+        return first_best(s, row);
+    uint64_t bits = uniform_bits(parameters->seed, parameters->choice, output_position);
+    if (parameters->top_k > 0) {
+        float x = (bound_of_largest(s, parameters->top_k) - row->best) / row->temperature;
+        gather(s, row, 0, s->size, x > LEAST_X ? x : LEAST_X);
+        keep_top_k(s, parameters->top_k);
+        fill_weights(s);
+        total = sum_from(s, 0);
+    } else if (parameters->top_p < all) {
+        total = fill_sums(s, row);
+        gather_likely(s, row, share(total, parameters->top_p));
+    } else if (parameters->min_p > 0 || parameters->typical_p < all) {
+        gather_weights_from(s, row, parameters->min_p);
+    } else {
+        return draw_from_all(s, row, bits);
+    }
+    if (parameters->top_p < all)
+        keep_until(s, share(total, parameters->top_p));
     if (parameters->min_p > 0)
         keep_weights_from(s, parameters->min_p);
-    if (parameters->typical_p < (int64_t)1 << FRACTION_BITS)
+    if (parameters->typical_p < all)
         keep_typical_p(s, parameters->typical_p);
-    uint64_t bits = uniform_bits(parameters->seed, parameters->choice, output_position);
-    unsigned __int128 product = (unsigned __int128)bits * (uint64_t)sum_from(s, 0);
-    int64_t target = (int64_t)(product >> 64), sum = s->weights[0];
-    int32_t i = 0;
-    while (sum <= target)
-        sum += s->weights[++i];
-    return s->ids[i];
+    return id_at(s, target_of(bits, sum_from(s, 0)));
 }
 
 /* ---- Log-probabilities */
 
 /* Of the sum of exp(logit - best) over the vocabulary. */
-static double log_sum_of(const float *logits, int32_t vocab_size, float best)
+static double log_sum_of(const Scratch *s, const Row *row)
 {
-    i64x8 sums = {0};
-    for (int32_t i = 0; i < vocab_size; i += 16) {
-        f32x16 x = load_padded(logits + i, vocab_size - i) - splat(best);
-        f32x16 y = choose(x >= splat(LEAST_X), scaled_exp(max16(x, splat(LEAST_X))), splat(0));
-        sums += weights_of(y, 0) + weights_of(y, 1);
-    }
-    return log((double)sum8(sums) * 0x1p-40);
+    return log((double)fill_sums(s, row) * 0x1p-40);
 }
 
 static float logprob_of(float logit, float best, double log_sum)
@@ -201,16 +253,11 @@ static float logprob_of(float logit, float best, double log_sum)
 
 /* The k largest, the largest first, of equals the lowest id. */
 static void report_alternatives(
-    Scratch *s,
-    const float *logits,
-    int32_t vocab_size,
-    int32_t k,
-    float best,
-    double log_sum,
-    int32_t *ids,
-    float *logprobs)
+    Scratch *s, const Row *row, int32_t k, double log_sum, int32_t *ids, float *logprobs)
 {
-    gather(s, logits, vocab_size, 0, 1, bound_of_largest(s, k));
+    const float *logits = row->logits;
+    Row as_they_are = {logits, row->vocab_size, 0, 1};
+    gather(s, &as_they_are, 0, s->size, bound_of_largest(s, k));
     keep_top_k(s, k);
     for (int32_t i = 0; i < s->count; i++) {
         int32_t at = i;
@@ -219,55 +266,55 @@ static void report_alternatives(
         ids[at] = s->ids[i];
     }
     for (int32_t i = 0; i < s->count; i++)
-        logprobs[i] = logprob_of(logits[ids[i]], best, log_sum);
+        logprobs[i] = logprob_of(logits[ids[i]], row->best, log_sum);
 }
 
 /* ---- The rows of a step */
 
-/* The id drawn from a row whose logits, the largest of which is `best`, are sound. */
-static int32_t id_of(const Sampling *sampling, int32_t row, float best, Scratch *s)
+/* The id drawn from a row whose logits are sound. */
+static int32_t id_of(const Sampling *sampling, int32_t r, Row row, Scratch *s)
 {
-    const float *logits = sampling->logits + row * sampling->stride;
-    const int32_t *draft = sampling->drafts + row;
-    int32_t slot = sampling->slots[row], num_drafted = 0;
+    const int32_t *draft = sampling->drafts + r;
+    int32_t slot = sampling->slots[r], num_drafted = 0;
     const Parameters *parameters = &sampling->parameters[slot];
-    int64_t output_position = sampling->output_positions[row];
+    int64_t output_position = sampling->output_positions[r];
+    row.temperature = parameters->temperature;
     if (parameters->has_extras) {
         while (draft[-num_drafted] >= 0)
             num_drafted++;
-        adjust(s, logits, sampling->vocab_size, parameters, &sampling->extras[slot], output_position,
+        adjust(s, row.logits, row.vocab_size, parameters, &sampling->extras[slot], output_position,
                draft - num_drafted + 1, num_drafted);
-        logits = s->adjusted;
-        best = largest_of(s, logits, sampling->vocab_size);
-        if (isnan(best))
+        row.logits = s->adjusted;
+        row.best = largest_of(s, row.logits, row.vocab_size);
+        if (isnan(row.best))
             return FAILED;
     }
-    return draw(s, logits, sampling->vocab_size, best, parameters, output_position);
+    return draw(s, &row, parameters, output_position);
 }
 
-static void sample_row(const Sampling *sampling, int32_t row, Scratch *s)
+static void sample_row(const Sampling *sampling, int32_t r, Scratch *s)
 {
-    const float *logits = sampling->logits + row * sampling->stride;
-    int32_t vocab_size = sampling->vocab_size, target = sampling->targets[row];
-    int32_t num_logprobs = sampling->parameters[sampling->slots[row]].num_logprobs;
-    float best = largest_of(s, logits, vocab_size);
+    int32_t target = sampling->targets[r];
+    int32_t num_logprobs = sampling->parameters[sampling->slots[r]].num_logprobs;
+    Row row = {sampling->logits + r * sampling->stride, sampling->vocab_size, 0, 1};
     double log_sum = 0;
 
-    sampling->ids[row] = FAILED;
-    sampling->logprobs[row] = NAN;
-    if (isnan(best))
+    sampling->ids[r] = FAILED;
+    sampling->logprobs[r] = NAN;
+    row.best = largest_of(s, row.logits, row.vocab_size);
+    if (isnan(row.best))
         return;
     if (num_logprobs >= 0)
-        log_sum = log_sum_of(logits, vocab_size, best);
+        log_sum = log_sum_of(s, &row);
     if (num_logprobs > 0) {
-        int64_t at = (int64_t)row * sampling->num_alternatives;
-        report_alternatives(s, logits, vocab_size, num_logprobs, best, log_sum,
-                            sampling->alternative_ids + at, sampling->alternative_logprobs + at);
+        int64_t at = (int64_t)r * sampling->num_alternatives;
+        report_alternatives(s, &row, num_logprobs, log_sum, sampling->alternative_ids + at,
+                            sampling->alternative_logprobs + at);
     }
-    int32_t id = target >= 0 ? target : id_of(sampling, row, best, s);
-    sampling->ids[row] = id;
+    int32_t id = target >= 0 ? target : id_of(sampling, r, row, s);
+    sampling->ids[r] = id;
     if (id != FAILED && num_logprobs >= 0)
-        sampling->logprobs[row] = logprob_of(logits[id], best, log_sum);
+        sampling->logprobs[r] = logprob_of(row.logits[id], row.best, log_sum);
 }
 
 /* Counts what the sequences have put out: the ids of rows before which every draft was drawn. */

@@ -13,14 +13,16 @@ static int32_t padded(int32_t size) { return (size + STRIDE - 1) / STRIDE * STRI
 
 int64_t scratch_bytes(int32_t vocab_size)
 {
-    int64_t size = padded(vocab_size), floats = 4 * size + (size / STRIDE + 15) / 16 * 16;
-    return floats * (int64_t)sizeof(float) + size * (int64_t)sizeof(int64_t);
+    int64_t size = padded(vocab_size), strides = size / STRIDE;
+    int64_t words = size + strides, floats = 4 * size + strides;
+    return (words * 8 + floats * 4 + 63) / 64 * 64;
 }
 
 Scratch scratch_at(uint8_t *memory, int32_t vocab_size)
 {
     Scratch s = {.size = padded(vocab_size), .weights = (int64_t *)memory};
-    s.adjusted = (float *)(s.weights + s.size);
+    s.sums = s.weights + s.size;
+    s.adjusted = (float *)(s.sums + s.size / STRIDE);
     s.x = s.adjusted + s.size;
     s.ids = (int32_t *)(s.x + s.size);
     s.keys = (uint32_t *)(s.ids + s.size);
@@ -50,12 +52,12 @@ float largest_of(const Scratch *s, const float *logits, int32_t vocab_size)
     return has_any(is_nan) || !(fabsf(best) < INFINITY) ? NAN : best;
 }
 
-int32_t first_equal(const Scratch *s, const float *logits, float best)
+int32_t first_best(const Scratch *s, const Row *row)
 {
     int32_t i = 0;
-    while (s->maxima[i / STRIDE] != best)
+    while (s->maxima[i / STRIDE] != row->best)
         i += STRIDE;
-    while (logits[i] != best)
+    while (row->logits[i] != row->best)
         i++;
     return i;
 }
@@ -112,16 +114,16 @@ float bound_of_largest(const Scratch *s, int32_t k)
     return bound;
 }
 
-void gather(
-    Scratch *s, const float *logits, int32_t vocab_size, float best, float temperature, float least)
+void gather(Scratch *s, const Row *row, int32_t first, int32_t end, float least)
 {
     int32_t count = 0;
-    for (int32_t i = 0; i < s->size; i += 16) {
-        if (i % STRIDE == 0 && !((s->maxima[i / STRIDE] - best) / temperature >= least)) {
+    for (int32_t i = first; i < end; i += 16) {
+        float maximum = s->maxima[i / STRIDE];
+        if (i % STRIDE == 0 && !((maximum - row->best) / row->temperature >= least)) {
             i += STRIDE - 16;
             continue;
         }
-        f32x16 x = (load_padded(logits + i, vocab_size - i) - splat(best)) / splat(temperature);
+        f32x16 x = x_of(row, i);
         int num_kept = -sum_int(x >= splat(least));
         if (num_kept == 16) {
             i32x16 ids = splat_int(i) + lanes();

@@ -10,6 +10,7 @@ enum { STRIDE = 64 };
 typedef struct {
     int32_t size; /* padded */
     float *adjusted, *maxima; /* maxima: of each stride */
+    int64_t *sums;            /* of each stride's weights */
 
     /* The ids that are left, in ascending order, and what is known of each. */
     int32_t count, *ids;
@@ -18,22 +19,45 @@ typedef struct {
     int64_t *weights;
 } Scratch;
 
+/* What is drawn from; x of an id is (logit - best) / temperature. */
+typedef struct {
+    const float *logits;
+    int32_t vocab_size;
+    float best, temperature; /* best: the largest */
+} Row;
+
 int64_t scratch_bytes(int32_t vocab_size);
 Scratch scratch_at(uint8_t *memory, int32_t vocab_size);
+
+/* The last vector of a row, whose other lanes can never be largest. */
+INLINE f32x16 load_padded(const float *p, int32_t left)
+{
+    f32x16 x = splat(-INFINITY);
+    if (left >= 16)
+        return load(p);
+    memcpy(&x, p, sizeof(float) * (size_t)(left > 0 ? left : 0));
+    return x;
+}
+
+/* x of sixteen ids from i on.  Dividing by 1 changes nothing, but takes its time. */
+INLINE f32x16 x_of(const Row *row, int32_t i)
+{
+    f32x16 x = load_padded(row->logits + i, row->vocab_size - i) - splat(row->best);
+    return row->temperature == 1 ? x : x / splat(row->temperature);
+}
 
 /* Fills `maxima`.  The largest of them is returned; NaN where a logit is NaN, or the largest is
  * infinite. */
 float largest_of(const Scratch *s, const float *logits, int32_t vocab_size);
 
 /* The lowest id of the largest logit. */
-int32_t first_equal(const Scratch *s, const float *logits, float best);
+int32_t first_best(const Scratch *s, const Row *row);
 
 /* A number that at least k logits are not below: the k-th largest of the maxima. */
 float bound_of_largest(const Scratch *s, int32_t k);
 
-/* Leaves the ids whose x = (logit - best) / temperature is not below `least`. */
-void gather(
-    Scratch *s, const float *logits, int32_t vocab_size, float best, float temperature, float least);
+/* Leaves, of the strides from id `first` to `end`, the ids whose x is not below `least`. */
+void gather(Scratch *s, const Row *row, int32_t first, int32_t end, float least);
 
 /* Keeps the k largest x, of equals the first. */
 void keep_top_k(Scratch *s, int32_t k);
@@ -49,16 +73,6 @@ INLINE uint32_t key_of(float value)
     value += 0.0f;
     memcpy(&bits, &value, sizeof bits);
     return bits >> 31 ? bits : ~bits & 0x7fffffff;
-}
-
-/* The last vector of a row, whose other lanes can never be largest. */
-INLINE f32x16 load_padded(const float *p, int32_t left)
-{
-    f32x16 x = splat(-INFINITY);
-    if (left >= 16)
-        return load(p);
-    memcpy(&x, p, sizeof(float) * (size_t)(left > 0 ? left : 0));
-    return x;
 }
 
 /* What follows are the first so many; the weights past the last become 0, to a whole vector. */
