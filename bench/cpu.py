@@ -25,6 +25,7 @@ from llmsrv.backend.base import Plan
 from llmsrv.backend.cpu import CPUBackend
 from llmsrv.backend.cpu import CPUOptions
 from llmsrv.backend.sampling_table import SamplingParameters
+from llmsrv.backend.source import cpu_features
 from llmsrv.backend.source import load_library
 from llmsrv.config import DEFAULT_MODEL
 from llmsrv.config import default_cache_dir
@@ -34,7 +35,9 @@ from llmsrv.model.load import load_model
 LIMITS = Limits(max_rows=256, max_logit_rows=32, max_slots=32, num_blocks=1025)
 PROMPT_TOKENS = 131
 FLAGS = "-O2", "-pthread", "-mavx512f", "-mavx512vnni"
+MATRIX_FLAGS = "-mamx-tile", "-mamx-int8"
 MULTIPLY_PASSES = 2_000_000
+MATRIX_PASSES = 500_000
 READ_PASSES = 5
 
 
@@ -43,12 +46,14 @@ class Roofs:
 
     def __init__(self, num_threads: int, num_bytes: int) -> None:
         text = Path(__file__).with_name("roofs.c").read_bytes()
-        self._library = load_library({"roofs.c": text}, FLAGS, default_cache_dir())
+        flags = FLAGS + MATRIX_FLAGS if "amx_int8" in cpu_features() else FLAGS
+        self._library = load_library({"roofs.c": text}, flags, default_cache_dir())
         self._library.read_rate.restype = ctypes.c_double
         self._library.read_rate.argtypes = (
             ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int
         )
         self._library.multiply_rate.restype = ctypes.c_double
+        self._library.matrix_rate.restype = ctypes.c_double
         self._num_threads = num_threads
         self._bytes = np.ones(num_bytes, np.uint8)
 
@@ -58,7 +63,13 @@ class Roofs:
         return rate
 
     def products_a_second(self) -> float:
+        """Of bytes, by vectors."""
         rate: float = self._library.multiply_rate(MULTIPLY_PASSES, self._num_threads)
+        return rate
+
+    def matrix_products_a_second(self) -> float:
+        """Of bytes, by matrix registers; 0 without them."""
+        rate: float = self._library.matrix_rate(MATRIX_PASSES, self._num_threads)
         return rate
 
 

@@ -4,8 +4,8 @@ python -m bench.large [--types Q4_K,Q6_K] [--bits 8|16] [--threads N] [--runs N]
 
 The model has the shapes of Llama 3.2 1B and random weights, the same in every layer, and is written
 to a temporary file of 0.7 to 1 GB.  Decode reads every weight for each token: its share is that of
-the bytes read a second.  Prefill multiplies: its share is that of the products of bytes in vectors
-a second (roofs.c), for the layers' products alone.
+the bytes read a second.  Prefill multiplies: its shares are those of the products of bytes a second
+in vectors and on matrix registers (roofs.c), for the layers' products alone.
 """
 
 import argparse
@@ -91,13 +91,17 @@ def measure(type: str, backend: CPUBackend, path: Path, runs: int) -> str:
     found = []
     for _ in range(runs):
         read, tokens = roofs.bytes_a_second(), decode(plan, 1, DECODE_TOKENS)
-        multiply, rows = roofs.products_a_second(), 1000 / prefill(plan)
-        found.append((tokens, tokens * num_bytes / read, rows, rows * products / multiply))
-    tokens, of_read, rows, of_multiply = map(statistics.median, zip(*found))
+        multiply, matrix = roofs.products_a_second(), roofs.matrix_products_a_second()
+        rows = 1000 / prefill(plan)
+        of_matrix = rows * products / matrix if matrix else 0
+        of_roofs = tokens * num_bytes / read, rows * products / multiply, of_matrix
+        found.append((tokens, rows, *of_roofs))
+    tokens, rows, of_read, of_multiply, of_matrix = map(statistics.median, zip(*found))
     return (
         f"{type}, {num_bytes / 1e6:.0f} MB of weights\n"
-        f"  1 stream     {tokens:8.1f} tokens/s, {of_read:.2f} of the bytes read a second\n"
-        f"  prompt       {rows:8.1f} tokens/s, {of_multiply:.2f} of the products of bytes a second"
+        f"  1 stream  {tokens:8.1f} tokens/s, {of_read:.2f} of the bytes read a second\n"
+        f"  prompt    {rows:8.1f} tokens/s, {of_multiply:.2f} of the products in vectors, "
+        f"{of_matrix:.2f} of those on matrix registers"
     )
 
 
