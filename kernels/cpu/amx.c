@@ -332,6 +332,7 @@ static void use_matrix_registers(int rows)
     } config = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {0}};
     memset(config.rows, rows, 6);
     config.rows[6] = config.rows[7] = 16;
+    __asm__ volatile("" : : "r"(&config) : "memory"); /* gcc knows of the first 8 bytes alone */
     _tile_loadconfig(&config);
 }
 
