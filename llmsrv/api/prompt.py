@@ -44,11 +44,13 @@ async def prompt_ids(
         raise _no_template()
     texts = [text for message in asked.messages for text in _texts(message)]
     if sum(map(len, texts)) <= generate.INLINE_CHARS and not tools:
-        return _encode(template, asked, tools)
-    if asked.truncate_prompt_tokens is None:
-        longest = max(texts, key=len, default="")
-        generate.refuse_too_long(service, service.text.tokenizer, longest, "messages")
-    return await asyncio.to_thread(_encode, template, asked, tools)
+        ids = _encode(template, asked, tools)
+    else:
+        if asked.truncate_prompt_tokens is None:
+            longest = max(texts, key=len, default="")
+            generate.refuse_too_long(service, service.text.tokenizer, longest, "messages")
+        ids = await asyncio.to_thread(_encode, template, asked, tools)
+    return generate.truncated(service, asked, ids)
 
 
 def _encode(

@@ -113,6 +113,9 @@ def test_a_prompt_is_truncated_at_its_beginning(tiny_client: OpenAI) -> None:
     assert answer.choices[0].prompt_token_ids == [7, 6]
     most = complete(tiny_client, [9] * 2000, truncate_prompt_tokens=-1)
     assert most.usage.total_tokens == 512
+    whole = chat(tiny_client, return_token_ids=True).prompt_token_ids
+    cut = chat(tiny_client, return_token_ids=True, truncate_prompt_tokens=5).prompt_token_ids
+    assert cut == whole[-5:]
 
 
 # ---- Choices and their text
