@@ -73,6 +73,8 @@ class MessageReader:
 
     def deltas(self, text: str, is_last: bool) -> list[dict[str, Any]]:
         """What a stream says of the next text, one kind of part in each delta."""
+        if self._reasoning is None and self._calls is None:
+            return [{"content": text}] if text else []
         parts = self.read(text, is_last)
         deltas: list[dict[str, Any]] = []
         if parts.reasoning:
