@@ -122,7 +122,7 @@ class ResponseFormat(msgspec.Struct):
 
     type: Literal["text", "json_object", "json_schema", "regex", "grammar", "structural_tag"]
     json_schema: JSONSchema | None = None
-    schema: msgspec.Raw = NOTHING
+    schema: msgspec.Raw = msgspec.field(default_factory=lambda: NOTHING)
     regex: str | None = None
     grammar: str | None = None
     tags: list[StructuralTag] | None = None
@@ -133,7 +133,7 @@ class ResponseFormat(msgspec.Struct):
 class StructuredOutputs(msgspec.Struct):
     """vLLM's."""
 
-    json: msgspec.Raw = NOTHING
+    json: msgspec.Raw = msgspec.field(default_factory=lambda: NOTHING)
     json_object: bool | None = None
     regex: str | None = None
     choice: list[str] | None = None
@@ -181,7 +181,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     # Grammars, each in its own language: see structured.py.
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: msgspec.Raw = NOTHING
+    guided_json: msgspec.Raw = msgspec.field(default_factory=lambda: NOTHING)
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None

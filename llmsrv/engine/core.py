@@ -216,7 +216,8 @@ class EngineCore:
                 self._admitted.append(Admitted(sequence.submit.request, sequence.num_cached))
 
     def _compute(self, chunks: list[Chunk]) -> None:
-        chunks = [masked for chunk in chunks if (masked := self._mask(chunk))]
+        chunks = [masked for chunk in chunks if (masked := self._maybe_mask(chunk))]
+        chunks = [chunk for chunk in chunks if chunk.sequence.state is not State.ENDED]
         if not chunks:
             return
         start_s = self._clock()
@@ -234,17 +235,24 @@ class EngineCore:
             if chunk.draft and num_kept >= 0:  # else the row before the draft has failed
                 self._speculation.note(chunk.sequence, len(chunk.draft), num_kept)
 
-    def _mask(self, chunk: Chunk) -> Chunk | None:
+    def _maybe_mask(self, chunk: Chunk) -> Chunk | None:
         """Lets the chunk's rows draw what its grammar allows there, and cuts its draft at the first
-        token that it does not; None where it allows nothing, and the sequence has ended."""
-        grammar = chunk.sequence.grammar
-        if grammar is None or chunk.num_tokens < chunk.sequence.num_uncomputed:
+        token that it does not; None where the sequence has ended, because its grammar allows
+        nothing or fails."""
+        sequence = chunk.sequence
+        if sequence.grammar is None or chunk.num_tokens < sequence.num_uncomputed:
             return chunk
-        masks = grammar.masks(chunk.draft)
-        if masks is None:
-            self._finish(chunk.sequence, "length")
+        if sequence.state is State.ENDED:
+            return None  # with another choice of its request
+        try:
+            masks = sequence.grammar.masks(chunk.draft)
+        except Exception as error:
+            self._fail(sequence.submit.request, error)
             return None
-        self._plan.sampling.set_grammar(chunk.sequence.slot, masks)
+        if masks is None:
+            self._finish(sequence, "length")
+            return None
+        self._plan.sampling.set_grammar(sequence.slot, masks)
         return chunk._replace(draft=chunk.draft[: len(masks) - 1])
 
     def _sample(self, rows: list[LogitRow]) -> Samples:

@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from llmsrv.backend.base import Limits
 from llmsrv.backend.reference import ReferenceBackend
+from llmsrv.backend.sampling_table import Mask
 from llmsrv.engine.core import EngineCore
 from llmsrv.engine.grammar import Grammar
 from llmsrv.engine.grammar import GrammarCompiler
@@ -236,6 +238,30 @@ def test_a_grammar_that_fails_to_compile_fails_its_request_alone(engine: Engine)
     engine.submit(2, choice_source(["ab"]))
     engine.run()
     assert engine.failed == {1: 400} and engine.reasons == {(2, 0): "stop"}
+
+
+def test_a_grammar_that_fails_in_a_step_fails_its_request_alone(
+    engine: Engine, compiler: GrammarCompiler
+) -> None:
+    class Failing(Grammar):
+        num_tokens = 0
+
+        def copy(self) -> Grammar:
+            return self
+
+        def masks(self, drafts: Sequence[int] = ()) -> Mask | None:
+            self.num_tokens += 1
+            if self.num_tokens > 4:  # in the second choice's row, when the first's is done
+                raise ZeroDivisionError
+            return np.full((1, VOCAB_SIZE // 32), 2**32 - 1, np.uint32)
+
+    failing: Future[Grammar] = Future()
+    failing.set_result(Failing(start(compiler, choice_source(["ab"]))._matcher, VOCAB_SIZE))
+    engine.core._compile_grammar = lambda source: failing
+    engine.submit(1, "fails", n=3)
+    engine.submit(2, "")
+    engine.run()
+    assert engine.failed == {1: 500} and engine.reasons.keys() == {(2, 0)}
 
 
 def test_others_go_on_while_a_grammar_compiles(model: Path, compiler: GrammarCompiler) -> None:
