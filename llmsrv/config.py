@@ -256,7 +256,7 @@ class Config:
         many=True,
     )
     api_key_file: str | None = option(
-        None, "Access", "a file with one key a line", metavar="FILE"
+        None, "Access", "a file with one key a line; SIGHUP has it read again", metavar="FILE"
     )
     allow_origins: list[str] = option(
         [],

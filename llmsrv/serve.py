@@ -3,9 +3,11 @@
 The port is bound before anything slow, so that a port in use is told at once; clients get 503 with
 the reason until the models are loaded.  A first signal lets what runs finish within its grace, a
 second one ends it at once; either way each request gets its last word before the process ends.
+SIGHUP has the file of API keys read again.
 """
 
 import asyncio
+import functools
 import logging
 import os
 import signal
@@ -15,11 +17,13 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 from llmsrv import log as logs
+from llmsrv.api.gate import Gate
 from llmsrv.api.gate import is_loopback
 from llmsrv.api.gate import read_keys
 from llmsrv.api.models import Models
 from llmsrv.api.models import find_models
 from llmsrv.config import Config
+from llmsrv.errors import StartupError
 from llmsrv.server.listener import bind
 from llmsrv.server.server import Server
 from llmsrv.server.server import run
@@ -45,19 +49,22 @@ def serve(config: Config) -> int:
         _warn(config, keys)
         sockets = bind(config.host, config.port)
         models = Models(config, find_models(config))
-        return run(_serve(models, keys, sockets))
+        return run(_serve(models, Gate(config.host, config.allowed_hosts, keys), sockets))
     finally:
         listener.stop()
 
 
-async def _serve(models: Models, keys: list[str], sockets: list[socket.socket]) -> int:
+async def _serve(models: Models, gate: Gate, sockets: list[socket.socket]) -> int:
     signals = _Signals()
+    if models.config.api_key_file:  # else a hang-up of the terminal ends us, as it does others
+        reload = functools.partial(_reload_keys, gate, models.config)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
     await models.start()
     await asyncio.sleep(0)  # the engine processes start now, beside the imports
     from llmsrv.api.app import build_app
 
     server = Server(
-        build_app(models, keys), sockets, ServerSettings(body_limit_bytes=models.body_limit_bytes)
+        build_app(models, gate), sockets, ServerSettings(body_limit_bytes=models.body_limit_bytes)
     )
     await server.start()
     loading = asyncio.create_task(models.wait_started())
@@ -66,7 +73,7 @@ async def _serve(models: Models, keys: list[str], sockets: list[socket.socket]) 
         await _first_of(loading, signals.first)
         if loading.done():
             loading.result()  # StartupError: a model cannot be served
-            _tell_ready(models, sockets[0].getsockname(), bool(keys))
+            _tell_ready(models, sockets[0].getsockname(), gate.has_keys)
         number = await signals.first
         grace_s = CTRL_C_GRACE_S if number == signal.SIGINT else models.config.drain_timeout_s
     finally:
@@ -107,6 +114,16 @@ class _Signals:
             self.first.set_result(number)
         elif not self.second.done():
             self.second.set_result(number)
+
+
+def _reload_keys(gate: Gate, config: Config) -> None:
+    try:
+        keys = read_keys(config.api_key, config.api_key_file)
+    except StartupError as error:
+        log.error("the API keys stay as they were: %s", error)
+    else:
+        gate.replace_keys(keys)
+        log.info("%d API keys are taken from now on", len(keys))
 
 
 def _exit(number: int, frame: FrameType | None) -> None:

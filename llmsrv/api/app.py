@@ -35,15 +35,14 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 EXPOSED_HEADERS = ("x-request-id", "retry-after", "openai-processing-ms")
 
 
-def build_app(models: Models, keys: list[str]) -> ASGIApp:
+def build_app(models: Models, gate: Gate) -> ASGIApp:
     config = models.config
     router = Router()
     router.add("POST", "/v1/chat/completions", ChatCompletions(models))
     router.add("POST", "/v1/completions", Completions(models))
     traffic = Traffic()
     Operations(models, traffic).add_to(router)
-    gate = Gate(config.host, config.allowed_hosts, keys)
-    origins = config.allow_origins or (["*"] if keys else "loopback")
+    origins = config.allow_origins or (["*"] if gate.has_keys else "loopback")
     decorated = CORS(
         Application(gate, router),
         allow_origins=origins,

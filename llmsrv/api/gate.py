@@ -27,6 +27,14 @@ class Gate:
         self._allowed_hosts = LOOPBACK_NAMES | {name.lower() for name in allowed_hosts}
         # Keyed digests in a set: how long a look-up takes tells nothing of the keys.
         self._secret = secrets.token_bytes(32)
+        self.replace_keys(keys)
+
+    @property
+    def has_keys(self) -> bool:
+        return bool(self._digests)
+
+    def replace_keys(self, keys: Iterable[str]) -> None:
+        """What came in before is not concerned; keys that stay keep their tenant."""
         self._digests = {self._digest(key.encode()) for key in keys}
 
     def check(self, request: Request) -> None:
@@ -34,7 +42,7 @@ class Gate:
         request.state["tenant"], bytes that say nothing of the key."""
         if self._checks_host:
             self._check_host(request.headers.get("host"))
-        if self._digests and request.path not in OPEN_PATHS:
+        if self.has_keys and request.path not in OPEN_PATHS:
             request.state["tenant"] = self._check_key(request.headers.get("authorization"))
         elif request.path in OPERATOR_PATHS and not self._checks_host:
             raise ApiError(
