@@ -26,6 +26,16 @@ static float penalised(float value, const Parameters *parameters, int32_t count)
     return value - parameters->frequency_penalty * (float)count;
 }
 
+/* Whether none of sixteen ids has been seen. */
+static int none_seen(const uint8_t *in_prompt, const int32_t *counts)
+{
+    uint64_t words[2];
+    i32x16 sixteen;
+    memcpy(words, in_prompt, sizeof words);
+    memcpy(&sixteen, counts, sizeof sixteen);
+    return !(words[0] | words[1]) && sum_int(sixteen) == 0;
+}
+
 static void penalise(
     float *adjusted,
     int32_t vocab_size,
@@ -33,9 +43,12 @@ static void penalise(
     const uint8_t *in_prompt,
     const int32_t *counts)
 {
-    for (int32_t i = 0; i < vocab_size; i++)
-        if (counts[i] | in_prompt[i])
+    for (int32_t i = 0; i < vocab_size; i++) {
+        while (i + 16 <= vocab_size && none_seen(in_prompt + i, counts + i))
+            i += 16;
+        if (i < vocab_size && (counts[i] | in_prompt[i]))
             adjusted[i] = penalised(adjusted[i], parameters, counts[i]);
+    }
 }
 
 /* The counts with the drafted ids; `own` has room for them. */
