@@ -34,8 +34,8 @@ MAX_LEXER_STATES = 50_000
 
 _UNSUPPORTED = re.compile(r"Unimplemented keys: (\[.*\])")
 _LARK = re.compile(r"^\s*(%llguidance\b|start\s*:)", re.MULTILINE)
-_IN_LARK = {"/": r"\/", "\n": r"\n"}
-_NOT_IN_LARK = re.compile(r"\\.|[/\n]", re.DOTALL)  # an escape as a whole stays what it is
+_IN_LARK = {"/": r"\/", "\n": r"\n", "\r": r"\r"}
+_NOT_IN_LARK = re.compile(r"\\.|[/\n\r]", re.DOTALL)  # an escape as a whole stays what it is
 _GBNF_ESCAPE = re.compile(r"\\u00([0-9a-fA-F]{2})")
 
 
@@ -127,7 +127,7 @@ def _rest_of_trigger(
     """The rules of a trigger and of what may follow it."""
     if not trigger:
         raise GrammarError("expected triggers that are not empty")
-    special = next((t for t in tokenizer.special_tokens if trigger.startswith(t)), None)
+    special = _leading_special(trigger, tokenizer)
     opening = special or trigger
     begun = [
         Tag(tag.begin.removeprefix(opening), tag.schema, tag.end)
@@ -173,6 +173,12 @@ def _tag_rules(
         begin, end = _lark_text(tag.begin, tokenizer), _lark_text(tag.end, tokenizer)
         yield f"{prefix}tag_{index}: {begin} {prefix}json_{index} {end}"
         yield f"{prefix}json_{index}: %json {json.dumps(_checked_schema(tag.schema, None))}"
+
+
+def _leading_special(text: str, tokenizer: "Tokenizer") -> str | None:
+    """The special token that a text begins with."""
+    before, *rest = tokenizer.split(text, parse_special=True)
+    return rest[0] if not before and rest and rest[0] in tokenizer.special_tokens else None
 
 
 def _lark_text(text: str, tokenizer: "Tokenizer") -> str:
