@@ -162,10 +162,10 @@ def output_limit(
 
 def truncated(service: Service, request: GenerationRequest, ids: list[int]) -> list[int]:
     """The end of a prompt, as long as truncate_prompt_tokens says; -1: as the context allows."""
-    assert service.engine.ready is not None
     asked = request.truncate_prompt_tokens
     if asked is None:
         return ids
+    assert service.engine.ready is not None
     most = service.engine.ready.context_length - (request.max_tokens or 1)
     return ids[-(max(1, most) if asked < 1 else asked) :]
 

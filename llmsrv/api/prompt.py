@@ -16,6 +16,7 @@ from llmsrv.api.schema import Message
 from llmsrv.api.schema import Tool
 from llmsrv.api.service import Service
 from llmsrv.errors import ApiError
+from llmsrv.text.chat_template import TEMPLATE_FAILED
 from llmsrv.text.chat_template import ChatTemplate
 
 # A template's variables that are no request's to set.
@@ -63,13 +64,18 @@ def _encode(
             messages, told = _as_text(messages, told), []
         except RecursionError:
             raise _invalid("tools", "nested too deeply") from None
-    return template.encode(
-        messages,
-        tools=told or None,
-        add_generation_prompt=_adds_generation_prompt(asked),
-        continue_final_message=bool(asked.continue_final_message),
-        extra=_template_variables(asked, template),
-    )
+    options: dict[str, Any] = {
+        "tools": told or None,
+        "add_generation_prompt": _adds_generation_prompt(asked),
+        "continue_final_message": bool(asked.continue_final_message),
+        "extra": _template_variables(asked, template),
+    }
+    try:
+        return template.encode(messages, **options)
+    except ApiError as error:
+        if error.code != TEMPLATE_FAILED or not _spell_arguments(messages):
+            raise
+        return template.encode(messages, **options)
 
 
 def _texts(message: Message) -> list[str]:
@@ -145,7 +151,7 @@ def _plain(message: Message, index: int) -> dict[str, Any]:
     return plain
 
 
-def _content(message: Message, where: str) -> str:
+def _content(message: Message, where: str) -> str | None:
     content = message.content
     if isinstance(content, str):
         return content
@@ -154,7 +160,7 @@ def _content(message: Message, where: str) -> str:
         return "".join(_text(part, f"{where}.content[{j}]") for j, part in parts)
     if message.role != "assistant" or not (message.tool_calls or message.refusal):
         raise _missing(f"{where}.content")
-    return message.refusal or ""
+    return message.refusal
 
 
 def _text(part: ContentPart, where: str) -> str:
@@ -170,6 +176,16 @@ def _text(part: ContentPart, where: str) -> str:
     if text is None:
         raise _missing(f"{where}.{part.type}")
     return text
+
+
+def _spell_arguments(messages: list[dict[str, Any]]) -> bool:
+    """Makes the arguments of calls strings again, as some templates expect them; whether there were
+    any."""
+    calls = [call["function"] for message in messages for call in message.get("tool_calls", ())]
+    for function in calls:
+        if not isinstance(function["arguments"], str):
+            function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+    return bool(calls)
 
 
 def _object_of(arguments: str) -> Any:

@@ -44,6 +44,8 @@ from llmsrv.text.tool_calls import detect_format
 RENDER_S = 1.0  # of the thread's time on the CPU
 _deadline_s: ContextVar[float] = ContextVar("deadline_s")
 
+TEMPLATE_FAILED = "template_failed"  # code of an error that is the template's own, no refusal
+
 
 class ChatTemplate:
     """A compiled template together with the tokenizer whose special tokens it writes.
@@ -149,7 +151,7 @@ class ChatTemplate:
         except Exception as error:  # a template is a foreign program: it may raise anything
             reason = hidden.put_back(f"{type(error).__name__}: {error}")
             message = f"The model's chat template fails on these messages: {reason}"
-            raise ApiError(400, message, param="messages", code="template_failed") from None
+            raise ApiError(400, message, param="messages", code=TEMPLATE_FAILED) from None
         if end and end not in text:
             message = "The model's chat template leaves the last message out."
             raise ApiError(400, message, param="continue_final_message", code="invalid_value")

@@ -1,16 +1,25 @@
 """Tools through the whole server in every format, by a tiny model whose tokens and template are of
 that format."""
 
+import asyncio
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from openai import OpenAI
 
+from llmsrv.api.prompt import prompt_ids
+from llmsrv.api.schema import ChatCompletionRequest
+from llmsrv.files.gguf import open_gguf
+from llmsrv.text.chat_template import ChatTemplate
+from llmsrv.text.tokenizer import load_tokenizer
 from tests.support.gguf_writer import CHATML
 from tests.support.gguf_writer import CONTROL
 from tests.support.gguf_writer import tiny_vocabulary
+from tests.support.gguf_writer import write_gguf
 from tests.support.gguf_writer import write_tiny_llama
 from tests.support.server import run_server
 
@@ -78,6 +87,29 @@ def test_tools_are_called_in_the_format_of_the_model(tmp_path: Path, name: str) 
                 assert len(call.id) == 9
             if thinks:
                 assert hasattr(choice.message, "reasoning_content")
+
+
+# As templates of DeepSeek have it: arguments are text, and a call goes without content.
+SPELLED = (
+    "{% for m in messages %}{% if m.tool_calls %}{% for c in m.tool_calls %}"
+    "{{ 'call ' + c['function']['arguments'] }}{% endfor %}{% endif %}"
+    "{% if m.content is not none %}{{ m.role + ' ' + m.content }}{% endif %}{% endfor %}"
+    "{{ tools | length if tools else '' }}"
+)
+
+
+def test_a_template_gets_arguments_as_it_expects_them(tmp_path: Path) -> None:
+    vocabulary = tiny_vocabulary() | {"tokenizer.chat_template": SPELLED}
+    tokenizer = load_tokenizer(open_gguf(write_gguf(tmp_path / "m.gguf", vocabulary)))
+    service: Any = SimpleNamespace(
+        text=SimpleNamespace(template=ChatTemplate(SPELLED, tokenizer), tokenizer=tokenizer)
+    )
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [call]}]
+    asked = msgspec.convert({"model": "m", "messages": messages}, ChatCompletionRequest)
+    ids = asyncio.run(prompt_ids(service, asked, []))
+    text = b"".join(map(tokenizer.token_bytes, ids)).decode()
+    assert text == 'user hicall {"a": 1}'
 
 
 def streamed(client: OpenAI, settings: dict[str, Any]) -> str:
