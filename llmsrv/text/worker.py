@@ -189,7 +189,11 @@ def _answer(frames_out: BinaryIO, frame: bytes) -> None:
 
 def _limit(which: int, most: int) -> None:
     _, hard = resource.getrlimit(which)
-    resource.setrlimit(which, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+    soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    try:
+        resource.setrlimit(which, (soft, hard))
+    except (OSError, ValueError):  # macOS has some of them in name only
+        pass
 
 
 def _memory_bytes() -> int:
