@@ -103,13 +103,9 @@ class Model:
 
         log.info("loading %s", self.path)
         self.state = ModelState.LOADING
-        try:
-            self._text = await asyncio.to_thread(
-                load_text_model, self.path, config.chat_template, config.cache_dir
-            )
-        except StartupError:
-            await self.unload()
-            raise
+        self._text = await asyncio.to_thread(
+            load_text_model, self.path, config.chat_template, config.cache_dir
+        )
 
     async def start_engine(self, config: Config) -> None:
         """Returns before the engine is ready."""
@@ -125,11 +121,7 @@ class Model:
         from llmsrv.api.service import Service
 
         assert self.engine is not None and self._text is not None
-        try:
-            await self.engine.wait_ready(is_patient)
-        except StartupError:
-            await self.unload()
-            raise
+        await self.engine.wait_ready(is_patient)
         self.service = Service(config, self.names, self.engine, self._text, self.counters)
         self.state = ModelState.LOADED
         self.last_used_s = time.monotonic()
@@ -267,13 +259,14 @@ class Models:
                 raise error
             await model.start_engine(self.config)
             await model.wait_loaded(self.config, is_patient=False)
-        except StartupError as error:
-            log.error("%s", error)
-            if error_of_end := self._draining():
-                raise error_of_end from None
-            if unloaded is not None:
+        except BaseException as error:
+            await model.unload()
+            if unloaded is not None and not self.is_draining:
                 await self._load(unloaded)
-            raise _refused(model, error) from None
+            if not isinstance(error, StartupError):
+                raise
+            log.error("%s", error)
+            raise self._draining() or _refused(model, error) from None
 
     async def _make_room(self) -> Model | None:
         """Unloads a model where one more would be too many, and returns it."""
