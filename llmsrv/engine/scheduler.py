@@ -33,13 +33,15 @@ from llmsrv.engine.sequence import State
 from llmsrv.engine.speculation import Speculation
 from llmsrv.engine.step_costs import StepCosts
 
-# A step with streams takes so many times what it would without prompts: no pause is long beside
-# the usual one.  Where even decode alone is slow, prompts get less of it.
-SMOOTH = 2.5
+# A step with streams takes so much longer for prompts, as a share of what it takes without: so no
+# pause is long beside the usual one.
+PROMPT_SHARE = 1.5
+# Where more prompts wait than streams run, each stream gives way to several, but up to here only.
 SMOOTH_STEP_S = 0.05
-LEAST_SHARE = 1.5
+# Where even decode alone takes that long, prompts get less of it.
+LEAST_PROMPT_SHARE = 0.5
 # So that prompts get on in any case; a decode step reads every weight for fewer rows.
-LEAST_PREFILL_ROWS = 16
+LEAST_PREFILL_ROWS = 8
 
 
 class Chunk(NamedTuple):
@@ -112,7 +114,7 @@ class Scheduler:
         """
         self.admitted = []
         chunks = self._with_drafts(self._schedule_decode())
-        budget = self._num_prefill_rows(sum(chunk.num_rows for chunk in chunks))
+        budget = self._num_prefill_rows(len(chunks), sum(chunk.num_rows for chunk in chunks))
         spare = self._num_spare_logit_rows - sum(len(chunk.draft) for chunk in chunks)
 
         def prefill(sequence: Sequence) -> None:
@@ -143,14 +145,16 @@ class Scheduler:
             pages = sequence.pages.upto(sequence.num_computed // BLOCK_SIZE, sequence.ids)
             self._kv_cache.remember(sequence.slot, pages)
 
-    def _num_prefill_rows(self, num_decode_rows: int) -> int:
-        """How many rows the step may have beside those of decode."""
-        most = self._max_rows - num_decode_rows
-        if not num_decode_rows:
+    def _num_prefill_rows(self, num_streams: int, num_rows: int) -> int:
+        """How many rows the step may have beside these, which are those of the streams."""
+        most = self._max_rows - num_rows
+        if not num_streams:
             return most
-        decode_s = self._costs.of(num_decode_rows)
-        limit_s = max(LEAST_SHARE * decode_s, min(SMOOTH * decode_s, SMOOTH_STEP_S))
-        fitting = self._costs.rows_within(limit_s) - num_decode_rows
+        num_prompts = len(self.running) - num_streams + len(self.waiting)
+        decode_s = self._costs.of(num_rows)
+        prompts_s = decode_s * PROMPT_SHARE * max(1.0, num_prompts / num_streams)
+        prompts_s = max(decode_s * LEAST_PROMPT_SHARE, min(prompts_s, SMOOTH_STEP_S - decode_s))
+        fitting = self._costs.rows_within(decode_s + prompts_s) - num_rows
         return int(min(most, max(fitting, LEAST_PREFILL_ROWS)))
 
     def _schedule_decode(self) -> list[Chunk]:

@@ -2,12 +2,15 @@
 rows a step may have.
 
 A step's cost grows with its rows, but never faster than they do, since each step reads every weight
-once.  A number of rows that is not known yet lies between its neighbours.
+once.  So what one step took bounds what all others take: of r rows and c seconds, fewer rows n take
+from c * n / r to c seconds, and more rows from c to c * n / r.
 """
 
 import bisect
 
 WEIGHT = 0.25  # of the last step in its average
+# A step that takes longer than so many times what was expected was held up by something else.
+OUTLIER = 2.0
 LEAST_S = 1e-6
 
 
@@ -25,7 +28,9 @@ class StepCosts:
             self._rows.insert(i, rows)
             self._costs_s.insert(i, max(LEAST_S, elapsed_s))
         else:
-            self._costs_s[i] += WEIGHT * (elapsed_s - self._costs_s[i])
+            before_s = self._costs_s[i]
+            self._costs_s[i] += WEIGHT * (min(elapsed_s, OUTLIER * before_s) - before_s)
+        self._bound_others(rows, self._costs_s[i])
 
     def of(self, num_rows: int) -> float:
         """Seconds that a step of so many rows, at least 1, takes; 0 before the first step."""
@@ -37,9 +42,12 @@ class StepCosts:
         return self._costs_s[i - 1] + share * (self._costs_s[i] - self._costs_s[i - 1])
 
     def rows_within(self, limit_s: float) -> float:
-        """How many rows a step may have to take no longer, at least.
-
-        Too few are soon more, for they are measured then; and too many fewer.
-        """
+        """How many rows a step may have to take no longer, at least.  Too few are soon more, for
+        they are measured then."""
         known = zip(self._rows[1:], self._costs_s[1:], strict=True)
         return max((n * limit_s / cost_s for n, cost_s in known if cost_s <= limit_s), default=0.0)
+
+    def _bound_others(self, rows: int, cost_s: float) -> None:
+        for i, n in enumerate(self._rows):
+            bounds = sorted((cost_s, cost_s * n / rows))
+            self._costs_s[i] = min(max(self._costs_s[i], bounds[0]), bounds[1])
