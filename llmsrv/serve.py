@@ -63,9 +63,9 @@ async def _serve(models: Models, gate: Gate, sockets: list[socket.socket]) -> in
     await asyncio.sleep(0)  # the engine processes start now, beside the imports
     from llmsrv.api.app import build_app
 
-    server = Server(
-        build_app(models, gate), sockets, ServerSettings(body_limit_bytes=models.body_limit_bytes)
-    )
+    app = build_app(models, gate, lambda: vars(server.counters))
+    settings = ServerSettings(body_limit_bytes=models.body_limit_bytes)
+    server = Server(app, sockets, settings)
     await server.start()
     loading = asyncio.create_task(models.wait_started())
     grace_s = 0.0

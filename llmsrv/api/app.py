@@ -5,6 +5,8 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Callable
+from collections.abc import Mapping
 
 from llmsrv.api.chat import ChatCompletions
 from llmsrv.api.completions import Completions
@@ -35,12 +37,15 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 EXPOSED_HEADERS = ("x-request-id", "retry-after", "openai-processing-ms")
 
 
-def build_app(models: Models, gate: Gate) -> ASGIApp:
+def build_app(
+    models: Models, gate: Gate, connections: Callable[[], Mapping[str, int]]
+) -> ASGIApp:
+    """connections: as in Traffic."""
     config = models.config
     router = Router()
     router.add("POST", "/v1/chat/completions", ChatCompletions(models))
     router.add("POST", "/v1/completions", Completions(models))
-    traffic = Traffic()
+    traffic = Traffic(connections)
     Operations(models, traffic).add_to(router)
     origins = config.allow_origins or (["*"] if gate.has_keys else "loopback")
     decorated = CORS(

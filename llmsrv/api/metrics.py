@@ -146,6 +146,9 @@ class _TrafficCollector(Collector):
         yield HistogramMetricFamily(name, "The same", *_buckets(traffic.all_duration_s))
         yield self._sizes("http_request_size_bytes", "Of bodies received", traffic.request_bytes)
         yield self._sizes("http_response_size_bytes", "Of bodies sent", traffic.response_bytes)
+        for name, number in traffic.connections().items():
+            family = GaugeMetricFamily if name == "open_connections" else CounterMetricFamily
+            yield family(f"llmsrv:http_{name}", "As the HTTP server counts", number)
         yield CounterMetricFamily(
             "llmsrv:unknown_fields", "Request fields ignored", self._models.num_unknown_fields
         )

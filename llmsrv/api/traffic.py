@@ -6,6 +6,8 @@ Names and buckets are those of prometheus-fastapi-instrumentator, which dashboar
 import time
 from collections import Counter
 from collections import defaultdict
+from collections.abc import Callable
+from collections.abc import Mapping
 
 from llmsrv.api.counters import Histogram
 from llmsrv.asgi.request import Headers
@@ -24,9 +26,13 @@ ALL_S = (
 
 
 class Traffic:
-    """By route as it was added to the router; "none" for what came to none."""
+    """By route as it was added to the router; "none" for what came to none.
 
-    def __init__(self) -> None:
+    connections  what the HTTP server counts, its totals by name, with open_connections now
+    """
+
+    def __init__(self, connections: Callable[[], Mapping[str, int]]) -> None:
+        self.connections = connections
         self.requests: Counter[tuple[str, str, str]] = Counter()  # by route, method, as "2xx"
         self.duration_s = defaultdict[tuple[str, str], Histogram](lambda: Histogram(ROUTE_S))
         self.all_duration_s = Histogram(ALL_S)

@@ -121,6 +121,8 @@ def test_every_family_is_there_with_the_labels_that_dashboards_filter_on(
     assert (cache["block_size"], cache["num_gpu_blocks"]) == ("16", "1024")
     assert families["vllm:kv_cache_usage_perc"].samples[0].value == 0
     assert {"http_requests", "process_cpu_seconds", "python_info"} <= families.keys()
+    assert families["llmsrv:http_open_connections"].samples[0].value >= 1
+    assert families["llmsrv:http_client_stalled"].samples[0].value == 0
 
 
 def test_what_a_client_leaves_and_what_it_got_wrong_is_counted_as_such(
