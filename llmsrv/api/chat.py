@@ -3,6 +3,7 @@
 Source: OpenAI API reference, "Chat Completions".
 """
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -99,7 +100,9 @@ class _Answer:
         body = self._head | {"choices": choices, "usage": self._job.usage()}
         if (num_asked := self._asked.prompt_logprobs) is not None:
             entries = self._job.prompt_entries[0]
-            body["prompt_logprobs"] = logprobs.of_prompt(self._tokenizer, entries, num_asked)
+            body["prompt_logprobs"] = await asyncio.to_thread(
+                logprobs.of_prompt, self._tokenizer, entries, num_asked
+            )
         if self._asked.return_token_ids:
             body["prompt_token_ids"] = self._prompt_ids
         return orjson.dumps(body)

@@ -98,6 +98,11 @@ class _Answer:
         deltas = await self._job.whole()
         if self._asked.best_of:
             deltas = _best(deltas, self._asked.best_of, self._asked.n or 1)
+        if _tells_prompt(self._asked):  # a long list
+            return await asyncio.to_thread(self._body, deltas)
+        return self._body(deltas)
+
+    def _body(self, deltas: list[Delta]) -> bytes:
         num_each = len(deltas) // len(self._prompts)
         choices = [self._choice(delta, i // num_each) for i, delta in enumerate(deltas)]
         return orjson.dumps(self._head | {"choices": choices, "usage": self._job.usage()})

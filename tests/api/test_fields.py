@@ -358,6 +358,7 @@ def test_a_chat_that_cannot_be_is_refused_by_the_field(
         ({"best_of": 1, "n": 2}, "best_of"),
         ({"best_of": 2, "stream": True}, "best_of"),
         ({"best_of": 0}, "best_of"),
+        ({"prompt": [[9] * 400] * 128, "prompt_logprobs": 20}, "prompt_logprobs"),
         ({"logprobs": 6}, "logprobs"),
         ({"suffix": "x"}, "suffix"),
         ({"prompt": ["a"] * 128, "n": 128}, "n"),
