@@ -137,9 +137,9 @@ def test_long_and_broken_answers_take_linear_time(answer: str) -> None:
         return time.process_time() - begun_at
 
     half = len(answer) // 2
-    assert seconds([answer]) < 0.5
+    assert seconds([answer]) < 2  # 0.1 s; in quadratic time, minutes
     in_pieces = [answer[i : i + 5] for i in range(0, half, 5)]
-    assert seconds(in_pieces) < 0.5
+    assert seconds(in_pieces) < 2
 
 
 @pytest.mark.parametrize(
