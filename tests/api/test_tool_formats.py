@@ -89,6 +89,31 @@ def test_tools_are_called_in_the_format_of_the_model(tmp_path: Path, name: str) 
                 assert hasattr(choice.message, "reasoning_content")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hermes", "mistral"])
+def test_calls_of_strict_tools_keep_to_their_schemas_where_they_may_be(
+    tmp_path: Path, name: str
+) -> None:
+    specials, writes, _ = FORMATS[name]
+    opening = len(tiny_vocabulary()["tokenizer.ggml.tokens"])  # type: ignore[arg-type]
+    model = write_model(tmp_path / "tiny.gguf", specials, writes)
+    with run_server("--model", str(model)) as server:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        answer = client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "hello"}],
+            tools=TOOLS,
+            max_tokens=150,
+            seed=3,
+            logit_bias={str(opening): 100},  # a random model would not begin a call
+        )
+        calls = answer.choices[0].message.tool_calls or ()
+        assert len(calls) > 1
+        for call in calls[:-1]:
+            assert call.type == "function"
+            assert set(json.loads(call.function.arguments)) <= {"a"}
+
+
 # As templates of DeepSeek have it: arguments are text, and a call goes without content.
 SPELLED = (
     "{% for m in messages %}{% if m.tool_calls %}{% for c in m.tool_calls %}"
