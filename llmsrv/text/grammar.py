@@ -36,6 +36,11 @@ _UNSUPPORTED = re.compile(r"Unimplemented keys: (\[.*\])")
 _LARK = re.compile(r"^\s*(%llguidance\b|start\s*:)", re.MULTILINE)
 _IN_LARK = {"/": r"\/", "\n": r"\n", "\r": r"\r"}
 _NOT_IN_LARK = re.compile(r"\\.|[/\n\r]", re.DOTALL)  # an escape as a whole stays what it is
+_LITERAL = re.compile(r'"(?:[^"\\\n]|\\.)*"')
+_COUNTS = re.compile(r"(?<!\\)\{([\d\s,]*)\}")
+_EXCESSIVE = re.compile(r"[1-9]\d{6}")
+_NESTED_IN_PATTERN = re.compile(r"(?<!\\)\((?:\?:)?(?:\\?[\w.]|\[[^\[\]]*\])[*+]\)[*+]")
+_NESTED_IN_RULES = re.compile(r'\(\s*(?:""|[\w-]+|\[[^\[\]]*\])\s*[*+]\s*\)\s*[*+]')
 _GBNF_ESCAPE = re.compile(r"\\u00([0-9a-fA-F]{2})")
 
 
@@ -58,6 +63,8 @@ def regex_source(pattern: str) -> str:
     """Text that a regular expression of Rust's `regex` crate matches as a whole."""
     if not pattern:
         raise GrammarError("expected a regular expression, but got an empty string")
+    _check_size(pattern)
+    _refuse_excess(pattern, _NESTED_IN_PATTERN)
     in_lark = _NOT_IN_LARK.sub(lambda match: _IN_LARK.get(match[0], match[0]), pattern)
     return _lark_source(f"start: /{in_lark}/")
 
@@ -74,6 +81,8 @@ def grammar_source(text: str) -> str:
     """A grammar in Lark, as llguidance extends it, or in GBNF."""
     if not text.strip():
         raise GrammarError("expected a grammar in Lark or GBNF, but got an empty string")
+    _check_size(text)
+    _refuse_excess(_LITERAL.sub('""', text), _NESTED_IN_RULES)
     return _lark_source(text) if _LARK.search(text) else _source([{"gbnf": text}])
 
 
@@ -209,6 +218,14 @@ def _parsed(text: bytes | str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"the schema is not JSON: {error}") from None
+
+
+def _refuse_excess(text: str, nested: re.Pattern[str]) -> None:
+    """Repetitions that can only be a mistake or an attack, whatever they would cost here."""
+    if any(map(_EXCESSIVE.search, _COUNTS.findall(text))):
+        raise GrammarError("a repetition of a million times or more is refused")
+    if found := nested.search(text):
+        raise GrammarError(f"a repetition of a mere repetition is refused: {found[0][:64]}")
 
 
 def _shown(value: Any) -> str:

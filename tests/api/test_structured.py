@@ -227,6 +227,8 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "parentheses": {"guided_grammar": "start: " + "(" * 60_000 + '"a"' + ")" * 60_000},
     "parentheses of a pattern": {"guided_regex": "(" * 60_000 + "a" + ")" * 60_000},
     "parentheses in GBNF": {"guided_grammar": "root ::= " + "(" * 60_000 + '"a"' + ")" * 60_000},
+    "repetition": {"guided_regex": "a{0,1000000000}"},
+    "nested stars": {"guided_grammar": 'start: ("a"*)*'},
     "chain": {
         "guided_grammar": "start: r0\n"
         + "".join(f"r{i}: r{i + 1}\n" for i in range(5000))
@@ -258,9 +260,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 }
 # Valid, and of no harm: what ends them is max_tokens.
 ENDLESS: dict[str, dict[str, Any]] = {
-    "nested stars": {"guided_grammar": 'start: ("a"*)*'},
     "nested quantifiers": {"guided_regex": "((a{0,1000}){0,1000}){0,1000}"},
-    "repetition": {"guided_regex": "a{0,1000000000}"},
     "length": {"guided_json": {"type": "string", "minLength": 1_000_000_000}},
     "recursion": {"guided_json": {"properties": {"a": {"$ref": "#"}}, "required": ["a"]}},
 }

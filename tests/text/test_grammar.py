@@ -1,6 +1,8 @@
 """What becomes a source, and what is refused before anything is compiled."""
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,45 @@ def test_what_is_empty_is_refused(make: object) -> None:
     assert callable(make)
     with pytest.raises(GrammarError, match="empty"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (regex_source, "a{0,1000000000}"),
+        (regex_source, "a{1000000}"),
+        (regex_source, "x(a+)+y"),
+        (regex_source, r"(?:\w*)*"),
+        (regex_source, "([a-z]+)*"),
+        (grammar_source, 'start: ("a"*)*'),
+        (grammar_source, 'root ::= ( item + ) *\nitem ::= "a"'),
+        (grammar_source, 'start: "a"{ 0 , 1000000000 }'),
+    ],
+)
+def test_repetitions_that_are_a_mistake_or_an_attack_are_refused(
+    make: Callable[[str], str], text: str
+) -> None:
+    with pytest.raises(GrammarError, match="a repetition of a"):
+        make(text)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (regex_source, r"\{1000000\}|a{0,999999}"),
+        (regex_source, r"(a+b)*(ab*)+([0-9]{3})+\(a*\)*"),
+        (grammar_source, 'start: ("a" B*)* "{1000000}" "(a*)*"'),
+        (regex_source, "{" + "1" * 200_000),
+        (regex_source, "([" * 200_000),
+        (regex_source, "(" * 400_000),
+    ],
+)
+def test_others_are_not_and_looking_for_them_takes_little_time(
+    make: Callable[[str], str], text: str
+) -> None:
+    start_s = time.process_time()
+    make(text)
+    assert time.process_time() - start_s < 1.0
 
 
 @pytest.mark.parametrize(
