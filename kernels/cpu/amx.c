@@ -136,7 +136,8 @@ INLINE void integer_scales(
     *D = to_nearest(d);
     if (weight_planes(format) == 2)
         m += (d - to_float(*D)) * splat(7.5f - (float)offset_of(format));
-    *M = to_nearest(m) - *D * offset_of(format);
+    /* Unsigned, for what is not a number may overflow. */
+    *M = (i32x16)((u32x16)to_nearest(m) - (u32x16)*D * (uint32_t)offset_of(format));
 }
 
 /* ---- Few rows */
