@@ -89,7 +89,8 @@ class Arena:
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         for address, copy, owner in self._living():
-            ctypes.memmove(address, copy.original, copy.size)
+            if copy.is_writable:
+                ctypes.memmove(address, copy.original, copy.size)
         result = function(*arguments)
         for address, copy, owner in self._living():
             if copy.is_writable:
@@ -118,6 +119,7 @@ class Arena:
                 if known[1:] == copy[1:] and known.owner() is copy.owner():
                     return address
             address = self._take(copy.size)
+            ctypes.memmove(address, copy.original, copy.size)
             self._copies[address] = copy
             return address
 
