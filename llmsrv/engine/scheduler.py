@@ -2,9 +2,9 @@
 
 Sequences in decode take one row each, before anything else, so a long prompt never stops the
 running streams, and further rows for drafts (speculation.py); what is left goes to prompts, in
-chunks; then sequences are admitted from the queue while slots, blocks and rows last.  With nothing
-in decode a step has max_rows.  Otherwise it has so many that its streams stay smooth, by what steps
-have cost so far (_num_prefill_rows).
+chunks; then sequences are admitted from the queue while slots, blocks and rows last.  A step has
+max_rows at most, and so many that its streams stay smooth, by what steps have cost so far
+(_num_prefill_rows).
 
 When a sequence in decode needs a block and none is free, the running sequence of the last rank is
 preempted: its blocks are freed, it goes back to the queue, and when it is admitted again its prompt
@@ -33,6 +33,8 @@ from llmsrv.engine.sequence import State
 from llmsrv.engine.speculation import Speculation
 from llmsrv.engine.step_costs import StepCosts
 
+# Whoever comes or leaves waits until a step has ended.
+LONGEST_STEP_S = 1.0
 # A step with streams takes so much longer for prompts, as a share of what it takes without: so no
 # pause is long beside the usual one.
 PROMPT_SHARE = 1.5
@@ -147,15 +149,15 @@ class Scheduler:
 
     def _num_prefill_rows(self, num_streams: int, num_rows: int) -> int:
         """How many rows the step may have beside these, which are those of the streams."""
-        most = self._max_rows - num_rows
-        if not num_streams:
-            return most
-        num_prompts = len(self.running) - num_streams + len(self.waiting)
-        decode_s = self._costs.of(num_rows)
-        prompts_s = decode_s * PROMPT_SHARE * max(1.0, num_prompts / num_streams)
-        prompts_s = max(decode_s * LEAST_PROMPT_SHARE, min(prompts_s, SMOOTH_STEP_S - decode_s))
-        fitting = self._costs.rows_within(decode_s + prompts_s) - num_rows
-        return int(min(most, max(fitting, LEAST_PREFILL_ROWS)))
+        limit_s = LONGEST_STEP_S
+        if num_streams:
+            decode_s = self._costs.of(num_rows)
+            num_prompts = len(self.running) - num_streams + len(self.waiting)
+            prompts_s = decode_s * PROMPT_SHARE * max(1.0, num_prompts / num_streams)
+            prompts_s = min(prompts_s, SMOOTH_STEP_S - decode_s)
+            limit_s = decode_s + max(prompts_s, decode_s * LEAST_PROMPT_SHARE)
+        fitting = self._costs.rows_within(limit_s) - num_rows
+        return int(min(self._max_rows - num_rows, max(fitting, LEAST_PREFILL_ROWS)))
 
     def _schedule_decode(self) -> list[Chunk]:
         """By rank; a preemption takes sequences from the end of the list that is walked."""

@@ -7,6 +7,7 @@ from c * n / r to c seconds, and more rows from c to c * n / r.
 """
 
 import bisect
+import math
 
 WEIGHT = 0.25  # of the last step in its average
 # A step that takes longer than so many times what was expected was held up by something else.
@@ -42,8 +43,10 @@ class StepCosts:
         return self._costs_s[i - 1] + share * (self._costs_s[i] - self._costs_s[i - 1])
 
     def rows_within(self, limit_s: float) -> float:
-        """How many rows a step may have to take no longer, at least.  Too few are soon more, for
-        they are measured then."""
+        """How many rows a step may have to take no longer, at least; without end before the first
+        step.  Too few are soon more, for they are measured then."""
+        if len(self._rows) == 1:
+            return math.inf
         known = zip(self._rows[1:], self._costs_s[1:], strict=True)
         return max((n * limit_s / cost_s for n, cost_s in known if cost_s <= limit_s), default=0.0)
 

@@ -3,6 +3,7 @@
 Time is a fake plan's own: a step takes what its rows are said to cost.
 """
 
+import math
 
 import numpy as np
 import pytest
@@ -81,12 +82,24 @@ def test_many_streams_that_begin_at_once_wait_at_most_sixty_milliseconds_a_token
 
 
 def test_a_prompt_takes_whole_steps_while_nothing_streams() -> None:
-    clock = Clock(step_s=1.0)
+    clock = Clock(step_s=0.1)
     engine = timed_engine(clock)
     for request in range(3):
         engine.submit(request, healthy_prompt(1024, request, steps=1), max_tokens=1)
         engine.run()
     assert engine.plan.num_forwards == 6  # type: ignore[attr-defined]
+
+
+def test_where_rows_are_dear_no_step_takes_longer_than_a_second_but_the_first() -> None:
+    clock = Clock(step_s=0.2, row_s=0.02)
+    engine = timed_engine(clock)
+    engine.submit(0, healthy_prompt(1024, steps=1), max_tokens=1)
+    ends = [clock.now_s]
+    while engine.core.has_work:
+        engine.step()
+        ends.append(clock.now_s)
+    steps_s = np.diff(ends)[1:]
+    assert np.median(steps_s) > 0.8 and steps_s.max() <= 1.0
 
 
 def test_a_slow_model_gives_prompts_less_of_a_step_but_never_nothing() -> None:
@@ -102,7 +115,7 @@ def test_a_slow_model_gives_prompts_less_of_a_step_but_never_nothing() -> None:
 
 def test_unknown_costs_lie_between_those_of_fewer_and_of_more_rows() -> None:
     costs = StepCosts()
-    assert costs.of(1) == costs.rows_within(1.0) == 0
+    assert costs.of(1) == 0 and costs.rows_within(1.0) == math.inf
     costs.note(1, 0.005)
     costs.note(64, 0.05)
     assert costs.of(1) == 0.005 and costs.of(8) == pytest.approx(0.01)
