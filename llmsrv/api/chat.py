@@ -14,7 +14,6 @@ import orjson
 from llmsrv.api import decode
 from llmsrv.api import generate
 from llmsrv.api import logprobs
-from llmsrv.api import structured
 from llmsrv.api.job import Job
 from llmsrv.api.job import start
 from llmsrv.api.message import MessageReader
@@ -26,7 +25,7 @@ from llmsrv.api.prompt import prompt_ids
 from llmsrv.api.schema import ChatCompletionRequest
 from llmsrv.api.service import Service
 from llmsrv.api.tools import ToolUse
-from llmsrv.api.tools import tool_grammar
+from llmsrv.api.tools import grammar_of
 from llmsrv.api.tools import tool_use
 from llmsrv.asgi.request import Request
 from llmsrv.asgi.response import Response
@@ -47,7 +46,6 @@ class ChatCompletions:
         tools = tool_use(service, asked)
         ids = await prompt_ids(service, asked, tools.tools if tools else [])
         is_thinking = _is_thinking(service, ids)
-        grammar = await tool_grammar(service, tools, is_thinking) if tools else ""
         submits = generate.make_submits(
             service,
             asked,
@@ -57,7 +55,7 @@ class ChatCompletions:
             num_logprobs=_num_logprobs(asked),
             tells_prompt=asked.prompt_logprobs is not None,
             tenant=generate.tenant_of(request),
-            grammar=grammar or await structured.grammar_of(service, asked, is_thinking),
+            grammar=await grammar_of(service, asked, tools, is_thinking),
         )
         shown = shown_tokens(service.text.tokenizer, tools, is_thinking)
         rules = generate.text_rules(asked, service.text.tokenizer, shown)

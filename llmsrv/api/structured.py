@@ -6,7 +6,6 @@ Source: OpenAI API reference, "Structured Outputs"; vLLM, "Structured Outputs".
 
 from collections.abc import Callable
 from collections.abc import Iterator
-from collections.abc import Sequence
 from typing import Any
 from typing import TypeVar
 
@@ -22,10 +21,10 @@ from llmsrv.text.grammar import GrammarError
 from llmsrv.text.grammar import Tag
 from llmsrv.text.grammar import behind_thoughts
 from llmsrv.text.grammar import choice_source
+from llmsrv.text.grammar import either_source
 from llmsrv.text.grammar import grammar_source
 from llmsrv.text.grammar import json_source
 from llmsrv.text.grammar import regex_source
-from llmsrv.text.grammar import tags_source
 from llmsrv.text.grammar import triggered_source
 from llmsrv.text.reasoning import CLOSING
 from llmsrv.text.reasoning import OPENING
@@ -40,11 +39,15 @@ ANY_OBJECT = {"type": "object"}
 
 
 async def grammar_of(
-    service: Service, asked: GenerationRequest, is_thinking: bool | None = None
+    service: Service,
+    asked: GenerationRequest,
+    is_thinking: bool | None = None,
+    or_else: Maker | None = None,
 ) -> str:
     """The grammar for Submit, "" where the request wants none.
 
     is_thinking  whether the prompt has begun the thoughts before the answer; None: there are none
+    or_else      what the answer may be instead
 
     Raises ApiError 400 naming the field, when it does not compile or is not the only one.
     """
@@ -56,38 +59,13 @@ async def grammar_of(
         message = f"Invalid '{second}': only one of '{first}' and '{second}' may be given."
         raise ApiError(400, message, param=second, code="invalid_value")
     param, maker = found[0]
-    return await _checked(service, maker, param, is_thinking)
+    if or_else is None:
+        return await checked(service, maker, param, is_thinking)
+    return await checked(service, lambda: either_source(or_else(), maker()), param, is_thinking)
 
 
-async def tool_grammar(
-    service: Service,
-    calls: Sequence[Tag],
-    *,
-    triggers: Sequence[str] = (),
-    prefix: str = "",
-    separator: str = "",
-    suffix: str = "",
-    many: bool = False,
-    is_thinking: bool | None = None,
-) -> str:
-    """The grammar of answers that call tools, a Tag for each of them.
-
-    With triggers the answer is any text, in which each of them begins a call; else it is calls and
-    nothing else, as in text.grammar.tags_source.  is_thinking as in grammar_of.  Raises ApiError
-    400 naming `tools`.
-    """
-    tokenizer = service.text.tokenizer
-
-    def maker() -> str:
-        if triggers:
-            return triggered_source(calls, triggers, tokenizer)
-        form = {"prefix": prefix, "separator": separator, "suffix": suffix}
-        return tags_source(calls, tokenizer, **form, many=many)
-
-    return await _checked(service, maker, "tools", is_thinking)
-
-
-async def _checked(service: Service, maker: Maker, param: str, is_thinking: bool | None) -> str:
+async def checked(service: Service, maker: Maker, param: str, is_thinking: bool | None) -> str:
+    """The grammar for Submit, once it has compiled; ApiError 400 naming `param` if it does not."""
     try:
         source = maker()
         if is_thinking is not None:

@@ -13,6 +13,9 @@ from llmsrv.api.schema import Tool
 from llmsrv.api.service import Service
 from llmsrv.errors import ApiError
 from llmsrv.text.grammar import Tag
+from llmsrv.text.grammar import tags_source
+from llmsrv.text.grammar import triggered_source
+from llmsrv.text.tokenizer import Tokenizer
 from llmsrv.text.tool_calls import FORMATS
 from llmsrv.text.tool_calls import ToolCallFormat
 from llmsrv.text.tool_calls import ToolCallParser
@@ -74,37 +77,61 @@ def _chosen(choice: str | NamedToolChoice | AllowedToolsChoice | None) -> tuple[
     return choice or "auto", []
 
 
-async def tool_grammar(service: Service, use: ToolUse, is_thinking: bool | None) -> str:
-    """What the answer must follow so that the model calls one of its tools, or, where it need not,
-    so that calls of `strict` tools keep to their schemas; "" for nothing.
+async def grammar_of(
+    service: Service,
+    asked: ChatCompletionRequest,
+    use: ToolUse | None,
+    is_thinking: bool | None,
+) -> str:
+    """The grammar for Submit: of calls where the model has to call, of the form that the request
+    asks for or else calls, or of text in which calls of `strict` tools keep to their schemas.
 
-    is_thinking  as in structured.grammar_of
+    is_thinking  as in structured.grammar_of, which says what is raised
     """
-    form = use.format
+    if use is None:
+        return await structured.grammar_of(service, asked, is_thinking)
+    calls = _calls(use, service.text.tokenizer)
+    if use.must_call:
+        return await structured.checked(service, calls, "tools", is_thinking)
+    if grammar := await structured.grammar_of(service, asked, is_thinking, or_else=calls):
+        return grammar
     is_strict = any(tool.function.strict for tool in use.callable.values())
-    if not use.must_call and not (is_strict and form.opening and not form.is_bare):
+    if not is_strict or use.format.is_bare:
         return ""
-    opening, closing = (form.opening + "[", "]") if form.is_list else ("", "")
-    if not use.must_call:
-        calls = [_call(form, tool, opening, closing) for tool in use.callable.values()]
-        return await structured.tool_grammar(
-            service, calls, triggers=[form.opening], is_thinking=is_thinking
-        )
-    return await structured.tool_grammar(
-        service,
-        [_call(form, tool) for tool in use.callable.values()],
-        prefix=opening,
+    calls_in_text = _calls_in_text(use, service.text.tokenizer)
+    return await structured.checked(service, calls_in_text, "tools", is_thinking)
+
+
+def _calls(use: ToolUse, tokenizer: Tokenizer) -> structured.Maker:
+    """Calls and nothing else."""
+    form = use.format
+    prefix, suffix = (form.opening + "[", "]") if form.is_list else ("", "")
+    opening, closing = _around(form)
+    tags = [_tag(form, tool, opening, closing) for tool in use.callable.values()]
+    return lambda: tags_source(
+        tags,
+        tokenizer,
+        prefix=prefix,
         separator=form.separator,
-        suffix=closing,
+        suffix=suffix,
         many=not use.at_most_one,
-        is_thinking=is_thinking,
     )
 
 
-def _call(form: ToolCallFormat, tool: Tool, opening: str = "", closing: str = "") -> Tag:
+def _calls_in_text(use: ToolUse, tokenizer: Tokenizer) -> structured.Maker:
+    """Any text, in which calls begin as they are announced."""
+    form = use.format
+    opening, closing = (form.opening + "[", "]") if form.is_list else _around(form)
+    tags = [_tag(form, tool, opening, closing) for tool in use.callable.values()]
+    return lambda: triggered_source(tags, [form.opening], tokenizer)
+
+
+def _around(form: ToolCallFormat) -> tuple[str, str]:
+    return (f"{form.opening}\n", f"\n{form.closing}") if form.closing else ("", "")
+
+
+def _tag(form: ToolCallFormat, tool: Tool, opening: str, closing: str) -> Tag:
     """One call as the model is to write it."""
-    if form.closing:
-        opening, closing = f"{form.opening}\n", f"\n{form.closing}"
     begin = f'{opening}{{"name": {json.dumps(tool.function.name)}, "{form.arguments}": '
     return Tag(begin, _closed(tool.function.parameters), "}" + closing)
 

@@ -157,6 +157,15 @@ def _rest_of_trigger(
     )
 
 
+def either_source(first: str, second: str) -> str:
+    """The texts of one source and those of another."""
+    grammars: list[dict[str, Any]] = [{"lark_grammar": "start: @first | @second"}]
+    for name, source in (("first", first), ("second", second)):
+        start, *further = json.loads(source)["grammars"]
+        grammars += [{"name": name, **start}, *further]
+    return _source(grammars)
+
+
 def behind_thoughts(
     source: str, tokenizer: "Tokenizer", opening: str, closing: str, is_begun: bool
 ) -> str:

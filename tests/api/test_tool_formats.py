@@ -114,6 +114,33 @@ def test_calls_of_strict_tools_keep_to_their_schemas_where_they_may_be(
             assert set(json.loads(call.function.arguments)) <= {"a"}
 
 
+@pytest.mark.slow
+def test_an_answer_has_the_asked_form_or_calls_tools(tmp_path: Path) -> None:
+    specials, writes, _ = FORMATS["hermes"]
+    opening = len(tiny_vocabulary()["tokenizer.ggml.tokens"])  # type: ignore[arg-type]
+    model = write_model(tmp_path / "tiny.gguf", specials, writes)
+    form = {"type": "object", "properties": {"b": {"enum": [3]}}, "additionalProperties": False}
+    schema = {"type": "json_schema", "json_schema": {"name": "b", "schema": form}}
+    with run_server("--model", str(model)) as server:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        for bias in (-100, 100):
+            body: dict[str, Any] = {"parallel_tool_calls": False, "response_format": schema}
+            choice = client.chat.completions.create(
+                model="tiny",
+                messages=[{"role": "user", "content": "hello"}],
+                tools=TOOLS,
+                max_tokens=150,
+                seed=3,
+                logit_bias={str(opening): bias},
+                extra_body=body,
+            ).choices[0]
+            assert choice.finish_reason == ("stop" if bias < 0 else "tool_calls")
+            if bias < 0:
+                assert set(json.loads(choice.message.content or "")) <= {"b"}
+            else:
+                assert choice.message.tool_calls and not choice.message.content
+
+
 # As templates of DeepSeek have it: arguments are text, and a call goes without content.
 SPELLED = (
     "{% for m in messages %}{% if m.tool_calls %}{% for c in m.tool_calls %}"
