@@ -96,9 +96,12 @@ async def kill_often(tiny: Path, num_kills: int, rng: random.Random) -> None:
         expected = await ids_of(client.submit(asked([1, 2, 3], 20)))
         num_files = open_files(os.getpid())
         for number in range(num_kills):
+            num_restarts = client.num_restarts
             await kill_once(client, number, rng)
+            if rng.random() < 0.2:
+                num_restarts += await kill_while_loading(client, rng)
             await client.wait_ready()
-            assert client.num_restarts == number + 1
+            assert client.num_restarts == num_restarts + 1
             assert await ids_of(client.submit(asked([1, 2, 3], 20))) == expected
         assert open_files(os.getpid()) <= num_files
         assert len(asyncio.all_tasks()) <= 3  # this one, its timeout's, and the supervision
@@ -123,6 +126,20 @@ async def kill_once(client: EngineClient, number: int, rng: random.Random) -> No
             assert (end.status, end.code) in {(500, "engine_restarted"), (503, "engine_restarted")}
     while client.state is EngineState.READY:
         await asyncio.sleep(0.001)
+
+
+async def kill_while_loading(client: EngineClient, rng: random.Random) -> int:
+    """How many kills that were: none when the model was loaded already."""
+    dead = client.pid
+    while client.pid in (None, dead):
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(rng.choice((0.0, 0.05, 0.2)))
+    if client.pid is None or client.state is EngineState.READY:
+        return 0
+    os.kill(client.pid, signal.SIGKILL)
+    with pytest.raises(ApiError):
+        client.submit(asked([1], 1))
+    return 1
 
 
 # ---- Cancels
