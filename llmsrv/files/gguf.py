@@ -283,7 +283,9 @@ class _Reader:
         if type_ not in NUMBERS:
             self.refuse(f"key {shown(key)} has items of the unknown value type {type_}")
         number = NUMBERS[type_]
-        return array(number.format[-1], self.take(count * number.size))
+        values = array(number.format[-1])
+        values.frombytes(memoryview(self.data)[self.advance(count * number.size)])
+        return values
 
     def read_strings(self, key: str, count: int) -> list[str]:
         """The hot loop of loading: a vocabulary is a hundred thousand strings."""
@@ -382,8 +384,12 @@ class _Reader:
         return self.take(length).decode("utf-8", "surrogateescape")
 
     def take(self, size: int) -> bytes:
+        return self.data[self.advance(size)]
+
+    def advance(self, size: int) -> slice:
+        """Where the next `size` bytes are; what follows them is next then."""
         start = self.at
         self.at += size
         if self.at > self.end:
             raise struct.error
-        return self.data[start:self.at]
+        return slice(start, self.at)
