@@ -173,20 +173,23 @@ def test_completion_logprobs_have_offsets_into_the_text(client: OpenAI) -> None:
     assert list(logprobs.top_logprobs[0]) == [" a", " the", " brown"]
 
 
+@pytest.mark.parametrize(
+    "backend", ["client", pytest.param("reference_client", marks=pytest.mark.slow)]
+)
 def test_a_text_has_the_same_logprobs_as_prompt_and_as_answer(
-    client: OpenAI, reference_client: OpenAI
+    backend: str, request: pytest.FixtureRequest
 ) -> None:
     case = GOLDEN[3]
     num_prompt, answer = len(case["prompt_ids"]), case["greedy_ids"][:8]
-    for backend in (client, reference_client):
-        echoed = backend.completions.create(
-            model=MODEL, prompt=case["prompt_ids"] + answer, echo=True, logprobs=5, max_tokens=1
-        )
-        logprobs = echoed.choices[0].logprobs
-        assert logprobs is not None and logprobs.token_logprobs is not None
-        told = logprobs.token_logprobs[num_prompt : num_prompt + len(answer)]
-        wanted = [case["top10_logprobs"][i][0][1] for i in range(len(answer))]
-        assert told == pytest.approx(wanted, abs=2e-2)
+    client: OpenAI = request.getfixturevalue(backend)
+    echoed = client.completions.create(
+        model=MODEL, prompt=case["prompt_ids"] + answer, echo=True, logprobs=5, max_tokens=1
+    )
+    logprobs = echoed.choices[0].logprobs
+    assert logprobs is not None and logprobs.token_logprobs is not None
+    told = logprobs.token_logprobs[num_prompt : num_prompt + len(answer)]
+    wanted = [case["top10_logprobs"][i][0][1] for i in range(len(answer))]
+    assert told == pytest.approx(wanted, abs=2e-2)
 
 
 def test_a_prompt_of_token_ids_continues_as_the_golden_one(client: OpenAI) -> None:
