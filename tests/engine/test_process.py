@@ -96,6 +96,7 @@ async def test_requests_are_answered_with_the_same_tokens_alone_and_together(tin
         await gauges_at_rest(client)
 
 
+@pytest.mark.slow
 @in_loop
 async def test_a_draft_model_and_look_up_give_the_same_tokens_in_fewer_steps(tiny: Path) -> None:
     async with engine(tiny) as client:
@@ -106,6 +107,7 @@ async def test_a_draft_model_and_look_up_give_the_same_tokens_in_fewer_steps(tin
             assert client.gauges.num_accepted_tokens > 0
 
 
+@pytest.mark.slow
 @in_loop
 async def test_a_draft_model_of_another_vocabulary_is_refused(tiny: Path, tmp_path: Path) -> None:
     other = write_tiny_llama(tmp_path / "other.gguf", vocab_size=400)
@@ -193,6 +195,7 @@ def test_an_engine_may_end_by_any_signal(number: signal.Signals, tiny: Path) -> 
     check()
 
 
+@pytest.mark.slow
 @in_loop
 async def test_a_request_in_two_crashes_is_told_not_to_come_again_and_its_hash_is_logged(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

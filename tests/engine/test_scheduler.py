@@ -61,10 +61,10 @@ def gaps_of(engine: Engine, clock: Clock, request: int, end: int) -> list[float]
 def test_a_stream_stays_smooth_while_long_prompts_arrive(row_s: float) -> None:
     clock = Clock(row_s=row_s)
     engine = timed_engine(clock)
-    engine.submit(0, healthy_prompt(20, steps=900), max_tokens=900)
+    engine.submit(0, healthy_prompt(20, steps=500), max_tokens=500)
     for _ in range(100):
         engine.step()
-    for request in range(1, 5):  # one as soon as the one before it is finished
+    for request in range(1, 3):  # one as soon as the one before it is finished
         engine.submit(request, healthy_prompt(1000, request, steps=1), max_tokens=1)
         gaps = gaps_of(engine, clock, 0, end=request)
         alone_s = clock.step_s + row_s

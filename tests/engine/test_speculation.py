@@ -178,7 +178,7 @@ def test_drafts_are_made_where_they_pay(row_s: float, pays: bool) -> None:
             draft_length=draft_length,
         )
         for request in range(2):
-            engine.submit(request, healthy_prompt(20, request, steps=500), max_tokens=500)
+            engine.submit(request, healthy_prompt(20, request, steps=250), max_tokens=250)
         engine.run()
     plain_s, drafting_s = (clocks[length].now_s - 1000 for length in (None, 0))
     if pays:
