@@ -90,6 +90,12 @@ def test_a_draft_model_and_its_mode_come_together(options: list[str], tmp_path: 
         find_models(parse(["--model", str(model), *options], {}))
 
 
+def test_several_models_are_named_one_by_one_or_in_one_list() -> None:
+    given = parse(["--model", "a=x.gguf", "--model", "b=hf:org/y"], {})
+    assert given.model == parse([], {"LLMSRV_MODEL": "a=x.gguf,b=hf:org/y"}).model
+    assert given.model == ["a=x.gguf", "b=hf:org/y"]
+
+
 def test_an_engine_gets_the_options_that_concern_it() -> None:
     config = engine_config(parse(["--mode", "server", "--threads", "3"], {}), Path("a.gguf"), None)
     assert (config.model_path, config.mode, config.threads) == ("a.gguf", "server", 3)
