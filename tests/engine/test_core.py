@@ -22,6 +22,7 @@ from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
 from llmsrv.backend.reference import ReferenceBackend
 from llmsrv.backend.sampling import Samples
+from llmsrv.engine.messages import PROMPT
 from llmsrv.engine.messages import Abort
 from llmsrv.engine.messages import Failed
 from llmsrv.engine.messages import Sampling
@@ -412,6 +413,7 @@ class Anything(RuleBasedStateMachine):
         priority=st.integers(-1, 1),
         tenant=st.sampled_from([b"", b"a", b"b"]),
         timeout_s=st.sampled_from([math.inf, math.inf, 25.0]),
+        prompt_logprobs=st.booleans(),
     )
     def submit(
         self,
@@ -423,6 +425,7 @@ class Anything(RuleBasedStateMachine):
         priority: int,
         tenant: bytes,
         timeout_s: float,
+        prompt_logprobs: bool,
     ) -> Submit:
         submit = Submit(
             len(self.submits),
@@ -434,6 +437,7 @@ class Anything(RuleBasedStateMachine):
             priority=priority,
             tenant=tenant,
             deadline_s=self.now_s + timeout_s,
+            prompt_logprobs=prompt_logprobs,
         )
         self.submits[submit.request] = submit
         self.engine.core.submit(submit)
@@ -511,6 +515,7 @@ class Anything(RuleBasedStateMachine):
     def check_ends(self) -> None:
         """Exactly one terminal event a choice, and the output that it has alone."""
         for request, submit in self.submits.items():
+            self.check_told(submit)
             for choice in range(submit.n):
                 key = request, choice
                 finished = self.engine.finished.get(key)
@@ -526,6 +531,13 @@ class Anything(RuleBasedStateMachine):
                     assert finished.num_output_tokens == len(output)
                 if finished and finished.reason == "abort":
                     assert request in self.aborted
+
+    def check_told(self, submit: Submit) -> None:
+        """What was told of the prompt is its beginning, and all of it before an output."""
+        told = self.engine.outputs.get((submit.request, PROMPT), [])
+        assert told == submit.prompt_ids[1 : 1 + len(told)]
+        if submit.prompt_logprobs and (submit.request, 0) in self.engine.outputs:
+            assert len(told) == len(submit.prompt_ids) - 1
 
     def teardown(self) -> None:
         self.engine.run()
