@@ -92,13 +92,12 @@ class Speculation:
         if self._model is None or most < len(sequences) or not sequences:
             return [[] for _ in sequences]
         pays = self._draft_length or self._length_that_pays(self._model, sequences)
-        length = min(pays, most // len(sequences))
+        length = min(pays, most // len(sequences), *map(_num_left, sequences))
         if not length:
             for sequence in sequences:
                 _forgive(sequence)
             return [[] for _ in sequences]
-        drafts = self._model.draft(sequences, length)
-        return [ids[: _num_left(sequence)] for sequence, ids in zip(sequences, drafts, strict=True)]
+        return self._model.draft(sequences, length)
 
     def _length_that_pays(self, model: DraftModel, sequences: list[Sequence]) -> int:
         num_rows = len(sequences)

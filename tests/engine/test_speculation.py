@@ -232,6 +232,23 @@ def test_a_draft_model_changes_no_output(draft_length: int) -> None:
     engine.assert_idle()
 
 
+@pytest.mark.parametrize("make_draft_plan", [None, FakePlan])
+def test_drafts_end_where_the_context_does(make_draft_plan: Any) -> None:
+    engine = Engine(
+        blocks=100,
+        context=64,
+        clock=lambda: 1.0,
+        spare_logit_rows=32,
+        draft_length=16,
+        make_draft_plan=make_draft_plan,
+    )
+    submit = engine.submit(1, healthy_prompt(10, steps=60), max_tokens=1000)
+    engine.run()
+    assert engine.outputs[1, 0] == alone(submit, context=64)[0]
+    assert engine.gauges.num_accepted_tokens > 0
+    engine.assert_idle()
+
+
 def test_a_draft_model_that_guesses_wrong_is_asked_less() -> None:
     class Wrong(FakePlan):
         def sample(self, *arguments: Any) -> Samples:
