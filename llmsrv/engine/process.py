@@ -62,7 +62,9 @@ def main(
     heartbeat      a counter in shared memory that grows while the engine gets on: with each weight
                    loaded, each operation of a plan, each turn of the loop
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which tells us
+    # Ctrl-C, and what a service manager sends to all of us, is for the server, which tells us.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _die_with_parent()
     _offer_to_oom_killer()
     os.environ.setdefault("OPENBLAS_NUM_THREADS", OPENBLAS_NUM_THREADS)

@@ -29,8 +29,7 @@ log = logging.getLogger("llmsrv.engine")
 
 CHECKS = 10  # of the heartbeat, within the time that it may stand still
 EXIT_S = 0.5  # from the end of its pipe to its own end
-STOP_S = 2.0  # for the step that is being made when Stop comes
-TERMINATE_S = 1.0
+STOP_S = 2.0  # for the step that is being made when Stop comes, and for a killed process to go
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class EngineProcess:
             name="llmsrv-engine",
             daemon=True,
         )
-        with _sigint_held():
+        with _signals_held():
             self._process.start()
         # While we held the child's ends open, neither of us would see the other's end.
         child_receive.close()
@@ -107,10 +106,8 @@ class EngineProcess:
         if self._is_ready:
             self.send(Stop())
             await self._gone_within(STOP_S)
-        self._process.terminate()
-        await self._gone_within(TERMINATE_S)
         self._end("it was stopped")
-        await self._gone_within(EXIT_S)
+        await self._gone_within(STOP_S)
 
     async def gone(self) -> None:
         """Returns when the process has exited and its memory is free again."""
@@ -199,11 +196,11 @@ def _reason_of(exitcode: int | None) -> str:
 
 
 @contextmanager
-def _sigint_held() -> Iterator[None]:
-    """Ctrl-C waits until the block ends, and a process started in it begins with SIGINT blocked:
-    Ctrl-C at the terminal cannot end it before it has got to ignoring it."""
-    resource_tracker.ensure_running()  # it unblocks SIGINT when it is started, so not within
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _signals_held() -> Iterator[None]:
+    """SIGINT and SIGTERM wait until the block ends, and a process started in it begins with them
+    blocked: what is sent to all of us cannot end it before it has got to ignoring it."""
+    resource_tracker.ensure_running()  # it unblocks them when it is started, so not within
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:

@@ -177,7 +177,7 @@ async def test_a_killed_engine_ends_its_requests_within_a_second_and_the_next_on
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT])
 def test_an_engine_may_end_by_any_signal(number: signal.Signals, tiny: Path) -> None:
     @in_loop
     async def check() -> None:
@@ -515,12 +515,13 @@ async def test_stopping_before_the_start_has_happened(tiny: Path) -> None:
 
 @needs_proc
 @in_loop
-async def test_an_engine_ignores_ctrl_c_and_is_the_first_to_go_when_memory_is_short(
+async def test_an_engine_leaves_signals_to_the_server_and_is_the_first_to_go_when_memory_is_short(
     tiny: Path,
 ) -> None:
     async with engine(tiny) as client:
         assert client.pid
         os.kill(client.pid, signal.SIGINT)
+        os.kill(client.pid, signal.SIGTERM)
         assert (await output_of(client.submit(asked([1, 2], 5))))[1] == ["length"]
         assert client.num_restarts == 0
         assert Path(f"/proc/{client.pid}/oom_score_adj").read_text() == "500\n"
