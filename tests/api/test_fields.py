@@ -149,6 +149,11 @@ def test_special_tokens_are_shown_on_demand(tiny_client: OpenAI) -> None:
     assert shown.choices[0].text == "<|im_start|>" * 2
 
 
+def test_an_answer_ends_though_every_token_is_discouraged(tiny_client: OpenAI) -> None:
+    answer = complete(tiny_client, logit_bias={str(id): -100 for id in range(270)})
+    assert answer.usage.completion_tokens > 0
+
+
 def test_requests_of_different_salts_share_no_prefix(tiny_client: OpenAI) -> None:
     def num_cached(**fields: Any) -> int:
         usage = complete(tiny_client, [77] * 40, max_tokens=1, **fields).usage
@@ -319,6 +324,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
      "messages[0].content[0].type"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]},
      "messages[0].content[0].text"),
+    ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+     "messages[0].content[0].type"),
+    ({"messages": [{"role": "user", "content": [{"type": "file"}]}]},
+     "messages[0].content[0].type"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+    ({"n": 10**9}, "n"),
+    ({"n": True}, "n"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"max_completion_tokens": 2**31}, "max_completion_tokens"),
+    ({"stop": "x" * 10_000}, "stop"),
+    ({"stop": [""]}, "stop"),
+    ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": {"include_usage": 1}, "stream": True}, "stream_options.include_usage"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"tools": [WEATHER] * 129}, "tools"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
     ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
