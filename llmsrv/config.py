@@ -82,7 +82,7 @@ class Config:
         [DEFAULT_MODEL],
         "Model",
         "a GGUF file, a Hugging Face folder, hf:org/name[:file], or the name of a cached model; "
-        "several, each named for clients by NAME=, are served at once",
+        f"several, each named for clients by NAME=, are served at once (default: {DEFAULT_MODEL})",
         metavar="[NAME=]PATH",
         many=True,
     )
