@@ -15,3 +15,8 @@ def server(smollm2: Path) -> Iterator[RunningServer]:
     names = "SmolLM2-135M-Instruct,second"
     with run_server("--served-model-name", names, "--context-window-size", "1024") as running:
         yield running
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Suites of others take seconds to import: only where they are to run."""
+    return "not compat" in config.getoption("markexpr") or None
