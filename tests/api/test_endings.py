@@ -138,7 +138,8 @@ def test_a_queue_is_also_bounded_in_tokens_and_a_request_in_time(endless_model: 
             eventually(lambda: running(server) == 1)
             second.sendall(endless(prompt=[5] * 100))
             eventually(lambda: waiting(server) == 1)
-            with pytest.raises(openai.InternalServerError, match="100 tokens of prompts are waiting"):
+            told = "100 tokens of prompts are waiting"
+            with pytest.raises(openai.InternalServerError, match=told):
                 client.completions.create(model=MODEL, prompt="a")
             while b"request_timeout" not in (data := first.recv(65536)):
                 assert data
