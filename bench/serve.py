@@ -2,10 +2,12 @@
 time between tokens.
 
 python -m bench.serve [--streams 1,8,32] [--prompt 131] [--output 64] [--rounds 3]
-                      [--url URL --model NAME] [-- server options]
+                      [--arriving 1000] [--url URL --model NAME] [-- server options]
 
 Each stream is a connection of its own; prompts are random words, distinct, so that no prefix cache
-helps.  With --url another server is measured.
+helps.  With --arriving each line is followed by one that begins with "+": the same streams, while
+further prompts of so many words are sent, one after the other.  With --url another server is
+measured.
 """
 
 import argparse
@@ -78,26 +80,35 @@ async def one_request(load: Load, words: random.Random, result: Result) -> None:
     result.wall_s = max(result.wall_s, time.perf_counter() - begun_s)
 
 
-async def one_round(load: Load, num_streams: int, round: int) -> Result:
+async def one_round(load: Load, num_streams: int, round: int, num_arriving: int = 0) -> Result:
+    """num_arriving: words of the prompts that are sent beside the streams; 0: there are none."""
     result = Result()
 
     async def stream(number: int) -> None:
         await one_request(load, random.Random(f"{round} {num_streams} {number}"), result)
 
+    async def arrive() -> None:
+        words = random.Random(f"{round} {num_streams} arriving")
+        while num_arriving:
+            await one_request(Load(load.url, load.model, num_arriving, 1), words, Result())
+
+    arriving = asyncio.create_task(arrive())
     begun_s = time.perf_counter()
     await asyncio.gather(*(stream(number) for number in range(num_streams)))
     result.wall_s = time.perf_counter() - begun_s
+    arriving.cancel()
+    await asyncio.wait({arriving})
     return result
 
 
-def report(num_streams: int, results: list[Result]) -> str:
+def report(label: str, results: list[Result]) -> str:
     """One line: medians over the rounds; the 99th percentile over all of them."""
     rate = statistics.median(r.num_tokens / r.wall_s for r in results)
     first_s = statistics.median(s for r in results for s in r.first_s)
     between_s = sorted(s for r in results for s in r.between_s)
     p50_ms, p99_ms = (1e3 * between_s[int(len(between_s) * q)] for q in (0.5, 0.99))
     return (
-        f"{num_streams:7} {rate:14.1f} {1e3 * first_s:15.1f} {p50_ms:12.2f} {p99_ms:12.2f}"
+        f"{label:>7} {rate:14.1f} {1e3 * first_s:15.1f} {p50_ms:12.2f} {p99_ms:12.2f}"
     )
 
 
@@ -127,6 +138,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=131, help="words, about as many tokens")
     parser.add_argument("--output", type=int, default=64, help="tokens")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--arriving", type=int, default=0, help="words of prompts beside them")
     parser.add_argument("--url")
     parser.add_argument("--model", default="SmolLM2-135M-Instruct")
     options = parser.parse_args(own)
@@ -137,10 +149,12 @@ def main() -> None:
         asyncio.run(one_round(load, 1, -1))
         print("streams  output tok/s  first token, ms  between, p50  between, p99")
         for num_streams in map(int, options.streams.split(",")):
-            results = [
-                asyncio.run(one_round(load, num_streams, round)) for round in range(options.rounds)
-            ]
-            print(report(num_streams, results), flush=True)
+            for num_arriving in sorted({0, options.arriving}):
+                results = [
+                    asyncio.run(one_round(load, num_streams, round, num_arriving))
+                    for round in range(options.rounds)
+                ]
+                print(report("+" * bool(num_arriving) + str(num_streams), results), flush=True)
 
 
 # Frequent words that are one token each in most vocabularies.
