@@ -256,7 +256,7 @@ def test_attention_over_the_cache(cpu, heads, kv_heads, head_dim, window, softca
     assert errors.mean() < 5e-4
 
 
-@pytest.mark.parametrize("bits, error", [(8, 2e-2), (32, 1e-5)])
+@pytest.mark.parametrize("bits, error", [(8, 2e-2), pytest.param(32, 1e-5, marks=pytest.mark.slow)])
 def test_the_cache_takes_elements_of_more_or_fewer_bits(cpu, bits, error):
     backend = CPUBackend(CPUOptions(default_cache_dir(), 2, kv_bits=bits, tiers=(cpu.tier,)))
     assert attention_errors(backend, 6, 2, 40, None, None, False).mean() < error
@@ -461,6 +461,7 @@ def test_a_row_that_is_not_a_number_fails_alone(cpu):
     assert ids[0] == -1 and ids[1] >= 0
 
 
+@pytest.mark.slow  # compiles everything once more
 def test_kernels_that_disagree_with_the_reference_are_refused(monkeypatch, caplog):
     load = cpu_module.load_library
 
