@@ -441,12 +441,14 @@ INLINE void many_rows(
             const int32_t *tile_words = tile_at(operation, row);
             const uint8_t *x = (const uint8_t *)(tile_words + step * STEP / 2 * R);
             clear_sums();
+            if (tile == first)
+                w = make_planes(format, w, num_blocks, inverse, planes[0]);
             for (int k = 0; k < num_blocks; k += STEP / COLUMNS, x += 2 * R * STEP) {
-                /* The first tile makes planes of the weights beside its own products. */
-                if (tile == first)
-                    w = make_planes(format, w, num_blocks - k, inverse, planes[k / 2]);
-                else
+                /* The first tile makes the next step's planes of the weights beside its products. */
+                if (tile != first)
                     UNROLL for (int u = 0; u < 32; u++) prefetch(x + 4 * R * STEP + 64 * u);
+                else if (k + 2 < num_blocks)
+                    w = make_planes(format, w, num_blocks - k - 2, inverse, planes[k / 2 + 1]);
                 multiply_step(format, planes[k / 2], x, R, &folding);
             }
             fold_rest(format, &folding);
