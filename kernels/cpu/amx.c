@@ -125,12 +125,16 @@ INLINE f32x16 units(const int format, const uint8_t *group)
 /* D and M of a block's half, the same for both halves but in Q6_K; M counts for q without offset.
  * What D lost when it was rounded is in M for a q in the middle of four bits. */
 INLINE void integer_scales(
-    const int format, const uint8_t *w, f32x16 inverse, const int half, i32x16 *D, i32x16 *M)
+    const int format,
+    const uint8_t *w,
+    const uint8_t *head,
+    f32x16 inverse,
+    const int half,
+    i32x16 *D,
+    i32x16 *M)
 {
     f32x16 d, m;
-    scales(format, w, &d, &m);
-    if (format == Q6_K)
-        d *= load_signed_bytes(w + 416 + 16 * half);
+    scales(format, w, head, half, &d, &m);
     d *= inverse;
     m = has_minimum(format) ? m * inverse : splat(0);
     *D = to_nearest(d);
@@ -198,14 +202,15 @@ INLINE void few_rows(
     const int32_t *sums = tile + sums_at(columns, R);
     const float *scale = (const float *)(tile + scales_at(columns, R));
     const f32x16 inverse = inverse_units(group);
-    const uint8_t *w = group + UNITS_BYTES;
+    const uint8_t *blocks = group + UNITS_BYTES;
     f32x16 sum[FEW];
     UNROLL for (int r = 0; r < R; r++) sum[r] = splat(0);
     for (int k = 0; k < num_blocks; scale += R) {
         Totals totals[FEW];
         UNROLL for (int r = 0; r < R; r++) totals[r].even = totals[r].odd = _mm512_setzero_si512();
         int end = k + stretch < num_blocks ? k + stretch : num_blocks;
-        for (; k < end; k++, w += size, sums += 2 * R) {
+        for (; k < end; k++, sums += 2 * R) {
+            const uint8_t *w = blocks + block_at(format, k), *head = blocks + head_at(format, k);
             const int32_t *words = tile + k / 2 * 32 * R + k % 2 * 8;
             u32x16 q[8];
             i32x16 D, M;
@@ -214,13 +219,13 @@ INLINE void few_rows(
                 prefetch_far(w + AHEAD + u);
             }
             UNROLL for (int j = 0; j < 4; j++) integers(format, w, j, &q[j], &q[j + 4]);
-            integer_scales(format, w, inverse, 0, &D, &M);
+            integer_scales(format, w, head, inverse, 0, &D, &M);
             if (format != Q6_K) {
                 add_half(R, 0, 8, q, D, M, words, sums, totals);
                 continue;
             }
             add_half(R, 0, 4, q, D, M, words, sums, totals);
-            integer_scales(format, w, inverse, 1, &D, &M);
+            integer_scales(format, w, head, inverse, 1, &D, &M);
             add_half(R, 4, 8, q, D, M, words, sums + R, totals);
         }
         UNROLL for (int r = 0; r < R; r++) sum[r] = fma16(shortened(&totals[r], shift_of(format)), splat(scale[r]), sum[r]);
@@ -288,26 +293,26 @@ INLINE void store_planes(const int format, u32x16 q, Wide D, Wide M, uint8_t *ou
 
 typedef uint8_t Planes[3][16][STEP]; /* of a step: four columns by sixteen rows each */
 
-/* A step's planes of two blocks at w, or of the last one, beside which they are 0; what lies behind
- * the blocks is returned. */
-INLINE const uint8_t *make_planes(
-    const int format, const uint8_t *w, int blocks_left, f32x16 inverse, Planes planes)
+/* A step's planes of blocks k and k + 1; they are 0 where there are no more. */
+INLINE void make_planes(
+    const int format, const uint8_t *blocks, int k, int num_blocks, f32x16 inverse, Planes planes)
 {
     const size_t size = block_bytes(format);
-    for (int k = 0; k < 2; k++) {
-        uint8_t *out = planes[0][8 * k];
+    for (int i = 0; i < 2; i++, k++) {
+        const uint8_t *w = blocks + block_at(format, k), *head = blocks + head_at(format, k);
+        uint8_t *out = planes[0][8 * i];
         i32x16 D, M;
-        if (k == blocks_left) {
+        if (k == num_blocks) {
             for (int p = 0; p < weight_planes(format); p++)
                 memset(planes[p][8], 0, 8 * STEP);
             break;
         }
         UNROLL for (size_t u = 0; u < size; u += 64) prefetch_far(w + AHEAD + u);
-        integer_scales(format, w, inverse, 0, &D, &M);
+        integer_scales(format, w, head, inverse, 0, &D, &M);
         Wide wide_D = split_wide(format, D), wide_M = split_wide(format, M);
         Wide second_D = wide_D, second_M = wide_M;
         if (format == Q6_K) {
-            integer_scales(format, w, inverse, 1, &D, &M);
+            integer_scales(format, w, head, inverse, 1, &D, &M);
             second_D = split_wide(format, D);
             second_M = split_wide(format, M);
         }
@@ -317,10 +322,8 @@ INLINE const uint8_t *make_planes(
             store_planes(format, low, wide_D, wide_M, out + STEP * j);
             store_planes(format, high, second_D, second_M, out + STEP * (j + 4));
         }
-        w += size;
     }
     __asm__ volatile("" ::: "memory"); /* loads of matrix registers name no memory to gcc */
-    return w;
 }
 
 /* Registers: four sums, by power of 256; two planes of activations; two of weights. */
@@ -430,30 +433,30 @@ INLINE void many_rows(
     const int columns = groups.part->columns, stretch = stretch_steps(columns);
     const int first_row = tile_start(num_rows, first);
     const f32x16 inverse = inverse_units(group);
-    const uint8_t *w = group + UNITS_BYTES;
-    for (int i = 0, step = 0; step * STEP < columns; i++, step += stretch) {
-        int num_blocks = (columns - step * STEP) / COLUMNS;
-        if (num_blocks > stretch * STEP / COLUMNS)
-            num_blocks = stretch * STEP / COLUMNS;
+    const uint8_t *blocks = group + UNITS_BYTES;
+    const int num_blocks = columns / COLUMNS;
+    for (int i = 0, begin = 0, stop; begin < num_blocks; i++, begin = stop) {
+        stop = begin + stretch * STEP / COLUMNS < num_blocks ? begin + stretch * STEP / COLUMNS : num_blocks;
         Folding folding = {0};
         for (int tile = first; tile < end; tile++) {
             int row = tile_start(num_rows, tile), R = tile_start(num_rows, tile + 1) - row;
-            const int32_t *tile_words = tile_at(operation, row);
-            const uint8_t *x = (const uint8_t *)(tile_words + step * STEP / 2 * R);
+            const int32_t *words = tile_at(operation, row);
+            const uint8_t *x = (const uint8_t *)words + begin * COLUMNS * 2 * R;
+            Planes *of_step = planes;
             clear_sums();
             if (tile == first)
-                w = make_planes(format, w, num_blocks, inverse, planes[0]);
-            for (int k = 0; k < num_blocks; k += STEP / COLUMNS, x += 2 * R * STEP) {
+                make_planes(format, blocks, begin, num_blocks, inverse, planes[0]);
+            for (int k = begin; k < stop; k += 2, x += 2 * R * STEP, of_step++) {
                 /* The first tile makes the next step's planes of the weights beside its products. */
                 if (tile != first)
                     UNROLL for (int u = 0; u < 32; u++) prefetch(x + 4 * R * STEP + 64 * u);
-                else if (k + 2 < num_blocks)
-                    w = make_planes(format, w, num_blocks - k - 2, inverse, planes[k / 2 + 1]);
-                multiply_step(format, planes[k / 2], x, R, &folding);
+                else if (k + 2 < stop)
+                    make_planes(format, blocks, k + 2, num_blocks, inverse, of_step[1]);
+                multiply_step(format, *of_step, x, R, &folding);
             }
             fold_rest(format, &folding);
             store_sums(format, sums[tile % 2]);
-            folding = (Folding){sums[tile % 2], (const float *)(tile_words + scales_at(columns, R)) + i * R,
+            folding = (Folding){sums[tile % 2], (const float *)(words + scales_at(columns, R)) + i * R,
                                 y + ROWS * (row - first_row), 0, R, i == 0,
                                 out_at(operation, groups, row), operation->out_stride};
         }

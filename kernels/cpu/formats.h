@@ -9,12 +9,13 @@
  *   Q5_0       256 nibbles, 64 high bits    half d                      d (q - 16)               352
  *   Q5_1       256 nibbles, 64 high bits    half d, half m              d q + m                  384
  *   Q8_0       512 bytes                    half d                      d (q - 128)              544
- *   Q4_K       256 nibbles                  half d, half m, u8 s, u8 t  d s q - m t              352
- *   Q5_K       256 nibbles, 64 high bits    half d, half m, u8 s, u8 t  d s q - m t              416
- *   Q6_K       256 nibbles, 128 high pairs  half d, s8 s[2]             d s[column / 16] (q - 32)  448
+ *   Q4_K       256 nibbles                  u8 s, u8 t                  d s q - m t              288
+ *   Q5_K       256 nibbles, 64 high bits    u8 s, u8 t                  d s q - m t              352
+ *   Q6_K       256 nibbles, 128 high pairs  s8 s[2]                     d s[column / 16] (q - 32)  416
  *   F32        float                                                                              64
  *   F16, BF16  half, bfloat                                                                       32
  *
+ * Eight blocks of a K format have a head of 64 bytes before them: 16 half d, then 16 half m.
  * Byte 64 j + 4 r + i of the nibbles holds, of row r, column 4 j + i in its low half and column
  * 16 + 4 j + i in its high half; byte 64 j + 4 r + i of 512 holds column 4 j + i.  So one vector
  * has four columns of sixteen rows, and no product ever sums across lanes.  Bit j of the high byte
@@ -33,8 +34,21 @@ static inline int is_float(int format) { return format <= BF16; }
 
 static inline size_t block_bytes(int format)
 {
-    static const short bytes[NUM_FORMATS] = {64, 32, 32, 288, 320, 352, 384, 544, 352, 416, 448};
+    static const short bytes[NUM_FORMATS] = {64, 32, 32, 288, 320, 352, 384, 544, 288, 352, 416};
     return (size_t)bytes[format];
+}
+
+static inline size_t head_bytes(int format) { return format >= Q4_K ? 64 : 0; }
+
+/* Where block k begins among a group's blocks, and the head of the eight with it. */
+static inline size_t block_at(int format, int k)
+{
+    return block_bytes(format) * (size_t)k + head_bytes(format) * (size_t)(k / 8 + 1);
+}
+
+static inline size_t head_at(int format, int k)
+{
+    return (8 * block_bytes(format) + head_bytes(format)) * (size_t)(k / 8);
 }
 
 /* Where weights are multiplied as integers (amx.c), a group begins with the unit of each row, a float,
@@ -54,7 +68,8 @@ static inline size_t group_bytes(int format, int columns)
 {
     if (is_float(format))
         return block_bytes(format) * (size_t)columns;
-    return UNITS_BYTES + block_bytes(format) * (size_t)(columns / COLUMNS);
+    size_t heads = head_bytes(format) * (size_t)(columns / (8 * COLUMNS));
+    return UNITS_BYTES + heads + block_bytes(format) * (size_t)(columns / COLUMNS);
 }
 
 #endif

@@ -105,7 +105,7 @@ Block take_block(int format, const uint8_t *row, int k)
 }
 
 /* Puts a block of row r where formats.h has it. */
-static void put(int format, uint8_t *out, const Block *block, int r)
+static void put(int format, uint8_t *out, uint8_t *head, const Block *block, int r)
 {
     const uint8_t *q = block->q;
     uint8_t *scales;
@@ -128,17 +128,14 @@ static void put(int format, uint8_t *out, const Block *block, int r)
             scales[64 * (c / 16) + 4 * r + c % 4] |= (uint8_t)(q[c] >> 4 << 2 * (c % 16 / 4));
         scales += 128;
     }
+    if (head_bytes(format)) {
+        scales[r] = block->s;
+        scales[16 + r] = block->t;
+        scales = head;
+    }
     memcpy(scales + 2 * r, &block->d, 2);
-    if (format == Q6_K) {
-        scales[32 + r] = block->s;
-        scales[48 + r] = block->t;
-    }
-    if (format == Q4_1 || format == Q5_1 || format == Q4_K || format == Q5_K)
+    if (format != Q4_0 && format != Q5_0 && format != Q8_0)
         memcpy(scales + 32 + 2 * r, &block->m, 2);
-    if (format == Q4_K || format == Q5_K) {
-        scales[64 + r] = block->s;
-        scales[80 + r] = block->t;
-    }
 }
 
 /* The largest size of a weight in the block, or a little more. */
@@ -201,9 +198,9 @@ void llmsrv_pack(
         if (UNITS_BYTES)
             put_unit(format, out, rows, columns, i % ROWS);
         out += UNITS_BYTES;
-        for (int k = 0; k < columns / COLUMNS; k++, out += block_bytes(format)) {
+        for (int k = 0; k < columns / COLUMNS; k++) {
             Block block = take_block(format, rows, k);
-            put(format, out, &block, i % ROWS);
+            put(format, out + block_at(format, k), out + head_at(format, k), &block, i % ROWS);
         }
     }
 }

@@ -151,7 +151,7 @@ INLINE void product(
     const int format,
     const int G,
     const int R,
-    const uint8_t *w,
+    const uint8_t *blocks,
     size_t group_size,
     int num_blocks,
     const int32_t *tile,
@@ -160,7 +160,8 @@ INLINE void product(
 {
     const size_t size = block_bytes(format);
     UNROLL for (int i = 0; i < G * R; i++) store(y + ROWS * i, splat(0));
-    for (int k = 0; k < num_blocks; k++, w += size, tile += BLOCK_WORDS * R) {
+    for (int k = 0; k < num_blocks; k++, tile += BLOCK_WORDS * R) {
+        const uint8_t *w = blocks + block_at(format, k), *head = blocks + head_at(format, k);
         const float *d_x = (const float *)(tile + 8 * PLANES * R), *sum_x = d_x + R;
         const int32_t *negative = (const int32_t *)(sum_x + R);
         u32x16 q[8][2];
@@ -176,7 +177,7 @@ INLINE void product(
         dot_products(G, R, 0, 8, q, tile, dots);
         UNROLL for (int g = 0; g < G; g++) {
             f32x16 d, m;
-            scales(format, w + g * group_size, &d, &m);
+            scales(format, w + g * group_size, head + g * group_size, 0, &d, &m);
             UNROLL for (int r = 0; r < R; r++) {
                 float *at = y + ROWS * (R * g + r);
                 f32x16 sum = fma16(to_float(dots[g][r]), d * splat(d_x[r]), load(at));
@@ -190,14 +191,15 @@ INLINE void product(
 
 /* Q6_K has a scale for each half of a block, and so two dot products: one group at a time. */
 INLINE void product_q6_k(
-    const int R, const uint8_t *w, int num_blocks, const int32_t *tile, Next next, float *y)
+    const int R, const uint8_t *blocks, int num_blocks, const int32_t *tile, Next next, float *y)
 {
     const size_t size = block_bytes(Q6_K);
     UNROLL for (int r = 0; r < R; r++) store(y + ROWS * r, splat(0));
-    for (int k = 0; k < num_blocks; k++, w += size, tile += BLOCK_WORDS * R) {
+    for (int k = 0; k < num_blocks; k++, tile += BLOCK_WORDS * R) {
+        const uint8_t *w = blocks + block_at(Q6_K, k), *own = w + integers_bytes(Q6_K);
         const float *d_x = (const float *)(tile + 8 * PLANES * R);
         const int32_t *negative = tile + (8 * PLANES + 2) * R, *second = negative + R;
-        f32x16 d = load_half((const uint16_t *)(w + 384));
+        f32x16 d = load_half((const uint16_t *)(blocks + head_at(Q6_K, k)));
         u32x16 q[8][2];
         f32x16 halves[2][TILE];
         fetch_ahead(w, size, &next);
@@ -209,7 +211,7 @@ INLINE void product_q6_k(
             dot_products(1, R, 4 * h, 4 * h + 4, q, tile, dots);
             UNROLL for (int r = 0; r < R; r++) halves[h][r] = to_float(dots[0][r]);
         }
-        f32x16 s0 = load_signed_bytes(w + 416), s1 = load_signed_bytes(w + 432);
+        f32x16 s0 = load_signed_bytes(own), s1 = load_signed_bytes(own + 16);
         UNROLL for (int r = 0; r < R; r++) {
             f32x16 value = fma16(halves[1][r], s1, halves[0][r] * s0);
             store(y + ROWS * r, fma16(value, d * splat(d_x[r]), load(y + ROWS * r)));

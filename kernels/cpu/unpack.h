@@ -45,21 +45,30 @@ INLINE void integers(int format, const uint8_t *w, int j, u32x16 *low, u32x16 *h
     }
 }
 
-/* Scale and minimum of 16 rows in a block; of Q6_K the scale without s. */
-INLINE void scales(int format, const uint8_t *w, f32x16 *d, f32x16 *m)
+/* Where a block's integers end. */
+INLINE int integers_bytes(int format)
 {
-    int at = format == Q8_0                                                  ? 512
-             : format == Q5_0 || format == Q5_1 || format == Q5_K            ? 320
-             : format == Q6_K                                                ? 384
-                                                                             : 256;
-    *d = load_half((const uint16_t *)(w + at));
+    return format == Q8_0                                       ? 512
+           : format == Q5_0 || format == Q5_1 || format == Q5_K ? 320
+           : format == Q6_K                                     ? 384
+                                                                : 256;
+}
+
+/* Scale and minimum of 16 rows in a block; of Q6_K the scale of its half. */
+INLINE void scales(
+    int format, const uint8_t *w, const uint8_t *head, int half, f32x16 *d, f32x16 *m)
+{
+    const uint8_t *own = w + integers_bytes(format), *at = head_bytes(format) ? head : own;
+    *d = load_half((const uint16_t *)at);
     *m = *d;
     if (has_minimum(format))
-        *m = load_half((const uint16_t *)(w + at + 32));
+        *m = load_half((const uint16_t *)(at + 32));
     if (format == Q4_K || format == Q5_K) {
-        *d *= load_unsigned_bytes(w + at + 64);
-        *m *= splat(0) - load_unsigned_bytes(w + at + 80);
+        *d *= load_unsigned_bytes(own);
+        *m *= splat(0) - load_unsigned_bytes(own + 16);
     }
+    if (format == Q6_K)
+        *d *= load_signed_bytes(own + 16 * half);
 }
 
 #endif
