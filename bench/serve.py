@@ -6,8 +6,9 @@ python -m bench.serve [--streams 1,8,32] [--prompt 131] [--output 64] [--rounds 
 
 Each stream is a connection of its own; prompts are random words, distinct, so that no prefix cache
 helps.  With --arriving each line is followed by one that begins with "+": the same streams, while
-further prompts of so many words are sent, one after the other.  With --url another server is
-measured.
+further prompts of so many words are sent, one after the other.  With --again every round is sent
+twice, and the second time counts: its prompts are in the prefix cache.  With --url another server
+is measured.
 """
 
 import argparse
@@ -139,6 +140,7 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=64, help="tokens")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--arriving", type=int, default=0, help="words of prompts beside them")
+    parser.add_argument("--again", action="store_true", help="measure prompts that were sent before")
     parser.add_argument("--url")
     parser.add_argument("--model", default="SmolLM2-135M-Instruct")
     options = parser.parse_args(own)
@@ -150,10 +152,13 @@ def main() -> None:
         print("streams  output tok/s  first token, ms  between, p50  between, p99")
         for num_streams in map(int, options.streams.split(",")):
             for num_arriving in sorted({0, options.arriving}):
-                results = [
-                    asyncio.run(one_round(load, num_streams, round, num_arriving))
-                    for round in range(options.rounds)
-                ]
+                results = []
+                for round in range(options.rounds):
+                    if options.again:
+                        asyncio.run(one_round(load, num_streams, round))
+                    results.append(
+                        asyncio.run(one_round(load, num_streams, round, num_arriving))
+                    )
                 print(report("+" * bool(num_arriving) + str(num_streams), results), flush=True)
 
 
