@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=64, help="tokens")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--arriving", type=int, default=0, help="words of prompts beside them")
-    parser.add_argument("--again", action="store_true", help="measure prompts that were sent before")
+    parser.add_argument("--again", action="store_true", help="prompts sent before")
     parser.add_argument("--url")
     parser.add_argument("--model", default="SmolLM2-135M-Instruct")
     options = parser.parse_args(own)
