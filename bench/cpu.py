@@ -139,8 +139,10 @@ def decode(plan: Plan, num_sequences: int, num_tokens: int) -> float:
     slots = np.arange(num_sequences, dtype=np.int32)
     for slot in slots.tolist():
         plan.sampling.set(slot, SamplingParameters(temperature=0))
-    for start in range(0, PROMPT_TOKENS, 16):
-        plan.forward(batch(num_sequences, range(start, min(start + 16, PROMPT_TOKENS)), length))
+    chunk = min(16, LIMITS.max_rows // num_sequences)
+    for start in range(0, PROMPT_TOKENS, chunk):
+        end = min(start + chunk, PROMPT_TOKENS)
+        plan.forward(batch(num_sequences, range(start, end), length))
     start_s = time.perf_counter()
     for step in range(num_tokens):
         plan.sample(slots, np.full(num_sequences, step))
