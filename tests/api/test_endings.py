@@ -71,6 +71,7 @@ def test_a_client_that_leaves_while_tokens_are_made_frees_everything(
     eventually(lambda: is_idle(server))
 
 
+@pytest.mark.slow
 def test_a_client_that_leaves_during_a_long_prefill_frees_everything(server: RunningServer) -> None:
     with connect(server) as client:
         client.sendall(completion(prompt=[504] * 4000, max_tokens=1))
@@ -98,6 +99,7 @@ def waiting(server: RunningServer) -> float:
     return gauges(server)["vllm:num_requests_waiting"]
 
 
+@pytest.mark.slow
 def test_a_client_that_leaves_while_queued_is_never_scheduled(narrow_server: RunningServer) -> None:
     with connect(narrow_server) as first, connect(narrow_server) as second:
         first.sendall(endless())
@@ -239,6 +241,7 @@ def test_sigterm_lets_running_requests_finish_and_exits_with_0(tmp_path: Path) -
         assert server.process.wait(10) == 0
 
 
+@pytest.mark.slow
 def test_the_first_ctrl_c_gives_streams_two_seconds_and_then_an_error_event(
     endless_model: Path,
 ) -> None:

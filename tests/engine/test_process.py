@@ -126,6 +126,7 @@ async def test_a_seed_gives_its_choices_again(tiny: Path) -> None:
         await gauges_at_rest(client)
 
 
+@pytest.mark.slow
 def test_the_client_runs_on_uvloop_as_well(tiny: Path) -> None:
     uvloop = pytest.importorskip("uvloop")
 
@@ -239,6 +240,7 @@ async def test_what_waits_is_counted_in_requests_and_tokens_by_tenant(tiny: Path
             assert client.queued() == {b"": (1, 20), b"other": (1, 3)}
 
 
+@pytest.mark.slow
 @in_loop
 async def test_a_stopped_engine_is_noticed_killed_and_replaced(tiny: Path) -> None:
     async with engine(tiny, Patience(ready_s=0.8)) as client:
@@ -277,6 +279,7 @@ async def test_a_server_that_was_stopped_itself_does_not_blame_the_engine(tiny: 
         assert client.num_restarts == 0
 
 
+@pytest.mark.slow
 @in_loop
 async def test_an_exception_of_the_step_itself_ends_the_engine_with_a_traceback(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -317,6 +320,7 @@ async def test_garbage_from_the_engine_ends_it(tiny: Path, monkeypatch: pytest.M
     assert client.pid is None
 
 
+@pytest.mark.slow
 @in_loop
 async def test_garbage_to_the_engine_ends_it(tiny: Path) -> None:
     async with engine(tiny) as client:
@@ -381,6 +385,7 @@ def test_a_fault_while_loading_for_the_first_time_is_told_and_not_repeated(
     scenario()
 
 
+@pytest.mark.slow
 @in_loop
 async def test_a_model_that_disappears_later_is_asked_for_again(tmp_path: Path) -> None:
     path = write_tiny_llama(tmp_path / "tiny.gguf")
@@ -655,6 +660,7 @@ def engine_thread(tiny: Path) -> Iterator[EngineThread]:
     thread.close()
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_not_read_stops_making_steps_but_still_reads(
     engine_thread: EngineThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -230,6 +230,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(
     max_examples=200,
     deadline=None,

@@ -142,6 +142,7 @@ FRAGMENTS = [*SPECIALS, "<|im_", "end|>", "<", "|>", "<tool>", " ", "\n"]
 EVIL = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3)).map("".join)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(contents=st.lists(EVIL, min_size=1, max_size=4))
 def test_random_messages_never_add_a_special_token(tokenizer, chatml, contents):
