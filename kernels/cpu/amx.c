@@ -228,7 +228,10 @@ INLINE void few_rows(
             integer_scales(format, w, head, inverse, 1, &D, &M);
             add_half(R, 4, 8, q, D, M, words, sums + R, totals);
         }
-        UNROLL for (int r = 0; r < R; r++) sum[r] = fma16(shortened(&totals[r], shift_of(format)), splat(scale[r]), sum[r]);
+        UNROLL for (int r = 0; r < R; r++) {
+            f32x16 total = shortened(&totals[r], shift_of(format));
+            sum[r] = fma16(total, splat(scale[r]), sum[r]);
+        }
     }
     UNROLL for (int r = 0; r < R; r++) store(y + ROWS * r, sum[r] * units(format, group));
 }
@@ -434,9 +437,9 @@ INLINE void many_rows(
     const int first_row = tile_start(num_rows, first);
     const f32x16 inverse = inverse_units(group);
     const uint8_t *blocks = group + UNITS_BYTES;
-    const int num_blocks = columns / COLUMNS;
+    const int num_blocks = columns / COLUMNS, stretch_blocks = stretch * STEP / COLUMNS;
     for (int i = 0, begin = 0, stop; begin < num_blocks; i++, begin = stop) {
-        stop = begin + stretch * STEP / COLUMNS < num_blocks ? begin + stretch * STEP / COLUMNS : num_blocks;
+        stop = begin + stretch_blocks < num_blocks ? begin + stretch_blocks : num_blocks;
         Folding folding = {0};
         for (int tile = first; tile < end; tile++) {
             int row = tile_start(num_rows, tile), R = tile_start(num_rows, tile + 1) - row;
