@@ -134,7 +134,7 @@ class Config:
     prefill_chunk_size: int = option(
         0,
         "Engine",
-        "tokens of prompts in one step at most; 0 takes 512",
+        "tokens of prompts in one step at most; 0 takes 256",
         least=0,
         most=65536,
         overrides=True,
@@ -152,7 +152,7 @@ class Config:
     activation_bits: int = option(
         16,
         "Engine",
-        "of what goes into products on the CPU: 8 is up to 1.6 times faster and less exact",
+        "of what goes into products on the CPU: 8 is faster and less exact; always 16 with AMX",
         choices=(16, 8),
         least=8,
     )

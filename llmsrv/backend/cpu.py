@@ -1,7 +1,7 @@
 """The CPU backend: a plan's operations in C (kernels/cpu), a step in one call.
 
 Exactly the same logits alone and in any batch.  Linear reads each weight once for all rows of a
-step; activations are integers of 16 bits, or of 8 where asked for, 32 of them with one scale.
+step; activations are integers of 16 bits, or of 8 where asked for, each stretch with one scale.
 """
 
 import ctypes

@@ -1,8 +1,8 @@
 """From a program to the list of operations that the C library runs: buffers, tiles, weights.
 
 Where products with quantised weights read a buffer, whatever writes it also leaves it as tiles of
-integers (plan.h), or a SPLIT after it does.  Cosines and sines are made once a step for each set of
-frequencies, not once a layer.
+integers (products.h), or a SPLIT after it does.  Cosines and sines are made once a step for each
+set of frequencies, not once a layer.
 """
 
 import ctypes
