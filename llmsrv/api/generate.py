@@ -20,6 +20,7 @@ from llmsrv.errors import ApiError
 from llmsrv.text.tokenizer import Tokenizer
 
 MAX_CHOICES = 1024  # of one request
+MAX_OUTPUT_TOKENS = 1 << 22  # of one request, all its choices together
 MAX_PROMPT_LOGPROBS = 1 << 18  # of one request, some 20 MB of answer
 INLINE_CHARS = 4096  # longer texts are tokenised in a thread: about 1 ms of the loop's time
 
@@ -59,6 +60,9 @@ def make_submits(
     if len(prompts) * n > MAX_CHOICES:
         message = f"a request may have at most {MAX_CHOICES} choices, and this has"
         raise _invalid("n", f"{message} {len(prompts) * n}")
+    if sum(max_tokens) * n > MAX_OUTPUT_TOKENS:
+        message = f"all choices together may have at most {MAX_OUTPUT_TOKENS} tokens, and these"
+        raise _invalid("max_tokens", f"{message} might have {sum(max_tokens) * n}")
     num_told = sum(map(len, prompts)) * (1 + num_logprobs) if tells_prompt else 0
     if num_told > MAX_PROMPT_LOGPROBS:
         message = f"prompts are told with at most {MAX_PROMPT_LOGPROBS} log-probabilities, and this"

@@ -29,12 +29,14 @@ NOTHING = msgspec.Raw(b"null")
 class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class ContentPart(msgspec.Struct):
     type: str
     text: str | None = None
     refusal: str | None = None
+    prompt_cache_breakpoint: dict[str, str] | None = None  # every block is cached
 
 
 class CalledFunction(msgspec.Struct):
@@ -58,6 +60,8 @@ class Message(msgspec.Struct):
     tool_call_id: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
+    audio: None = None
+    function_call: None = None
 
 
 class Function(msgspec.Struct, omit_defaults=True):
@@ -193,6 +197,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, str] | None = None
     prompt_cache_retention: str | None = None
 
 

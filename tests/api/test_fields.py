@@ -1,6 +1,7 @@
 """Fields of requests beyond the usual ones, on a tiny random model: each does what it says."""
 
 import json
+import typing
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -9,13 +10,27 @@ from typing import Any
 
 import openai
 import pytest
+from openai.types import completion_create_params
+from openai.types.chat import ChatCompletionAssistantMessageParam
+from openai.types.chat import ChatCompletionContentPartTextParam
+from openai.types.chat import ChatCompletionStreamOptionsParam
+from openai.types.chat import ChatCompletionToolMessageParam
+from openai.types.chat import ChatCompletionUserMessageParam
+from openai.types.chat import completion_create_params as chat_create_params
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 from openai import OpenAI
 
+from llmsrv.api import generate
 from llmsrv.api.decode import check_further_fields
 from llmsrv.api.schema import UNSUPPORTED
+from llmsrv.api.schema import ChatCompletionRequest
+from llmsrv.api.schema import CompletionRequest
+from llmsrv.api.schema import ContentPart
+from llmsrv.api.schema import Message
+from llmsrv.api.schema import StreamOptions
+from llmsrv.api.service import Service
 from llmsrv.errors import ApiError
 from tests.api.conftest import KEY
 from tests.support.gguf_writer import CONTROL
@@ -338,6 +353,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
     ({"stream": "yes"}, "stream"),
     ({"stream_options": {"include_usage": 1}, "stream": True}, "stream_options.include_usage"),
+    ({"stream_options": {"include_obfuscation": True}, "stream": True},
+     "stream_options.include_obfuscation"),
+    ({"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]},
+     "messages[0].function_call"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"tools": [WEATHER] * 129}, "tools"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
@@ -397,6 +416,55 @@ def test_a_completion_that_cannot_be_is_refused_by_the_field(
     status, error = post(tiny_server, "/v1/completions", {"prompt": "a", **fields})
     assert (status, error["param"]) == (400, param)
     assert error["code"]
+
+
+VLLM = """top_k min_p repetition_penalty min_tokens ignore_eos stop_token_ids priority cache_salt
+    include_stop_str_in_output skip_special_tokens prompt_logprobs return_tokens_as_token_ids
+    return_token_ids structured_outputs guided_json guided_regex guided_choice guided_grammar
+    truncate_prompt_tokens""".split()
+VLLM_CHAT = "add_generation_prompt continue_final_message chat_template_kwargs".split()
+
+
+@pytest.mark.parametrize(
+    "documented, taken",
+    [
+        (chat_create_params.CompletionCreateParamsStreaming, ChatCompletionRequest),
+        (completion_create_params.CompletionCreateParamsStreaming, CompletionRequest),
+        (ChatCompletionStreamOptionsParam, StreamOptions),
+        (ChatCompletionUserMessageParam, Message),
+        (ChatCompletionAssistantMessageParam, Message),
+        (ChatCompletionToolMessageParam, Message),
+        (ChatCompletionContentPartTextParam, ContentPart),
+    ],
+)
+def test_every_field_that_openai_documents_is_known(documented: Any, taken: Any) -> None:
+    assert set(typing.get_type_hints(documented)) <= {*taken.__struct_fields__, *UNSUPPORTED}
+
+
+def test_every_further_field_of_vllm_and_mlc_is_taken() -> None:
+    assert {*VLLM, "debug_config"} <= set(CompletionRequest.__struct_fields__)
+    assert {*VLLM, *VLLM_CHAT, "debug_config"} <= set(ChatCompletionRequest.__struct_fields__)
+
+
+@pytest.mark.parametrize(
+    "n, num_prompts, max_tokens, param", [(2, 513, 1, "n"), (128, 1, 40_000, "max_tokens")]
+)
+def test_a_request_has_a_budget_of_choices_and_of_tokens(
+    n: int, num_prompts: int, max_tokens: int, param: str
+) -> None:
+    asked = CompletionRequest(model="tiny", prompt="a", n=n)
+    with pytest.raises(ApiError) as caught:
+        generate.make_submits(
+            typing.cast(Service, None),  # which is not asked for a budget
+            asked,
+            [[1]] * num_prompts,
+            [max_tokens] * num_prompts,
+            n=n,
+            num_logprobs=-1,
+            tells_prompt=False,
+            tenant=b"",
+        )
+    assert (caught.value.status, caught.value.param) == (400, param)
 
 
 def post(server: RunningServer, path: str, fields: dict[str, Any]) -> tuple[int, dict[str, Any]]:
