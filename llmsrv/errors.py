@@ -9,6 +9,19 @@ from collections.abc import Mapping
 
 # OpenAI's `type` for a status; what is not listed is the caller's fault below 500 and ours above.
 TYPE_OF_STATUS = {429: "rate_limit_error", 503: "service_unavailable_error"}
+# And `code`, where the error itself names none.
+CODE_OF_STATUS = {
+    400: "bad_request",
+    405: "method_not_supported",
+    408: "request_timeout",
+    413: "request_too_large",
+    414: "uri_too_long",
+    417: "expectation_failed",
+    431: "headers_too_large",
+    500: "server_error",
+    501: "not_implemented",
+    505: "http_version_not_supported",
+}
 
 
 class ApiError(Exception):
@@ -34,7 +47,7 @@ class ApiError(Exception):
         self.status = status
         self.message = message
         self.param = param
-        self.code = code
+        self.code = code or CODE_OF_STATUS.get(status)
         default = "server_error" if status >= 500 else "invalid_request_error"
         self.type = type or TYPE_OF_STATUS.get(status, default)
         self.headers = dict(headers or {})
