@@ -5,7 +5,6 @@ Source: OpenAI API reference, "Chat Completions".
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -22,6 +21,7 @@ from llmsrv.api.message import shown_tokens
 from llmsrv.api.models import Models
 from llmsrv.api.output import Delta
 from llmsrv.api.prompt import prompt_ids
+from llmsrv.api.reply import Reply
 from llmsrv.api.schema import ChatCompletionRequest
 from llmsrv.api.service import Service
 from llmsrv.api.tools import ToolUse
@@ -58,7 +58,7 @@ class ChatCompletions:
             grammar=await grammar_of(service, asked, tools, is_thinking),
         )
         shown = shown_tokens(service.text.tokenizer, tools, is_thinking)
-        rules = generate.text_rules(asked, service.text.tokenizer, shown)
+        rules = generate.text_rules(asked, service.text.tokenizer, shown, is_thinking)
         job = await start(request, Job(service, submits, rules))
         answer = _Answer(service, asked, job, ids, tools, is_thinking)
         if asked.stream:
@@ -88,14 +88,11 @@ class _Answer:
         )
         self._readers = [MessageReader(tools, is_thinking) for _ in job.outputs]
         kind = "chat.completion.chunk" if asked.stream else "chat.completion"
-        self._head = generate.head(service, asked, kind, "chatcmpl")
-        self._includes_usage = generate.includes_usage(asked)
-        self._counts_chunks = generate.includes_usage(asked, in_each_chunk=True)
+        self._reply = Reply(service, asked, job, kind, "chatcmpl")
 
     async def whole(self) -> bytes:
         """The answer as one object, when every choice has ended."""
-        choices = [self._choice(delta) for delta in await self._job.whole()]
-        body = self._head | {"choices": choices, "usage": self._job.usage()}
+        body = self._reply.whole([self._choice(delta) for delta in await self._job.whole()])
         if (num_asked := self._asked.prompt_logprobs) is not None:
             entries = self._job.prompt_entries[0]
             body["prompt_logprobs"] = await asyncio.to_thread(
@@ -105,17 +102,11 @@ class _Answer:
             body["prompt_token_ids"] = self._prompt_ids
         return orjson.dumps(body)
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
+    def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as the payloads of server-sent events."""
-        for output in self._job.outputs:
-            yield self._chunk(Delta(output.index, ""), {"role": "assistant", "content": ""})
-        async with aclosing(self._job.deltas()) as deltas:
-            async for delta in deltas:
-                for chunk in self._chunks(delta):
-                    yield chunk
-        if self._includes_usage:
-            yield orjson.dumps(self._head | {"choices": [], "usage": self._job.usage()})
-        yield b"[DONE]"
+        first = {"role": "assistant", "content": ""}
+        opening = [self._chunk(Delta(output.index, ""), first) for output in self._job.outputs]
+        return self._reply.events(self._chunks, opening)
 
     def _choice(self, delta: Delta) -> dict[str, Any]:
         reader = self._readers[delta.index]
@@ -148,14 +139,11 @@ class _Answer:
             "logprobs": self._logprobs(delta) if delta.entries else None,
             "finish_reason": reason,
         }
-        if self._asked.return_token_ids:
-            choice["token_ids"] = delta.ids
-        chunk = {**self._head, "choices": [choice]}
-        if self._asked.return_token_ids and "role" in part:
-            chunk["prompt_token_ids"] = self._prompt_ids
-        if self._includes_usage:
-            chunk["usage"] = self._job.usage() if self._counts_chunks else None
-        return orjson.dumps(chunk)
+        if not self._asked.return_token_ids:
+            return self._reply.chunk(choice)
+        choice["token_ids"] = delta.ids
+        prompt = {"prompt_token_ids": self._prompt_ids} if "role" in part else {}
+        return self._reply.chunk(choice, **prompt)
 
     def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
         return self._shapes.chat(delta.entries) if self._asked.logprobs else None

@@ -6,7 +6,6 @@ Source: OpenAI API reference, "Completions".
 import asyncio
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
 from dataclasses import replace
 from itertools import accumulate
@@ -24,6 +23,7 @@ from llmsrv.api.job import start
 from llmsrv.api.models import Models
 from llmsrv.api.output import Delta
 from llmsrv.api.output import TokenEntry
+from llmsrv.api.reply import Reply
 from llmsrv.api.schema import MAX_PROMPTS
 from llmsrv.api.schema import CompletionRequest
 from llmsrv.api.service import Service
@@ -89,9 +89,7 @@ class _Answer:
         )
         self._begun: set[int] = set()  # choices of which something was told
         self._echoes: dict[int, _Echo] = {}  # by prompt
-        self._head = generate.head(service, asked, "text_completion", "cmpl")
-        self._includes_usage = generate.includes_usage(asked)
-        self._counts_chunks = generate.includes_usage(asked, in_each_chunk=True)
+        self._reply = Reply(service, asked, job, "text_completion", "cmpl")
 
     async def whole(self) -> bytes:
         """The answer as one object, when every choice has ended."""
@@ -105,23 +103,14 @@ class _Answer:
     def _body(self, deltas: list[Delta]) -> bytes:
         num_each = len(deltas) // len(self._prompts)
         choices = [self._choice(delta, i // num_each) for i, delta in enumerate(deltas)]
-        return orjson.dumps(self._head | {"choices": choices, "usage": self._job.usage()})
+        return orjson.dumps(self._reply.whole(choices))
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
+    def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as the payloads of server-sent events."""
-        num_each = self._asked.n or 1
-        async with aclosing(self._job.deltas()) as deltas:
-            async for delta in deltas:
-                choice = self._choice(delta, delta.index // num_each)
-                yield orjson.dumps({**self._head, "choices": [choice], **self._usage()})
-        if self._includes_usage:
-            yield orjson.dumps(self._head | {"choices": [], "usage": self._job.usage()})
-        yield b"[DONE]"
+        return self._reply.events(self._chunks)
 
-    def _usage(self) -> dict[str, Any]:
-        if not self._includes_usage:
-            return {}
-        return {"usage": self._job.usage() if self._counts_chunks else None}
+    def _chunks(self, delta: Delta) -> list[bytes]:
+        return [self._reply.chunk(self._choice(delta, delta.index // (self._asked.n or 1)))]
 
     def _choice(self, delta: Delta, prompt: int) -> dict[str, Any]:
         """A choice in full, or what is new of it; with its first piece comes what echoes the

@@ -6,7 +6,6 @@ import math
 import secrets
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from llmsrv.api.output import TextRules
 from llmsrv.api.schema import DebugConfig
@@ -91,9 +90,12 @@ def make_submits(
 
 
 def text_rules(
-    request: GenerationRequest, tokenizer: Tokenizer, shown: frozenset[int] = frozenset()
+    request: GenerationRequest,
+    tokenizer: Tokenizer,
+    shown: frozenset[int] = frozenset(),
+    is_thinking: bool | None = None,
 ) -> TextRules:
-    """shown: special tokens whose text is wanted in any case."""
+    """shown, is_thinking: as in TextRules."""
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
     return TextRules(
         stops=[] if _ignores_end(request.debug_config) else stops,
@@ -102,6 +104,7 @@ def text_rules(
         min_tokens=request.min_tokens or 0,
         skip_special=request.skip_special_tokens is not False,
         shown=shown,
+        is_thinking=is_thinking,
     )
 
 
@@ -185,28 +188,6 @@ def refuse_too_long(service: Service, tokenizer: Tokenizer, text: str, param: st
     at_least = len(text) // tokenizer.longest_token
     if at_least >= service.engine.ready.context_length:
         output_limit(service, at_least, None, None, param)
-
-
-def head(
-    service: Service, request: GenerationRequest, kind: str, prefix: str
-) -> dict[str, Any]:
-    """The fields with which every response object of a request begins."""
-    head = {
-        "id": f"{prefix}-{secrets.token_hex(16)}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": request.model,
-        "system_fingerprint": service.fingerprint,
-    }
-    return head | ({"service_tier": "default"} if request.service_tier else {})
-
-
-def includes_usage(request: GenerationRequest, in_each_chunk: bool = False) -> bool:
-    """Whether a stream ends with a chunk of usage; all others then say `"usage": null`, or what it
-    is so far."""
-    options = request.stream_options
-    included = bool(options and options.include_usage)
-    return included and (not in_each_chunk or bool(options and options.continuous_usage_stats))
 
 
 def _invalid(param: str, reason: str) -> ApiError:

@@ -106,7 +106,13 @@ class Job:
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": num_output_tokens,
             "total_tokens": self.num_prompt_tokens + num_output_tokens,
-            "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
+            "prompt_tokens_details": {"audio_tokens": 0, "cached_tokens": num_cached_tokens},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": 0,
+                "audio_tokens": 0,
+                "reasoning_tokens": sum(output.num_thought_tokens for output in self.outputs),
+                "rejected_prediction_tokens": 0,
+            },
         }
         if self._service.config.enable_debug:
             usage["extra"] = debug.figures(self._finished, num_cached_tokens)
@@ -143,8 +149,9 @@ class Job:
             for output, clock in ((self.outputs[c], self._clocks[c]) for c in choices):
                 reason = output.finish_reason or self._unfinished
                 clock.note_end(reason, output.num_tokens, generation.admitted_s)
-            longest = max(self.outputs[c].num_tokens for c in choices)
-            counters.note_prompt(len(submit.prompt_ids), self._n, submit.max_tokens, longest)
+            if generation.is_admitted:
+                longest = max(self.outputs[c].num_tokens for c in choices)
+                counters.note_prompt(len(submit.prompt_ids), self._n, submit.max_tokens, longest)
 
 
 async def start(request: Request, job: Job) -> Job:

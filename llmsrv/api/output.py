@@ -10,6 +10,7 @@ from dataclasses import field
 
 from llmsrv.engine.messages import Tokens
 from llmsrv.text.detokenizer import Detokenizer
+from llmsrv.text.reasoning import ReasoningParser
 from llmsrv.text.stop import StopMatcher
 from llmsrv.text.tokenizer import Tokenizer
 
@@ -50,6 +51,8 @@ class TextRules:
     end_ids       of tokens that end a choice
     min_tokens    no stop string is looked for in the text of so many
     skip_special  whether special tokens are left out, but for those `shown`
+    is_thinking   whether the prompt has begun the thoughts before the answer; None: the model has
+                  none
     """
 
     stops: Sequence[str] = ()
@@ -58,23 +61,28 @@ class TextRules:
     min_tokens: int = 0
     skip_special: bool = True
     shown: frozenset[int] = frozenset()
+    is_thinking: bool | None = None
 
 
 class ChoiceOutput:
     """The text of one choice as it grows.
 
-    num_tokens     tokens that count in usage: up to the end token, or to the one that completed a
-                   stop string
-    finish_reason  None while the choice goes on
+    num_tokens          tokens that count in usage: up to the end token, or to the one that
+                        completed a stop string
+    num_thought_tokens  of these, those of the thoughts and the tags around them
+    finish_reason       None while the choice goes on
     """
 
     def __init__(self, index: int, tokenizer: Tokenizer, rules: TextRules) -> None:
         self.index = index
         self.num_tokens = 0
+        self.num_thought_tokens = 0
         self.finish_reason: str | None = None
         self._rules = rules
         self._detokenizer = Detokenizer(tokenizer, rules.skip_special, rules.shown)
         self._stop = StopMatcher(rules.stops, rules.keeps_stop) if rules.stops else None
+        is_thinking = rules.is_thinking
+        self._thoughts = None if is_thinking is None else ReasoningParser(is_thinking)
         self._is_cut = False  # a stop string ended the text
         self._num_decoded = 0  # characters decoded, sent or not
         self._num_sent = 0
@@ -90,6 +98,8 @@ class ChoiceOutput:
             if id in self._rules.end_ids and not self._rules.keeps_stop:
                 break  # the engine ends here too
             decoded = self._detokenizer.push([id])
+            if self._thoughts and not self._thoughts.is_answering:
+                self._count_thoughts(self._thoughts, decoded)
             if tokens.logprobs:
                 self._remember(tokens, position)
             self._num_decoded += len(decoded)
@@ -117,6 +127,11 @@ class ChoiceOutput:
             self._is_cut = True
             self.finish_reason = "stop"
         return text
+
+    def _count_thoughts(self, thoughts: ReasoningParser, decoded: str) -> None:
+        thoughts.push(decoded)
+        if thoughts.has_thoughts:
+            self.num_thought_tokens = self.num_tokens
 
     def _remember(self, tokens: Tokens, position: int) -> None:
         alternatives = tokens.alternatives[position] if tokens.alternatives else []

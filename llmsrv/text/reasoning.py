@@ -16,15 +16,24 @@ def is_taught_by(template: str) -> bool:
 
 
 class ReasoningParser:
-    """Of one answer.  Blanks before each part are dropped with the tags."""
+    """Of one answer.  Blanks before each part are dropped with the tags.
+
+    has_thoughts  there is a tag that opens them
+    """
 
     def __init__(self, is_open: bool) -> None:
         """is_open: the prompt itself ends with the opening tag, as some templates have it."""
+        self.has_thoughts = is_open
         self._state: Callable[[str], tuple[str, str]] = (
             self._in_thoughts if is_open else self._before_tag
         )
         self._pending = ""  # what may be the beginning of a tag
         self._is_begun = False  # the part that is being read has text
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether all that follows is the answer."""
+        return self._state == self._in_answer
 
     def push(self, text: str) -> tuple[str, str]:
         """Takes the next text; returns what is new of the reasoning, and of the answer."""
@@ -39,6 +48,7 @@ class ReasoningParser:
     def _before_tag(self, text: str) -> tuple[str, str]:
         begun = text.lstrip()
         if begun.startswith(OPENING):
+            self.has_thoughts = True
             self._state = self._in_thoughts
             return self._in_thoughts(begun.removeprefix(OPENING))
         if OPENING.startswith(begun):

@@ -13,9 +13,10 @@ from llmsrv.api.gate import Gate
 from llmsrv.api.models import Model
 from llmsrv.api.models import Models
 from llmsrv.api.service import Service
-from llmsrv.asgi.types import Message
 from llmsrv.config import Config
 from llmsrv.errors import ApiError
+from tests.support.application import Answer
+from tests.support.application import ask
 
 KEY = "sk-test"
 ROUTES = {
@@ -51,80 +52,66 @@ class Loaded:
         return ApiError(429, "Rate limit reached.", code="rate_limit_exceeded")
 
 
-def ask(
+def refusal(
     path: str,
     method: str = "",
     body: Any = REQUEST,
     state: Loaded | None = None,
     **headers: str,
-) -> tuple[int, dict[str, str], dict[str, Any]]:
-    """Status, headers and error of a request, with the key and as JSON unless headers say else."""
+) -> Answer:
+    """The answer to a request with the key and as JSON, unless headers say else."""
     model = Model(["tiny"], Path("tiny.gguf"))
     model.service = cast(Service, state)
     app = build_app(Models(Config(), [model]), Gate("127.0.0.1", [], [KEY]), lambda: {})
-    sent: list[Message] = []
-
-    async def receive() -> Message:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return {"type": "http.request", "body": data, "more_body": False}
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
     fields = {"host": "localhost", "authorization": f"Bearer {KEY}"}
     fields |= {"content_type": "application/json"} | headers
-    scope = {
-        "type": "http",
-        "method": method or ROUTES[path],
-        "path": path,
-        "headers": [(name.replace("_", "-").encode(), v.encode()) for name, v in fields.items()],
-    }
-    asyncio.run(app(scope, receive, send))
-    head, *parts = sent
-    answered = {name.decode(): value.decode() for name, value in head["headers"]}
-    document = json.loads(b"".join(part["body"] for part in parts))
-    assert list(document) == ["error"] and answered["content-type"] == "application/json"
-    assert list(document["error"]) == ["message", "type", "param", "code"]
-    assert document["error"]["message"] and answered["x-request-id"]
-    return head["status"], answered, document["error"]
+    fields = {name.replace("_", "-"): value for name, value in fields.items()}
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    answer = asyncio.run(ask(app, method or ROUTES[path], path, fields, data))
+    assert answer.headers["content-type"] == "application/json" and answer.is_whole
+    assert answer.headers["x-request-id"]
+    return answer
 
 
-def told(answer: tuple[int, dict[str, str], dict[str, Any]]) -> tuple[int, str, str | None]:
-    status, _, error = answer
-    return status, error["type"], error["code"]
+def told(answer: Answer) -> tuple[int, str, str | None]:
+    document = json.loads(answer.body)
+    assert list(document) == ["error"]
+    error = document["error"]
+    assert list(error) == ["message", "type", "param", "code"] and error["message"]
+    return answer.status, error["type"], error["code"]
 
 
 @pytest.mark.parametrize("path", ROUTES)
 def test_what_no_route_takes_is_refused_by_each(path: str) -> None:
     invalid = "invalid_request_error"
-    not_allowed = ask(path, "DELETE")
+    not_allowed = refusal(path, "DELETE")
     assert told(not_allowed) == (405, invalid, "method_not_supported")
-    assert ROUTES[path] in not_allowed[1]["allow"]
-    assert told(ask(f"/v2{path}", "GET")) == (404, invalid, "unknown_url")
-    assert told(ask(path, "BREW")) == (501, "server_error", "not_implemented")
-    assert told(ask(path, host="evil.example")) == (403, invalid, "host_not_allowed")
+    assert ROUTES[path] in not_allowed.headers["allow"]
+    assert told(refusal(f"/v2{path}", "GET")) == (404, invalid, "unknown_url")
+    assert told(refusal(path, "BREW")) == (501, "server_error", "not_implemented")
+    assert told(refusal(path, host="evil.example")) == (403, invalid, "host_not_allowed")
     if path not in ("/health", "/ready", "/live"):
-        assert told(ask(path, authorization="Bearer no")) == (401, invalid, "invalid_api_key")
-        without_key = ask(path, authorization="")
+        assert told(refusal(path, authorization="Bearer no")) == (401, invalid, "invalid_api_key")
+        without_key = refusal(path, authorization="")
         assert told(without_key) == (401, invalid, None)  # as OpenAI's
-        assert without_key[1]["www-authenticate"] == "Bearer"
+        assert without_key.headers["www-authenticate"] == "Bearer"
 
 
 @pytest.mark.parametrize("path", POSTS)
 def test_a_body_that_is_none_is_refused_by_each_route_that_takes_one(path: str) -> None:
     invalid = "invalid_request_error"
     for no_json in (b"", b"{", b"[" * 100_000):
-        assert told(ask(path, body=no_json)) == (400, invalid, "invalid_json")
+        assert told(refusal(path, body=no_json)) == (400, invalid, "invalid_json")
     for no_object in ([], None, "text", {"model": 1}):
-        assert told(ask(path, body=no_object)) == (400, invalid, "invalid_type")
-    assert told(ask(path, body={})) == (400, invalid, "missing_required_parameter")
-    assert told(ask(path, body=b" " * (9 << 20))) == (413, invalid, "request_too_large")
+        assert told(refusal(path, body=no_object)) == (400, invalid, "invalid_type")
+    assert told(refusal(path, body={})) == (400, invalid, "missing_required_parameter")
+    assert told(refusal(path, body=b" " * (9 << 20))) == (413, invalid, "request_too_large")
     media = (415, invalid, "unsupported_media_type")
-    assert told(ask(path, content_type="text/plain")) == media
-    assert told(ask(path, content_encoding="gzip")) == media
-    unknown = ask(path, body=REQUEST | {"model": "none"})
+    assert told(refusal(path, content_type="text/plain")) == media
+    assert told(refusal(path, content_encoding="gzip")) == media
+    unknown = refusal(path, body=REQUEST | {"model": "none"})
     assert told(unknown) == (404, invalid, "model_not_found")
-    assert unknown[2]["param"] == "model"
+    assert b'"param": "model"' in unknown.body
 
 
 @pytest.mark.parametrize("path", GENERATES)
@@ -143,13 +130,13 @@ def test_a_body_that_is_none_is_refused_by_each_route_that_takes_one(path: str) 
 def test_what_the_server_cannot_do_is_told_without_its_reasons(
     path: str, error: Exception | None, wanted: tuple[int, str, str]
 ) -> None:
-    answer = ask(path, state=Loaded(error))
+    answer = refusal(path, state=Loaded(error))
     assert told(answer) == wanted
-    assert "secret" not in answer[2]["message"]
+    assert b"secret" not in answer.body
 
 
 def test_a_server_without_its_model_serves_nothing_and_says_so() -> None:
     for path in (*GENERATES, "/health", "/ready"):
-        answer = ask(path)
+        answer = refusal(path)
         assert told(answer) == (503, "service_unavailable_error", "model_not_loaded")
-        assert answer[1]["x-should-retry"] == "false"
+        assert answer.headers["x-should-retry"] == "false"
