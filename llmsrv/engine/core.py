@@ -221,6 +221,7 @@ class EngineCore:
         if not chunks:
             return
         start_s = self._clock()
+        work = sum(chunk.work for chunk in chunks)
         batch = build_batch([chunk.rows for chunk in chunks], self._kv_cache.block_tables)
         self._plan.forward(batch)
         rows = [row for chunk in chunks for row in _logit_rows(chunk)]
@@ -229,7 +230,7 @@ class EngineCore:
             self._scheduler.note_computed(chunk)
         if rows:
             self._take(rows, self._sample(rows))
-        self._costs.note(len(batch.ids), self._clock() - start_s)
+        self._costs.note(work, self._clock() - start_s)
         for chunk, num_tokens in zip(chunks, before, strict=True):
             num_kept = chunk.sequence.num_tokens - num_tokens - 1
             if chunk.draft and num_kept >= 0:  # else the row before the draft has failed

@@ -44,6 +44,9 @@ SMOOTH_STEP_S = 0.05
 LEAST_PROMPT_SHARE = 0.5
 # So that prompts get on in any case; a decode step reads every weight for fewer rows.
 LEAST_PREFILL_ROWS = 8
+# So many positions before a row of a prompt cost what the row itself does: 750 with AMX and SmolLM2,
+# and it need not be exact.  Without it the ends of long prompts would make steps far too long.
+FAR_POSITION = 1000
 
 
 class Chunk(NamedTuple):
@@ -56,6 +59,11 @@ class Chunk(NamedTuple):
     @property
     def num_rows(self) -> int:
         return self.num_tokens + len(self.draft)
+
+    @property
+    def work(self) -> int:
+        """What it costs, in rows of decode, which are taken to be all the same."""
+        return self.num_rows + (self.num_tokens - 1) * self.sequence.num_computed // FAR_POSITION
 
     @property
     def num_logit_rows(self) -> int:
@@ -156,7 +164,8 @@ class Scheduler:
             prompts_s = decode_s * PROMPT_SHARE * max(1.0, num_prompts / num_streams)
             prompts_s = min(prompts_s, SMOOTH_STEP_S - decode_s)
             limit_s = decode_s + max(prompts_s, decode_s * LEAST_PROMPT_SHARE)
-        fitting = self._costs.rows_within(limit_s) - num_rows
+        first = next((s.num_computed for s in self.running if s.num_uncomputed > 1), 0)
+        fitting = (self._costs.rows_within(limit_s) - num_rows) / (1 + first / FAR_POSITION)
         return int(min(self._max_rows - num_rows, max(fitting, LEAST_PREFILL_ROWS)))
 
     def _schedule_decode(self) -> list[Chunk]:

@@ -1,5 +1,5 @@
 """How long steps take by their number of rows, from those that were made, and from that how many
-rows a step may have.
+rows a step may have.  What counts as how many rows is the scheduler's to say (Chunk.work).
 
 A step's cost grows with its rows, but never faster than they do, since each step reads every weight
 once.  So what one step took bounds what all others take: of r rows and c seconds, fewer rows n take

@@ -4,6 +4,7 @@ Time is a fake plan's own: a step takes what its rows are said to cost.
 """
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -21,12 +22,22 @@ SEEDED = Sampling(seed=7)
 
 
 class Clock:
-    """The time, and what a step adds to it: so much, and so much a row."""
+    """The time, and what a step adds to it: so much, so much a row, so much for each position that
+    a row looks back at, and by chance some more."""
 
-    def __init__(self, step_s: float = 0.004, row_s: float = 0.0004) -> None:
+    def __init__(
+        self,
+        step_s: float = 0.004,
+        row_s: float = 0.0004,
+        position_s: float = 0.0,
+        noise: float = 0.0,
+    ) -> None:
         self.now_s = 1000.0
         self.step_s = step_s
         self.row_s = row_s
+        self.position_s = position_s
+        self.noise = noise
+        self._rng = random.Random(1)
 
     def __call__(self) -> float:
         return self.now_s
@@ -37,7 +48,9 @@ class Clock:
 
         def timed(batch: Batch) -> None:
             forward(batch)
-            self.now_s += self.step_s + self.row_s * len(batch.ids)
+            looking_s = self.position_s * float(batch.positions.sum())
+            elapsed_s = self.step_s + self.row_s * len(batch.ids) + looking_s
+            self.now_s += elapsed_s * (1 + self.noise * abs(self._rng.gauss(0, 1)))
 
         plan.forward = timed  # type: ignore[method-assign]
         return plan
@@ -70,6 +83,25 @@ def test_a_stream_stays_smooth_while_long_prompts_arrive(row_s: float) -> None:
         alone_s = clock.step_s + row_s
         least_rows_s = clock.step_s + row_s * 10  # or so many, where that takes longer
         assert np.percentile(gaps, 99) <= max(3 * alone_s, least_rows_s) + 1e-9
+
+
+@pytest.mark.parametrize("position_s", [0.0, 1.4e-6])
+def test_streams_stay_smooth_to_the_end_of_long_prompts(position_s: float) -> None:
+    clock = Clock(step_s=0.005, row_s=0.0005, position_s=position_s, noise=0.1)
+    engine = timed_engine(clock, max_rows=256)
+    for request in range(8):
+        engine.submit(request, healthy_prompt(131, request, steps=250), max_tokens=250)
+    while len(engine.outputs) < 8:
+        engine.step()
+    alone: list[float] = []
+    beside: list[float] = []
+    for request in range(8, 11):
+        engine.submit(request, healthy_prompt(1000, request, steps=1), max_tokens=1)
+        beside += gaps_of(engine, clock, 0, end=request)
+        engine.submit(100 + request, healthy_prompt(20, request), max_tokens=10)
+        alone += gaps_of(engine, clock, 0, end=100 + request)[-9:]
+    assert np.percentile(beside, 99) <= 3 * np.median(alone)
+    assert np.median(beside) >= 1.6 * np.median(alone)  # what prompts get
 
 
 def test_many_streams_that_begin_at_once_wait_at_most_sixty_milliseconds_a_token() -> None:
