@@ -10,8 +10,11 @@ from typing import Any
 
 import openai
 import pytest
+from openai.types import Completion
 from openai.types import completion_create_params
+from openai.types.chat import ChatCompletion
 from openai.types.chat import ChatCompletionAssistantMessageParam
+from openai.types.chat import ChatCompletionChunk
 from openai.types.chat import ChatCompletionContentPartTextParam
 from openai.types.chat import ChatCompletionStreamOptionsParam
 from openai.types.chat import ChatCompletionToolMessageParam
@@ -560,6 +563,34 @@ def add(joined: dict[str, Any], choice: Any) -> None:
     joined["reason"] = choice.finish_reason or joined.get("reason")
     for name in LISTS if choice.logprobs else ():
         joined[name] = joined.get(name, []) + getattr(choice.logprobs, name)
+
+
+# ---- The shapes of answers
+
+
+def test_an_answer_has_every_key_that_openai_s_schema_requires(tiny_client: OpenAI) -> None:
+    for fields in ({}, {"logprobs": True, "top_logprobs": 1, "n": 2}):
+        answer = chat(tiny_client, **fields).to_dict()
+        ChatCompletion.model_validate(answer, strict=True)
+        for choice in answer["choices"]:
+            assert choice.keys() == {"finish_reason", "index", "message", "logprobs"}
+            assert {"role", "content", "refusal"} <= choice["message"].keys()
+            assert choice["logprobs"] is None or choice["logprobs"].keys() == {"content", "refusal"}
+    completion = complete(tiny_client, logprobs=1).to_dict()
+    Completion.model_validate(completion, strict=True)
+    assert completion["choices"][0].keys() == {"finish_reason", "index", "logprobs", "text"}
+
+
+def test_each_chunk_has_every_key_that_openai_s_schema_requires(tiny_client: OpenAI) -> None:
+    fields: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+    stream = tiny_client.chat.completions.create(model="tiny", messages=MESSAGES, **fields)
+    chunks = [chunk.to_dict() for chunk in stream]
+    for chunk in chunks:
+        ChatCompletionChunk.model_validate(chunk, strict=True)
+        assert chunk.keys() == chunks[-1].keys()
+        for choice in chunk["choices"]:
+            assert choice.keys() == {"delta", "finish_reason", "index", "logprobs"}
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]
 
 
 # ---- The server's options
