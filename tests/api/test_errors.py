@@ -114,6 +114,18 @@ def test_a_body_that_is_none_is_refused_by_each_route_that_takes_one(path: str) 
     assert b'"param": "model"' in unknown.body
 
 
+@pytest.mark.parametrize("part", [b'""', b"{}", b"[]", b'"\\\\"'])
+def test_75_a_body_of_a_million_parts_is_refused_before_it_holds_the_loop_up(part: bytes) -> None:
+    body = b'{"a": [' + b",".join([part] * 1_000_000) + b"]}"
+    answer = refusal("/v1/completions", body=body)
+    assert told(answer) == (413, "invalid_request_error", "request_too_large")
+
+
+def test_75_a_text_of_a_million_quotation_marks_is_one_part() -> None:
+    answer = refusal("/v1/completions", body=REQUEST | {"prompt": '"' * 1_000_000})
+    assert told(answer)[2] == "model_not_loaded"
+
+
 @pytest.mark.parametrize("path", GENERATES)
 @pytest.mark.parametrize(
     "error, wanted",
