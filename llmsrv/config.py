@@ -41,6 +41,8 @@ class EngineConfig:
     context_window_size: int = 0  # positions of one sequence; 0: what the model was made for
     extend_context: bool = False  # or more than that
     gpu_memory_utilization: float = 0.85  # of the memory that there is
+    num_engines: int = 1  # that divide it
+    weights_beside_bytes: int = 0  # of the models of the others
     speculative_mode: str = "disable"
     spec_draft_length: int = 0  # 0: what pays
     threads: int = 0  # 0: one a physical core
@@ -281,12 +283,20 @@ class Config:
     log_level: str = option("info", "Files and logs", "what is logged", choices=LOG_LEVELS)
 
 
-def engine_config(config: Config, model_path: Path, draft_path: Path | None) -> EngineConfig:
+def engine_config(
+    config: Config,
+    model_path: Path,
+    draft_path: Path | None,
+    num_engines: int = 1,
+    weights_beside_bytes: int = 0,
+) -> EngineConfig:
     """What an engine needs of the options, for one of the models."""
     own: dict[str, Any] = {
         "model_path": str(model_path),
         "draft_model_path": str(draft_path or ""),
         "cache_dir": str(config.cache_dir),
+        "num_engines": num_engines,
+        "weights_beside_bytes": weights_beside_bytes,
     }
     names = {field.name for field in fields(EngineConfig)} - own.keys()
     return EngineConfig(**own, **{name: getattr(config, name) for name in names})

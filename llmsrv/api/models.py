@@ -9,6 +9,7 @@ The top imports little: the first engines start beside the import of tokenizers 
 
 import asyncio
 import enum
+import glob
 import logging
 import os
 import re
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from llmsrv.api.counters import Counters
 from llmsrv.config import Config
+from llmsrv.config import EngineConfig
 from llmsrv.config import engine_config
 from llmsrv.engine.client import RETRY
 from llmsrv.engine.client import EngineClient
@@ -68,6 +70,11 @@ class Model:
         self._text: "TextModel | None" = None
 
     @property
+    def weight_bytes(self) -> int:
+        """What its weights take in memory, about: they are kept as the files have them."""
+        return _file_bytes(self.path) + (_file_bytes(self.draft_path) if self.draft_path else 0)
+
+    @property
     def num_restarts(self) -> int:
         return self._num_restarts + (self.engine.num_restarts if self.engine else 0)
 
@@ -107,12 +114,10 @@ class Model:
             load_text_model, self.path, config.chat_template, config.cache_dir
         )
 
-    async def start_engine(self, config: Config) -> None:
+    async def start_engine(self, config: EngineConfig) -> None:
         """Returns before the engine is ready."""
         self.state = ModelState.LOADING
-        self.engine = EngineClient(
-            engine_config(config, self.path, self.draft_path), on_step=self.counters.note_step
-        )
+        self.engine = EngineClient(config, on_step=self.counters.note_step)
         await self.engine.start()
 
     async def wait_loaded(self, config: Config, is_patient: bool) -> None:
@@ -152,7 +157,7 @@ class Models:
         self.num_unknown_fields = 0  # of requests, ignored
         self._models = models
         self._by_name = {name: model for model in models for name in model.names}
-        self._max_loaded = config.max_loaded_models or len(models)
+        self._max_loaded = min(config.max_loaded_models or len(models), len(models))
         self._first = models[: self._max_loaded]
         self._is_starting = True  # until the first ones are loaded
         self._turn = asyncio.Lock()  # of loads and unloads
@@ -209,7 +214,7 @@ class Models:
     async def start(self) -> None:
         """Starts the first engines; returns before they are ready."""
         for model in self._first:
-            await model.start_engine(self.config)
+            await model.start_engine(self._engine_config(model))
 
     async def wait_started(self) -> None:
         """Returns when the first models are served; StartupError when one of them cannot be."""
@@ -250,6 +255,13 @@ class Models:
                 await model.unload(self.config.drain_timeout_s)
         return model
 
+    def _engine_config(self, model: Model) -> EngineConfig:
+        """With its part of the memory, where the largest that may be loaded beside it are."""
+        sizes = [other.weight_bytes for other in self._models if other is not model]
+        beside = sum(sorted(sizes, reverse=True)[: self._max_loaded - 1])
+        paths = model.path, model.draft_path
+        return engine_config(self.config, *paths, self._max_loaded, beside)
+
     async def _load(self, model: Model) -> None:
         unloaded = None
         try:
@@ -257,7 +269,7 @@ class Models:
             unloaded = await self._make_room()
             if error := self._draining():
                 raise error
-            await model.start_engine(self.config)
+            await model.start_engine(self._engine_config(model))
             await model.wait_loaded(self.config, is_patient=False)
         except BaseException as error:
             await model.unload()
@@ -329,6 +341,15 @@ def name_of(model: str) -> str:
     else:
         last = os.path.basename(os.path.abspath(model))
     return re.sub(r"(-00001-of-\d{5})?\.gguf$", "", last)
+
+
+def _file_bytes(path: Path) -> int:
+    """Of a model's file, of all its parts, or of the weights in its folder."""
+    if path.is_dir():
+        files = path.glob("*.safetensors")
+    else:
+        files = path.parent.glob(glob.escape(path.name).replace("-00001-of-", "-*-of-"))
+    return sum(file.stat().st_size for file in files)
 
 
 def _refused(model: Model, error: StartupError) -> ApiError:

@@ -73,8 +73,9 @@ def choose_sizes(config: EngineConfig, trained_context: int, memory: Memory) -> 
     mode = MODES[config.mode]
     num_sequences = config.max_num_sequence or mode.max_num_sequence
     context = _context(config, trained_context)
-    left = int(config.gpu_memory_utilization * memory.limit) - memory.weights - BASE_BYTES
-    fitting = max(0, left) // memory.position
+    weights = memory.weights + config.weights_beside_bytes
+    left = int(config.gpu_memory_utilization * memory.limit) - weights
+    fitting = max(0, left // config.num_engines - BASE_BYTES) // memory.position
     if config.max_total_seq_length:
         total, why = config.max_total_seq_length, "as asked for"
         _check_total(config, total, fitting, memory)
@@ -131,9 +132,11 @@ def _check_fitting(config: EngineConfig, fitting: int, memory: Memory) -> None:
 
 
 def _told(memory: Memory, config: EngineConfig) -> str:
+    weights = _mb(memory.weights + config.weights_beside_bytes)
+    shared = f", shared by {config.num_engines} models" if config.num_engines > 1 else ""
     return (
         f"{config.gpu_memory_utilization:.0%} of the {_mb(memory.limit)} of {memory.whose}, beside "
-        f"{_mb(memory.weights)} of weights"
+        f"{weights} of weights{shared}"
     )
 
 

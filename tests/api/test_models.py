@@ -1,6 +1,7 @@
 """Several models at once: each request goes to the one it names, and what becomes of one model is
 nothing to the others."""
 
+import dataclasses
 import http.client
 import json
 import os
@@ -337,6 +338,22 @@ def test_several_models_are_told_apart_by_their_names(tmp_path: Path) -> None:
     path = str(write_tiny_llama(tmp_path / "x.gguf"))
     with pytest.raises(StartupError, match="two models are called 'x'.*NAME=PATH"):
         find_models(config(path, f"x={path}"))
+
+
+def test_a_model_leaves_room_for_the_largest_that_may_be_loaded_beside_it(tmp_path: Path) -> None:
+    sizes = {"small.gguf": 10, "large-00001-of-00002.gguf": 30, "large-00002-of-00002.gguf": 40}
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(bytes(size))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/model.safetensors").write_bytes(bytes(20))
+    names = ("small.gguf", "large-00001-of-00002.gguf", "folder")
+    options = config(*(f"{i}={tmp_path / name}" for i, name in enumerate(names)))
+    for num_loaded, beside in ((0, [90, 30, 80]), (2, [70, 20, 70]), (1, [0, 0, 0])):
+        options = dataclasses.replace(options, max_loaded_models=num_loaded)
+        models = Models(options, find_models(options))
+        engines = [models._engine_config(model) for model in models]
+        assert [engine.weights_beside_bytes for engine in engines] == beside
+        assert {engine.num_engines for engine in engines} == {num_loaded or 3}
 
 
 @pytest.mark.parametrize(
