@@ -1,5 +1,7 @@
 """Speculative decoding: the tokens of plain decoding, in fewer steps."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,12 +9,15 @@ import pytest
 
 from llmsrv.backend.base import Batch
 from llmsrv.backend.base import Limits
+from llmsrv.backend.base import Plan
+from llmsrv.backend.reference import ReferenceBackend
 from llmsrv.backend.sampling import Samples
 from llmsrv.engine.lookup import Lookup
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.speculation import Speculation
 from llmsrv.engine.speculation import _forgive
 from llmsrv.engine.step_costs import StepCosts
+from llmsrv.model.load import load_model
 from tests.engine.test_scheduler import Clock
 from tests.support.cores import GREEDY
 from tests.support.cores import Engine
@@ -21,6 +26,7 @@ from tests.support.cores import healthy_prompt
 from tests.support.fake_plan import NAN_ID
 from tests.support.fake_plan import VOCAB_SIZE
 from tests.support.fake_plan import FakePlan
+from tests.support.gguf_writer import write_tiny_llama
 
 
 def engine_of(draft_length: int | None, **limits: int) -> Engine:
@@ -230,6 +236,47 @@ def test_a_draft_model_changes_no_output(draft_length: int) -> None:
     if draft_length:
         assert gauges.num_accepted_tokens >= 0.97 * gauges.num_draft_tokens > 10
     engine.assert_idle()
+
+
+@pytest.mark.parametrize(
+    "draft, least, most",
+    [
+        ({}, 0.97, 1.0),
+        ({"layers": 1}, 0.04, 0.9),
+        ({"layers": 1, "hidden_size": 32, "num_heads": 2, "num_kv_heads": 1, "seed": 9}, 0.0, 0.9),
+    ],
+    ids=["itself", "its first layer", "another"],
+)
+def test_a_smaller_model_drafts_for_a_larger_one(
+    draft: dict[str, int], least: float, most: float, tmp_path: Path
+) -> None:
+    """least, most: how much of its drafts is kept."""
+    make_plan = reference_plans(tmp_path / "target.gguf")
+    make_draft_plan = reference_plans(tmp_path / "draft.gguf", **draft)
+    samplings = [GREEDY, Sampling(seed=11), Sampling(seed=12, temperature=0.7, top_p=0.9)]
+    drafting = Engine(
+        max_rows=32,
+        spare_logit_rows=16,
+        draft_length=3,
+        make_plan=make_plan,
+        make_draft_plan=make_draft_plan,
+    )
+    plain = Engine(max_rows=64, max_sequences=1, make_plan=make_plan)
+    for engine in (drafting, plain):
+        for request, sampling in enumerate(samplings):
+            prompt = healthy_prompt(9 + 20 * request, request)
+            engine.submit(request, prompt, sampling=sampling, max_tokens=40)
+        engine.run()
+        engine.assert_idle()
+    assert drafting.outputs == plain.outputs
+    gauges = drafting.gauges
+    assert least <= gauges.num_accepted_tokens / gauges.num_draft_tokens <= most
+
+
+def reference_plans(path: Path, **sizes: int) -> Callable[[Limits], Plan]:
+    """Makes plans of a tiny llama of these sizes."""
+    program = load_model(write_tiny_llama(path, **sizes), lambda: None).program  # type: ignore
+    return lambda limits: ReferenceBackend().compile(program, limits, lambda: None)
 
 
 @pytest.mark.parametrize("make_draft_plan", [None, FakePlan])
