@@ -159,9 +159,12 @@ def _prompts(prompt: str | list[Any]) -> list[tuple[str | list[int], str]]:
 
     A prompt is a string or a list of ids; a request has one, or a list of them.
     """
-    if isinstance(prompt, str) or all(isinstance(id, int) for id in prompt):
+    if isinstance(prompt, str):
         return [(prompt, "prompt")]
-    if not any(isinstance(item, int) for item in prompt) and len(prompt) <= MAX_PROMPTS:
+    types = set(map(type, prompt))
+    if types == {int}:
+        return [(prompt, "prompt")]
+    if int not in types and len(prompt) <= MAX_PROMPTS:
         return [(item, f"prompt[{i}]") for i, item in enumerate(prompt)]
     raise _invalid(
         "prompt",

@@ -21,6 +21,7 @@ from llmsrv.text.chat_template import ChatTemplate
 
 # A template's variables that are no request's to set.
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+MESSAGE_CHARS = 80  # to render a message takes as long as to tokenise so many
 TOOLS_TOLD = """\
 You may call one or more functions to assist with the user query. You are given their signatures:
 <tools>
@@ -44,7 +45,7 @@ async def prompt_ids(
     if template is None:
         raise _no_template()
     texts = [text for message in asked.messages for text in _texts(message)]
-    if sum(map(len, texts)) <= generate.INLINE_CHARS and not tools:
+    if sum(map(len, texts)) + MESSAGE_CHARS * len(texts) <= generate.INLINE_CHARS and not tools:
         ids = _encode(template, asked, tools)
     else:
         if asked.truncate_prompt_tokens is None:

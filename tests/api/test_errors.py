@@ -147,6 +147,14 @@ def test_what_the_server_cannot_do_is_told_without_its_reasons(
     assert b"secret" not in answer.body
 
 
+@pytest.mark.parametrize("path", ["/models/load", "/models/unload"])
+def test_33_nobody_becomes_the_operator_by_a_header_of_a_proxy(path: str) -> None:
+    app = build_app(Models(Config(), []), Gate("0.0.0.0", [], []), lambda: {})
+    headers = {"x-forwarded-for": "127.0.0.1", "forwarded": "for=127.0.0.1", "host": "localhost"}
+    answer = asyncio.run(ask(app, "POST", path, headers))
+    assert told(answer) == (403, "invalid_request_error", "api_key_required")
+
+
 def test_a_server_without_its_model_serves_nothing_and_says_so() -> None:
     for path in (*GENERATES, "/health", "/ready"):
         answer = refusal(path)

@@ -90,6 +90,10 @@ def test_echo_puts_the_prompt_before_each_choice(tiny_client: OpenAI) -> None:
     assert echoed.usage.total_tokens == plain.usage.total_tokens
 
 
+def test_83_a_nul_character_is_one_as_any_other(tiny_client: OpenAI) -> None:
+    assert complete(tiny_client, "he\0llo", echo=True).choices[0].text.startswith("he\0llo")
+
+
 def test_echo_with_logprobs_has_every_token_with_its_place(tiny_client: OpenAI) -> None:
     choice = complete(tiny_client, "hello the", echo=True, logprobs=2, temperature=0).choices[0]
     logprobs = choice.logprobs
@@ -377,6 +381,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt_logprobs": 21}, "prompt_logprobs"),
     ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
     ({"debug_config": {"ignore_eos": True}}, "debug_config"),
+    ({"allowed_token_ids": [1] * (2**18 + 1)}, "allowed_token_ids"),
     ({"cache_salt": ""}, "cache_salt"),
     ({"priority": 2**31}, "priority"),
     ({"metadata": {"a": 1}}, "metadata"),

@@ -1,0 +1,68 @@
+"""What is taken for JSON, as a value that is wanted and as one that nobody knows: RFC 8259."""
+
+import json
+
+import msgspec
+import pytest
+
+from llmsrv.api.decode import check_further_fields
+from llmsrv.api.decode import decode_body
+from llmsrv.errors import ApiError
+
+
+class Wanted(msgspec.Struct):
+    value: object = None
+
+
+DECODER = msgspec.json.Decoder(Wanted)
+WRONG_NUMBERS = (
+    "- -1.0. ++1 +1 .123 0.1.2 0.3e+ 0.3e 0.e1 0E+ 0E 1.0e- 1eE2 -01 -1x -2. .2e-3 0x1 1. 012 -012 "
+    "1+2 NaN -NaN Infinity -Infinity inf 2.e3 9.e+ 1ea \uff11 1_000 0b1 0o7 1f 1L"
+).split()
+WRONG_STRINGS = [
+    *('"', '"a', '"\\"', '"\\a"', '"\\x00"', '"\\u"', '"\\u00A"', '"\\uqqqq"', '"\\u00e\u00e9"'),
+    *('"\\\U0001f300"', '"\\ud800\\"', '"\\ud800\\u1"', '"\\ud800\\u1x"', '"a\nb"', '"\t"', "'a'"),
+    *('"a\0a"', "\\u0020", '"\\UA66D"', '"\\ud800"', '"\\udc00\\ud800"', '"\\ud800a"', '""a'),
+]
+WRONG_STRUCTURES = [
+    *("", " ", "nul", "truth", "True", "NULL", "<null>", "*", "1;", "1\0", "1\v", "[\f]"),
+    *("[", "]", "[1", "[1,", "[,1]", "[1,]", "[1,,2]", "[1 2]", "[1 true]", "[3[4]]", "[1]]"),
+    *('{"a"', '{"a":', '{"a":1', '{"a":1,}', '{"a":1,,"b":2}', '{"a" 1}', '{"a":1 2}', "{1:1}"),
+    *("{a:1}", "{'a':1}", "{:1}", '{"a"::1}', '{"a","b"}', "{null:1}", "{,}", '["": 1]', "[:1]"),
+    *("1//", "1/**/", "1#", "[\u2060]", "[\u00a0]", "a", "\ufeff1", "- 1", "1 000", "[" * 100_000,
+    *("1}{", "1} {}"),
+]
+RIGHT = [
+    *("0", "-0", "1", "-1", "10", "1.5", "1e3", "1E+2", "1e-2", "-1.5e10", "1e-400", "0e0", "12.3e4"),
+    *('""', '"a"', '"\\u0000"', '"\\u00e9"', '"\\ud83d\\ude00"', '"\\"\\\\\\/\\b\\f\\n\\r\\t"'),
+    *('"\x7f"', '"\u2028"', '"\u00e9"', '"\U0010ffff"', '"\\ufffe"', "true", "false", "null"),
+    *(" null\t\r\n", "[]", "[ ]", "{}", "{ }", "[[]]", '{"":0}', "[1, 2]", '[null,"a",{}]'),
+]
+
+
+def is_taken(text: str, name: str) -> bool:
+    body = b'{"%b":%b}' % (name.encode(), text.encode())
+    try:
+        decode_body(DECODER, body)
+        check_further_fields(body, ("value",), False)
+    except ApiError as error:
+        assert (error.status, error.code) == (400, "invalid_json")
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", ["value", "nobody_knows_this"])
+def test_88_what_is_json_is_taken_and_nothing_else(name: str) -> None:
+    for text in (*WRONG_NUMBERS, *WRONG_STRINGS, *WRONG_STRUCTURES):
+        assert not is_taken(text, name), text
+    for text in RIGHT:
+        assert is_taken(text, name), text
+        assert decode_body(DECODER, b'{"value":%b}' % text.encode()).value == json.loads(text)
+
+
+@pytest.mark.parametrize("text", [b'"\xff"', b'"\xed\xa0\x80"', b'"\xc0\xaf"', b'"\xe5', b"\xe9"])
+def test_76_what_is_not_utf_8_is_not_json(text: bytes) -> None:
+    for name in (b"value", b"nobody_knows_this"):
+        with pytest.raises(ApiError) as caught:
+            decode_body(DECODER, b'{"%b":%b}' % (name, text))
+        assert caught.value.code == "invalid_json"
