@@ -2,8 +2,9 @@
 
 python -m bench.models [--streams 1,8] [--prompt 131] [--output 64] [--rounds 3] [-- server options]
 
-The same file twice, so that both cost the same: one alone, then both with as many streams each, in
-turn, round by round.  1.00 says that together they make as many tokens a second as one alone.
+The same file twice, so that both cost the same: one alone, the other alone, then both with as many
+streams each, in turn, round by round.  1.00 says that together they make as many tokens a second as
+one alone.  Only on a machine that does nothing else: two processes get more of a busy one.
 """
 
 import argparse
@@ -41,7 +42,8 @@ def main() -> None:
         for num_streams in map(int, options.streams.split(",")):
             alone, together = [], []
             for round in range(options.rounds):
-                alone.append(asyncio.run(rate(both[:1], num_streams, 2 * round)))
+                each = [asyncio.run(rate([load], num_streams, 2 * round)) for load in both]
+                alone.append(statistics.harmonic_mean(each))
                 together.append(asyncio.run(rate(both, num_streams, 2 * round + 1)))
             kept = statistics.median(b / a for a, b in zip(alone, together, strict=True))
             one, two = statistics.median(alone), statistics.median(together)
