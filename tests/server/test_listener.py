@@ -48,6 +48,14 @@ def test_all_addresses_of_a_host_share_one_port() -> None:
         sock.close()
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux has it")
+def test_66_a_client_that_vanishes_without_a_word_is_given_up_after_30_s() -> None:
+    with bind("127.0.0.1", 0)[0] as listener, socket.create_connection(listener.getsockname()):
+        listener.setblocking(True)
+        with listener.accept()[0] as accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
+
+
 def test_run_takes_uvloop_and_returns_the_result() -> None:
     async def main() -> str:
         return type(asyncio.get_running_loop()).__module__
