@@ -93,11 +93,11 @@ def test_one_sequence_may_fill_the_whole_cache(blocks: int, length: int) -> None
     ("fields", "code", "message"),
     [
         ({"prompt_ids": [1] * 200}, "context_length_exceeded", "200 tokens"),
-        ({"prompt_ids": []}, None, "empty"),
-        ({"prompt_ids": [1, VOCAB_SIZE]}, None, "not in"),
-        ({"prompt_ids": [-1, 1]}, None, "not in"),
-        ({"max_tokens": 0}, None, "at least 1"),
-        ({"n": 0}, None, "at least 1"),
+        ({"prompt_ids": []}, "bad_request", "empty"),
+        ({"prompt_ids": [1, VOCAB_SIZE]}, "bad_request", "not in"),
+        ({"prompt_ids": [-1, 1]}, "bad_request", "not in"),
+        ({"max_tokens": 0}, "bad_request", "at least 1"),
+        ({"n": 0}, "bad_request", "at least 1"),
         ({"sampling": Sampling(seed=1, temperature=float("nan"))}, "invalid_value", "temperature"),
         ({"sampling": Sampling(seed=1, top_p=1.5)}, "invalid_value", "top_p"),
         ({"sampling": Sampling(seed=-1)}, "invalid_value", "seed"),
@@ -105,7 +105,7 @@ def test_one_sequence_may_fill_the_whole_cache(blocks: int, length: int) -> None
     ],
 )
 def test_what_can_never_be_computed_fails_at_once_and_alone(
-    fields: dict[str, object], code: str | None, message: str
+    fields: dict[str, object], code: str, message: str
 ) -> None:
     engine = Engine()
     healthy = engine.submit(1, healthy_prompt(3))
