@@ -58,6 +58,16 @@ class ApiError(Exception):
         return json.dumps({"error": error}).encode()
 
 
+def invalid(param: str, reason: str) -> ApiError:
+    """A field whose value cannot be, and why."""
+    return ApiError(400, f"Invalid '{param}': {reason}.", param=param, code="invalid_value")
+
+
+def missing(param: str) -> ApiError:
+    message = f"Missing required parameter: '{param}'."
+    return ApiError(400, message, param=param, code="missing_required_parameter")
+
+
 class StartupError(Exception):
     """The server cannot start or go on; the message says what was found, what was expected and what
     to do next.  The command line prints it as it stands and exits with 1."""

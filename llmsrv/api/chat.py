@@ -31,7 +31,7 @@ from llmsrv.asgi.request import Request
 from llmsrv.asgi.response import Response
 from llmsrv.asgi.sse import EventStream
 from llmsrv.config import Config
-from llmsrv.errors import ApiError
+from llmsrv.errors import invalid
 
 
 class ChatCompletions:
@@ -152,12 +152,7 @@ class _Answer:
 def _check(asked: ChatCompletionRequest, config: Config) -> None:
     generate.check(asked, config)
     if asked.top_logprobs is not None and not asked.logprobs:
-        raise ApiError(
-            400,
-            "Invalid 'top_logprobs': it is only allowed when 'logprobs' is true.",
-            param="top_logprobs",
-            code="invalid_value",
-        )
+        raise invalid("top_logprobs", "it is only allowed when 'logprobs' is true")
     asked.max_tokens = asked.max_completion_tokens or asked.max_tokens
 
 

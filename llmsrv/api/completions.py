@@ -31,7 +31,7 @@ from llmsrv.asgi.request import Request
 from llmsrv.asgi.response import Response
 from llmsrv.asgi.sse import EventStream
 from llmsrv.config import Config
-from llmsrv.errors import ApiError
+from llmsrv.errors import invalid
 from llmsrv.text.detokenizer import Detokenizer
 from llmsrv.text.tokenizer import Tokenizer
 
@@ -166,7 +166,7 @@ def _prompts(prompt: str | list[Any]) -> list[tuple[str | list[int], str]]:
         return [(prompt, "prompt")]
     if int not in types and len(prompt) <= MAX_PROMPTS:
         return [(item, f"prompt[{i}]") for i, item in enumerate(prompt)]
-    raise _invalid(
+    raise invalid(
         "prompt",
         "expected a string, a list of token ids, or a list of at most "
         f"{MAX_PROMPTS} of either, but got a list of {len(prompt)} items",
@@ -180,13 +180,13 @@ async def _encode(
     ids = await _ids(service, asked, prompt, param)
     if asked.suffix:
         if tokenizer.fill_in_ids is None:
-            raise _invalid("suffix", "this model's vocabulary has no tokens for filling in")
+            raise invalid("suffix", "this model's vocabulary has no tokens for filling in")
         before, between, behind = tokenizer.fill_in_ids
         ids = [before, *ids, between, *await _ids(service, asked, asked.suffix, "suffix"), behind]
     if asked.add_special_tokens is not False and isinstance(prompt, str):
         ids = tokenizer.with_bos(ids)
     if not ids:
-        raise _invalid(param, "expected at least one token, but got an empty prompt")
+        raise invalid(param, "expected at least one token, but got an empty prompt")
     return generate.truncated(service, asked, ids)
 
 
@@ -197,7 +197,7 @@ async def _ids(
     if not isinstance(text, str):
         if text and max(text) >= tokenizer.vocab_size:
             below = f"token ids must be below {tokenizer.vocab_size}"
-            raise _invalid(param, f"{below}, but got {max(text)}")
+            raise invalid(param, f"{below}, but got {max(text)}")
         return text
     if len(text) <= generate.INLINE_CHARS:
         return tokenizer.encode(text, parse_special=True)
@@ -247,9 +247,9 @@ def _echo_of(
 def _check(asked: CompletionRequest, config: Config) -> None:
     generate.check(asked, config)
     if asked.best_of is not None and asked.best_of < (asked.n or 1):
-        raise _invalid("best_of", f"expected at least 'n', {asked.n}, but got {asked.best_of}")
+        raise invalid("best_of", f"expected at least 'n', {asked.n}, but got {asked.best_of}")
     if asked.stream and (asked.best_of or 1) > (asked.n or 1):
-        raise _invalid("best_of", "more than 'n' is not allowed when 'stream' is true")
+        raise invalid("best_of", "more than 'n' is not allowed when 'stream' is true")
 
 
 def _tells_prompt(asked: CompletionRequest) -> bool:
@@ -276,7 +276,3 @@ def _best(deltas: list[Delta], best_of: int, n: int) -> list[Delta]:
 def _mean_logprob(delta: Delta) -> float:
     values = [logprobs.finite(entry.logprob) for entry in delta.entries]
     return sum(values) / len(values) if values else 0.0
-
-
-def _invalid(param: str, reason: str) -> ApiError:
-    return ApiError(400, f"Invalid '{param}': {reason}.", param=param, code="invalid_value")

@@ -15,6 +15,7 @@ from llmsrv.api.models import Models
 from llmsrv.api.schema import UNSUPPORTED
 from llmsrv.asgi.request import Request
 from llmsrv.errors import ApiError
+from llmsrv.errors import missing
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -27,6 +28,12 @@ _BOUND = re.compile(
 )
 _MISSING = re.compile(r"Object missing required field `(?P<field>[^`]+)`")
 _KIND = {"int": "integer", "float": "decimal", "str": "string", "array": "array"}
+_SIDES = {
+    "above_max_length": "too long",
+    "below_min_length": "too short",
+    "above_max_value": "above maximum value",
+    "below_min_value": "below minimum value",
+}
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _SHOWN = 64  # characters of a bad value that a message repeats
 # What decodes in 15 ms as one text of eight million bytes takes a second as a million small parts,
@@ -138,14 +145,8 @@ def _invalid_field(explanation: str, body: Any) -> ApiError:
     match = _PATH.match(explanation)
     assert match is not None
     what, path = match["what"], (match["path"] or "").replace("[...]", "")
-    if missing := _MISSING.match(what):
-        param = f"{path}.{missing['field']}" if path else missing["field"]
-        return ApiError(
-            400,
-            f"Missing required parameter: '{param}'.",
-            param=param,
-            code="missing_required_parameter",
-        )
+    if absent := _MISSING.match(what):
+        return missing(f"{path}.{absent['field']}" if path else absent["field"])
     got = _shown(_value_at(body, path))
     if bound := _BOUND.match(what):
         return _out_of_bounds(path, bound, got)
@@ -159,22 +160,13 @@ def _invalid_field(explanation: str, body: Any) -> ApiError:
 
 def _out_of_bounds(path: str, bound: re.Match[str], got: str) -> ApiError:
     kind = _KIND.get(bound["type"], bound["type"])
-    above = bound["sign"].startswith("<")
-    if bound["length"]:
-        side = "too long" if above else "too short"
-        code = f"{kind}_above_max_length" if above else f"{kind}_below_min_length"
-        message = (
-            f"Invalid '{path}': {kind} {side}. "
-            f"Expected a length {bound['sign']} {bound['bound']}, but got {got} instead."
-        )
-    else:
-        side = "above maximum" if above else "below minimum"
-        code = f"{kind}_above_max_value" if above else f"{kind}_below_min_value"
-        message = (
-            f"Invalid '{path}': {kind} {side} value. "
-            f"Expected a value {bound['sign']} {bound['bound']}, but got {got} instead."
-        )
-    return ApiError(400, message, param=path, code=code)
+    of = "length" if bound["length"] else "value"
+    side = f"above_max_{of}" if bound["sign"].startswith("<") else f"below_min_{of}"
+    message = (
+        f"Invalid '{path}': {kind} {_SIDES[side]}. "
+        f"Expected a {of} {bound['sign']} {bound['bound']}, but got {got} instead."
+    )
+    return ApiError(400, message, param=path, code=f"{kind}_{side}")
 
 
 def _value_at(body: Any, path: str) -> Any:

@@ -16,6 +16,7 @@ from llmsrv.config import Config
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.messages import Submit
 from llmsrv.errors import ApiError
+from llmsrv.errors import invalid
 from llmsrv.text.tokenizer import Tokenizer
 
 MAX_CHOICES = 1024  # of one request
@@ -32,11 +33,11 @@ def tenant_of(request: Request) -> bytes:
 def check(request: GenerationRequest, config: Config) -> None:
     """ApiError 400 for fields that do not go together, or not with the server's options."""
     if request.stream_options is not None and not request.stream:
-        raise _invalid("stream_options", "it is only allowed when 'stream' is true")
+        raise invalid("stream_options", "it is only allowed when 'stream' is true")
     if request.prompt_logprobs is not None and request.stream:
-        raise _invalid("prompt_logprobs", "it is not allowed when 'stream' is true")
+        raise invalid("prompt_logprobs", "it is not allowed when 'stream' is true")
     if request.debug_config is not None and not config.enable_debug:
-        raise _invalid("debug_config", "it is only allowed when the server has --enable-debug")
+        raise invalid("debug_config", "it is only allowed when the server has --enable-debug")
 
 
 def make_submits(
@@ -58,14 +59,14 @@ def make_submits(
     """
     if len(prompts) * n > MAX_CHOICES:
         message = f"a request may have at most {MAX_CHOICES} choices, and this has"
-        raise _invalid("n", f"{message} {len(prompts) * n}")
+        raise invalid("n", f"{message} {len(prompts) * n}")
     if sum(max_tokens) * n > MAX_OUTPUT_TOKENS:
         message = f"all choices together may have at most {MAX_OUTPUT_TOKENS} tokens, and these"
-        raise _invalid("max_tokens", f"{message} might have {sum(max_tokens) * n}")
+        raise invalid("max_tokens", f"{message} might have {sum(max_tokens) * n}")
     num_told = sum(map(len, prompts)) * (1 + num_logprobs) if tells_prompt else 0
     if num_told > MAX_PROMPT_LOGPROBS:
         message = f"prompts are told with at most {MAX_PROMPT_LOGPROBS} log-probabilities, and this"
-        raise _invalid("prompt_logprobs", f"{message} would take {num_told}")
+        raise invalid("prompt_logprobs", f"{message} would take {num_told}")
     sampling = sampling_of(request, service.text.sampling_defaults, num_logprobs)
     timeout_s = service.config.request_timeout_s
     deadline_s = time.monotonic() + timeout_s if timeout_s else math.inf
@@ -188,7 +189,3 @@ def refuse_too_long(service: Service, tokenizer: Tokenizer, text: str, param: st
     at_least = len(text) // tokenizer.longest_token
     if at_least >= service.engine.ready.context_length:
         output_limit(service, at_least, None, None, param)
-
-
-def _invalid(param: str, reason: str) -> ApiError:
-    return ApiError(400, f"Invalid '{param}': {reason}.", param=param, code="invalid_value")

@@ -81,8 +81,9 @@ class ChoiceOutput:
         self._rules = rules
         self._detokenizer = Detokenizer(tokenizer, rules.skip_special, rules.shown)
         self._stop = StopMatcher(rules.stops, rules.keeps_stop) if rules.stops else None
-        is_thinking = rules.is_thinking
-        self._thoughts = None if is_thinking is None else ReasoningParser(is_thinking)
+        self._thoughts = None
+        if rules.is_thinking is not None:
+            self._thoughts = ReasoningParser(rules.is_thinking)
         self._is_cut = False  # a stop string ended the text
         self._num_decoded = 0  # characters decoded, sent or not
         self._num_sent = 0

@@ -16,6 +16,8 @@ from llmsrv.api.schema import Message
 from llmsrv.api.schema import Tool
 from llmsrv.api.service import Service
 from llmsrv.errors import ApiError
+from llmsrv.errors import invalid
+from llmsrv.errors import missing
 from llmsrv.text.chat_template import TEMPLATE_FAILED
 from llmsrv.text.chat_template import ChatTemplate
 
@@ -64,7 +66,7 @@ def _encode(
         try:
             messages, told = _as_text(messages, told), []
         except RecursionError:
-            raise _invalid("tools", "nested too deeply") from None
+            raise invalid("tools", "nested too deeply") from None
     options: dict[str, Any] = {
         "tools": told or None,
         "add_generation_prompt": _adds_generation_prompt(asked),
@@ -94,7 +96,7 @@ def _adds_generation_prompt(asked: ChatCompletionRequest) -> bool:
         message = "the last message must be the assistant's"
     else:
         return False
-    raise _invalid("continue_final_message", message)
+    raise invalid("continue_final_message", message)
 
 
 def _template_variables(asked: ChatCompletionRequest, template: ChatTemplate) -> dict[str, Any]:
@@ -103,9 +105,9 @@ def _template_variables(asked: ChatCompletionRequest, template: ChatTemplate) ->
     for name, value in variables.items():
         where = f"chat_template_kwargs.{name[:64]}"
         if name in RESERVED or not template.knows(name):
-            raise _invalid(where, "the model's chat template has no such variable")
+            raise invalid(where, "the model's chat template has no such variable")
         if isinstance(value, list | dict):
-            raise _invalid(where, "expected a string, a number, true, false or null")
+            raise invalid(where, "expected a string, a number, true, false or null")
     if asked.reasoning_effort is not None:
         if not template.knows("reasoning_effort"):
             raise ApiError(
@@ -147,7 +149,7 @@ def _plain(message: Message, index: int) -> dict[str, Any]:
         plain["reasoning_content"] = message.reasoning_content
     if message.role == "tool":
         if message.tool_call_id is None:
-            raise _missing(f"{where}.tool_call_id")
+            raise missing(f"{where}.tool_call_id")
         plain["tool_call_id"] = message.tool_call_id
     return plain
 
@@ -160,7 +162,7 @@ def _content(message: Message, where: str) -> str | None:
         parts = enumerate(content)
         return "".join(_text(part, f"{where}.content[{j}]") for j, part in parts)
     if message.role != "assistant" or not (message.tool_calls or message.refusal):
-        raise _missing(f"{where}.content")
+        raise missing(f"{where}.content")
     return message.refusal
 
 
@@ -175,7 +177,7 @@ def _text(part: ContentPart, where: str) -> str:
         )
     text = part.text if part.type == "text" else part.refusal
     if text is None:
-        raise _missing(f"{where}.{part.type}")
+        raise missing(f"{where}.{part.type}")
     return text
 
 
@@ -250,12 +252,3 @@ def _no_template() -> ApiError:
         param="messages",
         code="no_chat_template",
     )
-
-
-def _missing(param: str) -> ApiError:
-    message = f"Missing required parameter: '{param}'."
-    return ApiError(400, message, param=param, code="missing_required_parameter")
-
-
-def _invalid(param: str, reason: str) -> ApiError:
-    return ApiError(400, f"Invalid '{param}': {reason}.", param=param, code="invalid_value")
