@@ -16,6 +16,9 @@ from tests.support.gemma3 import fetch_gemma3
 # use too are several times slower than one.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+# The hundred processes that tests start find the bytecode of the first, as those of users do.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from openai import OpenAI
 
 from tests.support.gguf_writer import write_tiny_llama
+from tests.support.sdk import openai_client
 from tests.support.server import ROOT
 from tests.support.server import run_server
 
@@ -43,7 +43,7 @@ def zipapp(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def complete(url: str, model: str = "tiny") -> int:
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    client = openai_client(url)
     answer = client.completions.create(model=model, prompt="hello", max_tokens=4)
     assert answer.usage is not None
     return answer.usage.completion_tokens

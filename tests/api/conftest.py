@@ -7,6 +7,7 @@ import pytest
 from openai import OpenAI
 
 from tests.support.gguf_writer import write_tiny_llama
+from tests.support.sdk import openai_client
 from tests.support.server import RunningServer
 from tests.support.server import run_server
 
@@ -24,12 +25,12 @@ def server(smollm2: Path) -> Iterator[RunningServer]:
 def reference_client(smollm2: Path) -> Iterator[OpenAI]:
     """The default model on the backend that is believed."""
     with run_server("--backend", "reference") as running:
-        yield OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+        yield openai_client(running.url)
 
 
 @pytest.fixture(scope="session")
 def client(server: RunningServer) -> OpenAI:
-    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    return openai_client(server.url)
 
 
 @pytest.fixture(scope="session")
@@ -48,4 +49,4 @@ def tiny_server(tiny_model: Path) -> Iterator[RunningServer]:
 
 @pytest.fixture(scope="session")
 def tiny_client(tiny_server: RunningServer) -> OpenAI:
-    return OpenAI(base_url=f"{tiny_server.url}/v1", api_key=KEY, max_retries=0)
+    return openai_client(tiny_server.url, KEY)

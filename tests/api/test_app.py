@@ -12,6 +12,7 @@ from openai import OpenAI
 from llmsrv.api.service import load_text_model
 from tests.api.conftest import KEY
 from tests.support.gguf_writer import write_tiny_llama
+from tests.support.sdk import openai_client
 from tests.support.server import RunningServer
 from tests.support.server import run_server
 
@@ -71,7 +72,7 @@ def test_a_request_without_the_key_is_401(
 
 
 def test_a_wrong_key_is_the_sdk_s_authentication_error(tiny_server: RunningServer) -> None:
-    client = OpenAI(base_url=f"{tiny_server.url}/v1", api_key="wrong", max_retries=0)
+    client = openai_client(tiny_server.url, "wrong")
     with pytest.raises(openai.AuthenticationError) as caught:
         client.models.list()
     assert caught.value.code == "invalid_api_key"
@@ -268,7 +269,7 @@ def test_metrics_are_prometheus_text_with_the_names_of_the_dashboards(
 def test_a_model_without_a_template_says_what_to_do(tmp_path: Path) -> None:
     model = write_tiny_llama(tmp_path / "bare.gguf", metadata={"tokenizer.chat_template": 0})
     with run_server("--model", str(model)) as server:
-        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        client = openai_client(server.url)
         with pytest.raises(openai.BadRequestError, match="--chat-template FILE"):
             client.chat.completions.create(
                 model="bare", messages=[{"role": "user", "content": "a"}]

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from openai import OpenAI
 
 from llmsrv.api.generate import sampling_of
 from llmsrv.api.schema import ChatCompletionRequest
 from llmsrv.api.models import name_of
 from llmsrv.api.service import load_text_model
 from tests.support.gguf_writer import write_tiny_llama
+from tests.support.sdk import openai_client
 from tests.support.server import RunningServer
 from tests.support.server import run_server
 
@@ -70,12 +70,12 @@ def greedy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningS
 
 
 def test_a_folder_is_served_under_its_name(greedy_server: RunningServer) -> None:
-    client = OpenAI(base_url=f"{greedy_server.url}/v1", api_key="none", max_retries=0)
+    client = openai_client(greedy_server.url)
     assert [model.id for model in client.models.list().data] == ["My-Model"]
 
 
 def test_recommended_sampling_is_that_of_the_answers(greedy_server: RunningServer) -> None:
-    client = OpenAI(base_url=f"{greedy_server.url}/v1", api_key="none", max_retries=0)
+    client = openai_client(greedy_server.url)
 
     def answer(**fields: float) -> str:
         completion = client.completions.create(

@@ -13,10 +13,10 @@ from typing import Any
 
 import openai
 import pytest
-from openai import OpenAI
 
 from tests.api.conftest import KEY
 from tests.support.gguf_writer import write_tiny_llama
+from tests.support.sdk import openai_client
 from tests.support.server import RunningServer
 from tests.support.server import eventually
 from tests.support.server import gauges
@@ -120,7 +120,7 @@ def test_what_comes_while_the_queue_is_full_is_told_to_come_again(
         eventually(lambda: running(narrow_server) == 1)
         second.sendall(endless())
         eventually(lambda: waiting(narrow_server) == 1)
-        client = OpenAI(base_url=f"{narrow_server.url}/v1", api_key="none", max_retries=0)
+        client = openai_client(narrow_server.url)
         with pytest.raises(openai.InternalServerError) as caught:
             client.completions.create(model=MODEL, prompt="a")
         assert caught.value.status_code == 503 and caught.value.code == "server_is_overloaded"
@@ -134,7 +134,7 @@ def test_what_comes_while_the_queue_is_full_is_told_to_come_again(
 def test_a_queue_is_also_bounded_in_tokens_and_a_request_in_time(endless_model: Path) -> None:
     limits = ("--max-queue-tokens", "100", "--request-timeout-s", "2")
     with run_server(*narrow(endless_model), *limits) as server:
-        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        client = openai_client(server.url)
         with connect(server) as first, connect(server) as second:
             first.sendall(endless())
             eventually(lambda: running(server) == 1)
@@ -153,7 +153,7 @@ def test_a_reader_that_stops_reading_does_not_stop_the_others(tiny_server: Runni
     stalled = connect(tiny_server)
     stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     stalled.sendall(post("/v1/completions", body | {"n": 16, "logprobs": 5}, KEY))
-    client = OpenAI(base_url=f"{tiny_server.url}/v1", api_key=KEY)
+    client = openai_client(tiny_server.url, KEY)
     for _ in range(3):
         text = client.completions.create(model="tiny", prompt="b", max_tokens=50)
         assert text.usage is not None and text.usage.completion_tokens > 0
@@ -194,7 +194,7 @@ def test_a_killed_engine_ends_its_requests_within_a_second_and_comes_back(
     mortal_server: RunningServer, stream: bool
 ) -> None:
     eventually(lambda: health(mortal_server)[0] == 200)
-    client = OpenAI(base_url=f"{mortal_server.url}/v1", api_key="none", max_retries=0)
+    client = openai_client(mortal_server.url)
     ended: list[tuple[float, BaseException]] = []
     settings: dict[str, Any] = dict(model="tiny", prompt="a", max_tokens=16000, stream=stream)
 
@@ -230,7 +230,7 @@ def test_a_killed_engine_ends_its_requests_within_a_second_and_comes_back(
 def test_sigterm_lets_running_requests_finish_and_exits_with_0(tmp_path: Path) -> None:
     model = write_tiny_llama(tmp_path / "tiny.gguf", context_length=4096)
     with run_server("--model", str(model)) as server:
-        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        client = openai_client(server.url)
         stream = client.completions.create(
             model="tiny", prompt="a", max_tokens=600, stream=True, extra_body={"ignore_eos": True}
         )
@@ -246,7 +246,7 @@ def test_the_first_ctrl_c_gives_streams_two_seconds_and_then_an_error_event(
     endless_model: Path,
 ) -> None:
     with run_server("--model", str(endless_model), "--mode", "server") as server:
-        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        client = openai_client(server.url)
         stream = client.completions.create(
             model="tiny", prompt="a", max_tokens=65000, stream=True, extra_body={"ignore_eos": True}
         )
@@ -266,7 +266,7 @@ def test_the_first_ctrl_c_gives_streams_two_seconds_and_then_an_error_event(
 def test_the_second_ctrl_c_ends_at_once(endless_model: Path) -> None:
     with run_server("--model", str(endless_model), "--mode", "server") as server:
         engine = server.engine_pid()
-        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        client = openai_client(server.url)
         stream = client.completions.create(
             model="tiny", prompt="a", max_tokens=65000, stream=True, extra_body={"ignore_eos": True}
         )

@@ -39,6 +39,7 @@ from tests.api.conftest import KEY
 from tests.support.gguf_writer import CONTROL
 from tests.support.gguf_writer import tiny_vocabulary
 from tests.support.gguf_writer import write_tiny_llama
+from tests.support.sdk import openai_client
 from tests.support.server import RunningServer
 from tests.support.server import gauges
 from tests.support.server import run_server
@@ -64,7 +65,7 @@ def roomy_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
     path = tmp_path_factory.mktemp("models") / "tiny.gguf"
     model = write_tiny_llama(path, context_length=2048)
     with run_server("--model", str(model), "--enable-debug", "--strict-fields") as running:
-        yield OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+        yield openai_client(running.url)
 
 
 def complete(client: OpenAI, prompt: Any = "hello", **fields: Any) -> Any:
@@ -212,7 +213,7 @@ def test_a_suffix_is_filled_in_by_the_tokens_of_the_vocabulary(tmp_path: Path) -
         tmp_path / "tiny.gguf", vocab_size=num_tokens + 3, metadata=metadata
     )
     with run_server("--model", str(model)) as server:
-        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        client = openai_client(server.url)
         ids = complete(client, "hello", suffix="he", return_token_ids=True).choices[0]
         before, between, behind = range(num_tokens, num_tokens + 3)
         hello, he = complete(client, ["hello", "he"], return_token_ids=True).choices

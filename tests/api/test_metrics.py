@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from llmsrv.api.counters import TOKEN_S
@@ -14,6 +13,7 @@ from llmsrv.api.counters import Histogram
 from llmsrv.engine.messages import Gauges
 from llmsrv.engine.messages import Step
 from tests.support.gguf_writer import write_tiny_llama
+from tests.support.sdk import openai_client
 from tests.support.server import RunningServer
 from tests.support.server import eventually
 from tests.support.server import run_server
@@ -58,7 +58,7 @@ def grown(server: RunningServer, before: dict[str, float]) -> dict[str, float]:
 
 
 def complete(server: RunningServer, **fields: object) -> openai.types.Completion:
-    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    client = openai_client(server.url)
     extra = {"prompt": PROMPT, "max_tokens": 10, "ignore_eos": True} | fields
     answer = client.completions.create(model="tiny", prompt="", extra_body=extra)
     assert isinstance(answer, openai.types.Completion)
@@ -129,7 +129,7 @@ def test_what_a_client_leaves_and_what_it_got_wrong_is_counted_as_such(
     counted: RunningServer,
 ) -> None:
     before = samples(counted)
-    client = OpenAI(base_url=f"{counted.url}/v1", api_key="none", max_retries=0)
+    client = openai_client(counted.url)
     stream = client.completions.create(
         model="tiny", prompt="a", max_tokens=16000, stream=True, extra_body={"ignore_eos": True}
     )

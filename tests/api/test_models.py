@@ -13,7 +13,6 @@ from typing import Any
 
 import openai
 import pytest
-from openai import OpenAI
 
 from llmsrv.api.gate import Gate
 from llmsrv.api.models import Model
@@ -27,6 +26,7 @@ from llmsrv.errors import StartupError
 from tests.support.engines import in_loop
 from tests.support.engines import main_that_sends_garbage
 from tests.support.gguf_writer import write_tiny_llama
+from tests.support.sdk import openai_client
 from tests.support.server import RunningServer
 from tests.support.server import eventually
 from tests.support.server import run_server
@@ -110,7 +110,7 @@ class Stream:
     """A long stream that is read in a thread; finish_reason or `error` is what ended it."""
 
     def __init__(self, server: RunningServer, model: str, num_tokens: int = LONG) -> None:
-        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        client = openai_client(server.url)
         self._stream = client.completions.create(
             model=model,
             prompt="a",

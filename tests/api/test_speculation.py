@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-from openai import OpenAI
 
+from tests.support.sdk import openai_client
 from tests.support.server import RunningServer
 from tests.support.server import gauges
 from tests.support.server import run_server
@@ -22,7 +22,7 @@ REQUESTS: list[dict[str, Any]] = [
 
 def answers(server: RunningServer, request: dict[str, Any]) -> list[Any]:
     """Each choice's text, finish reason and log-probabilities, whole and as a stream."""
-    client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    client = openai_client(server.url)
     asked = {"model": MODEL, "temperature": 0, **request}
     whole = client.completions.create(**asked)
     texts = [""] * asked.get("n", 1)

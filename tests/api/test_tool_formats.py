@@ -21,6 +21,7 @@ from tests.support.gguf_writer import CONTROL
 from tests.support.gguf_writer import tiny_vocabulary
 from tests.support.gguf_writer import write_gguf
 from tests.support.gguf_writer import write_tiny_llama
+from tests.support.sdk import openai_client
 from tests.support.server import run_server
 
 TOOLS: list[Any] = [
@@ -64,7 +65,7 @@ def test_tools_are_called_in_the_format_of_the_model(tmp_path: Path, name: str) 
     specials, writes, thinks = FORMATS[name]
     model = write_model(tmp_path / "tiny.gguf", specials, writes)
     with run_server("--model", str(model)) as server:
-        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        client = openai_client(server.url)
         settings: dict[str, Any] = {
             "model": "tiny",
             "messages": [{"role": "user", "content": "hello"}],
@@ -98,7 +99,7 @@ def test_calls_of_strict_tools_keep_to_their_schemas_where_they_may_be(
     opening = len(tiny_vocabulary()["tokenizer.ggml.tokens"])  # type: ignore[arg-type]
     model = write_model(tmp_path / "tiny.gguf", specials, writes)
     with run_server("--model", str(model)) as server:
-        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        client = openai_client(server.url)
         answer = client.chat.completions.create(
             model="tiny",
             messages=[{"role": "user", "content": "hello"}],
@@ -122,7 +123,7 @@ def test_an_answer_has_the_asked_form_or_calls_tools(tmp_path: Path) -> None:
     form = {"type": "object", "properties": {"b": {"enum": [3]}}, "additionalProperties": False}
     schema = {"type": "json_schema", "json_schema": {"name": "b", "schema": form}}
     with run_server("--model", str(model)) as server:
-        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        client = openai_client(server.url)
         for bias in (-100, 100):
             body: dict[str, Any] = {"parallel_tool_calls": False, "response_format": schema}
             choice = client.chat.completions.create(
