@@ -76,7 +76,7 @@ class Job:
             async with aclosing(streams[0] if len(streams) == 1 else _merge(streams)) as merged:
                 async for delta in merged:
                     yield delta
-        except ApiError:
+        except Exception:
             self._unfinished = "error"
             raise
         finally:

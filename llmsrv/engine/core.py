@@ -209,8 +209,14 @@ class EngineCore:
     def _enter(self, admitted: list[Sequence], now_s: float) -> None:
         """Prepares the sequences that have just been admitted, for the first time or again."""
         for sequence in admitted:
-            write_sampling(self._plan.sampling, sequence)
-            self._speculation.enter(sequence)
+            if sequence.state is State.ENDED:
+                continue  # with another choice of its request
+            try:
+                write_sampling(self._plan.sampling, sequence)
+                self._speculation.enter(sequence)
+            except Exception as error:
+                self._fail(sequence.submit.request, error)
+                continue
             if not sequence.scheduled_s:
                 sequence.scheduled_s = now_s
                 self._admitted.append(Admitted(sequence.submit.request, sequence.num_cached))

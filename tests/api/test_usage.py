@@ -162,6 +162,19 @@ def test_a_whole_answer_that_fails_is_an_error_and_its_tokens_count(
     assert outcome.counted[1:] == (5, {"error": 2})
 
 
+def test_a_fault_while_text_is_made_ends_its_request_and_frees_the_engine(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def faulty(output: ChoiceOutput, tokens: Tokens) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(ChoiceOutput, "push", faulty)
+    outcome = run(made, prompt=[5, 6, 7], n=2)
+    assert outcome.answer.status == 500
+    assert outcome.engine.aborted == [(0, None)]
+    assert outcome.counted == (3, 0, {"error": 2})
+
+
 def test_a_client_that_leaves_is_counted_by_what_it_was_sent(run: Run) -> None:
     outcome = run(made, leaves_after=b'"text":"', prompt=[5, 6, 7], n=2, stream=True)
     assert outcome.counted == (3, 5, {"abort": 2})

@@ -22,11 +22,14 @@ from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
 from llmsrv.backend.reference import ReferenceBackend
 from llmsrv.backend.sampling import Samples
+from llmsrv.backend.sampling_table import SamplingTable
 from llmsrv.engine.messages import PROMPT
 from llmsrv.engine.messages import Abort
 from llmsrv.engine.messages import Failed
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.messages import Submit
+from llmsrv.engine.sampling import write_sampling
+from llmsrv.engine.sequence import Sequence
 from llmsrv.model.load import load_model
 from tests.support.cores import GREEDY
 from tests.support.cores import Engine
@@ -177,6 +180,24 @@ def test_an_exception_at_admission_fails_that_request_alone(
     engine.run()
     assert engine.failed[2].status == 500
     assert engine.finished[1, 0].reason == "length"
+    engine.assert_idle()
+
+
+def test_an_exception_when_a_slot_is_taken_fails_that_request_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def faulty(table: SamplingTable, sequence: Sequence) -> None:
+        if sequence.submit.request == 2:
+            raise MemoryError
+        write_sampling(table, sequence)
+
+    monkeypatch.setattr("llmsrv.engine.core.write_sampling", faulty)
+    engine = Engine()
+    engine.submit(2, healthy_prompt(3), n=2)
+    healthy = engine.submit(1, healthy_prompt(3))
+    engine.run()
+    assert engine.failed[2].status == 500 and engine.admitted == [1]
+    assert engine.outputs[1, 0] == alone(healthy)[0]
     engine.assert_idle()
 
 
