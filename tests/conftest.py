@@ -5,12 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck
+from hypothesis import settings
 
 from llmsrv.config import DEFAULT_MODEL
 from llmsrv.config import default_cache_dir
 from llmsrv.files.source import resolve_model
 from tests.support.gemma3 import fetch_gemma3
-
 
 # As the engine process does, before numpy is loaded: two threads of BLAS on two cores that others
 # use too are several times slower than one.
@@ -18,6 +19,15 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # The hundred processes that tests start find the bytecode of the first, as those of users do.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# The same examples in every run; the campaigns search for others.
+settings.register_profile(
+    "repeated",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("repeated")
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,6 @@ from openai.types.chat import ChatCompletionToolMessageParam
 from openai.types.chat import ChatCompletionUserMessageParam
 from openai.types.chat import completion_create_params as chat_create_params
 from hypothesis import given
-from hypothesis import settings
 from hypothesis import strategies as st
 from openai import OpenAI
 
@@ -537,7 +536,6 @@ LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
 @pytest.mark.slow
-@settings(max_examples=250, deadline=None)
 @given(fields=SETTINGS, prompt=st.lists(st.integers(3, 200), min_size=1, max_size=40))
 def test_a_stream_is_the_whole_answer_in_pieces_under_any_settings(
     tiny_client: OpenAI, fields: dict[str, Any], prompt: list[int]

@@ -151,7 +151,7 @@ def test_types_without_products_of_their_own_become_floats(cpu, type):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.tuples(st.sampled_from(PACKED), st.integers(1, 70)), min_size=1, max_size=4),
     st.integers(1, 40),

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck
 from hypothesis import given
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from llmsrv.errors import ModelError
@@ -338,12 +336,6 @@ def opens_or_is_refused(path: Path) -> None:
     assert time.perf_counter() - start < 1
 
 
-@settings(
-    max_examples=300,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 @given(data=st.data())
 def test_damaged_files_are_read_or_refused_and_nothing_else(tmp_path, data):
     whole = small_file(tmp_path)

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck
 from hypothesis import given
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from llmsrv.errors import ModelError
@@ -205,12 +203,6 @@ def test_refuses_a_file_cut_off_anywhere(tmp_path):
         refusal(file_of(tmp_path, whole[:length]))
 
 
-@settings(
-    max_examples=300,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 @given(data=st.data())
 def test_damaged_files_are_read_or_refused_and_nothing_else(tmp_path, data):
     arrays = {"a": np.ones((2, 3), np.float32), "b": np.ones(4, np.float16)}
@@ -231,12 +223,6 @@ JSON = st.recursive(
 
 
 @pytest.mark.slow
-@settings(
-    max_examples=200,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 @given(header=st.dictionaries(
     st.text(max_size=3) | st.just("__metadata__"),
     JSON | st.fixed_dictionaries({

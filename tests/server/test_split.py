@@ -7,7 +7,6 @@ from typing import Any
 from typing import cast
 
 from hypothesis import given
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from llmsrv.asgi.types import Scope
@@ -130,7 +129,6 @@ conversations = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
 @given(data=conversations, places=st.lists(st.integers(0, 2000), max_size=20))
 def test_55_requests_cut_anywhere_give_the_same(data: bytes, places: list[int]) -> None:
     assert asyncio.run(converse(cut(data, places))) == asyncio.run(converse([data]))

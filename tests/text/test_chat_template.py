@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from llmsrv.errors import ApiError
@@ -143,7 +142,6 @@ EVIL = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3)).map("".join)
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None, derandomize=True)
 @given(contents=st.lists(EVIL, min_size=1, max_size=4))
 def test_random_messages_never_add_a_special_token(tokenizer, chatml, contents):
     messages = [{"role": "user", "content": content} for content in contents]
@@ -156,7 +154,6 @@ def test_random_messages_never_add_a_special_token(tokenizer, chatml, contents):
     assert rendered == wanted + "<|im_start|>assistant\n"
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
 @given(content=EVIL)
 def test_a_message_is_encoded_as_the_same_plain_text(tokenizer, chatml, content):
     """Between the template's own pieces, merges are those of plain text."""

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from llmsrv.files.gguf import open_gguf
@@ -64,7 +63,6 @@ def test_a_skipped_special_token_does_not_break_a_character(tokenizer):
     assert shown.push([first, IM_END, second]) == "\ufffd<|im_end|>\ufffd"
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
 @given(chunks=st.lists(st.binary(max_size=6) | st.text(max_size=3).map(str.encode), max_size=8))
 def test_all_pieces_together_are_the_bytes_decoded_once(tokenizer, chunks):
     detokenizer = Detokenizer(tokenizer)

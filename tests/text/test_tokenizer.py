@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import tokenizers
 from hypothesis import given
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from llmsrv.errors import ModelError
@@ -118,7 +117,6 @@ def test_every_token_of_the_default_model_has_its_bytes(smollm2_tokenizer):
     assert len({smollm2_tokenizer.token_bytes(id) for id in singles}) == len(singles)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
 @given(text=st.text())
 def test_text_comes_back_from_its_ids(smollm2_tokenizer, missing_bytes, text):
     printed = bytes(byte for byte in text.encode() if byte not in missing_bytes)
@@ -172,7 +170,6 @@ def twins(tmp_path_factory) -> tuple[Tokenizer, tokenizers.Tokenizer]:
 PIECES = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|", "s>", " ", "  ", "the", "\n", "12", "é"]
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
 @given(text=st.lists(st.sampled_from(PIECES) | st.text(max_size=4)).map("".join))
 def test_ids_equal_those_of_the_tokenizers_library(twins, text):
     ours, theirs = twins
@@ -250,7 +247,6 @@ def test_the_longest_of_several_special_tokens_is_taken(load):
     assert tokenizer.encode("<b>c<a>", parse_special=True) == [first + 3, first + 2]
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     texts=st.sets(st.text("ab<|.", min_size=1, max_size=6), max_size=12),
     text=st.text("ab<|.", max_size=40),

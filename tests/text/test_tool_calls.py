@@ -92,7 +92,6 @@ def answers_in_pieces(draw: st.DrawFn) -> tuple[str, list[str]]:
     return format, [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
 
 
-@settings(max_examples=100, deadline=None)
 @given(case=answers_in_pieces(), at_most_one=st.booleans())
 def test_the_pieces_do_not_matter(case: tuple[str, list[str]], at_most_one: bool) -> None:
     format, pieces = case
@@ -103,7 +102,7 @@ def test_the_pieces_do_not_matter(case: tuple[str, list[str]], at_most_one: bool
     assert len(whole[1]) <= 1 or not at_most_one
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(text=st.text("{}[]\"\\ a<tool_call>/"))
 def test_text_without_a_call_comes_out_as_it_went_in(text: str) -> None:
     for format in FORMATS:
