@@ -21,14 +21,14 @@ GOLDEN = json.loads(
 
 # Settings under which streamed and whole answers must agree; seeded, so that they repeat.
 SETTINGS: list[dict[str, Any]] = [
-    {"temperature": 0, "max_tokens": 12},
+    {"temperature": 0, "max_tokens": 9},
     {"temperature": 0, "max_tokens": 3},
-    {"temperature": 0.8, "seed": 7, "max_tokens": 8},
-    {"temperature": 1.2, "top_p": 0.7, "seed": -5, "max_tokens": 8},
-    {"temperature": 0, "stop": " France", "max_tokens": 12},
-    {"temperature": 0, "stop": ["zebra", "Par"], "max_tokens": 12},
-    {"temperature": 0.9, "seed": 1, "n": 3, "max_tokens": 6},
-    {"temperature": 1.0, "seed": 2, "max_tokens": 6, "extra_body": {"top_k": 5, "min_p": 0.1}},
+    {"temperature": 0.8, "seed": 7, "max_tokens": 4},
+    {"temperature": 1.2, "top_p": 0.7, "seed": -5, "max_tokens": 4},
+    {"temperature": 0, "stop": " France", "max_tokens": 5},
+    {"temperature": 0, "stop": ["zebra", "Par"], "max_tokens": 8},
+    {"temperature": 0.9, "seed": 1, "n": 3, "max_tokens": 3},
+    {"temperature": 1.0, "seed": 2, "max_tokens": 4, "extra_body": {"top_k": 5, "min_p": 0.1}},
 ]
 
 
@@ -117,12 +117,13 @@ def test_a_stop_string_is_cut_at_its_first_character_and_counted_to_its_last(
 
 def test_a_seed_repeats_and_another_seed_does_not(client: OpenAI) -> None:
     def say(seed: int) -> str:
-        answer = chat(client, temperature=1.5, seed=seed, max_tokens=12)
+        answer = chat(client, temperature=1.5, seed=seed, max_tokens=6)
         assert answer.system_fingerprint.startswith("fp_")
         return str(answer.choices[0].message.content)
 
-    assert say(1) == say(1)
-    assert len({say(seed) for seed in range(4)}) > 1
+    first = say(1)
+    assert say(1) == first
+    assert say(2) != first
 
 
 @pytest.mark.parametrize(

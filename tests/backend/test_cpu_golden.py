@@ -51,6 +51,7 @@ def test_tiny_models_of_every_architecture_agree_with_float32(name):
     check_exact(measured(GOLDEN / "tiny" / name, GOLDEN / "tiny" / name / "golden.json", 16))
 
 
+@pytest.mark.slow
 def test_the_default_model_agrees_with_float32(smollm2):
     check_exact(measured(smollm2, SMOLLM2, 16))
 

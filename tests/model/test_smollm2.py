@@ -16,6 +16,8 @@ GOLDEN = Path(__file__).parents[1] / "data/golden/smollm2-135m-instruct-q4_1.jso
 CASES = json.loads(GOLDEN.read_text())["cases"]
 NEAR = 2e-3  # of a log-probability
 
+pytestmark = pytest.mark.slow  # the tiny models of test_golden_tiny.py show quickly what these do
+
 
 @pytest.fixture(scope="module")
 def plan(smollm2):
@@ -38,20 +40,13 @@ def check(run, case):
         assert {id: ours.get(id) for id in theirs} == pytest.approx(theirs, abs=NEAR)
 
 
-SHORT = [case for case in CASES if len(case["greedy_ids"]) < 20]
-
-
-@pytest.mark.parametrize(
-    "cases", [SHORT, pytest.param(CASES, marks=pytest.mark.slow)], ids=["short", "all"]
-)
-def test_cases_together_give_the_golden_tokens_and_log_probabilities(plan, cases):
-    runs = [run_of(case) for case in cases]
+def test_all_cases_together_give_the_golden_tokens_and_log_probabilities(plan):
+    runs = [run_of(case) for case in CASES]
     generate(plan, runs, chunk=512)
-    for run, case in zip(runs, cases):
+    for run, case in zip(runs, CASES):
         check(run, case)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("index, chunk", [(0, 1), (1, 3)])  # the two that end after a few tokens
 def test_a_short_case_gives_the_golden_tokens_alone(plan, index, chunk):
     run = run_of(CASES[index])
@@ -59,7 +54,6 @@ def test_a_short_case_gives_the_golden_tokens_alone(plan, index, chunk):
     check(run, CASES[index])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [17, 512])
 @pytest.mark.parametrize("index", range(len(CASES)))
 def test_every_case_gives_the_golden_tokens_alone_in_chunks_of_any_size(plan, index, chunk):
@@ -68,7 +62,6 @@ def test_every_case_gives_the_golden_tokens_alone_in_chunks_of_any_size(plan, in
     check(run, CASES[index])
 
 
-@pytest.mark.slow
 def test_all_cases_together_in_chunks_give_the_golden_tokens(plan):
     runs = [run_of(case) for case in CASES]
     generate(plan, runs, chunk=16, seed=1)
