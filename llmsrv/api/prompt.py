@@ -47,7 +47,8 @@ async def prompt_ids(
     if template is None:
         raise _no_template()
     texts = [text for message in asked.messages for text in _texts(message)]
-    if sum(map(len, texts)) + MESSAGE_CHARS * len(texts) <= generate.INLINE_CHARS and not tools:
+    num_chars = sum(map(len, texts)) + MESSAGE_CHARS * len(texts)
+    if num_chars <= generate.INLINE_CHARS and not tools and not template.is_slow:
         ids = _encode(template, asked, tools)
     else:
         if asked.truncate_prompt_tokens is None:

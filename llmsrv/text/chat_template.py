@@ -52,6 +52,7 @@ class ChatTemplate:
 
     tool_call_format  how it shows its model to write tool calls: a name in tool_calls.FORMATS
     has_thoughts      whether it shows its model to think between tags
+    is_slow           whether a rendering was cut at its deadline: not one for the event loop
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, origin: str = "the model") -> None:
@@ -77,6 +78,7 @@ class ChatTemplate:
             ) from None
         self.tool_call_format = detect_format(source)
         self.has_thoughts = reasoning.is_taught_by(source)
+        self.is_slow = False
 
     def knows(self, variable: str) -> bool:
         """Whether the template asks for a variable of this name."""
@@ -149,6 +151,7 @@ class ChatTemplate:
             message = hidden.put_back(str(error))
             raise ApiError(400, message, param="messages", code="invalid_value") from None
         except Exception as error:  # a template is a foreign program: it may raise anything
+            self.is_slow |= isinstance(error, TimeoutError)
             reason = hidden.put_back(f"{type(error).__name__}: {error}")
             message = f"The model's chat template fails on these messages: {reason}"
             raise ApiError(400, message, param="messages", code=TEMPLATE_FAILED) from None

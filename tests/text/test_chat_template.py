@@ -266,6 +266,7 @@ def test_a_template_that_loops_without_end_is_cut(tokenizer, monkeypatch, loops)
         with pytest.raises(ApiError, match="takes more than 0.02 s") as caught:
             template.encode(USER * 20)
         assert caught.value.status == 400
+        assert template.is_slow
 
 
 @pytest.mark.parametrize(
