@@ -43,7 +43,7 @@ SMOOTH_STEP_S = 0.05
 # Where even decode alone takes that long, prompts get less of it.
 LEAST_PROMPT_SHARE = 0.5
 # So that prompts get on in any case; a decode step reads every weight for fewer rows.
-LEAST_PREFILL_ROWS = 8
+LEAST_PREFILL_ROWS = 4
 # So many positions before a row of a prompt cost what the row itself does: 750 with AMX and
 # SmolLM2, and it need not be exact.  Without it the ends of long prompts make steps far too long.
 FAR_POSITION = 1000

@@ -81,17 +81,19 @@ def test_a_stream_stays_smooth_while_long_prompts_arrive(row_s: float) -> None:
         engine.submit(request, healthy_prompt(1000, request, steps=1), max_tokens=1)
         gaps = gaps_of(engine, clock, 0, end=request)
         alone_s = clock.step_s + row_s
-        least_rows_s = clock.step_s + row_s * 10  # or so many, where that takes longer
+        least_rows_s = clock.step_s + row_s * 6  # or so many, where that takes longer
         assert np.percentile(gaps, 99) <= max(3 * alone_s, least_rows_s) + 1e-9
 
 
-@pytest.mark.parametrize("position_s", [0.0, 1.4e-6])
-def test_streams_stay_smooth_to_the_end_of_long_prompts(position_s: float) -> None:
+@pytest.mark.parametrize("num_streams, position_s", [(1, 0.7e-6), (8, 0.0), (8, 1.4e-6)])
+def test_streams_stay_smooth_to_the_end_of_long_prompts(
+    num_streams: int, position_s: float
+) -> None:
     clock = Clock(step_s=0.005, row_s=0.0005, position_s=position_s, noise=0.1)
     engine = timed_engine(clock, max_rows=256)
-    for request in range(8):
-        engine.submit(request, healthy_prompt(131, request, steps=250), max_tokens=250)
-    while len(engine.outputs) < 8:
+    for request in range(num_streams):
+        engine.submit(request, healthy_prompt(131, request, steps=450), max_tokens=450)
+    while len(engine.outputs) < num_streams:
         engine.step()
     alone: list[float] = []
     beside: list[float] = []
@@ -141,7 +143,7 @@ def test_a_slow_model_gives_prompts_less_of_a_step_but_never_nothing() -> None:
     for _ in range(5):
         engine.step()
     engine.submit(1, healthy_prompt(500, 1, steps=1), max_tokens=1)
-    assert max(gaps_of(engine, clock, 0, end=1)) <= 0.2 + 9 * 0.02 + 1e-9
+    assert max(gaps_of(engine, clock, 0, end=1)) <= 0.2 + 5 * 0.02 + 1e-9
     assert (1, 0) in engine.finished
 
 
