@@ -118,7 +118,8 @@ def test_a_model_of_the_hub_is_pulled_listed_served_and_removed(
     path = Path(pulled.stdout.strip())
     assert path.is_file()
     assert run(cache, "models").stdout == f"hf:org/tiny        0 MB  {path.parent}\n"
-    with run_server("--model", "hf:org/tiny", environment=environment(cache, None)) as server:
+    options = ("--model", "hf:org/tiny", "--backend", "reference")
+    with run_server(*options, environment=environment(cache, None)) as server:
         assert " with tiny on the " in server.output
         assert server.stop() == 0
     removed = run(cache, "rm", "hf:org/tiny")
@@ -133,7 +134,7 @@ def test_a_model_of_the_hub_is_pulled_listed_served_and_removed(
 def test_a_model_of_the_hub_that_is_not_cached_is_fetched_when_served(
     hub: FakeHub, tmp_path: Path
 ) -> None:
-    options = ("--model", "hf:org/tiny:m", "--served-model-name", "it")
+    options = ("--model", "hf:org/tiny:m", "--served-model-name", "it", "--backend", "reference")
     with run_server(*options, environment=environment(tmp_path / "cache", hub)) as server:
         assert "fetching hf:org/tiny:m (0 MB, once)" in server.output
         assert " with it on the " in server.output

@@ -50,21 +50,27 @@ pytestmark = [
 ]
 
 
-def run(command, tier):
-    environment = os.environ | {"TIER": tier}
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    """Where both tests of a tier find what is compiled."""
+    return tmp_path_factory.mktemp("objects")
+
+
+def run(command, tier, objects):
+    environment = os.environ | {"TIER": tier, "OBJECTS": str(objects)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
 
 
 @pytest.mark.parametrize("tier", ["NEON", "NEON with I8MM"])
-def test_the_kernels_of_aarch64_agree_with_the_reference(tier):
-    run([*COMMAND, *TESTS], tier)
+def test_the_kernels_of_aarch64_agree_with_the_reference(tier, objects):
+    run([*COMMAND, *TESTS], tier, objects)
 
 
 @pytest.mark.parametrize("tier", ["NEON", "NEON with I8MM"])
-def test_logits_are_the_same_bits_as_with_avx2(tier):
+def test_logits_are_the_same_bits_as_with_avx2(tier, objects):
     if not any(tier.name == "AVX2" and tier.needs <= cpu_features() for tier in TIERS):
         pytest.skip("needs AVX2")
     command = [sys.executable, "-c", DIGEST]
-    assert run(command, tier) == run(command, "AVX2")
+    assert run(command, tier, objects) == run(command, "AVX2", objects)

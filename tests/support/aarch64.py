@@ -1,15 +1,18 @@
 """A pytest plugin: the CPU kernels are those of AArch64, and run under qemu-aarch64.
 
 Loaded by test_cpu_aarch64.py as `-p tests.support.aarch64` with the tier's name in TIER.  ziglang
-compiles; the emulated process maps the arena of this one, so that all addresses mean the same.
+compiles, each file once into the folder named in OBJECTS; the emulated process maps the arena of
+this one, so that all addresses mean the same.
 """
 
 import functools
+import hashlib
 import os
 import struct
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +87,21 @@ def compile_for(tier: str, texts: dict[str, bytes], flags: tuple[str, ...], buil
     (build / "host.c").write_text(f"#define FUNCTIONS {functions}\n{HOST.read_text()}")
     names = [name for name in texts if name.endswith(".c")]
     told = [flag for flag in flags if not flag.startswith("-march=")]
-    run = functools.partial(subprocess.run, cwd=build, check=True)
-    for name in names:
-        run([*ZIG, *told, CPUS[tier][0], "-c", name, "-o", f"{name}.o"])
-    objects = [f"{name}.o" for name in names]
-    run([*ZIG, "-O1", "-static", "-Wno-everything", "host.c", *objects, "-o", "kernels"])
+    compiler = (*ZIG, *told, CPUS[tier][0])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(functools.partial(object_of, compiler, build), names))
+    command = [*ZIG, "-O1", "-static", "-Wno-everything", "host.c", *objects, "-o", "kernels"]
+    subprocess.run(command, cwd=build, check=True)
     return build / "kernels"
+
+
+def object_of(compiler: tuple[str, ...], build: Path, name: str) -> str:
+    """Compiles one file, or finds it: most are the same whatever the numbers of bits."""
+    preprocess = [*compiler, "-E", "-P", name]
+    text = subprocess.run(preprocess, cwd=build, check=True, stdout=subprocess.PIPE).stdout
+    told = [word for word in compiler if not word.startswith("-D")]
+    key = hashlib.sha256("\0".join([*told, name, ""]).encode() + text).hexdigest()
+    path = Path(os.environ["OBJECTS"], f"{key}.o")
+    if not path.exists():
+        subprocess.run([*compiler, "-c", name, "-o", str(path)], cwd=build, check=True)
+    return str(path)

@@ -6,7 +6,7 @@ preloaded.
 
 FLAGS = (
     "-O1",
-    "-g",
+    "-g1",  # lines for reports; more makes compiling half as long again
     "-fno-omit-frame-pointer",
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=undefined",
