@@ -143,6 +143,16 @@ def test_several_threads_encode_at_once(smollm2_tokenizer):
     assert list(encoded) == [case["ids"] for case in cases]
 
 
+def test_75_others_go_on_while_a_long_text_is_encoded(smollm2_tokenizer):
+    with ThreadPoolExecutor(1) as pool:
+        encoded = pool.submit(smollm2_tokenizer.encode, "[] " * 50_000, parse_special=True)
+        num_turns = 0
+        while not encoded.done():
+            num_turns += 1
+            time.sleep(0)  # gives the interpreter lock to whoever wants it
+    assert num_turns > 20
+
+
 # ---- Other implementations
 
 
