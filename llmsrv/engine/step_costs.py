@@ -38,17 +38,28 @@ class StepCosts:
         i = bisect.bisect_left(self._rows, num_rows)
         if i == len(self._rows):
             return self._costs_s[-1] * num_rows / max(1, self._rows[-1])
+        cost_s = self._between(i, num_rows)
+        if i == 1 and len(self._rows) > 2:  # below all that is known, as what is known goes on
+            cost_s = max(cost_s, self._between(2, num_rows))
+        return cost_s
+
+    def rows_within(self, limit_s: float) -> float:
+        """How many rows a step may have to take no longer, by of(); without end before the first
+        step."""
+        if len(self._rows) == 1:
+            return math.inf
+        i = bisect.bisect_right(self._costs_s, limit_s)
+        if i == len(self._rows):
+            return self._rows[-1] * limit_s / self._costs_s[-1]
+        below_s, above_s = self._costs_s[i - 1], self._costs_s[i]
+        share = (limit_s - below_s) / (above_s - below_s)
+        return self._rows[i - 1] + share * (self._rows[i] - self._rows[i - 1])
+
+    def _between(self, i: int, num_rows: int) -> float:
+        """On the line through what is known at i and before it."""
         below, above = self._rows[i - 1], self._rows[i]
         share = (num_rows - below) / (above - below)
         return self._costs_s[i - 1] + share * (self._costs_s[i] - self._costs_s[i - 1])
-
-    def rows_within(self, limit_s: float) -> float:
-        """How many rows a step may have to take no longer, at least; without end before the first
-        step.  Too few are soon more, for they are measured then."""
-        if len(self._rows) == 1:
-            return math.inf
-        known = zip(self._rows[1:], self._costs_s[1:], strict=True)
-        return max((n * limit_s / cost_s for n, cost_s in known if cost_s <= limit_s), default=0.0)
 
     def _bound_others(self, rows: int, cost_s: float) -> None:
         for i, n in enumerate(self._rows):

@@ -212,7 +212,7 @@ def test_a_draft_model_changes_no_output(draft_length: int) -> None:
     """It is as good as the model itself: what it does not draw is what it has computed wrongly."""
     engine = Engine(
         max_sequences=5,
-        blocks=24,
+        blocks=16,
         max_rows=32,
         context=200,
         clock=lambda: 1.0,
