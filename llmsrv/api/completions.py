@@ -47,9 +47,7 @@ class Completions:
         asked = await decode.read(request, self._decoder, self._models)
         _check(asked, self._models.config)
         service = self._models.find(asked.model, generate.tenant_of(request))
-        prompts = [
-            await _encode(service, asked, prompt, param) for prompt, param in _prompts(asked.prompt)
-        ]
+        prompts = await _prompt_ids(service, asked)
         max_tokens = [
             generate.output_limit(service, len(ids), asked.max_tokens, DEFAULT_MAX_TOKENS, "prompt")
             for ids in prompts
@@ -96,7 +94,7 @@ class _Answer:
         deltas = await self._job.whole()
         if self._asked.best_of:
             deltas = _best(deltas, self._asked.best_of, self._asked.n or 1)
-        if _tells_prompt(self._asked):  # a long list
+        if self._asked.echo or _tells_prompt(self._asked):  # something for each of its tokens
             return await asyncio.to_thread(self._body, deltas)
         return self._body(deltas)
 
@@ -173,16 +171,33 @@ def _prompts(prompt: str | list[Any]) -> list[tuple[str | list[int], str]]:
     )
 
 
-async def _encode(
+async def _prompt_ids(service: Service, asked: CompletionRequest) -> list[list[int]]:
+    """The ids of each prompt; ApiError 400 naming the one that cannot be."""
+    prompts = _prompts(asked.prompt)
+    texts = [(prompt, param) for prompt, param in prompts if isinstance(prompt, str)]
+    texts += [(asked.suffix, "suffix")] if asked.suffix else []
+
+    def all_ids() -> list[list[int]]:
+        return [_ids(service, asked, prompt, param) for prompt, param in prompts]
+
+    if sum(len(text) for text, _ in texts) <= generate.INLINE_CHARS:
+        return all_ids()
+    if asked.truncate_prompt_tokens is None:
+        for text, param in texts:
+            generate.refuse_too_long(service, service.text.tokenizer, text, param)
+    return await asyncio.to_thread(all_ids)
+
+
+def _ids(
     service: Service, asked: CompletionRequest, prompt: str | list[int], param: str
 ) -> list[int]:
     tokenizer = service.text.tokenizer
-    ids = await _ids(service, asked, prompt, param)
+    ids = _encode(tokenizer, prompt, param)
     if asked.suffix:
         if tokenizer.fill_in_ids is None:
             raise invalid("suffix", "this model's vocabulary has no tokens for filling in")
         before, between, behind = tokenizer.fill_in_ids
-        ids = [before, *ids, between, *await _ids(service, asked, asked.suffix, "suffix"), behind]
+        ids = [before, *ids, between, *_encode(tokenizer, asked.suffix, "suffix"), behind]
     if asked.add_special_tokens is not False and isinstance(prompt, str):
         ids = tokenizer.with_bos(ids)
     if not ids:
@@ -190,20 +205,13 @@ async def _encode(
     return generate.truncated(service, asked, ids)
 
 
-async def _ids(
-    service: Service, asked: CompletionRequest, text: str | list[int], param: str
-) -> list[int]:
-    tokenizer = service.text.tokenizer
-    if not isinstance(text, str):
-        if text and max(text) >= tokenizer.vocab_size:
-            below = f"token ids must be below {tokenizer.vocab_size}"
-            raise invalid(param, f"{below}, but got {max(text)}")
-        return text
-    if len(text) <= generate.INLINE_CHARS:
-        return tokenizer.encode(text, parse_special=True)
-    if asked.truncate_prompt_tokens is None:
-        generate.refuse_too_long(service, tokenizer, text, param)
-    return await asyncio.to_thread(tokenizer.encode, text, parse_special=True)
+def _encode(tokenizer: Tokenizer, prompt: str | list[int], param: str) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt, parse_special=True)
+    if prompt and max(prompt) >= tokenizer.vocab_size:
+        below = f"token ids must be below {tokenizer.vocab_size}"
+        raise invalid(param, f"{below}, but got {max(prompt)}")
+    return prompt
 
 
 # ---- The prompt's echo
