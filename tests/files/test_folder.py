@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import struct
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from llmsrv.files.folder import open_folder
 from llmsrv.files.gguf import GGUFFile
 from llmsrv.files.open import open_model
 from tests.support.gguf_writer import write_tiny_llama
+from tests.support.refusals import refusal_of
 from tests.support.safetensors_writer import write_folder
 from tests.support.safetensors_writer import write_safetensors
 
@@ -26,12 +28,7 @@ A = {"a": np.arange(4, dtype=np.float32)}
 B = {"b": np.arange(6, dtype=np.float16).reshape(2, 3)}
 
 
-def refusal(path: Path, at: Path) -> str:
-    """The message of the ModelError, which must name the file at fault."""
-    with pytest.raises(ModelError) as caught:
-        open_folder(path)
-    assert str(caught.value).startswith(f"{at}: ")
-    return str(caught.value).removeprefix(f"{at}: ")
+refusal = partial(refusal_of, open_folder)
 
 
 # ---- What they read

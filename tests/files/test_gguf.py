@@ -6,6 +6,7 @@ import resource
 import struct
 import time
 from array import array
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from tests.support.fresh_process import open_in_a_fresh_process
 from tests.support.gguf_writer import Typed
 from tests.support.gguf_writer import write_gguf
 from tests.support.gguf_writer import write_tiny_llama
+from tests.support.refusals import refusal_of
 
 STRING, ARRAY = 8, 9
 
@@ -46,14 +48,7 @@ def file_of(path: Path, data: bytes) -> Path:
     return path / "model.gguf"
 
 
-def refusal(path: Path) -> str:
-    """The message of the ModelError, which must come within a second and name the file."""
-    start = time.perf_counter()
-    with pytest.raises(ModelError) as caught:
-        open_gguf(path)
-    assert time.perf_counter() - start < 1
-    assert str(caught.value).startswith(f"{path}: ")
-    return str(caught.value).removeprefix(f"{path}: ")
+refusal = partial(refusal_of, open_gguf)
 
 
 # ---- What it reads
@@ -144,9 +139,9 @@ def test_get_refuses_a_value_of_another_type(tmp_path):
 def test_the_default_model_opens_in_a_tenth_of_a_second(smollm2):
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         file = open_gguf(smollm2)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < 0.1
     assert len(file.tensors) == 272
     assert len(file.metadata["tokenizer.ggml.tokens"]) == 49152
@@ -326,14 +321,14 @@ def test_refuses_a_file_cut_off_anywhere(tmp_path):
 
 def opens_or_is_refused(path: Path) -> None:
     """Any exception but ModelError fails the test."""
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         file = open_gguf(path)
         for info in file.tensors.values():
             assert len(file.data(info)) == info.size > 0
     except ModelError:
         pass
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @given(data=st.data())
@@ -379,16 +374,21 @@ def test_campaign_of_damaged_files(tmp_path):
         opens_or_is_refused(file_of(tmp_path, bytes(damaged)))
 
 
+def one_value(format: str, *words: int, size: int) -> bytes:
+    """A file of one key, whose value begins with `words` and is zeros from there on."""
+    return header(1) + KEY + struct.pack(format, *words) + bytes(size)
+
+
 HOSTILE = {
-    "strings": header(1) + KEY + struct.pack("<IIQ", ARRAY, STRING, MAX_ITEMS) + bytes(1 << 23),
-    "booleans": header(1) + KEY + struct.pack("<IIQ", ARRAY, 7, MAX_ITEMS) + bytes(MAX_ITEMS),
-    "more booleans": header(1) + KEY + struct.pack("<IIQ", ARRAY, 7, 1 << 25) + bytes(1 << 25),
-    "numbers": header(1) + KEY + struct.pack("<IIQ", ARRAY, 0, 1 << 25) + bytes(1 << 25),
-    "a long string": header(1) + KEY + struct.pack("<IQ", STRING, 1 << 25) + bytes(1 << 25),
-    "keys": header(MAX_KEYS) + b"".join(
+    "strings": lambda: one_value("<IIQ", ARRAY, STRING, MAX_ITEMS, size=1 << 23),
+    "booleans": lambda: one_value("<IIQ", ARRAY, 7, MAX_ITEMS, size=MAX_ITEMS),
+    "more booleans": lambda: one_value("<IIQ", ARRAY, 7, 1 << 25, size=1 << 25),
+    "numbers": lambda: one_value("<IIQ", ARRAY, 0, 1 << 25, size=1 << 25),
+    "a long string": lambda: one_value("<IQ", STRING, 1 << 25, size=1 << 25),
+    "keys": lambda: header(MAX_KEYS) + b"".join(
         string(f"{i:05d}".encode()) + struct.pack("<IB", 0, 0) for i in range(MAX_KEYS - 1)
     ),
-    "tensors": header(0, MAX_TENSORS) + b"".join(
+    "tensors": lambda: header(0, MAX_TENSORS) + b"".join(
         tensor(f"{i:05d}".encode(), [8], offset=32 * i) for i in range(MAX_TENSORS)
     ),
 }
@@ -397,7 +397,7 @@ HOSTILE = {
 @pytest.mark.parametrize("what", HOSTILE)
 def test_hostile_headers_take_little_time_and_memory(tmp_path, what):
     """64 MiB beside the file and Python itself, and a second."""
-    path = file_of(tmp_path, HOSTILE[what])
+    path = file_of(tmp_path, HOSTILE[what]())
     opened = open_in_a_fresh_process("llmsrv.files.gguf", "open_gguf", path)
     assert opened.error in ("", "ModelError")
     assert opened.peak_bytes < path.stat().st_size + (64 << 20)

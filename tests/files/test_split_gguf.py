@@ -2,16 +2,17 @@
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from llmsrv.errors import ModelError
 from llmsrv.files.gguf import open_gguf
 from llmsrv.files.open import open_model
 from tests.support.gguf_writer import Typed
 from tests.support.gguf_writer import write_gguf
+from tests.support.refusals import refusal_of
 
 ARRAYS = {
     "a": np.arange(4, dtype=np.float32),
@@ -43,11 +44,7 @@ def split(folder: Path) -> Path:
     return first
 
 
-def refusal(path: Path, at: Path) -> str:
-    with pytest.raises(ModelError) as caught:
-        open_gguf(path)
-    assert str(caught.value).startswith(f"{at}: ")
-    return str(caught.value).removeprefix(f"{at}: ")
+refusal = partial(refusal_of, open_gguf)
 
 
 def test_the_parts_look_like_one_file(tmp_path):
