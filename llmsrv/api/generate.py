@@ -57,16 +57,7 @@ def make_submits(
     num_logprobs  alternatives at each token that is told; -1 for no log-probabilities at all
     tenant        requests of different tenants share no prefix, so none can time another's
     """
-    if len(prompts) * n > MAX_CHOICES:
-        message = f"a request may have at most {MAX_CHOICES} choices, and this has"
-        raise invalid("n", f"{message} {len(prompts) * n}")
-    if sum(max_tokens) * n > MAX_OUTPUT_TOKENS:
-        message = f"all choices together may have at most {MAX_OUTPUT_TOKENS} tokens, and these"
-        raise invalid("max_tokens", f"{message} might have {sum(max_tokens) * n}")
-    num_told = sum(map(len, prompts)) * (1 + num_logprobs) if tells_prompt else 0
-    if num_told > MAX_PROMPT_LOGPROBS:
-        message = f"prompts are told with at most {MAX_PROMPT_LOGPROBS} log-probabilities, and this"
-        raise invalid("prompt_logprobs", f"{message} would take {num_told}")
+    check_budget(prompts, max_tokens, n, 1 + num_logprobs if tells_prompt else 0)
     sampling = sampling_of(request, service.text.sampling_defaults, num_logprobs)
     timeout_s = service.config.request_timeout_s
     deadline_s = time.monotonic() + timeout_s if timeout_s else math.inf
@@ -88,6 +79,21 @@ def make_submits(
         )
         for ids, limit in zip(prompts, max_tokens, strict=True)
     ]
+
+
+def check_budget(prompts: list[list[int]], max_tokens: list[int], n: int, num_told: int) -> None:
+    """ApiError 400 for more than one request may ask for.
+
+    num_told  log-probabilities of each token of the prompts
+    """
+    num_told *= sum(map(len, prompts))
+    for param, number, most, what in (
+        ("n", len(prompts) * n, MAX_CHOICES, "choices"),
+        ("max_tokens", sum(max_tokens) * n, MAX_OUTPUT_TOKENS, "tokens of output"),
+        ("prompt_logprobs", num_told, MAX_PROMPT_LOGPROBS, "log-probabilities of prompts"),
+    ):
+        if number > most:
+            raise invalid(param, f"expected at most {most} {what} in all, but got {number}")
 
 
 def text_rules(

@@ -32,7 +32,6 @@ from llmsrv.api.schema import CompletionRequest
 from llmsrv.api.schema import ContentPart
 from llmsrv.api.schema import Message
 from llmsrv.api.schema import StreamOptions
-from llmsrv.api.service import Service
 from llmsrv.errors import ApiError
 from tests.api.conftest import KEY
 from tests.support.gguf_writer import CONTROL
@@ -455,23 +454,19 @@ def test_every_further_field_of_vllm_and_mlc_is_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    "n, num_prompts, max_tokens, param", [(2, 513, 1, "n"), (128, 1, 40_000, "max_tokens")]
+    "n, num_prompts, max_tokens, num_told, param",
+    [
+        (2, 513, 1, 0, "n"),
+        (128, 1, 40_000, 0, "max_tokens"),
+        (1, 128, 40_000, 0, "max_tokens"),
+        (1, 128, 1, 2049, "prompt_logprobs"),
+    ],
 )
-def test_a_request_has_a_budget_of_choices_and_of_tokens(
-    n: int, num_prompts: int, max_tokens: int, param: str
+def test_94_a_request_has_a_budget_of_choices_and_of_tokens(
+    n: int, num_prompts: int, max_tokens: int, num_told: int, param: str
 ) -> None:
-    asked = CompletionRequest(model="tiny", prompt="a", n=n)
     with pytest.raises(ApiError) as caught:
-        generate.make_submits(
-            typing.cast(Service, None),  # which is not asked for a budget
-            asked,
-            [[1]] * num_prompts,
-            [max_tokens] * num_prompts,
-            n=n,
-            num_logprobs=-1,
-            tells_prompt=False,
-            tenant=b"",
-        )
+        generate.check_budget([[1]] * num_prompts, [max_tokens] * num_prompts, n, num_told)
     assert (caught.value.status, caught.value.param) == (400, param)
 
 
