@@ -16,11 +16,9 @@
  * chapter 18).  Its products take bytes from two of them, four columns of sixteen rows side by side in
  * the second: just what a vector of formats.h holds. */
 #ifdef TIER_AMX
+#include "matrix_registers.h"
 #include "products.h"
 #include "unpack.h"
-
-#include <sys/syscall.h>
-#include <unistd.h>
 
 enum {
     STEP = 64,         /* columns of a matrix register */
@@ -28,12 +26,6 @@ enum {
     FEW = 4,           /* rows for which weights are not made planes */
     AHEAD = 10240, NEAR = 2048, /* as in products.c */
 };
-
-int matrix_registers_denied(void)
-{
-    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) != 0;
-}
 
 /* ---- Activations to tiles */
 
@@ -327,20 +319,6 @@ INLINE void make_planes(
         }
     }
     __asm__ volatile("" ::: "memory"); /* loads of matrix registers name no memory to gcc */
-}
-
-/* Registers: four sums, by power of 256; two planes of activations; two of weights. */
-static void use_matrix_registers(int rows)
-{
-    struct {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } config = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {0}};
-    memset(config.rows, rows, 6);
-    config.rows[6] = config.rows[7] = 16;
-    __asm__ volatile("" : : "r"(&config) : "memory"); /* gcc knows of the first 8 bytes alone */
-    _tile_loadconfig(&config);
 }
 
 typedef int32_t Sums[4][16][16];

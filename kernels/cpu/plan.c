@@ -6,10 +6,15 @@
 #include "attention.h"
 #include "experts.h"
 #include "formats.h"
+#include "kv_cache.h"
 #include "linear.h"
 #include "pool.h"
 #include "products.h"
 #include "rows.h"
+
+#ifdef TIER_AMX
+#include "matrix_registers.h"
+#endif
 
 /* Rows times floats that one thread does sooner than two can agree on. */
 enum { SMALL = 4096, SMALL_ATTENTION = 32 << 10 };

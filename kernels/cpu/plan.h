@@ -12,12 +12,6 @@ enum { BLOCK_SIZE = 16, CHUNK = 256 }; /* positions: of a cache block, of a step
 #endif
 #define PLANES (ACTIVATION_BITS / 8)
 
-/* Keys and values in the cache: half, float, or signed bytes with a float32 scale for each head's. */
-#ifndef KV_BITS
-#define KV_BITS 16
-#endif
-enum { KV_BYTES = KV_BITS / 8, KV_SCALES_BYTES = KV_BITS == 8 ? 4 * BLOCK_SIZE : 0 };
-
 /* A tile is the activations of so many rows at most; its form is its products' own (products.h). */
 enum {
 #if defined(TIER_AMX)
@@ -84,18 +78,11 @@ typedef struct {
 
 typedef struct Pool Pool;
 
-/* Bytes of one head's keys, or values, of a block. */
-static inline int64_t kv_head_bytes(int padded_dim)
-{
-    return (int64_t)padded_dim * BLOCK_SIZE * KV_BYTES + KV_SCALES_BYTES;
-}
-
 typedef struct {
     /* Laid out once. */
     int32_t num_operations, num_layers, num_heads, num_kv_heads, head_dim, padded_dim;
     int32_t max_rows, max_split_rows, max_chunks, num_threads;
-    uint8_t *k_cache; /* [block][layer][kv head]: values [padded_dim][BLOCK_SIZE], then scales */
-    uint8_t *v_cache; /* [block][layer][kv head]: values [BLOCK_SIZE][padded_dim], then scales */
+    uint8_t *k_cache, *v_cache; /* [block][layer][kv head][head_bytes]: kv_cache.h */
     float *partials;   /* [split row][head][chunk][2 + padded_dim] */
     float *scratch;    /* [thread][scratch_floats] */
     int64_t scratch_floats;

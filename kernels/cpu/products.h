@@ -44,9 +44,6 @@ static inline float *out_at(const Operation *operation, Groups groups, int row)
     return operation->out + (int64_t)row * operation->out_stride + column;
 }
 
-/* Asks the kernel for matrix registers, for this process; 0 when it has them. */
-int matrix_registers_denied(void);
-
 /* The rows of a step are cut into as few tiles as possible, of nearly equal size. */
 static inline int num_tiles(int num_rows) { return (num_rows + TILE - 1) / TILE; }
 

@@ -2,6 +2,7 @@
  * rows are in the cache. */
 #include "rows.h"
 #include "activation.h"
+#include "kv_cache.h"
 #include "products.h"
 #include "simd.h"
 
@@ -103,52 +104,6 @@ static void norm_heads(float *x, int heads, int dim, const float *weight, float 
         norm(x + h * dim, weight, dim, eps, x + h * dim, 0);
 }
 
-/* Head `x` of `dim` values to numbers 0, step, 2 step .. of a cache, at `offset` of its block. */
-static void store_head(const float *x, int dim, uint8_t *values, int step, float *scale)
-{
-    float inverse = 1;
-    if (KV_BITS == 8) {
-        i32x16 sizes = splat_int(0);
-        FOR_VECTORS(i, dim)
-            sizes = max_int(sizes, size_bits(load_first(x + i, lanes_left(dim, i))));
-        float largest = float_of(largest_int(sizes));
-        *scale = largest / 127;
-        inverse = largest > 0x1p-100f ? 127 / largest : 0;
-    }
-    FOR_VECTORS(i, dim) {
-        int n = lanes_left(dim, i);
-        f32x16 v = load_first(x + i, n);
-        uint8_t stored[16 * KV_BYTES];
-        if (KV_BITS == 8)
-            store_bytes((int8_t *)stored, to_nearest(v * splat(inverse)));
-        else if (KV_BITS == 16)
-            store_half((uint16_t *)stored, v);
-        else
-            store((float *)stored, v);
-        if (step == 1)
-            memcpy(values + i * KV_BYTES, stored, (size_t)(n * KV_BYTES));
-        else
-            for (int j = 0; j < n; j++)
-                memcpy(values + (i + j) * step * KV_BYTES, stored + j * KV_BYTES, KV_BYTES);
-    }
-}
-
-/* k and v of one row to their places; a head's k lies across its block, so that sixteen positions
- * are a vector. */
-static void store_kv(const Plan *plan, int layer, int64_t slot, const float *k)
-{
-    int dim = plan->head_dim, heads = plan->num_kv_heads, offset = (int)(slot % BLOCK_SIZE);
-    const float *v = k + heads * dim;
-    int64_t head_bytes = kv_head_bytes(plan->padded_dim), scales = head_bytes - KV_SCALES_BYTES;
-    int64_t at = (slot / BLOCK_SIZE * plan->num_layers + layer) * heads * head_bytes;
-    for (int h = 0; h < heads; h++, k += dim, v += dim, at += head_bytes) {
-        uint8_t *keys = plan->k_cache + at, *values = plan->v_cache + at;
-        store_head(k, dim, keys + offset * KV_BYTES, BLOCK_SIZE, (float *)(keys + scales) + offset);
-        store_head(v, dim, values + offset * plan->padded_dim * KV_BYTES, 1,
-                   (float *)(values + scales) + offset);
-    }
-}
-
 /* x is [q heads, k heads, v heads] side by side. */
 void run_rope(const Plan *plan, const Operation *operation, int first, int end)
 {
@@ -165,7 +120,7 @@ void run_rope(const Plan *plan, const Operation *operation, int first, int end)
             for (int h = 0; h < heads + kv_heads; h++)
                 rotate(q + h * dim, cosines, operation->half, operation->option);
         }
-        store_kv(plan, operation->layer, plan->batch.slot_mapping[row], k);
+        store_kv(plan, operation->layer, plan->batch.slot_mapping[row], k, k + kv_heads * dim);
     }
 }
 

@@ -1,0 +1,514 @@
+/* Attention in integers, as products of bytes take them, and matrix registers where there are any.
+ *
+ * Keys and values have 16 or 8 bits and a scale for each position, queries 15 bits and one scale, and
+ * the shares exp(score - m) of a chunk, times the scales of the values, 15 bits and one scale.  What
+ * integers sum up to does not depend on who sums them or how, so that the bits of a row are the same
+ * in vectors, for few queries, and in matrix registers, for many.
+ *
+ * x = 256 high + low, both signed; w = 256 high + low - 2^15, both unsigned, or high - 2^7.  In units of
+ * 256 high bytes, and of the scales,
+ *     x . w = 256 top + middle - 128 sum(x) + sum(low of x) / 2
+ *     top = sum(high high), middle = sum(high low) + sum(low high)
+ * where the products of two low bytes are taken as if w's were all 127.5, which is off by less than
+ * keys of 14 bits would be.  Scores are in units of ln 2, so that exp is 2^score. */
+#include "attention_chunk.h"
+
+#if KV_INTEGERS
+
+#ifdef TIER_AMX
+#include "matrix_registers.h"
+#endif
+
+enum {
+    FEW = 4,            /* queries in vectors, where there are matrix registers */
+    SOME = 8,           /* queries whose sums fit the vector registers */
+    WORD = 4,           /* bytes that a product sums up */
+    STEP = 64,          /* bytes of a row of a matrix register */
+    TILE_BYTES = 16 * STEP,
+    MOST_QUERY = 127 * 128, MOST_SHARE = 127 * 256,
+};
+
+/* x . w for w = 0, where x and its high bytes sum up to so much, of the planes that there are. */
+INLINE int32_t offset_of(int32_t sum, int32_t high_sum)
+{
+    return 128 * sum - (KV_BITS == 16 ? (sum - 256 * high_sum) / 2 : 0);
+}
+
+INLINE i32x16 word_at(const int8_t *bytes)
+{
+    int32_t word;
+    memcpy(&word, bytes, sizeof word);
+    return splat_int(word);
+}
+
+static const float LOG2_E = 0x1.715476p+0f;
+
+/* ---- Queries: planes [high, low][rows][padded_dim]; scales [rows]; offsets [rows] */
+
+static int rounded_up(int count, int to) { return (count + to - 1) / to * to; }
+
+typedef struct {
+    int8_t *high, *low;
+    float *scales;
+    int32_t *offsets;
+} Split;
+
+static Split split_of(const Queries *queries)
+{
+    int rows = rounded_up(queries->count, MOST_QUERIES);
+    int8_t *high = queries->scaled, *low = high + (int64_t)rows * queries->plan->padded_dim;
+    float *scales = (float *)(low + (int64_t)rows * queries->plan->padded_dim);
+    return (Split){high, low, scales, (int32_t *)(scales + rows)};
+}
+
+int64_t queries_floats(int count, int padded_dim)
+{
+    return (int64_t)rounded_up(count, MOST_QUERIES) * (padded_dim / 2 + 2);
+}
+
+void put_query(const Queries *queries, int i, const float *x)
+{
+    const int dim = queries->plan->head_dim, padded_dim = queries->plan->padded_dim;
+    Split split = split_of(queries);
+    i32x16 sizes = splat_int(0), sum = splat_int(0), high_sum = splat_int(0);
+    for (int j = 0; j < dim; j += 16)
+        sizes = max_int(sizes, size_bits(load_first(x + j, dim - j)));
+    float largest = float_of(largest_int(sizes));
+    f32x16 inverse = splat(largest > 0x1p-100f && largest < INFINITY ? MOST_QUERY / largest : 0);
+    for (int j = 0; j < padded_dim; j += 16) {
+        f32x16 v = j < dim ? load_first(x + j, dim - j) : splat(0);
+        i32x16 q = to_nearest(v * inverse), high = (q + 128) >> 8;
+        sum += q;
+        high_sum += high;
+        store_bytes(split.high + i * padded_dim + j, high);
+        store_bytes(split.low + i * padded_dim + j, q);
+    }
+    float unit = queries->operation->cap > 0 ? 1 : LOG2_E;
+    split.scales[i] = largest / MOST_QUERY * queries->operation->scale * unit;
+    split.offsets[i] = offset_of(sum_int(sum), sum_int(high_sum));
+}
+
+/* ---- Sums */
+
+typedef struct {
+    i32x16 top, middle, other; /* `other` is another part of the middle */
+} Sums;
+
+INLINE void add_products(Sums *sums, u32x16 high, u32x16 low, i32x16 x_high, i32x16 x_low)
+{
+    sums->top = dot4(sums->top, high, x_high);
+    sums->middle = dot4(sums->middle, high, x_low);
+    if (KV_BITS == 16)
+        sums->other = dot4(sums->other, low, x_high);
+}
+
+/* x . w; unsigned, for what is not a number may overflow. */
+INLINE f32x16 value_of(const Sums *sums, int32_t offset)
+{
+    u32x16 value = ((u32x16)sums->top << 8) + (u32x16)sums->middle - (u32x16)splat_int(offset);
+    return to_float((i32x16)(KV_BITS == 16 ? value + (u32x16)sums->other : value));
+}
+
+/* ---- Scores */
+
+/* Queries first .. first + N - 1, and where their scores go. */
+typedef struct {
+    const int8_t *high, *low;
+    const float *scales;
+    const int32_t *offsets;
+    int firsts[MOST_QUERIES], lasts[MOST_QUERIES]; /* ascending */
+    int N;
+    float cap;
+    float (*scores)[CHUNK];
+} Scoring;
+
+INLINE Scoring scoring_of(const Queries *queries, int first, int N, float (*scores)[CHUNK])
+{
+    Split split = split_of(queries);
+    Scoring scoring = {.N = N, .cap = queries->operation->cap, .scores = scores};
+    scoring.high = split.high + first * queries->plan->padded_dim;
+    scoring.low = split.low + first * queries->plan->padded_dim;
+    scoring.scales = split.scales + first;
+    scoring.offsets = split.offsets + first;
+    for (int n = 0; n < N; n++) {
+        scoring.firsts[n] = first_of(queries, first + n);
+        scoring.lasts[n] = last_of(queries, first + n);
+    }
+    return scoring;
+}
+
+INLINE int all_see(const Scoring *scoring, int position)
+{
+    return scoring->firsts[scoring->N - 1] <= position
+           && position + BLOCK_SIZE - 1 <= scoring->lasts[0];
+}
+
+INLINE void put_scores(
+    const Scoring *scoring, int n, int position, int all_see, f32x16 k_scales, const Sums *sums)
+{
+    f32x16 s = value_of(sums, scoring->offsets[n]) * (k_scales * splat(scoring->scales[n]));
+    if (scoring->cap > 0)
+        s = capped(scoring->cap, s) * splat(LOG2_E);
+    if (!all_see)
+        s = visible(scoring->firsts[n], scoring->lasts[n], position, s);
+    store(scoring->scores[n] + in_chunk(position), s);
+}
+
+/* Meanwhile the values of this block and the keys of the next one are fetched: blocks lie scattered. */
+INLINE void score_in_vectors(const int N, const Scoring *scoring, const Range *range, int dim)
+{
+    const int plane = dim * BLOCK_SIZE;
+    for (int position = range->begin; position < range->end; position += BLOCK_SIZE) {
+        int next = position + BLOCK_SIZE < range->end ? position + BLOCK_SIZE : position;
+        const uint8_t *high = block_of(range, range->k, position);
+        const uint8_t *values = block_of(range, range->v, position);
+        const uint8_t *keys = block_of(range, range->k, next);
+        Sums sums[SOME];
+        memset(sums, 0, sizeof sums);
+        for (int i = 0; i < dim; i += WORD, high += 64, values += 64, keys += 64) {
+            prefetch(values);
+            prefetch(keys);
+            if (KV_BITS == 16) {
+                prefetch(values + plane);
+                prefetch(keys + plane);
+            }
+            u32x16 low = KV_BITS == 16 ? load_bytes(high + plane) : (u32x16){0};
+            UNROLL for (int n = 0; n < N; n++) add_products(
+                &sums[n], load_bytes(high), low, word_at(scoring->high + n * dim + i),
+                word_at(scoring->low + n * dim + i));
+        }
+        f32x16 k_scales = load(range->scales[0] + in_chunk(position));
+        int all = all_see(scoring, position);
+        UNROLL for (int n = 0; n < N; n++) put_scores(scoring, n, position, all, k_scales, &sums[n]);
+    }
+}
+
+/* ---- Shares */
+
+typedef struct {
+    int8_t high[MOST_QUERIES][CHUNK], low[MOST_QUERIES][CHUNK];
+    int32_t offsets[MOST_QUERIES];
+    float scales[MOST_QUERIES];
+} Shares;
+
+/* 2^x for x <= 0, to 2e-7 of itself; 2^0 is 1. */
+INLINE f32x16 power_of_2(f32x16 x)
+{
+    __m512 whole = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    f32x16 r = x - (f32x16)whole;
+    f32x16 y = splat(0x1.5bba14p-10f);
+    y = fma16(y, r, splat(0x1.3cea88p-7f));
+    y = fma16(y, r, splat(0x1.c6b752p-5f));
+    y = fma16(y, r, splat(0x1.ebf9bcp-3f));
+    y = fma16(y, r, splat(0x1.62e42ap-1f));
+    y = fma16(y, r, splat(1.0f));
+    return (f32x16)_mm512_scalef_ps((__m512)y, whole);
+}
+
+INLINE float largest_score(const float *scores, int begin, int end)
+{
+    f32x16 largest = splat(NOTHING);
+    for (int at = begin; at < end; at += BLOCK_SIZE)
+        largest = max16(largest, load(scores + at));
+    return largest16(largest);
+}
+
+/* exp(score - m), times the values' scales, in place; their sum before that, and their largest. */
+INLINE float weigh_scores(const float *scales, float *scores, int begin, int end, float m, float *l)
+{
+    f32x16 sum = splat(0);
+    i32x16 sizes = splat_int(0);
+    for (int at = begin; at < end; at += BLOCK_SIZE) {
+        f32x16 e = power_of_2(load(scores + at) - splat(m));
+        sum += e;
+        e *= load(scales + at);
+        sizes = max_int(sizes, size_bits(e));
+        store(scores + at, e);
+    }
+    *l = sum16(sum);
+    return float_of(largest_int(sizes));
+}
+
+INLINE __m512i to_integers(const float *x, f32x16 inverse)
+{
+    return (__m512i)to_nearest(load(x) * inverse);
+}
+
+/* Bytes of four vectors, side by side in each lane, to the order of the vectors. */
+INLINE void store_in_order(int8_t *out, __m512i x)
+{
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi32(order, x));
+}
+
+/* Sixty-four values, not negative, to their high and low bytes. */
+INLINE void store_split(
+    const float *x, f32x16 inverse, int8_t *high, int8_t *low, __m512i *sum, __m512i *high_sum)
+{
+    const __m512i half = _mm512_set1_epi16(128), mask = _mm512_set1_epi16(255);
+    __m512i a = _mm512_packs_epi32(to_integers(x, inverse), to_integers(x + 16, inverse));
+    __m512i b = _mm512_packs_epi32(to_integers(x + 32, inverse), to_integers(x + 48, inverse));
+    __m512i high_a = _mm512_srai_epi16(_mm512_add_epi16(a, half), 8);
+    __m512i high_b = _mm512_srai_epi16(_mm512_add_epi16(b, half), 8);
+    __m512i bytes = _mm512_packs_epi16(high_a, high_b);
+    *sum = _mm512_dpwssd_epi32(_mm512_dpwssd_epi32(*sum, a, _mm512_set1_epi16(1)), b, _mm512_set1_epi16(1));
+    *high_sum = _mm512_dpbusd_epi32(*high_sum, bytes, _mm512_set1_epi8(1));
+    store_in_order(high, bytes);
+    store_in_order(low, _mm512_packus_epi16(_mm512_and_si512(a, mask), _mm512_and_si512(b, mask)));
+}
+
+/* Scores of N queries to shares, m and l.  Each loop's queries are independent of each other. */
+INLINE void share_out(
+    int N, const Range *range, float (*scores)[CHUNK], float *m, float *l, Shares *shares)
+{
+    const int begin = in_chunk(range->begin), end = in_chunk(range->end - 1) / BLOCK_SIZE * BLOCK_SIZE + BLOCK_SIZE;
+    const int first = begin / STEP * STEP, last = rounded_up(end, STEP);
+    float largest[MOST_QUERIES];
+    for (int n = 0; n < N; n++)
+        m[n] = largest_score(scores[n], begin, end);
+    for (int n = 0; n < N; n++) {
+        memset(scores[n] + first, 0, sizeof(float) * (size_t)(begin - first));
+        memset(scores[n] + end, 0, sizeof(float) * (size_t)(last - end));
+        largest[n] = weigh_scores(range->scales[1], scores[n], begin, end, m[n], &l[n]);
+    }
+    for (int n = 0; n < N; n++) {
+        int is_finite = largest[n] < INFINITY;
+        f32x16 inverse = splat(is_finite && largest[n] > 0x1p-100f ? MOST_SHARE / largest[n] : 0);
+        __m512i sum = _mm512_setzero_si512(), high_sum = sum;
+        for (int at = first; at < last; at += STEP)
+            store_split(scores[n] + at, inverse, shares->high[n] + at, shares->low[n] + at, &sum, &high_sum);
+        shares->offsets[n] = offset_of(sum_int((i32x16)sum), sum_int((i32x16)high_sum));
+        shares->scales[n] = is_finite ? largest[n] / MOST_SHARE : NAN;
+    }
+}
+
+/* ---- Values */
+
+INLINE void weigh_in_vectors(const int N, const Range *range, int dim, const Shares *shares, float *o)
+{
+    const int plane = dim * BLOCK_SIZE;
+    for (int i = 0; i < dim; i += 16) {
+        Sums sums[SOME];
+        memset(sums, 0, sizeof sums);
+        for (int position = range->begin; position < range->end; position += BLOCK_SIZE) {
+            const uint8_t *v = block_of(range, range->v, position) + i * BLOCK_SIZE;
+            for (int u = 0; u < BLOCK_SIZE; u += WORD, v += 64) {
+                int at = in_chunk(position + u);
+                u32x16 low = KV_BITS == 16 ? load_bytes(v + plane) : (u32x16){0};
+                UNROLL for (int n = 0; n < N; n++) add_products(
+                    &sums[n], load_bytes(v), low, word_at(shares->high[n] + at),
+                    word_at(shares->low[n] + at));
+            }
+        }
+        UNROLL for (int n = 0; n < N; n++) store(
+            o + n * dim + i, value_of(&sums[n], shares->offsets[n]) * splat(shares->scales[n]));
+    }
+}
+
+INLINE void attend_in_vectors(
+    const int N, const Queries *queries, int first, const Range *range, float *m, float *l, float *o)
+{
+    const int dim = queries->plan->padded_dim;
+    float scores[SOME][CHUNK] __attribute__((aligned(64)));
+    Shares shares __attribute__((aligned(64)));
+    Scoring scoring = scoring_of(queries, first, N, scores);
+    score_in_vectors(N, &scoring, range, dim);
+    share_out(N, range, scores, m, l, &shares);
+    weigh_in_vectors(N, range, dim, &shares, o);
+}
+
+/* ---- Many queries */
+
+#ifdef TIER_AMX
+
+/* Sixty-four positions of gathered values: [padded_dim / 16][plane][16][64]. */
+static int gathered_step(int dim) { return dim / 16 * KV_BYTES * TILE_BYTES; }
+
+static int gathered_bytes(int dim) { return CHUNK / STEP * gathered_step(dim); }
+
+static int takes_many(const Queries *queries, int left)
+{
+    return left > FEW && queries->plan->padded_dim % STEP == 0;
+}
+
+/* Values of four blocks side by side, as a matrix register takes them. */
+static void gather_values(const Range *range, int dim)
+{
+    const int piece = TILE_BYTES / 4;
+    for (int position = range->begin; position < range->end; position += BLOCK_SIZE) {
+        const uint8_t *v = block_of(range, range->v, position);
+        uint8_t *out = range->gathered + in_chunk(position) / STEP * gathered_step(dim);
+        out += position % STEP / BLOCK_SIZE * piece;
+        for (int i = 0; i < dim; i += 16)
+            for (int plane = 0; plane < KV_BYTES; plane++, out += TILE_BYTES)
+                memcpy(out, v + (plane * dim + i) * BLOCK_SIZE, (size_t)piece);
+    }
+}
+
+/* Of sixteen queries with sixteen keys, or columns of values. */
+typedef int32_t TileSums[3][16][16];
+
+INLINE void multiply_tiles(
+    const int8_t *x_high, const int8_t *x_low, int stride, const uint8_t *w, int64_t plane)
+{
+    _tile_loadd(4, x_high, stride);
+    _tile_loadd(6, w, STEP);
+    _tile_loadd(5, x_low, stride);
+    _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 5, 6);
+    if (KV_BITS == 16) {
+        _tile_loadd(7, w + plane, STEP);
+        _tile_dpbsud(2, 4, 7);
+    }
+}
+
+INLINE void clear_sums(void)
+{
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+}
+
+INLINE void store_sums(TileSums sums)
+{
+    _tile_stored(0, sums[0], STEP);
+    _tile_stored(1, sums[1], STEP);
+    if (KV_BITS == 16)
+        _tile_stored(2, sums[2], STEP);
+}
+
+INLINE Sums sums_of(TileSums tile, int n)
+{
+    Sums sums;
+    memcpy(&sums.top, tile[0][n], 64);
+    memcpy(&sums.middle, tile[1][n], 64);
+    if (KV_BITS == 16)
+        memcpy(&sums.other, tile[2][n], 64);
+    return sums;
+}
+
+/* A block's products are made while those of the one before it become scores. */
+static void score_many(const Scoring *scoring, const Range *range, const int dim)
+{
+    TileSums sums[2] __attribute__((aligned(64)));
+    const Scoring s = *scoring; /* what is stored below is none of it */
+    const int bytes = dim * BLOCK_SIZE * KV_BYTES;
+    for (int position = range->begin; position < range->end + BLOCK_SIZE; position += BLOCK_SIZE) {
+        int i = position / BLOCK_SIZE % 2, before = position - BLOCK_SIZE;
+        if (position < range->end) {
+            const uint8_t *k = block_of(range, range->k, position);
+            clear_sums();
+            for (int c = 0; c < dim; c += STEP)
+                multiply_tiles(s.high + c, s.low + c, dim, k + c * BLOCK_SIZE, dim * BLOCK_SIZE);
+            store_sums(sums[i]);
+        }
+        if (position + BLOCK_SIZE < range->end)
+            for (int u = 0; u < bytes; u += 64)
+                prefetch(block_of(range, range->k, position + BLOCK_SIZE) + u);
+        if (before < range->begin)
+            continue;
+        f32x16 k_scales = load(range->scales[0] + in_chunk(before));
+        int all = all_see(&s, before);
+        for (int n = 0; n < s.N; n++) {
+            Sums row = sums_of(sums[1 - i], n);
+            put_scores(&s, n, before, all, k_scales, &row);
+        }
+    }
+}
+
+/* Sixteen columns' products are made while those of the ones before them are scaled. */
+static void weigh_many(int N, const Range *range, int dim, const Shares *shares, float *o)
+{
+    TileSums sums[2] __attribute__((aligned(64)));
+    const int first = in_chunk(range->begin) / STEP, end = in_chunk(range->end - 1) / STEP + 1;
+    const int step_bytes = gathered_step(dim), columns_bytes = KV_BYTES * TILE_BYTES;
+    for (int i = 0; i <= dim / 16; i++) {
+        const uint8_t *values = range->gathered + i * columns_bytes;
+        if (i < dim / 16) {
+            clear_sums();
+            for (int step = first; step < end; step++)
+                multiply_tiles(shares->high[0] + step * STEP, shares->low[0] + step * STEP, CHUNK,
+                               values + step * step_bytes, TILE_BYTES);
+            store_sums(sums[i % 2]);
+        }
+        for (int n = 0; i > 0 && n < N; n++) {
+            for (int step = first; step < end; step++)
+                for (int u = 0; u < KV_BYTES; u++)
+                    prefetch(values + columns_bytes + step * step_bytes + 64 * (KV_BYTES * n + u));
+            Sums row = sums_of(sums[1 - i % 2], n);
+            store(o + n * dim + 16 * (i - 1),
+                  value_of(&row, shares->offsets[n]) * splat(shares->scales[n]));
+        }
+    }
+}
+
+static void attend_many(
+    int N, const Queries *queries, int first, const Range *range, float *m, float *l, float *o)
+{
+    const int dim = queries->plan->padded_dim;
+    float scores[MOST_QUERIES][CHUNK] __attribute__((aligned(64)));
+    Shares shares __attribute__((aligned(64)));
+    Scoring scoring = scoring_of(queries, first, N, scores);
+    use_matrix_registers(MOST_QUERIES);
+    score_many(&scoring, range, dim);
+    share_out(N, range, scores, m, l, &shares);
+    __asm__ volatile("" ::: "memory"); /* loads of matrix registers name no memory to gcc */
+    weigh_many(N, range, dim, &shares, o);
+    _tile_release();
+}
+
+#else
+
+static int gathered_bytes(int dim) { return 0 * dim; }
+static int takes_many(const Queries *queries, int left) { return (void)queries, 0 * left; }
+static void gather_values(const Range *range, int dim) { (void)range, (void)dim; }
+
+#endif
+
+/* ---- What calls share: scales of keys and of values [CHUNK], gathered values */
+
+int64_t shared_floats(int padded_dim) { return 2 * CHUNK + gathered_bytes(padded_dim) / 4; }
+
+void share_range(const Queries *queries, float *memory, Range *range)
+{
+    const int dim = queries->plan->padded_dim;
+    range->scales[0] = memory;
+    range->scales[1] = memory + CHUNK;
+    range->gathered = (uint8_t *)(memory + 2 * CHUNK);
+    for (int position = range->begin; position < range->end; position += BLOCK_SIZE) {
+        int at = in_chunk(position), left = range->end - position;
+        store(memory + at, load(kv_scales(block_of(range, range->k, position), dim)));
+        /* What lies behind the last position is of others, who may have left NaN there. */
+        const float *scales = kv_scales(block_of(range, range->v, position), dim);
+        store(memory + CHUNK + at, load_first(scales, left));
+    }
+    if (takes_many(queries, queries->count))
+        gather_values(range, dim);
+}
+
+int queries_taken(const Queries *queries, int left)
+{
+    if (takes_many(queries, left))
+        return left < MOST_QUERIES ? left : MOST_QUERIES;
+    return left >= SOME ? SOME : left < FEW ? left : FEW;
+}
+
+void attend_chunk(
+    const Queries *queries, int first, int N, const Range *range, float *m, float *l, float *o)
+{
+#ifdef TIER_AMX
+    if (takes_many(queries, N)) {
+        attend_many(N, queries, first, range, m, l, o);
+        return;
+    }
+#endif
+    switch (N) {
+    case 1: attend_in_vectors(1, queries, first, range, m, l, o); break;
+    case 2: attend_in_vectors(2, queries, first, range, m, l, o); break;
+    case 3: attend_in_vectors(3, queries, first, range, m, l, o); break;
+    case 4: attend_in_vectors(4, queries, first, range, m, l, o); break;
+    default: attend_in_vectors(SOME, queries, first, range, m, l, o);
+    }
+}
+
+#endif
