@@ -28,10 +28,12 @@ enum {
     MOST_QUERY = 127 * 128, MOST_SHARE = 127 * 256,
 };
 
-/* x . w for w = 0, where x and its high bytes sum up to so much, of the planes that there are. */
+/* x . w for bytes of w that are 0, where x and its high bytes sum up to so much; unsigned, for what is
+ * not a number may overflow. */
 INLINE int32_t offset_of(int32_t sum, int32_t high_sum)
 {
-    return 128 * sum - (KV_BITS == 16 ? (sum - 256 * high_sum) / 2 : 0);
+    int32_t low_sum = (int32_t)((uint32_t)sum - 256u * (uint32_t)high_sum);
+    return (int32_t)(128u * (uint32_t)sum - (uint32_t)(KV_BITS == 16 ? low_sum / 2 : 0));
 }
 
 INLINE i32x16 word_at(const int8_t *bytes)
@@ -94,6 +96,8 @@ typedef struct {
     i32x16 top, middle, other; /* `other` is another part of the middle */
 } Sums;
 
+INLINE Sums no_sums(void) { return (Sums){splat_int(0), splat_int(0), splat_int(0)}; }
+
 INLINE void add_products(Sums *sums, u32x16 high, u32x16 low, i32x16 x_high, i32x16 x_low)
 {
     sums->top = dot4(sums->top, high, x_high);
@@ -102,7 +106,7 @@ INLINE void add_products(Sums *sums, u32x16 high, u32x16 low, i32x16 x_high, i32
         sums->other = dot4(sums->other, low, x_high);
 }
 
-/* x . w; unsigned, for what is not a number may overflow. */
+/* x . w */
 INLINE f32x16 value_of(const Sums *sums, int32_t offset)
 {
     u32x16 value = ((u32x16)sums->top << 8) + (u32x16)sums->middle - (u32x16)splat_int(offset);
@@ -143,6 +147,7 @@ INLINE int all_see(const Scoring *scoring, int position)
            && position + BLOCK_SIZE - 1 <= scoring->lasts[0];
 }
 
+/* Sixteen scores of query n. */
 INLINE void put_scores(
     const Scoring *scoring, int n, int position, int all_see, f32x16 k_scales, const Sums *sums)
 {
@@ -164,7 +169,7 @@ INLINE void score_in_vectors(const int N, const Scoring *scoring, const Range *r
         const uint8_t *values = block_of(range, range->v, position);
         const uint8_t *keys = block_of(range, range->k, next);
         Sums sums[SOME];
-        memset(sums, 0, sizeof sums);
+        UNROLL for (int n = 0; n < N; n++) sums[n] = no_sums();
         for (int i = 0; i < dim; i += WORD, high += 64, values += 64, keys += 64) {
             prefetch(values);
             prefetch(keys);
@@ -214,7 +219,8 @@ INLINE float largest_score(const float *scores, int begin, int end)
 }
 
 /* exp(score - m), times the values' scales, in place; their sum before that, and their largest. */
-INLINE float weigh_scores(const float *scales, float *scores, int begin, int end, float m, float *l)
+INLINE float weigh_scores(
+    const float *scales, float *scores, int begin, int end, float m, float *l)
 {
     f32x16 sum = splat(0);
     i32x16 sizes = splat_int(0);
@@ -246,22 +252,25 @@ INLINE void store_split(
     const float *x, f32x16 inverse, int8_t *high, int8_t *low, __m512i *sum, __m512i *high_sum)
 {
     const __m512i half = _mm512_set1_epi16(128), mask = _mm512_set1_epi16(255);
+    const __m512i ones = _mm512_set1_epi16(1);
     __m512i a = _mm512_packs_epi32(to_integers(x, inverse), to_integers(x + 16, inverse));
     __m512i b = _mm512_packs_epi32(to_integers(x + 32, inverse), to_integers(x + 48, inverse));
     __m512i high_a = _mm512_srai_epi16(_mm512_add_epi16(a, half), 8);
     __m512i high_b = _mm512_srai_epi16(_mm512_add_epi16(b, half), 8);
     __m512i bytes = _mm512_packs_epi16(high_a, high_b);
-    *sum = _mm512_dpwssd_epi32(_mm512_dpwssd_epi32(*sum, a, _mm512_set1_epi16(1)), b, _mm512_set1_epi16(1));
+    *sum = _mm512_dpwssd_epi32(_mm512_dpwssd_epi32(*sum, a, ones), b, ones);
     *high_sum = _mm512_dpbusd_epi32(*high_sum, bytes, _mm512_set1_epi8(1));
     store_in_order(high, bytes);
     store_in_order(low, _mm512_packus_epi16(_mm512_and_si512(a, mask), _mm512_and_si512(b, mask)));
 }
 
-/* Scores of N queries to shares, m and l.  Each loop's queries are independent of each other. */
+/* Scores of N queries to shares, m and l; in three loops, for what one query needs of itself takes
+ * longer to come than what others do. */
 INLINE void share_out(
     int N, const Range *range, float (*scores)[CHUNK], float *m, float *l, Shares *shares)
 {
-    const int begin = in_chunk(range->begin), end = in_chunk(range->end - 1) / BLOCK_SIZE * BLOCK_SIZE + BLOCK_SIZE;
+    const int begin = in_chunk(range->begin);
+    const int end = rounded_up(in_chunk(range->end - 1) + 1, BLOCK_SIZE);
     const int first = begin / STEP * STEP, last = rounded_up(end, STEP);
     float largest[MOST_QUERIES];
     for (int n = 0; n < N; n++)
@@ -276,7 +285,8 @@ INLINE void share_out(
         f32x16 inverse = splat(is_finite && largest[n] > 0x1p-100f ? MOST_SHARE / largest[n] : 0);
         __m512i sum = _mm512_setzero_si512(), high_sum = sum;
         for (int at = first; at < last; at += STEP)
-            store_split(scores[n] + at, inverse, shares->high[n] + at, shares->low[n] + at, &sum, &high_sum);
+            store_split(
+                scores[n] + at, inverse, shares->high[n] + at, shares->low[n] + at, &sum, &high_sum);
         shares->offsets[n] = offset_of(sum_int((i32x16)sum), sum_int((i32x16)high_sum));
         shares->scales[n] = is_finite ? largest[n] / MOST_SHARE : NAN;
     }
@@ -284,12 +294,13 @@ INLINE void share_out(
 
 /* ---- Values */
 
-INLINE void weigh_in_vectors(const int N, const Range *range, int dim, const Shares *shares, float *o)
+INLINE void weigh_in_vectors(
+    const int N, const Range *range, int dim, const Shares *shares, float *o)
 {
     const int plane = dim * BLOCK_SIZE;
     for (int i = 0; i < dim; i += 16) {
         Sums sums[SOME];
-        memset(sums, 0, sizeof sums);
+        UNROLL for (int n = 0; n < N; n++) sums[n] = no_sums();
         for (int position = range->begin; position < range->end; position += BLOCK_SIZE) {
             const uint8_t *v = block_of(range, range->v, position) + i * BLOCK_SIZE;
             for (int u = 0; u < BLOCK_SIZE; u += WORD, v += 64) {
@@ -379,7 +390,7 @@ INLINE void store_sums(TileSums sums)
 
 INLINE Sums sums_of(TileSums tile, int n)
 {
-    Sums sums;
+    Sums sums = no_sums();
     memcpy(&sums.top, tile[0][n], 64);
     memcpy(&sums.middle, tile[1][n], 64);
     if (KV_BITS == 16)
