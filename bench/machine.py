@@ -26,6 +26,16 @@ def rss_mb(pid: int) -> float:
     raise ValueError("no Pss in smaps_rollup")
 
 
+def cpu_s_below(pid: int) -> float:
+    """CPU time so far of the processes that the main thread of this one has started, and theirs."""
+    seconds = 0.0
+    for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+        ticks = int(fields[11]) + int(fields[12])  # proc(5): utime and stime
+        seconds += ticks / os.sysconf("SC_CLK_TCK") + cpu_s_below(child)
+    return seconds
+
+
 def _cpu() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):

@@ -44,16 +44,17 @@ class StepCosts:
         return cost_s
 
     def rows_within(self, limit_s: float) -> float:
-        """How many rows a step may have to take no longer, by of(); without end before the first
-        step."""
+        """How many rows a step may have to take no longer, by of(), and at most twice as many as
+        were measured and took no longer; without end before the first step."""
         if len(self._rows) == 1:
             return math.inf
         i = bisect.bisect_right(self._costs_s, limit_s)
         if i == len(self._rows):
             return self._rows[-1] * limit_s / self._costs_s[-1]
+        below, above = self._rows[i - 1], self._rows[i]
         below_s, above_s = self._costs_s[i - 1], self._costs_s[i]
         share = (limit_s - below_s) / (above_s - below_s)
-        return self._rows[i - 1] + share * (self._rows[i] - self._rows[i - 1])
+        return min(below + share * (above - below), 2 * below)
 
     def _between(self, i: int, num_rows: int) -> float:
         """On the line through what is known at i and before it."""

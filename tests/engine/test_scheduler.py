@@ -103,7 +103,7 @@ def test_streams_stay_smooth_to_the_end_of_long_prompts(
         engine.submit(100 + request, healthy_prompt(20, request), max_tokens=10)
         alone += gaps_of(engine, clock, 0, end=100 + request)[-9:]
     assert np.percentile(beside, 99) <= 3 * np.median(alone)
-    assert np.median(beside) >= 1.6 * np.median(alone)  # what prompts get
+    assert np.median(beside) >= 1.5 * np.median(alone)  # what prompts get
 
 
 def test_many_streams_that_begin_at_once_wait_at_most_sixty_milliseconds_a_token() -> None:
@@ -154,7 +154,9 @@ def test_unknown_costs_lie_between_those_of_fewer_and_of_more_rows() -> None:
     costs.note(64, 0.05)
     assert costs.of(1) == 0.005 and costs.of(8) == pytest.approx(0.01)
     assert costs.of(64) == 0.05 and costs.of(128) == 0.1
-    for limit_s in (0.005, 0.01, 0.05, 0.2):
+    assert costs.rows_within(0.01) == 2  # and then, when they were measured, more
+    costs.note(8, 0.012)
+    for limit_s in (0.005, 0.012, 0.015, 0.05, 0.2):
         assert costs.of(round(costs.rows_within(limit_s))) == pytest.approx(limit_s, rel=0.1)
 
 
