@@ -36,7 +36,9 @@ from llmsrv.engine.messages import Step
 from llmsrv.engine.messages import Submit
 from llmsrv.engine.messages import Tokens
 from llmsrv.engine.sampling import check_ids
+from llmsrv.engine.sampling import check_min_tokens
 from llmsrv.engine.sampling import check_sampling
+from llmsrv.engine.sampling import num_possible
 from llmsrv.engine.sampling import write_sampling
 from llmsrv.engine.scheduler import Chunk
 from llmsrv.engine.scheduler import Scheduler
@@ -205,6 +207,7 @@ class EngineCore:
             raise ApiError(400, "max_tokens and n must be at least 1")
         check_ids("stop_token_ids", submit.end_ids, self._vocab_size)
         check_sampling(submit.sampling, self._vocab_size)
+        check_min_tokens(submit)
 
     def _enter(self, admitted: list[Sequence], now_s: float) -> None:
         """Prepares the sequences that have just been admitted, for the first time or again."""
@@ -244,8 +247,8 @@ class EngineCore:
 
     def _maybe_mask(self, chunk: Chunk) -> Chunk | None:
         """Lets the chunk's rows draw what its grammar allows there, and cuts its draft at the first
-        token that it does not; None where the sequence has ended, because its grammar allows
-        nothing or fails."""
+        token that it does not; None where the sequence has ended, because its grammar fails or
+        allows nothing that the request does."""
         sequence = chunk.sequence
         if sequence.grammar is None or chunk.num_tokens < sequence.num_uncomputed:
             return chunk
@@ -256,8 +259,10 @@ class EngineCore:
         except Exception as error:
             self._fail(sequence.submit.request, error)
             return None
-        if masks is None:
-            self._finish(sequence, "length")
+        if masks is not None:
+            masks = masks[: num_possible(self._plan.sampling, sequence, masks)]
+        if masks is None or not len(masks):
+            self._finish(sequence, "stop" if sequence.grammar.may_end() else "length")
             return None
         self._plan.sampling.set_grammar(sequence.slot, masks)
         return chunk._replace(draft=chunk.draft[: len(masks) - 1])

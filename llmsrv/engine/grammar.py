@@ -64,6 +64,10 @@ class Grammar:
         self._matcher.consume_token(id)
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
+    def may_end(self) -> bool:
+        """Whether the text is complete as it is."""
+        return self._matcher.is_accepting()
+
     def forced(self) -> list[int]:
         """The ids of the only text that may come next, as far as it goes."""
         return self._matcher.compute_ff_tokens()

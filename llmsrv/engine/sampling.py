@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable
 
+from llmsrv.backend.sampling_table import Mask
 from llmsrv.backend.sampling_table import SamplingParameters
 from llmsrv.backend.sampling_table import SamplingTable
 from llmsrv.backend.sampling_table import mask_of
 from llmsrv.engine.messages import Sampling
+from llmsrv.engine.messages import Submit
 from llmsrv.engine.sequence import Sequence
 from llmsrv.errors import ApiError
 
@@ -37,6 +39,13 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
     for bias in sampling.logit_bias.values():
         if not abs(bias) <= MAX_BIAS:
             raise _invalid("logit_bias", f"values from -{MAX_BIAS} to {MAX_BIAS}", bias)
+
+
+def check_min_tokens(submit: Submit) -> None:
+    """Raises ApiError when every id that is allowed is an end, before which others must come."""
+    allowed = submit.sampling.allowed_ids
+    if submit.min_tokens and allowed and set(allowed) <= set(submit.end_ids):
+        raise _invalid("allowed_token_ids", "others than ends, for 'min_tokens'", allowed[:8])
 
 
 def check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
@@ -77,3 +86,21 @@ def write_sampling(table: SamplingTable, sequence: Sequence) -> None:
         submit.prompt_ids,
         sequence.output_ids,
     )
+
+
+def num_possible(table: SamplingTable, sequence: Sequence, masks: Mask) -> int:
+    """How many of a grammar's masks for the sequence's next rows come before the first one of which
+    its allowed ids and its min_tokens leave nothing."""
+    extras = table.extras.get(sequence.slot)
+    if extras is None:
+        return len(masks)
+    num_without_end = extras.min_tokens - len(sequence.output_ids)
+    if extras.allowed is not None:
+        masks = masks & extras.allowed
+    elif num_without_end <= 0:
+        return len(masks)
+    no_end = ~mask_of(sequence.submit.end_ids, table.vocab_size)
+    for row, mask in enumerate(masks):
+        if not (mask & no_end if row < num_without_end else mask).any():
+            return row
+    return len(masks)

@@ -1,8 +1,9 @@
-"""A process of its own for compiling grammars, which may crash it, or be killed for its time.
+"""A process of its own for compiling grammars, each in a fork that may crash or run out of time.
 
 Grammars come from clients, and llguidance can be brought to run for minutes, to grow by gigabytes
-or to overflow its stack.  So each is compiled here first, under limits, one after the other; a
-process that does not answer in time is killed, and the next grammar gets a new one.
+or to overflow its stack.  So each is compiled here first, under limits, one after the other.  The
+process keeps the vocabulary and forks for every grammar: what a bad one ends is its fork alone, and
+the next one need not wait for another start.
 
 The process reads a source as a frame from its standard input and answers with a frame on its
 standard output; it ends with its input, so it never outlives the server.
@@ -12,9 +13,11 @@ import asyncio
 import json
 import os
 import resource
+import signal
 import struct
 import sys
 from collections import OrderedDict
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,19 +34,21 @@ if TYPE_CHECKING:
 
 START_S = 15.0  # for Python, the tokenizer and the vocabulary: 0.5 s where nothing else runs
 COMPILE_S = 1.0
+ANSWER_S = 1.5  # COMPILE_S, and what the process itself takes
 MAX_WAITING = 64
 # Answers that are kept: so many, to sources of so many bytes at most.
 MAX_KEPT = 1024
 MAX_KEPT_BYTES = 16 << 10
-# The limits of the process, beyond what the vocabulary took.  The engine compiles on a thread with
-# a larger stack, so what did not overflow here does not there.
-CPU_S = 3
+# The limits of a fork, beside COMPILE_S, beyond what the vocabulary took.  The engine compiles on a
+# thread with a larger stack, so what did not overflow here does not there.
+CPU_S = 1
 MEMORY_BYTES = 128 << 20
 STACK_BYTES = 4 << 20
 
 SIZE = struct.Struct(">I")
 TOO_SLOW = f"the grammar is too complex: it does not compile within {COMPILE_S:g} s"
 CRASHED = "the grammar is too complex: compiling it takes too much memory or too deep a recursion"
+TIMES_UP = signal.SIGALRM, signal.SIGXCPU
 
 
 class GrammarWorker:
@@ -92,11 +97,11 @@ class GrammarWorker:
             self._num_waiting -= 1
 
     async def _ask(self, source: str) -> dict[str, str]:
-        """What the process answers.  Raises GrammarError when it had to be killed for it."""
+        """What the process answers."""
         was_there = self._process is not None
         process = await self._started()
         try:
-            async with asyncio.timeout(COMPILE_S):
+            async with asyncio.timeout(ANSWER_S):
                 await _write(process, source.encode())
                 answer: dict[str, str] = json.loads(await _read(process))
                 return answer
@@ -105,18 +110,19 @@ class GrammarWorker:
             raise GrammarError(TOO_SLOW) from None
         except (asyncio.IncompleteReadError, ConnectionError):
             await self.close()
-            if was_there:  # something else may have ended it before
-                return await self._ask(source)
-            raise GrammarError(CRASHED) from None
+            if not was_there:
+                raise
+            return await self._ask(source)  # something has ended it since it was last asked
         except BaseException:  # the client has left: what it asked for may take long
             self._kill()
             raise
 
     def _kill(self) -> asyncio.subprocess.Process | None:
-        """Returns the process that is killed, if there was one."""
+        """Returns the process that is killed, with its fork, if there was one."""
         process, self._process = self._process, None
         if process is not None and process.returncode is None:
-            process.kill()
+            with suppress(OSError):  # it has just ended by itself
+                os.killpg(process.pid, signal.SIGKILL)
         return process
 
     async def _started(self) -> asyncio.subprocess.Process:
@@ -129,7 +135,7 @@ class GrammarWorker:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C is for the server
+            start_new_session=True,  # Ctrl-C is for the server, and the group is what is killed
         )
         try:
             async with asyncio.timeout(START_S):
@@ -161,14 +167,31 @@ def main() -> None:
     frames_in, frames_out = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     vocabulary = read_vocabulary(model_path, cache_dir)
-    _limit(resource.RLIMIT_STACK, STACK_BYTES)
-    _limit(resource.RLIMIT_AS, _memory_bytes() + MEMORY_BYTES)
     _answer(frames_out, b"")
     while head := frames_in.read(SIZE.size):
         source = frames_in.read(*SIZE.unpack(head)).decode()
-        times = resource.getrusage(resource.RUSAGE_SELF)
-        _limit(resource.RLIMIT_CPU, int(times.ru_utime + times.ru_stime) + CPU_S)
-        _answer(frames_out, json.dumps(_compiled(source, vocabulary)).encode())
+        if fork := os.fork():
+            _, status = os.waitpid(fork, 0)
+            if status:
+                error = TOO_SLOW if os.WTERMSIG(status) in TIMES_UP else CRASHED
+                _answer(frames_out, json.dumps({"error": error}).encode())
+        else:
+            _answer_within_limits(source, vocabulary, frames_out)
+            os._exit(0)
+
+
+def _answer_within_limits(
+    source: str, vocabulary: "LLTokenizer", frames_out: BinaryIO
+) -> None:
+    """Ends the process at a limit, without an answer."""
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_STACK, STACK_BYTES)
+    _limit(resource.RLIMIT_AS, _memory_bytes() + MEMORY_BYTES)
+    _limit(resource.RLIMIT_CPU, CPU_S)
+    signal.setitimer(signal.ITIMER_REAL, COMPILE_S)
+    answer = json.dumps(_compiled(source, vocabulary)).encode()
+    signal.setitimer(signal.ITIMER_REAL, 0)  # half an answer would be worse than none
+    _answer(frames_out, answer)
 
 
 def _compiled(source: str, vocabulary: "LLTokenizer") -> dict[str, str]:

@@ -171,12 +171,14 @@ class Engine:
         self.reasons: dict[tuple[int, int], str] = {}
         self.failed: dict[int, int] = {}
 
-    def submit(self, request: int, grammar: str, seed: int = 1, **fields: int) -> None:
+    def submit(
+        self, request: int, grammar: str, seed: int = 1, allowed: Sequence[int] = (), **fields: int
+    ) -> None:
         submit = Submit(
             request=request,
             prompt_ids=[5, 6, 7],
             end_ids=[END_ID],
-            sampling=Sampling(seed),
+            sampling=Sampling(seed, allowed_ids=list(allowed)),
             grammar=grammar,
             **{"max_tokens": 60, **fields},  # type: ignore[arg-type]
         )
@@ -231,6 +233,37 @@ def test_min_tokens_give_way_to_a_text_that_is_complete(engine: Engine) -> None:
     engine.submit(1, choice_source(["ab"]), min_tokens=20)
     engine.run()
     assert text_of(engine.outputs[1, 0]) == "ab" and engine.reasons == {(1, 0): "stop"}
+
+
+@pytest.mark.parametrize(
+    ("lark", "allowed", "text", "reason"),
+    [
+        ('start: "a" c?\nc: "cd"', "a", "a", "stop"),
+        ('start: "abc"', "ab", "ab", "length"),
+        ('start: "abc"', "b", "", "length"),
+    ],
+)
+def test_a_text_ends_where_the_allowed_ids_are_none_of_the_grammar(
+    engine: Engine, lark: str, allowed: str, text: str, reason: str
+) -> None:
+    engine.submit(1, grammar_source(lark), allowed=ids_of(allowed))
+    engine.run()
+    assert text_of(engine.outputs.get((1, 0), [])) == text
+    assert engine.reasons == {(1, 0): reason} and not engine.failed
+
+
+def test_a_text_that_can_only_end_does_so_before_its_min_tokens(engine: Engine) -> None:
+    ids = [*ids_of("a"), END_ID]
+    engine.submit(1, grammar_source('start: "a" c?\nc: "cd"'), allowed=ids, min_tokens=20)
+    engine.run()
+    assert text_of(engine.outputs[1, 0]) == "a" and engine.reasons == {(1, 0): "stop"}
+
+
+def test_min_tokens_need_an_id_that_is_no_end(engine: Engine) -> None:
+    submit = Submit(1, [5], 9, [END_ID], Sampling(1, allowed_ids=[END_ID]), min_tokens=2)
+    engine.core.submit(submit)
+    engine.run()
+    assert engine.failed == {1: 400}
 
 
 def test_a_grammar_that_fails_to_compile_fails_its_request_alone(engine: Engine) -> None:

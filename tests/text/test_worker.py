@@ -51,13 +51,33 @@ async def started(model: Path) -> AsyncIterator[GrammarWorker]:
 
 
 @in_loop
-async def test_a_crash_or_a_kill_costs_its_own_grammar_alone(model: Path) -> None:
+async def test_a_crash_or_a_limit_costs_its_own_grammar_alone(model: Path) -> None:
+    assert worker.COMPILE_S <= 1.0 and worker.ANSWER_S <= 1.5  # refused within 2 s
     async with started(model) as grammars:
-        with pytest.raises(GrammarError, match="memory or too deep"):
-            await grammars.check(DEEP)
-        with pytest.raises(GrammarError, match="too complex"):
-            await grammars.check(SLOW)
         assert await grammars.check(GOOD) == GOOD
+        pid = grammars.pid
+        for source, why in ((DEEP, "memory or too deep"), (SLOW, "too complex")):
+            with pytest.raises(GrammarError, match=why):
+                await grammars.check(source)
+            assert await grammars.check(choice_source([why]))
+            assert grammars.pid == pid  # no other had to be started, before the answer or after
+
+
+@in_loop
+async def test_a_grammar_that_does_not_compile_in_time_is_said_to(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "ANSWER_S", 0.01)
+    async with started(model) as grammars:
+        with pytest.raises(GrammarError, match="does not compile within 1 s"):
+            await grammars.check(SLOW)
+        assert grammars.pid is None
+
+
+@in_loop
+async def test_a_process_that_was_killed_is_replaced(model: Path) -> None:
+    async with started(model) as grammars:
+        await grammars.check(GOOD)
         assert grammars.pid is not None
         os.kill(grammars.pid, signal.SIGKILL)
         assert await grammars.check(choice_source(["other"]))
