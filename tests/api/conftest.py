@@ -50,3 +50,12 @@ def tiny_server(tiny_model: Path) -> Iterator[RunningServer]:
 @pytest.fixture(scope="session")
 def tiny_client(tiny_server: RunningServer) -> OpenAI:
     return openai_client(tiny_server.url, KEY)
+
+
+@pytest.fixture(scope="session")
+def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """Without a key; sequences are long enough to be met running, and tests may kill the engine."""
+    path = tmp_path_factory.mktemp("open") / "tiny.gguf"
+    write_tiny_llama(path, context_length=16384)
+    with run_server("--model", str(path)) as running:
+        yield running

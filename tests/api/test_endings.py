@@ -57,8 +57,15 @@ def running(server: RunningServer) -> float:
     return gauges(server)["vllm:num_requests_running"]
 
 
-@pytest.mark.parametrize("stream", [True, False], ids=["streaming", "whole"])
-@pytest.mark.parametrize("reset", [True, False], ids=["reset", "closed"])
+@pytest.mark.parametrize(
+    ("stream", "reset"),
+    [
+        pytest.param(True, True, id="streaming, reset"),
+        pytest.param(True, False, id="streaming, closed"),
+        pytest.param(False, True, id="whole, reset"),
+        pytest.param(False, False, id="whole, closed", marks=pytest.mark.slow),  # a second's grace
+    ],
+)
 def test_a_client_that_leaves_while_tokens_are_made_frees_everything(
     server: RunningServer, stream: bool, reset: bool
 ) -> None:
@@ -161,15 +168,6 @@ def test_a_reader_that_stops_reading_does_not_stop_the_others(tiny_server: Runni
     eventually(lambda: is_idle(tiny_server, KEY))
 
 
-@pytest.fixture(scope="module")
-def mortal_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """A server whose engine tests may kill; its sequences are long enough to be met running."""
-    path = tmp_path_factory.mktemp("mortal") / "tiny.gguf"
-    write_tiny_llama(path, context_length=16384)
-    with run_server("--model", str(path)) as server:
-        yield server
-
-
 def health(server: RunningServer) -> tuple[int, dict[str, Any]]:
     host, port = server.url.removeprefix("http://").split(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=10)
@@ -191,10 +189,10 @@ def accepts(server: RunningServer) -> bool:
     [pytest.param(True, id="streaming"), pytest.param(False, id="whole", marks=pytest.mark.slow)],
 )
 def test_a_killed_engine_ends_its_requests_within_a_second_and_comes_back(
-    mortal_server: RunningServer, stream: bool
+    open_server: RunningServer, stream: bool
 ) -> None:
-    eventually(lambda: health(mortal_server)[0] == 200)
-    client = openai_client(mortal_server.url)
+    eventually(lambda: health(open_server)[0] == 200)
+    client = openai_client(open_server.url)
     ended: list[tuple[float, BaseException]] = []
     settings: dict[str, Any] = dict(model="tiny", prompt="a", max_tokens=16000, stream=stream)
 
@@ -208,11 +206,11 @@ def test_a_killed_engine_ends_its_requests_within_a_second_and_comes_back(
 
     thread = threading.Thread(target=generate)
     thread.start()
-    eventually(lambda: running(mortal_server) == 1)
-    os.kill(mortal_server.engine_pid(), signal.SIGKILL)
+    eventually(lambda: running(open_server) == 1)
+    os.kill(open_server.engine_pid(), signal.SIGKILL)
     killed_at = time.monotonic()
-    eventually(lambda: health(mortal_server)[0] == 503)
-    status, body = health(mortal_server)
+    eventually(lambda: health(open_server)[0] == 503)
+    status, body = health(open_server)
     if status == 503:  # else it is back already
         assert body["error"]["code"] == "model_not_ready"
     thread.join(10)
@@ -221,10 +219,10 @@ def test_a_killed_engine_ends_its_requests_within_a_second_and_comes_back(
     assert isinstance(error, openai.APIError) and error.code == "engine_restarted"
     assert isinstance(error, openai.InternalServerError) is not stream
 
-    eventually(lambda: health(mortal_server)[0] == 200)
+    eventually(lambda: health(open_server)[0] == 200)
     again = client.completions.create(model="tiny", prompt="a", max_tokens=3)
     assert again.usage is not None and again.usage.completion_tokens > 0
-    assert is_idle(mortal_server)
+    assert is_idle(open_server)
 
 
 def test_sigterm_lets_running_requests_finish_and_exits_with_0(tmp_path: Path) -> None:

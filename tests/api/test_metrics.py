@@ -1,7 +1,6 @@
 """What /metrics says: exact counts of requests whose tokens are known."""
 
 import urllib.request
-from collections.abc import Iterator
 
 import openai
 import pytest
@@ -12,11 +11,9 @@ from llmsrv.api.counters import Counters
 from llmsrv.api.counters import Histogram
 from llmsrv.engine.messages import Gauges
 from llmsrv.engine.messages import Step
-from tests.support.gguf_writer import write_tiny_llama
 from tests.support.sdk import openai_client
 from tests.support.server import RunningServer
 from tests.support.server import eventually
-from tests.support.server import run_server
 
 # What dashboards, autoscalers and inference gateways ask for, with all of these labels.
 MODEL_FAMILIES = """
@@ -31,13 +28,6 @@ MODEL_FAMILIES = """
     spec_decode_num_drafts spec_decode_num_draft_tokens spec_decode_num_accepted_tokens
 """.split()
 PROMPT = [5, 6, 7]
-
-
-@pytest.fixture(scope="module")
-def counted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    path = write_tiny_llama(tmp_path_factory.mktemp("counted") / "tiny.gguf", context_length=16384)
-    with run_server("--model", str(path)) as server:
-        yield server
 
 
 def samples(server: RunningServer) -> dict[str, float]:
@@ -65,11 +55,11 @@ def complete(server: RunningServer, **fields: object) -> openai.types.Completion
     return answer
 
 
-def test_ten_requests_of_ten_tokens_are_counted_to_the_token(counted: RunningServer) -> None:
-    before = samples(counted)
+def test_ten_requests_of_ten_tokens_are_counted_to_the_token(open_server: RunningServer) -> None:
+    before = samples(open_server)
     for _ in range(10):
-        complete(counted)
-    growth = grown(counted, before)
+        complete(open_server)
+    growth = grown(open_server, before)
     wanted = {
         "prompt_tokens_total": 30,
         "generation_tokens_total": 100,
@@ -97,10 +87,10 @@ def test_ten_requests_of_ten_tokens_are_counted_to_the_token(counted: RunningSer
     assert 0 < sum(growth[part] for part in parts) < growth["e2e_request_latency_seconds_sum"]
 
 
-def test_each_choice_is_a_request_of_its_own(counted: RunningServer) -> None:
-    before = samples(counted)
-    complete(counted, n=3)
-    growth = grown(counted, before)
+def test_each_choice_is_a_request_of_its_own(open_server: RunningServer) -> None:
+    before = samples(open_server)
+    complete(open_server, n=3)
+    growth = grown(open_server, before)
     assert growth["time_to_first_token_seconds_count"] == 3
     assert growth["request_success_total length"] == 3
     assert growth["request_params_n_sum"] == growth["prompt_tokens_total"] == 3
@@ -108,10 +98,10 @@ def test_each_choice_is_a_request_of_its_own(counted: RunningServer) -> None:
 
 
 def test_every_family_is_there_with_the_labels_that_dashboards_filter_on(
-    counted: RunningServer,
+    open_server: RunningServer,
 ) -> None:
-    complete(counted)
-    with urllib.request.urlopen(f"{counted.url}/metrics", timeout=10) as response:
+    complete(open_server)
+    with urllib.request.urlopen(f"{open_server.url}/metrics", timeout=10) as response:
         text = response.read().decode()
     families = {family.name: family for family in text_string_to_metric_families(text)}
     for name in MODEL_FAMILIES:
@@ -126,10 +116,10 @@ def test_every_family_is_there_with_the_labels_that_dashboards_filter_on(
 
 
 def test_what_a_client_leaves_and_what_it_got_wrong_is_counted_as_such(
-    counted: RunningServer,
+    open_server: RunningServer,
 ) -> None:
-    before = samples(counted)
-    client = openai_client(counted.url)
+    before = samples(open_server)
+    client = openai_client(open_server.url)
     stream = client.completions.create(
         model="tiny", prompt="a", max_tokens=16000, stream=True, extra_body={"ignore_eos": True}
     )
@@ -137,11 +127,11 @@ def test_what_a_client_leaves_and_what_it_got_wrong_is_counted_as_such(
     stream.close()
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="none", prompt="a")
-    eventually(lambda: grown(counted, before)["request_success_total abort"] == 1)
-    growth = grown(counted, before)
+    eventually(lambda: grown(open_server, before)["request_success_total abort"] == 1)
+    growth = grown(open_server, before)
     assert growth["http_requests_total /v1/completions POST 4xx"] == 1
     assert growth["http_requests_total /v1/completions POST 2xx"] == 1
-    eventually(lambda: samples(counted)["kv_cache_usage_perc"] == 0)
+    eventually(lambda: samples(open_server)["kv_cache_usage_perc"] == 0)
 
 
 def test_a_histogram_counts_each_value_up_to_its_bound() -> None:

@@ -569,7 +569,7 @@ class Anything(RuleBasedStateMachine):
 
 
 TestAnything = Anything.TestCase
-TestAnything.settings = settings(max_examples=40, stateful_step_count=25)
+TestAnything.settings = settings(max_examples=25, stateful_step_count=25)
 
 
 def test_the_arrays_of_a_step_keep_their_types_when_sequences_differ_in_length() -> None:

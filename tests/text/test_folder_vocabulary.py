@@ -205,7 +205,7 @@ def twins(
     return load_tokenizer(open_folder(path)), theirs
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(
     text=st.lists(
         st.sampled_from(PIECES) | st.text(LETTERS + " 1", max_size=8) | st.text(max_size=3)
@@ -227,7 +227,7 @@ def test_a_special_tokens_text_in_plain_text_is_no_token(
     assert len(ids) > 1 and not any(map(ours.is_special, ids))
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(text=st.text(LETTERS + " 1<s>\n", max_size=30))
 def test_a_message_gives_the_ids_of_its_text(
     twins: tuple[Tokenizer, tokenizers.Tokenizer], text: str
