@@ -76,9 +76,10 @@ void put_query(const Queries *queries, int i, const float *x)
     for (int j = 0; j < dim; j += 16)
         sizes = max_int(sizes, size_bits(load_first(x + j, dim - j)));
     float largest = float_of(largest_int(sizes));
-    f32x16 inverse = splat(largest > 0x1p-100f && largest < INFINITY ? MOST_QUERY / largest : 0);
+    int is_finite = largest < INFINITY;
+    f32x16 inverse = splat(is_finite && largest > 0x1p-100f ? MOST_QUERY / largest : 0);
     for (int j = 0; j < padded_dim; j += 16) {
-        f32x16 v = j < dim ? load_first(x + j, dim - j) : splat(0);
+        f32x16 v = is_finite && j < dim ? load_first(x + j, dim - j) : splat(0);
         i32x16 q = to_nearest(v * inverse), high = (q + 128) >> 8;
         sum += q;
         high_sum += high;

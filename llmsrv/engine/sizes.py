@@ -18,6 +18,7 @@ from llmsrv.errors import StartupError
 # Both processes without weights and KV cache: the interpreters, numpy, buffers of a step.
 BASE_BYTES = 160 << 20
 PREFILL_CHUNK_SIZE = 256  # the buffers of more rows leave the caches, and make each row dearer
+SCALE_BYTES = 4  # of a key or a value of integers
 # An engine of less is of no use; so little memory is an error.
 LEAST_TOKENS = 512
 
@@ -39,9 +40,11 @@ class Memory:
 
 def memory_of(programs: list[Program], value_bytes: int, limit: int, whose: str) -> Memory:
     """value_bytes: of one value in the KV caches, which all programs have for the same tokens."""
-    num_values = sum(2 * each.num_layers * each.num_kv_heads * each.head_dim for each in programs)
-    weights = sum(map(_weight_bytes, programs))
-    return Memory(limit, whose, weights, num_values * value_bytes)
+    position = sum(
+        2 * each.num_layers * each.num_kv_heads * (each.head_dim * value_bytes + SCALE_BYTES)
+        for each in programs
+    )
+    return Memory(limit, whose, sum(map(_weight_bytes, programs)), position)
 
 
 def _weight_bytes(program: Program) -> int:

@@ -143,7 +143,7 @@ def test_weights_are_counted_once_and_the_cache_by_layers_and_heads() -> None:
     table, other = (random_tensor(name, "F32", (4, 8)) for name in ("table", "other"))
     operations = Embed("x", table), Linear("logits", "x", (table, other))
     program = Program(operations, {}, 3, 8, 2, 64, vocab_size=100)
-    num_bytes, position = table.data.nbytes + other.data.nbytes, 2 * 3 * 2 * 64 * 2
+    num_bytes, position = table.data.nbytes + other.data.nbytes, 2 * 3 * 2 * (64 * 2 + 4)
     for num in (1, 2):
         wanted = Memory(5, "the machine", num * num_bytes, num * position)
         assert memory_of([program] * num, 2, 5, "the machine") == wanted
