@@ -1,5 +1,6 @@
 """The CPU backend against the reference backend: operations, types, whole models."""
 
+import ctypes
 import dataclasses
 
 import numpy as np
@@ -442,6 +443,20 @@ def test_tokens_from_drafts_are_those_of_plain_decoding(cpu, values, is_referenc
 
     generate_from_drafts(plan, drafted, propose)
     assert drafted.ids == plain.ids
+
+
+def test_each_operation_of_a_step_raises_the_heartbeat(cpu):
+    heartbeat = ctypes.c_uint64()
+
+    def tick():
+        heartbeat.value += 1
+
+    tick.address = ctypes.addressof(heartbeat)
+    program = llama()
+    plan = cpu.compile(program, LIMITS, tick)
+    before = heartbeat.value
+    plan.forward(batch_of([Piece([1, 2], 0, [1])]))
+    assert heartbeat.value - before >= len(program.operations)
 
 
 def test_a_row_that_is_not_a_number_fails_alone(cpu):
