@@ -44,8 +44,8 @@ SMOOTH_STEP_S = 0.05
 LEAST_PROMPT_SHARE = 0.5
 # So that prompts get on in any case; a decode step reads every weight for fewer rows.
 LEAST_PREFILL_ROWS = 4
-# So many positions before a row of a prompt cost what the row itself does: 750 with AMX and
-# SmolLM2, and it need not be exact.  Without it the ends of long prompts make steps far too long.
+# So many positions before a row of a prompt cost about what the row itself does: SmolLM2 on a CPU;
+# 300 or 2000 would do as well.  Without it the ends of long prompts make steps far too long.
 FAR_POSITION = 1000
 
 
