@@ -241,7 +241,11 @@ def test_a_name_that_the_hub_does_not_have(server: FakeHub, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}]
+    "environment",
+    [
+        {"HF_ENDPOINT": "http://127.0.0.1:9"},
+        pytest.param({"HF_HUB_OFFLINE": "1"}, marks=pytest.mark.slow),
+    ],
 )
 def test_without_the_hub_the_next_step_is_named(
     server: FakeHub, tmp_path: Path, environment: dict[str, str]
