@@ -132,6 +132,7 @@ class ResponseFormat(msgspec.Struct):
     tags: list[StructuralTag] | None = None
     structures: list[StructuralTag] | None = None  # vLLM's name of `tags`
     triggers: list[str] | None = None
+    format: msgspec.Raw = msgspec.field(default_factory=lambda: NOTHING)  # text/structural_tag.py
 
 
 class StructuredOutputs(msgspec.Struct):

@@ -6,6 +6,8 @@ Source: OpenAI API reference, "Structured Outputs"; vLLM, "Structured Outputs".
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 from typing import TypeVar
 
@@ -18,16 +20,18 @@ from llmsrv.api.schema import StructuredOutputs
 from llmsrv.api.service import Service
 from llmsrv.errors import ApiError
 from llmsrv.text.grammar import GrammarError
-from llmsrv.text.grammar import Tag
 from llmsrv.text.grammar import behind_thoughts
 from llmsrv.text.grammar import choice_source
 from llmsrv.text.grammar import either_source
 from llmsrv.text.grammar import grammar_source
 from llmsrv.text.grammar import json_source
 from llmsrv.text.grammar import regex_source
-from llmsrv.text.grammar import triggered_source
 from llmsrv.text.reasoning import CLOSING
 from llmsrv.text.reasoning import OPENING
+from llmsrv.text.structural_tag import TriggeredTags
+from llmsrv.text.structural_tag import json_tag
+from llmsrv.text.structural_tag import parse_format
+from llmsrv.text.structural_tag import tags_source
 from llmsrv.text.tokenizer import Tokenizer
 
 # Makes a source of text/grammar.py, or raises GrammarError.
@@ -36,6 +40,17 @@ Maker = Callable[[], str]
 T = TypeVar("T")
 
 ANY_OBJECT = {"type": "object"}
+BAD_SCHEMA = "invalid_json_schema"
+BAD_GRAMMAR = "invalid_grammar"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A grammar that a request wants, and what an error calls it: the field, and the code."""
+
+    param: str
+    make: Maker
+    code: str = BAD_SCHEMA
 
 
 async def grammar_of(
@@ -51,77 +66,79 @@ async def grammar_of(
 
     Raises ApiError 400 naming the field, when it does not compile or is not the only one.
     """
-    found = list(_makers(asked, service.text.tokenizer))
+    found = list(_wanted(asked, service.text.tokenizer))
     if not found:
         return ""
     if len(found) > 1:
-        (first, _), (second, _), *_ = found
-        message = f"Invalid '{second}': only one of '{first}' and '{second}' may be given."
-        raise ApiError(400, message, param=second, code="invalid_value")
-    param, maker = found[0]
-    if or_else is None:
-        return await checked(service, maker, param, is_thinking)
-    return await checked(service, lambda: either_source(or_else(), maker()), param, is_thinking)
+        first, second, *_ = found
+        message = f"Invalid '{second.param}': only one of '{first.param}' and it may be given."
+        raise ApiError(400, message, param=second.param, code="invalid_value")
+    wanted = found[0]
+    if or_else is not None:
+        wanted = replace(wanted, make=lambda: either_source(or_else(), found[0].make()))
+    return await checked(service, wanted, is_thinking)
 
 
-async def checked(service: Service, maker: Maker, param: str, is_thinking: bool | None) -> str:
-    """The grammar for Submit, once it has compiled; ApiError 400 naming `param` if it does not."""
+async def checked(service: Service, wanted: Wanted, is_thinking: bool | None) -> str:
+    """The grammar for Submit, once compiled; ApiError 400 naming its field if it does not."""
     try:
-        source = maker()
+        source = wanted.make()
         if is_thinking is not None:
             tokenizer = service.text.tokenizer
             source = behind_thoughts(source, tokenizer, OPENING, CLOSING, is_thinking)
         return await service.text.grammars.check(source)
     except GrammarError as error:
-        is_schema = "json" in param or param in ("response_format", "tools")
-        code = "invalid_json_schema" if is_schema else "invalid_grammar"
-        raise ApiError(400, f"Invalid '{param}': {error}.", param=param, code=code) from None
+        message = f"Invalid '{wanted.param}': {error}."
+        raise ApiError(400, message, param=wanted.param, code=wanted.code) from None
 
 
-def _makers(asked: GenerationRequest, tokenizer: Tokenizer) -> Iterator[tuple[str, Maker]]:
-    """Every grammar of the request, under the name that an error gives it."""
+def _wanted(asked: GenerationRequest, tokenizer: Tokenizer) -> Iterator[Wanted]:
     if asked.response_format is not None and asked.response_format.type != "text":
-        yield "response_format", _of_format(asked.response_format, tokenizer)
+        yield _of_format(asked.response_format, tokenizer)
     if asked.structured_outputs is not None:
-        for name, maker in _of_outputs(asked.structured_outputs, tokenizer):
-            yield f"structured_outputs.{name}", maker
+        yield from _of_outputs(asked.structured_outputs, tokenizer)
     if asked.guided_json != NOTHING:
-        yield "guided_json", lambda: json_source(bytes(asked.guided_json))
+        yield Wanted("guided_json", lambda: json_source(bytes(asked.guided_json)))
     if (pattern := asked.guided_regex) is not None:
-        yield "guided_regex", lambda: regex_source(pattern)
+        yield Wanted("guided_regex", lambda: regex_source(pattern), BAD_GRAMMAR)
     if (choices := asked.guided_choice) is not None:
-        yield "guided_choice", lambda: choice_source(choices)
+        yield Wanted("guided_choice", lambda: choice_source(choices), BAD_GRAMMAR)
     if (grammar := asked.guided_grammar) is not None:
-        yield "guided_grammar", lambda: grammar_source(grammar)
+        yield Wanted("guided_grammar", lambda: grammar_source(grammar), BAD_GRAMMAR)
 
 
-def _of_outputs(asked: StructuredOutputs, tokenizer: Tokenizer) -> Iterator[tuple[str, Maker]]:
-    spaces = asked.whitespace_pattern
+def _of_outputs(asked: StructuredOutputs, tokenizer: Tokenizer) -> Iterator[Wanted]:
+    spaces, name = asked.whitespace_pattern, "structured_outputs."
     if asked.json != NOTHING:
-        yield "json", lambda: json_source(bytes(asked.json), spaces)
+        yield Wanted(name + "json", lambda: json_source(bytes(asked.json), spaces))
     if asked.json_object:
-        yield "json_object", lambda: json_source(ANY_OBJECT, spaces)
+        yield Wanted(name + "json_object", lambda: json_source(ANY_OBJECT, spaces))
     if (pattern := asked.regex) is not None:
-        yield "regex", lambda: regex_source(pattern)
+        yield Wanted(name + "regex", lambda: regex_source(pattern), BAD_GRAMMAR)
     if (choices := asked.choice) is not None:
-        yield "choice", lambda: choice_source(choices)
+        yield Wanted(name + "choice", lambda: choice_source(choices), BAD_GRAMMAR)
     if (grammar := asked.grammar) is not None:
-        yield "grammar", lambda: grammar_source(grammar)
+        yield Wanted(name + "grammar", lambda: grammar_source(grammar), BAD_GRAMMAR)
     if (text := asked.structural_tag) is not None:
-        yield "structural_tag", lambda: _of_tags_text(text, tokenizer)
+        yield Wanted(name + "structural_tag", lambda: _of_tags_text(text, tokenizer), BAD_GRAMMAR)
 
 
-def _of_format(form: ResponseFormat, tokenizer: Tokenizer) -> Maker:
-    if form.type == "json_object":
-        schema: Any = ANY_OBJECT if form.schema == NOTHING else bytes(form.schema)
-        return lambda: json_source(schema)
-    if form.type == "json_schema":
-        named = _required(form.json_schema, "json_schema")
-        return lambda: json_source(bytes(named.schema))
-    if form.type == "structural_tag":
-        return lambda: _of_tags(form, tokenizer)
-    text = _required(form.regex if form.type == "regex" else form.grammar, form.type)
-    return lambda: regex_source(text) if form.type == "regex" else grammar_source(text)
+def _of_format(form: ResponseFormat, tokenizer: Tokenizer) -> Wanted:
+    name = "response_format"
+    match form.type:
+        case "json_schema":
+            named = _required(form.json_schema, "json_schema")
+            return Wanted(name, lambda: json_source(bytes(named.schema)))
+        case "regex":
+            pattern = _required(form.regex, "regex")
+            return Wanted(name, lambda: regex_source(pattern), BAD_GRAMMAR)
+        case "grammar":
+            grammar = _required(form.grammar, "grammar")
+            return Wanted(name, lambda: grammar_source(grammar), BAD_GRAMMAR)
+        case "structural_tag":
+            return Wanted(name, lambda: _of_tags(form, tokenizer), BAD_GRAMMAR)
+    schema: Any = ANY_OBJECT if form.schema == NOTHING else bytes(form.schema)
+    return Wanted(name, lambda: json_source(schema))
 
 
 def _of_tags_text(text: str, tokenizer: Tokenizer) -> str:
@@ -133,11 +150,13 @@ def _of_tags_text(text: str, tokenizer: Tokenizer) -> str:
 
 
 def _of_tags(form: ResponseFormat, tokenizer: Tokenizer) -> str:
+    if form.format != NOTHING:
+        return tags_source(parse_format(bytes(form.format)), tokenizer)
     asked = form.tags or form.structures or []
-    tags = [Tag(tag.begin, bytes(tag.schema), tag.end) for tag in asked]
+    tags = [json_tag(tag.begin, bytes(tag.schema), tag.end) for tag in asked]
     if not tags or not form.triggers:
-        raise GrammarError("a structural tag needs 'tags' and 'triggers'")
-    return triggered_source(tags, form.triggers, tokenizer)
+        raise GrammarError("a structural tag needs 'format', or 'structures' and 'triggers'")
+    return tags_source(TriggeredTags(form.triggers, tags), tokenizer)
 
 
 def _required(value: T | None, name: str) -> T:

@@ -11,10 +11,15 @@ from llmsrv.api.schema import ChatCompletionRequest
 from llmsrv.api.schema import NamedToolChoice
 from llmsrv.api.schema import Tool
 from llmsrv.api.service import Service
+from llmsrv.api.structured import Wanted
 from llmsrv.errors import ApiError
-from llmsrv.text.grammar import Tag
-from llmsrv.text.grammar import tags_source
-from llmsrv.text.grammar import triggered_source
+from llmsrv.text.structural_tag import Either
+from llmsrv.text.structural_tag import Regex
+from llmsrv.text.structural_tag import SeparatedTags
+from llmsrv.text.structural_tag import Tag
+from llmsrv.text.structural_tag import TriggeredTags
+from llmsrv.text.structural_tag import json_tag
+from llmsrv.text.structural_tag import tags_source
 from llmsrv.text.tokenizer import Tokenizer
 from llmsrv.text.tool_calls import FORMATS
 from llmsrv.text.tool_calls import ToolCallFormat
@@ -24,6 +29,7 @@ from llmsrv.text.tool_calls import ToolCallParser
 OPENING_KEYS = frozenset(
     ("additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref")
 )
+NO_JSON = r"\s*([^\s{\[](.|\n)*)?"  # as text/tool_calls.py takes it in bare formats
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ async def grammar_of(
     is_thinking: bool | None,
 ) -> str:
     """The grammar for Submit: of calls where the model has to call, of the form that the request
-    asks for or else calls, or of text in which calls of `strict` tools keep to their schemas.
+    asks for or else calls, or of answers in which calls of `strict` tools keep to their schemas.
 
     is_thinking  as in structured.grammar_of, which says what is raised
     """
@@ -92,38 +98,39 @@ async def grammar_of(
         return await structured.grammar_of(service, asked, is_thinking)
     calls = _calls(use, service.text.tokenizer)
     if use.must_call:
-        return await structured.checked(service, calls, "tools", is_thinking)
+        return await structured.checked(service, Wanted("tools", calls), is_thinking)
     if grammar := await structured.grammar_of(service, asked, is_thinking, or_else=calls):
         return grammar
-    is_strict = any(tool.function.strict for tool in use.callable.values())
-    if not is_strict or use.format.is_bare:
+    if not any(tool.function.strict for tool in use.callable.values()):
         return ""
-    calls_in_text = _calls_in_text(use, service.text.tokenizer)
-    return await structured.checked(service, calls_in_text, "tools", is_thinking)
+    maybe_calls = _maybe_calls(use, service.text.tokenizer)
+    return await structured.checked(service, Wanted("tools", maybe_calls), is_thinking)
 
 
 def _calls(use: ToolUse, tokenizer: Tokenizer) -> structured.Maker:
     """Calls and nothing else."""
-    form = use.format
-    prefix, suffix = (form.opening + "[", "]") if form.is_list else ("", "")
-    opening, closing = _around(form)
-    tags = [_tag(form, tool, opening, closing) for tool in use.callable.values()]
-    return lambda: tags_source(
-        tags,
-        tokenizer,
-        prefix=prefix,
-        separator=form.separator,
-        suffix=suffix,
-        many=not use.at_most_one,
-    )
+    calls = _separated_calls(use)
+    listed = Tag(use.format.opening + "[", calls, "]") if use.format.is_list else calls
+    return lambda: tags_source(listed, tokenizer)
 
 
-def _calls_in_text(use: ToolUse, tokenizer: Tokenizer) -> structured.Maker:
-    """Any text, in which calls begin as they are announced."""
+def _separated_calls(use: ToolUse) -> SeparatedTags:
+    opening, closing = _around(use.format)
+    tags = [_tag(use.format, tool, opening, closing) for tool in use.callable.values()]
+    return SeparatedTags(tags, use.format.separator, True, use.at_most_one)
+
+
+def _maybe_calls(use: ToolUse, tokenizer: Tokenizer) -> structured.Maker:
+    """Any text, in which calls begin as they are announced; where nothing need announce them, calls
+    or text that does not begin as JSON."""
     form = use.format
+    if form.is_bare:
+        calls = _separated_calls(use)
+        announced = [Tag(form.opening, calls, "")] if form.opening else []
+        return lambda: tags_source(Either([calls, *announced, Regex(NO_JSON)]), tokenizer)
     opening, closing = (form.opening + "[", "]") if form.is_list else _around(form)
     tags = [_tag(form, tool, opening, closing) for tool in use.callable.values()]
-    return lambda: triggered_source(tags, [form.opening], tokenizer)
+    return lambda: tags_source(TriggeredTags([form.opening], tags), tokenizer)
 
 
 def _around(form: ToolCallFormat) -> tuple[str, str]:
@@ -133,7 +140,8 @@ def _around(form: ToolCallFormat) -> tuple[str, str]:
 def _tag(form: ToolCallFormat, tool: Tool, opening: str, closing: str) -> Tag:
     """One call as the model is to write it."""
     begin = f'{opening}{{"name": {json.dumps(tool.function.name)}, "{form.arguments}": '
-    return Tag(begin, _closed(tool.function.parameters), "}" + closing)
+    schema = json.dumps(_closed(tool.function.parameters)).encode()
+    return json_tag(begin, schema, "}" + closing)
 
 
 def _closed(schema: dict[str, Any] | None) -> dict[str, Any]:

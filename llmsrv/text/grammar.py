@@ -10,9 +10,7 @@ Source: llguidance, docs/syntax.md and docs/json_schema.md.
 
 import json
 import re
-from collections.abc import Iterable
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -56,17 +54,12 @@ def json_source(schema: Any, whitespace_pattern: str | None = None) -> str:
 
     whitespace_pattern  a regular expression for what may stand between tokens; None: as SPELLING
     """
-    return _source([{"json_schema": _checked_schema(schema, whitespace_pattern)}])
+    return _source([{"json_schema": checked_schema(schema, whitespace_pattern)}])
 
 
 def regex_source(pattern: str) -> str:
     """Text that a regular expression of Rust's `regex` crate matches as a whole."""
-    if not pattern:
-        raise GrammarError("expected a regular expression, but got an empty string")
-    _check_size(pattern)
-    _refuse_excess(pattern, _NESTED_IN_PATTERN)
-    in_lark = _NOT_IN_LARK.sub(lambda match: _IN_LARK.get(match[0], match[0]), pattern)
-    return _lark_source(f"start: /{in_lark}/")
+    return lark_source(f"start: {lark_regex(pattern)}")
 
 
 def choice_source(choices: Sequence[str]) -> str:
@@ -74,87 +67,16 @@ def choice_source(choices: Sequence[str]) -> str:
     if not any(choices):
         raise GrammarError("expected at least one text that is not empty")
     # One terminal: as rules, a choice that begins another would have to be told from it.
-    return _lark_source(f"start: CHOICE\nCHOICE: {' | '.join(map(json.dumps, choices))}")
+    return lark_source(f"start: CHOICE\nCHOICE: {' | '.join(map(json.dumps, choices))}")
 
 
 def grammar_source(text: str) -> str:
     """A grammar in Lark, as llguidance extends it, or in GBNF."""
     if not text.strip():
         raise GrammarError("expected a grammar in Lark or GBNF, but got an empty string")
-    _check_size(text)
+    check_size(text)
     _refuse_excess(_LITERAL.sub('""', text), _NESTED_IN_RULES)
-    return _lark_source(text) if _LARK.search(text) else _source([{"gbnf": text}])
-
-
-@dataclass(frozen=True)
-class Tag:
-    """A text that begins, JSON that follows a schema, and a text that ends."""
-
-    begin: str
-    schema: Any
-    end: str
-
-
-def tags_source(
-    tags: Sequence[Tag],
-    tokenizer: "Tokenizer",
-    *,
-    prefix: str = "",
-    separator: str = "",
-    suffix: str = "",
-    many: bool = False,
-) -> str:
-    """Nothing but one of the tags, or with `many` several, with `separator` between them; `prefix`
-    before the first and `suffix` after the last.  What spells a special token means that token."""
-    further = f"({_lark_text(separator, tokenizer)} tag)*" if many else ""
-    before, after = _lark_text(prefix, tokenizer), _lark_text(suffix, tokenizer)
-    lines = [
-        f"start: {before} tag {further} {after}",
-        f"tag: {' | '.join(f'tag_{i}' for i in range(len(tags)))}",
-        *_tag_rules(tags, tokenizer),
-    ]
-    return _lark_source("\n".join(lines))
-
-
-def triggered_source(
-    tags: Sequence[Tag], triggers: Sequence[str], tokenizer: "Tokenizer"
-) -> str:
-    """Any text, in which each trigger is the beginning of one of the tags that begin with it."""
-    rules = [_rest_of_trigger(trigger, i, tags, tokenizer) for i, trigger in enumerate(triggers)]
-    lines = [
-        f"start: ({' | '.join(f'triggered_{i}' for i in range(len(triggers)))})* text",
-        "text: TEXT",
-        r"TEXT: /(.|\n)*/",
-        *rules,
-    ]
-    return _lark_source("\n".join(lines))
-
-
-def _rest_of_trigger(
-    trigger: str, index: int, tags: Sequence[Tag], tokenizer: "Tokenizer"
-) -> str:
-    """The rules of a trigger and of what may follow it."""
-    if not trigger:
-        raise GrammarError("expected triggers that are not empty")
-    special = _leading_special(trigger, tokenizer)
-    opening = special or trigger
-    begun = [
-        Tag(tag.begin.removeprefix(opening), tag.schema, tag.end)
-        for tag in tags
-        if tag.begin.startswith(trigger)
-    ]
-    if not begun:
-        raise GrammarError(f"no tag begins with the trigger {trigger!r}")
-    name = f"triggered_{index}"
-    # A special token ends a text by itself; a plain trigger is the first one that the text holds.
-    lazy = "" if special else "[lazy]"
-    return "\n".join(
-        [
-            f"{name}: {name}_opening ({' | '.join(f'{name}_tag_{i}' for i in range(len(begun)))})",
-            f"{name}_opening{lazy}: TEXT {_lark_text(opening, tokenizer)}",
-            *_tag_rules(begun, tokenizer, f"{name}_"),
-        ]
-    )
+    return lark_source(text) if _LARK.search(text) else _source([{"gbnf": text}])
 
 
 def either_source(first: str, second: str) -> str:
@@ -173,42 +95,37 @@ def behind_thoughts(
     with the opening one, else there need not be such text."""
     rest, *further = json.loads(source)["grammars"]
     lazy = "" if closing in tokenizer.special_tokens else "[lazy]"
-    thoughts = "thoughts" if is_begun else f"({_lark_text(opening, tokenizer)} thoughts)?"
+    thoughts = "thoughts" if is_begun else f"({lark_text(opening, tokenizer)} thoughts)?"
     lines = [
         f"start: {thoughts} @answer",
         "thoughts: thought BLANKS",
-        f"thought{lazy}: TEXT {_lark_text(closing, tokenizer)}",
+        f"thought{lazy}: TEXT {lark_text(closing, tokenizer)}",
         r"TEXT: /(.|\n)*/",
         r"BLANKS: /\s{0,4}/",
     ]
     return _source([{"lark_grammar": "\n".join(lines)}, {"name": "answer", **rest}, *further])
 
 
-def _tag_rules(
-    tags: Iterable[Tag], tokenizer: "Tokenizer", prefix: str = ""
-) -> Iterable[str]:
-    for index, tag in enumerate(tags):
-        begin, end = _lark_text(tag.begin, tokenizer), _lark_text(tag.end, tokenizer)
-        yield f"{prefix}tag_{index}: {begin} {prefix}json_{index} {end}"
-        yield f"{prefix}json_{index}: %json {json.dumps(_checked_schema(tag.schema, None))}"
+def lark_regex(pattern: str) -> str:
+    """A regular expression in Lark."""
+    if not pattern:
+        raise GrammarError("expected a regular expression, but got an empty string")
+    check_size(pattern)
+    _refuse_excess(pattern, _NESTED_IN_PATTERN)
+    return f"/{_NOT_IN_LARK.sub(lambda match: _IN_LARK.get(match[0], match[0]), pattern)}/"
 
 
-def _leading_special(text: str, tokenizer: "Tokenizer") -> str | None:
-    """The special token that a text begins with."""
-    before, *rest = tokenizer.split(text, parse_special=True)
-    return rest[0] if not before and rest and rest[0] in tokenizer.special_tokens else None
-
-
-def _lark_text(text: str, tokenizer: "Tokenizer") -> str:
+def lark_text(text: str, tokenizer: "Tokenizer") -> str:
     """A text in Lark: plain pieces as strings, special tokens by their ids."""
     pieces = tokenizer.split(text, parse_special=True)
     ids = tokenizer.special_tokens
     return " ".join(f"<[{ids[p]}]>" if p in ids else json.dumps(p) for p in pieces if p)
 
 
-def _checked_schema(schema: Any, whitespace_pattern: str | None) -> dict[str, Any]:
+def checked_schema(schema: Any, whitespace_pattern: str | None = None) -> dict[str, Any]:
+    """The schema as llguidance takes it, from what json_source takes."""
     if isinstance(schema, bytes | str):
-        _check_size(schema)
+        check_size(schema)
         schema = _parsed(schema)
     if isinstance(schema, str):  # MLC's clients send the schema as a string
         schema = _parsed(schema)
@@ -241,7 +158,7 @@ def _shown(value: Any) -> str:
     return json.dumps(value)[:64]
 
 
-def _lark_source(lark: str) -> str:
+def lark_source(lark: str) -> str:
     return _source([{"lark_grammar": lark}])
 
 
@@ -250,11 +167,11 @@ def _source(grammars: list[dict[str, Any]]) -> str:
         source = json.dumps({"grammars": grammars})
     except RecursionError:
         raise GrammarError("the schema is nested too deeply") from None
-    _check_size(source)
+    check_size(source)
     return source
 
 
-def _check_size(text: bytes | str) -> None:
+def check_size(text: bytes | str) -> None:
     if len(text) > MAX_SOURCE_BYTES:
         raise GrammarError(
             f"the grammar has {len(text)} bytes; at most {MAX_SOURCE_BYTES} are possible"

@@ -36,6 +36,18 @@ PERSON = {
 NAMED = {"name": "person", "schema": PERSON, "strict": True}
 TAG = {"begin": "<f>", "schema": PERSON, "end": "</f>"}
 TAGS = {"type": "structural_tag", "triggers": ["<f"]}
+TRIGGERED = {
+    "type": "triggered_tags",
+    "triggers": ["<f"],
+    "tags": [
+        {
+            "type": "tag",
+            "begin": "<f>",
+            "content": {"type": "json_schema", "json_schema": PERSON},
+            "end": "</f>",
+        }
+    ],
+}
 
 
 # ---- What a request says
@@ -94,6 +106,7 @@ def test_one_schema_has_many_names(service: Service, fields: dict[str, Any]) -> 
             {"response_format": {**TAGS, "tags": [TAG]}},
             [
                 {"response_format": {**TAGS, "structures": [TAG]}},
+                {"response_format": {"type": "structural_tag", "format": TRIGGERED}},
                 {"structured_outputs": {"structural_tag": json.dumps({**TAGS, "tags": [TAG]})}},
             ],
         ),
@@ -122,7 +135,32 @@ def test_most_requests_want_no_form(service: Service, fields: dict[str, Any]) ->
         ({"guided_json": True}, "guided_json", "invalid_json_schema"),
         ({"guided_json": {}}, "guided_json", "invalid_json_schema"),
         ({"guided_regex": ""}, "guided_regex", "invalid_grammar"),
-        ({"response_format": TAGS}, "response_format", "invalid_json_schema"),
+        ({"guided_choice": [""]}, "guided_choice", "invalid_grammar"),
+        ({"guided_grammar": ""}, "guided_grammar", "invalid_grammar"),
+        ({"structured_outputs": {"json": {}}}, "structured_outputs.json", "invalid_json_schema"),
+        ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex", "invalid_grammar"),
+        (
+            {"structured_outputs": {"structural_tag": "{"}},
+            "structured_outputs.structural_tag",
+            "invalid_grammar",
+        ),
+        ({"response_format": TAGS}, "response_format", "invalid_grammar"),
+        (
+            {"response_format": {"type": "structural_tag", "format": {"type": "grammar"}}},
+            "response_format",
+            "invalid_grammar",
+        ),
+        ({"response_format": {"type": "regex", "regex": ""}}, "response_format", "invalid_grammar"),
+        (
+            {"response_format": {"type": "grammar", "grammar": ""}},
+            "response_format",
+            "invalid_grammar",
+        ),
+        (
+            {"response_format": {"type": "json_object", "schema": {}}},
+            "response_format",
+            "invalid_json_schema",
+        ),
         (
             {"response_format": {"type": "json_schema"}},
             "response_format.json_schema",

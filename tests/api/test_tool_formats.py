@@ -35,6 +35,7 @@ TOOLS: list[Any] = [
     }
     for name in ("first", "second")
 ]
+FIRST_BYTE = 3  # id of the byte 0 in the tiny vocabulary
 # Format -> its special tokens, what its template writes of calls, and whether it thinks.
 FORMATS = {
     "hermes": (["<tool_call>", "</tool_call>"], "<tool_call>", False),
@@ -91,12 +92,16 @@ def test_tools_are_called_in_the_format_of_the_model(tmp_path: Path, name: str) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hermes", "mistral"])
+@pytest.mark.parametrize(
+    ("name", "likely"), [("hermes", ""), ("mistral", ""), ("llama3", "{"), ("json", "{")]
+)
 def test_calls_of_strict_tools_keep_to_their_schemas_where_they_may_be(
-    tmp_path: Path, name: str
+    tmp_path: Path, name: str, likely: str
 ) -> None:
     specials, writes, _ = FORMATS[name]
+    # A random model would not begin a call.
     opening = len(tiny_vocabulary()["tokenizer.ggml.tokens"])  # type: ignore[arg-type]
+    begins_call = str(FIRST_BYTE + ord(likely) if likely else opening)
     model = write_model(tmp_path / "tiny.gguf", specials, writes)
     with run_server("--model", str(model)) as server:
         client = openai_client(server.url)
@@ -106,13 +111,23 @@ def test_calls_of_strict_tools_keep_to_their_schemas_where_they_may_be(
             tools=TOOLS,
             max_tokens=150,
             seed=3,
-            logit_bias={str(opening): 100},  # a random model would not begin a call
+            logit_bias={begins_call: 100},
         )
-        calls = answer.choices[0].message.tool_calls or ()
-        assert len(calls) > 1
-        for call in calls[:-1]:
+        calls = answer.choices[0].message.tool_calls or []
+        complete = calls if answer.choices[0].finish_reason == "tool_calls" else calls[:-1]
+        assert complete
+        for call in complete:
             assert call.type == "function"
             assert set(json.loads(call.function.arguments)) <= {"a"}
+        if likely:  # without it, text
+            other = client.chat.completions.create(
+                model="tiny",
+                messages=[{"role": "user", "content": "hello"}],
+                tools=TOOLS,
+                max_tokens=20,
+                logit_bias={begins_call: -100},
+            ).choices[0]
+            assert other.message.content and not other.message.tool_calls
 
 
 @pytest.mark.slow

@@ -10,20 +10,16 @@ import pytest
 from llmsrv.files.open import open_model
 from llmsrv.text.grammar import MAX_SOURCE_BYTES
 from llmsrv.text.grammar import GrammarError
-from llmsrv.text.grammar import Tag
 from llmsrv.text.grammar import behind_thoughts
 from llmsrv.text.grammar import choice_source
-from llmsrv.text.grammar import compile_source
 from llmsrv.text.grammar import grammar_source
 from llmsrv.text.grammar import json_source
-from llmsrv.text.grammar import read_vocabulary
 from llmsrv.text.grammar import regex_source
-from llmsrv.text.grammar import tags_source
 from llmsrv.text.grammar import translated
-from llmsrv.text.grammar import triggered_source
 from llmsrv.text.tokenizer import Tokenizer
 from llmsrv.text.tokenizer import load_tokenizer
 from tests.support.gguf_writer import write_tiny_llama
+from tests.support.grammars import Texts
 
 INTEGER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 SPECIAL = "<|im_start|>"
@@ -37,19 +33,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(model: Path) -> Tokenizer:
     return load_tokenizer(open_model(model))
-
-
-class Texts:
-    """Says of a source which texts it takes."""
-
-    def __init__(self, model: Path, tokenizer: Tokenizer) -> None:
-        self._vocabulary = read_vocabulary(model, model.parent)
-        self._tokenizer = tokenizer
-
-    def take(self, source: str, text: str) -> bool:
-        matcher = compile_source(translated(source), self._vocabulary)
-        ids = self._tokenizer.encode(text, parse_special=True)
-        return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 
 
 @pytest.fixture(scope="module")
@@ -180,57 +163,6 @@ def test_gbnf_that_is_none_is_refused() -> None:
         translated(grammar_source("root ::= ("))
 
 
-def call(name: str) -> Tag:
-    return Tag(f'<call>{{"name": "{name}", "arguments": ', INTEGER, "}</call>")
-
-
-F = '<call>{"name": "f", "arguments": {"n": 1}}</call>'
-G = '<call>{"name": "g", "arguments": {"n": 2}}</call>'
-
-
-@pytest.mark.parametrize(
-    ("form", "text", "is_taken"),
-    [
-        ({}, F, True),
-        ({}, F + G, False),
-        ({}, "text", False),
-        ({"many": True, "separator": "\n"}, f"{F}\n{G}\n{F}", True),
-        ({"many": True, "separator": "\n"}, f"{F}{G}", False),
-        ({"prefix": SPECIAL + "[", "suffix": "]"}, f"{SPECIAL}[{G}]", True),
-        ({"prefix": SPECIAL}, G, False),
-    ],
-)
-def test_tags_from_the_start_leave_room_for_nothing_else(
-    texts: Texts, tokenizer: Tokenizer, form: dict[str, object], text: str, is_taken: bool
-) -> None:
-    source = tags_source([call("f"), call("g")], tokenizer, **form)  # type: ignore[arg-type]
-    assert texts.take(source, text) == is_taken
-
-
-@pytest.mark.parametrize(
-    ("text", "is_taken"),
-    [
-        ("any text, < or <b> or </call>", True),
-        (f"first {F} then {G}.", True),
-        ('<call>{"name": "h", "arguments": {"n": 1}}</call>', False),
-        ('<call>{"name": "f", "arguments": {"n": "1"}}</call>', False),
-        ("<call>nothing", False),
-    ],
-)
-def test_triggers_begin_a_tag_within_any_text(
-    texts: Texts, tokenizer: Tokenizer, text: str, is_taken: bool
-) -> None:
-    source = triggered_source([call("f"), call("g")], ["<call>"], tokenizer)
-    assert texts.take(source, text) == is_taken
-
-
-def test_a_special_token_may_be_the_trigger(texts: Texts, tokenizer: Tokenizer) -> None:
-    tags = [Tag(f"{SPECIAL}f ", INTEGER, ""), Tag(f"{SPECIAL}g ", INTEGER, "<|endoftext|>")]
-    source = triggered_source(tags, [SPECIAL], tokenizer)
-    assert texts.take(source, f'text {SPECIAL}f {{"n": 1}}{SPECIAL}g {{"n": 2}}<|endoftext|>')
-    assert not texts.take(source, f"text {SPECIAL}h")
-
-
 @pytest.mark.parametrize(
     ("text", "is_begun", "is_taken"),
     [
@@ -251,8 +183,3 @@ def test_an_answer_may_stand_behind_thoughts(
     source = behind_thoughts(choice_source(["yes"]), tokenizer, SPECIAL, "<|endoftext|>", is_begun)
     text = text.replace("<think>", SPECIAL).replace("</think>", "<|endoftext|>")
     assert texts.take(source, text) == is_taken
-
-
-def test_a_trigger_needs_a_tag(tokenizer: Tokenizer) -> None:
-    with pytest.raises(GrammarError, match="no tag begins"):
-        triggered_source([call("f")], ["<tool>"], tokenizer)

@@ -1,0 +1,259 @@
+"""Structural tags: answers in which some texts announce others, as a grammar.
+
+The formats are those of XGrammar's documentation, which vLLM takes too, as far as they can be
+followed: text without a form needs something behind it that ends it, or the end of the answer.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from typing import NamedTuple
+from typing import TypeVar
+
+import msgspec
+
+from llmsrv.text.grammar import MAX_SOURCE_BYTES
+from llmsrv.text.grammar import GrammarError
+from llmsrv.text.grammar import check_size
+from llmsrv.text.grammar import checked_schema
+from llmsrv.text.grammar import lark_regex
+from llmsrv.text.grammar import lark_source
+from llmsrv.text.grammar import lark_text
+
+if TYPE_CHECKING:
+    from llmsrv.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+MAX_TRIGGERS = 64
+
+# ---- Formats; what they do not name is refused
+
+
+class _Format(msgspec.Struct, tag_field="type", forbid_unknown_fields=True):
+    pass
+
+
+class ConstString(_Format, tag="const_string"):
+    value: str
+
+
+class AnyText(_Format, tag="any_text"):
+    pass
+
+
+class JSONSchema(_Format, tag="json_schema"):
+    json_schema: msgspec.Raw
+
+
+class Regex(_Format, tag="regex"):
+    pattern: str
+
+
+class InOrder(_Format, tag="sequence"):
+    elements: list["Format"]
+
+
+class Either(_Format, tag="or"):
+    elements: list["Format"]
+
+
+class Tag(_Format, tag="tag"):
+    begin: str
+    content: "Format"
+    end: str
+
+
+class TriggeredTags(_Format, tag="triggered_tags"):
+    """Any text, in which each trigger is the beginning of one of the tags that begin with it."""
+
+    triggers: list[str]
+    tags: list[Tag]
+    at_least_one: bool = False
+    stop_after_first: bool = False
+
+
+class SeparatedTags(_Format, tag="tags_with_separator"):
+    """Tags and nothing else."""
+
+    tags: list[Tag]
+    separator: str
+    at_least_one: bool = False
+    stop_after_first: bool = False
+
+
+Format = (
+    ConstString
+    | AnyText
+    | JSONSchema
+    | Regex
+    | InOrder
+    | Either
+    | Tag
+    | TriggeredTags
+    | SeparatedTags
+)
+
+
+def parse_format(text: bytes) -> Format:
+    """Raises GrammarError naming what is not one of the formats."""
+    check_size(text)
+    try:
+        form: Format = msgspec.json.decode(text, type=Format)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise GrammarError(f"the format is not possible: {error}") from None
+    return form
+
+
+def json_tag(begin: str, schema: bytes, end: str) -> Tag:
+    """JSON that follows a schema, between two texts."""
+    return Tag(begin, JSONSchema(msgspec.Raw(schema)), end)
+
+
+def tags_source(form: Format, tokenizer: "Tokenizer") -> str:
+    """The grammar of a format.  What spells a special token means that token."""
+    rules = _Rules(tokenizer)
+    try:
+        rules.add("start", rules.of(form, _ANSWERS_END))
+    except RecursionError:
+        raise GrammarError("the format is nested too deeply") from None
+    return lark_source("\n".join(rules.lines))
+
+
+# ---- Rules
+
+
+class _End(NamedTuple):
+    """What comes behind a format.
+
+    name      of what takes it, "" where it is the answer's end
+    is_token  whether it begins with a special token, which no text can hold
+    """
+
+    name: str
+    is_token: bool = False
+
+
+_ANSWERS_END = _End("")
+
+
+class _Rules:
+    """The lines of one grammar."""
+
+    def __init__(self, tokenizer: "Tokenizer") -> None:
+        self.lines = [r"TEXT: /(.|\n)*/"]
+        self._num_names = 0
+        self._room_bytes = MAX_SOURCE_BYTES
+        self._tokenizer = tokenizer
+
+    def add(self, name: str, *alternatives: str) -> str:
+        line = f"{name}: {' | '.join(alternatives)}"
+        self.lines.append(line)
+        self._room_bytes -= len(line)
+        if self._room_bytes < 0:  # tags are repeated for every trigger that they begin with
+            raise GrammarError(f"the format takes more than {MAX_SOURCE_BYTES} bytes of rules")
+        return name
+
+    def of(self, form: Format, end: _End | None) -> str:
+        """The rule of a format with its end; None: what that is cannot be told."""
+        match form:
+            case ConstString(value):
+                return self._ended(self._text(value), end)
+            case JSONSchema(schema):
+                value = json.dumps(checked_schema(bytes(schema)))
+                return self._ended(self.add(self._name("json"), f"%json {value}"), end)
+            case Regex(pattern):
+                return self._ended(lark_regex(pattern), end)
+            case AnyText():
+                return self._any_text(end)
+            case InOrder(elements):
+                *first, last = _some(elements, "sequence")
+                parts = [self.of(element, None) for element in first]
+                return self.add(self._name("sequence"), " ".join([*parts, self.of(last, end)]))
+            case Either(elements):
+                either = [self.of(element, end) for element in _some(elements, "or")]
+                return self.add(self._name("or"), *either)
+            case Tag():
+                return self._tag(form, form.begin, end)
+            case TriggeredTags():
+                return self._triggered(form, end)
+            case SeparatedTags():
+                return self._separated(form, end)
+
+    def _any_text(self, end: _End | None, kind: str = "any_text") -> str:
+        if end is None:
+            raise GrammarError(f"'{kind}' has to be the last of a sequence: nothing else ends it")
+        lazy = "" if end.is_token or not end.name else "[lazy]"
+        name = self._name("text")
+        self.add(name + lazy, f"TEXT {end.name}")
+        return name
+
+    def _tag(self, tag: Tag, begin: str, end: _End | None) -> str:
+        """With another beginning, where a part of it has been taken."""
+        if not tag.end:
+            inner = self.of(tag.content, end)
+            return self.add(self._name("tag"), f"{self._text(begin)} {inner}")
+        inner = self.of(tag.content, self._end(tag.end))
+        return self._ended(f"{self._text(begin)} {inner}", end)
+
+    def _triggered(self, form: TriggeredTags, end: _End | None) -> str:
+        if len(form.triggers) > MAX_TRIGGERS:
+            raise GrammarError(f"'triggered_tags' takes at most {MAX_TRIGGERS} triggers")
+        text = self._any_text(end, "triggered_tags")
+        tags = _some(form.tags, "triggered_tags")
+        found = [self._trigger(t, tags) for t in _some(form.triggers, "triggered_tags")]
+        tag, name = self.add(self._name("tags"), *found), self._name("triggered")
+        if form.stop_after_first:
+            assert end is not None
+            only = f"{tag} {end.name}"
+            return self.add(name, only) if form.at_least_one else self.add(name, only, text)
+        return self.add(name, f"{tag}{'+' if form.at_least_one else '*'} {text}")
+
+    def _trigger(self, trigger: str, tags: Sequence[Tag]) -> str:
+        """Text up to a trigger, with what may follow that."""
+        if not trigger:
+            raise GrammarError("expected triggers that are not empty")
+        opening = self._leading_token(trigger) or trigger
+        begun = [
+            self._tag(tag, tag.begin.removeprefix(opening), None)
+            for tag in tags
+            if tag.begin.startswith(trigger)
+        ]
+        if not begun:
+            raise GrammarError(f"no tag begins with the trigger {trigger[:64]!r}")
+        text = self._any_text(self._end(opening))
+        return self.add(self._name("trigger"), f"{text} ({' | '.join(begun)})")
+
+    def _separated(self, form: SeparatedTags, end: _End | None) -> str:
+        tags = [self.of(tag, None) for tag in _some(form.tags, "tags_with_separator")]
+        tag = self.add(self._name("tags"), *tags)
+        further = "" if form.stop_after_first else f"({self._text(form.separator)} {tag})*"
+        return self._ended(f"({tag} {further}){'' if form.at_least_one else '?'}", end)
+
+    def _end(self, text: str) -> _End:
+        tokens = self._tokenizer.special_tokens
+        has_tokens = any(p in tokens for p in self._tokenizer.split(text, parse_special=True))
+        name = self._name("end" if has_tokens else "END")  # only rules may hold tokens
+        return _End(self.add(name, self._text(text)), self._leading_token(text) is not None)
+
+    def _ended(self, taken: str, end: _End | None) -> str:
+        return self.add(self._name("ended"), f"{taken} {end.name if end else ''}")
+
+    def _name(self, kind: str) -> str:
+        self._num_names += 1
+        return f"{kind}_{self._num_names}"
+
+    def _text(self, text: str) -> str:
+        return lark_text(text, self._tokenizer) or '""'
+
+    def _leading_token(self, text: str) -> str | None:
+        """The special token that a text begins with."""
+        before, *rest = self._tokenizer.split(text, parse_special=True)
+        is_token = not before and rest and rest[0] in self._tokenizer.special_tokens
+        return rest[0] if is_token else None
+
+
+def _some(elements: list[T], kind: str) -> list[T]:
+    if not elements:
+        raise GrammarError(f"'{kind}' needs at least one of each")
+    return elements
