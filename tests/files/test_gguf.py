@@ -292,7 +292,7 @@ REFUSED["alignment as text"] = (
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_refuses(tmp_path, what):
+def test_what_is_wrong_with_a_file_is_told(tmp_path, what):
     data, message = REFUSED[what]
     assert message in refusal(file_of(tmp_path, data))
 

@@ -170,7 +170,7 @@ for _shape, _bytes in (([1 << 32, 1 << 30], 1 << 64), ([HUGE] * 8, 4 * HUGE**8))
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_refuses(tmp_path, what):
+def test_what_is_wrong_with_a_file_is_told(tmp_path, what):
     data, message = REFUSED[what]
     assert message in refusal(file_of(tmp_path, data))
 

@@ -212,8 +212,8 @@ def test_61_an_idle_connection_is_closed_with_a_clean_fin(serve: Serve) -> None:
 # Pipelining.
 
 
-def test_54_garbage_behind_a_running_stream_waits_and_is_refused_after_it(serve: Serve) -> None:
-    gate = Gate()
+def in_two_parts(gate: Gate) -> ASGIApp:
+    """Streams a, and b once the gate is open."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send(STREAM_START)
@@ -221,7 +221,12 @@ def test_54_garbage_behind_a_running_stream_waits_and_is_refused_after_it(serve:
         await gate.wait()
         await send(chunk(b"b", more_body=False))
 
-    with serve(app) as server, server.connect() as client:
+    return app
+
+
+def test_54_garbage_behind_a_running_stream_waits_and_is_refused_after_it(serve: Serve) -> None:
+    gate = Gate()
+    with serve(in_two_parts(gate)) as server, server.connect() as client:
         client.send(GET)
         gate.await_application()
         client.socket.setblocking(False)
@@ -311,14 +316,7 @@ def test_65_fin_lets_an_answer_in_time_and_pipelined_ones_out(serve: Serve) -> N
 
 def test_65_fin_does_not_end_a_stream(serve: Serve) -> None:
     gate = Gate()
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await send(STREAM_START)
-        await send(chunk(b"a"))
-        await gate.wait()
-        await send(chunk(b"b", more_body=False))
-
-    with serve(app, half_close_grace_s=0.01) as server, server.connect() as client:
+    with serve(in_two_parts(gate), half_close_grace_s=0.01) as server, server.connect() as client:
         client.send(GET)
         gate.await_application()
         client.finish()
