@@ -27,6 +27,7 @@ class ReasoningParser:
         self._state: Callable[[str], tuple[str, str]] = (
             self._in_thoughts if is_open else self._before_tag
         )
+        self._blanks: list[str] = []  # at the answer's beginning, where no tag has opened thoughts
         self._pending = ""  # what may be the beginning of a tag
         self._is_begun = False  # the part that is being read has text
 
@@ -43,20 +44,28 @@ class ReasoningParser:
     def flush(self) -> tuple[str, str]:
         """At the end: what may have been a tag is none."""
         pending, self._pending = self._pending, ""
-        return (pending, "") if self._state == self._in_thoughts else ("", pending)
+        if self._state == self._in_thoughts:
+            return pending, ""
+        return "", self._with_blanks(pending)
 
     def _before_tag(self, text: str) -> tuple[str, str]:
         begun = text.lstrip()
+        self._blanks.append(text[: len(text) - len(begun)])
         if begun.startswith(OPENING):
             self.has_thoughts = True
+            self._blanks = []
             self._state = self._in_thoughts
             return self._in_thoughts(begun.removeprefix(OPENING))
         if OPENING.startswith(begun):
-            self._pending = text
+            self._pending = begun
             return "", ""
         self._is_begun = True
         self._state = self._in_answer
-        return "", text
+        return "", self._with_blanks(begun)
+
+    def _with_blanks(self, text: str) -> str:
+        blanks, self._blanks = self._blanks, []
+        return "".join([*blanks, text])
 
     def _in_thoughts(self, text: str) -> tuple[str, str]:
         thoughts, tag, rest = text.partition(CLOSING)

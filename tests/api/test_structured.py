@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -310,8 +311,10 @@ def test_a_hostile_grammar_is_refused_and_the_next_request_served(
     server: RunningServer, fields: dict[str, Any]
 ) -> None:
     engine = server.engine_pid()
+    begun_at_s = time.monotonic()
     with pytest.raises(urllib.error.HTTPError) as refused:
         post(server, **fields)
+    assert time.monotonic() - begun_at_s < 4  # 1.1 s where nothing else runs
     error = json.load(refused.value)["error"]
     assert refused.value.code == 400
     assert (error["param"], error["code"]) in (

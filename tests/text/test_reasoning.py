@@ -1,5 +1,7 @@
 """llmsrv.text.reasoning: thoughts apart from answers, whatever the pieces."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,3 +43,10 @@ def test_what_stands_between_the_tags_is_reasoning(
 def test_the_pieces_do_not_matter(pieces: list[str], is_open: bool) -> None:
     text = "".join(pieces)
     assert parse(pieces, is_open) == parse([text], is_open) == parse(list(text), is_open)
+
+
+@pytest.mark.parametrize("text", [" " * 300_000, "<think>" + "</thin" * 20_000, "<think>" * 20_000])
+def test_long_texts_take_linear_time(text: str) -> None:
+    begun_at = time.process_time()
+    assert "".join(parse(list(text)))
+    assert time.process_time() - begun_at < 2  # 0.1 s

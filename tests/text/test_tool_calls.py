@@ -116,23 +116,32 @@ def test_arguments_are_told_as_they_come() -> None:
 
 
 @pytest.mark.parametrize(
-    "answer",
+    "format, answer",
     [
-        '<tool_call>{"name": "f", "arguments": ' + '{"a":' * 30_000,
-        '<tool_call>{"arguments": ' + "[" * 20_000 + "]" * 20_000 + ', "name": "f"}',
-        '<tool_call>{"name": "f", "arguments": {"a": "' + "x" * 50_000,
-        "<tool_call>" * 5_000,
-        "<tool_call>{" * 5_000,
-        '<tool_call>{"name": "f", "arguments": {}}</tool_call>' * 5_000,
-        "<tool_cal" * 20_000,
-        " " * 100_000,
+        ("mistral", "[TOOL_CALLS]" * 5_000),
+        ("mistral", "[TOOL_CALLS]f[CALL_ID]" + "x" * 50_000),
+        ("mistral", '[TOOL_CALLS]f{"a": 1}' * 5_000),
+        ("llama3", '{"name": "f", "parameters": {}}; ' * 5_000),
+        ("llama3", "<|python_tag|>{" * 5_000),
+        ("json", '{"id": "a", ' * 5_000),
+        ("json", "{" + " " * 50_000),
+        ("json", '{"function": {"name": "\\\\' + "\\n" * 20_000),
+        ("json", "[" * 50_000),
+        ("hermes", '<tool_call>{"name": "f", "arguments": ' + '{"a":' * 30_000),
+        ("hermes", '<tool_call>{"arguments": ' + "[" * 20_000 + "]" * 20_000 + ', "name": "f"}'),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "' + "x" * 50_000),
+        ("hermes", "<tool_call>" * 5_000),
+        ("hermes", "<tool_call>{" * 5_000),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {}}</tool_call>' * 5_000),
+        ("hermes", "<tool_cal" * 20_000),
+        ("hermes", " " * 100_000),
     ],
-    ids=lambda answer: answer[:30],
+    ids=lambda value: value[:30],
 )
-def test_long_and_broken_answers_take_linear_time(answer: str) -> None:
+def test_long_and_broken_answers_take_linear_time(format: str, answer: str) -> None:
     def seconds(pieces: list[str]) -> float:
         begun_at = time.process_time()
-        parse("hermes", pieces)
+        parse(format, pieces)
         return time.process_time() - begun_at
 
     half = len(answer) // 2
