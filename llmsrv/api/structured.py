@@ -87,7 +87,7 @@ async def checked(service: Service, wanted: Wanted, is_thinking: bool | None) ->
             tokenizer = service.text.tokenizer
             source = behind_thoughts(source, tokenizer, OPENING, CLOSING, is_thinking)
         return await service.text.grammars.check(source)
-    except GrammarError as error:
+    except (GrammarError, RecursionError) as error:
         message = f"Invalid '{wanted.param}': {error}."
         raise ApiError(400, message, param=wanted.param, code=wanted.code) from None
 

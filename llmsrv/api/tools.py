@@ -14,13 +14,13 @@ from llmsrv.api.service import Service
 from llmsrv.api.structured import Wanted
 from llmsrv.errors import ApiError
 from llmsrv.text.structural_tag import Either
+from llmsrv.text.structural_tag import Format
 from llmsrv.text.structural_tag import Regex
 from llmsrv.text.structural_tag import SeparatedTags
 from llmsrv.text.structural_tag import Tag
 from llmsrv.text.structural_tag import TriggeredTags
 from llmsrv.text.structural_tag import json_tag
 from llmsrv.text.structural_tag import tags_source
-from llmsrv.text.tokenizer import Tokenizer
 from llmsrv.text.tool_calls import FORMATS
 from llmsrv.text.tool_calls import ToolCallFormat
 from llmsrv.text.tool_calls import ToolCallParser
@@ -96,41 +96,38 @@ async def grammar_of(
     """
     if use is None:
         return await structured.grammar_of(service, asked, is_thinking)
-    calls = _calls(use, service.text.tokenizer)
+    tokenizer = service.text.tokenizer
+    calls = Wanted("tools", lambda: tags_source(_calls(use), tokenizer))
     if use.must_call:
-        return await structured.checked(service, Wanted("tools", calls), is_thinking)
-    if grammar := await structured.grammar_of(service, asked, is_thinking, or_else=calls):
+        return await structured.checked(service, calls, is_thinking)
+    if grammar := await structured.grammar_of(service, asked, is_thinking, or_else=calls.make):
         return grammar
     if not any(tool.function.strict for tool in use.callable.values()):
         return ""
-    maybe_calls = _maybe_calls(use, service.text.tokenizer)
-    return await structured.checked(service, Wanted("tools", maybe_calls), is_thinking)
+    maybe_calls = Wanted("tools", lambda: tags_source(_maybe_calls(use), tokenizer))
+    return await structured.checked(service, maybe_calls, is_thinking)
 
 
-def _calls(use: ToolUse, tokenizer: Tokenizer) -> structured.Maker:
+def _calls(use: ToolUse) -> Format:
     """Calls and nothing else."""
-    calls = _separated_calls(use)
-    listed = Tag(use.format.opening + "[", calls, "]") if use.format.is_list else calls
-    return lambda: tags_source(listed, tokenizer)
+    form = use.format
+    opening, closing = _around(form)
+    tags = [_tag(form, tool, opening, closing) for tool in use.callable.values()]
+    calls = SeparatedTags(tags, form.separator, at_least_one=True, stop_after_first=use.at_most_one)
+    return Tag(form.opening + "[", calls, "]") if form.is_list else calls
 
 
-def _separated_calls(use: ToolUse) -> SeparatedTags:
-    opening, closing = _around(use.format)
-    tags = [_tag(use.format, tool, opening, closing) for tool in use.callable.values()]
-    return SeparatedTags(tags, use.format.separator, True, use.at_most_one)
-
-
-def _maybe_calls(use: ToolUse, tokenizer: Tokenizer) -> structured.Maker:
+def _maybe_calls(use: ToolUse) -> Format:
     """Any text, in which calls begin as they are announced; where nothing need announce them, calls
     or text that does not begin as JSON."""
     form = use.format
     if form.is_bare:
-        calls = _separated_calls(use)
+        calls = _calls(use)
         announced = [Tag(form.opening, calls, "")] if form.opening else []
-        return lambda: tags_source(Either([calls, *announced, Regex(NO_JSON)]), tokenizer)
+        return Either([calls, *announced, Regex(NO_JSON)])
     opening, closing = (form.opening + "[", "]") if form.is_list else _around(form)
     tags = [_tag(form, tool, opening, closing) for tool in use.callable.values()]
-    return lambda: tags_source(TriggeredTags([form.opening], tags), tokenizer)
+    return TriggeredTags([form.opening], tags)
 
 
 def _around(form: ToolCallFormat) -> tuple[str, str]:
