@@ -155,7 +155,7 @@ class _Rules:
         return name
 
     def of(self, form: Format, end: _End | None) -> str:
-        """The rule of a format with its end; None: what that is cannot be told."""
+        """The rule of a format with its end behind it; None: other rules take what comes there."""
         match form:
             case ConstString(value):
                 return self._ended(self._text(value), end)
@@ -183,6 +183,7 @@ class _Rules:
     def _any_text(self, end: _End | None, kind: str = "any_text") -> str:
         if end is None:
             raise GrammarError(f"'{kind}' has to be the last of a sequence: nothing else ends it")
+        # A special token ends a text by itself; of a plain end the first one in the text counts.
         lazy = "" if end.is_token or not end.name else "[lazy]"
         name = self._name("text")
         self.add(name + lazy, f"TEXT {end.name}")
