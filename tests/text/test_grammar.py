@@ -3,11 +3,9 @@
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from llmsrv.files.open import open_model
 from llmsrv.text.grammar import MAX_SOURCE_BYTES
 from llmsrv.text.grammar import GrammarError
 from llmsrv.text.grammar import behind_thoughts
@@ -17,27 +15,10 @@ from llmsrv.text.grammar import json_source
 from llmsrv.text.grammar import regex_source
 from llmsrv.text.grammar import translated
 from llmsrv.text.tokenizer import Tokenizer
-from llmsrv.text.tokenizer import load_tokenizer
-from tests.support.gguf_writer import write_tiny_llama
 from tests.support.grammars import Texts
 
 INTEGER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 SPECIAL = "<|im_start|>"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny.gguf")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model: Path) -> Tokenizer:
-    return load_tokenizer(open_model(model))
-
-
-@pytest.fixture(scope="module")
-def texts(model: Path, tokenizer: Tokenizer) -> Texts:
-    return Texts(model, tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -1,38 +1,19 @@
 """Structural tags: which answers each format takes, and what cannot be followed."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llmsrv.files.open import open_model
 from llmsrv.text.grammar import GrammarError
 from llmsrv.text.structural_tag import parse_format
 from llmsrv.text.structural_tag import tags_source
 from llmsrv.text.tokenizer import Tokenizer
-from llmsrv.text.tokenizer import load_tokenizer
-from tests.support.gguf_writer import write_tiny_llama
 from tests.support.grammars import Texts
 
 SPECIAL = "<|im_start|>"
 INTEGER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 ANY = {"type": "any_text"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny.gguf")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model: Path) -> Tokenizer:
-    return load_tokenizer(open_model(model))
-
-
-@pytest.fixture(scope="module")
-def texts(model: Path, tokenizer: Tokenizer) -> Texts:
-    return Texts(model, tokenizer)
 
 
 def text(value: str) -> Any:
