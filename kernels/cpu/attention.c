@@ -8,7 +8,8 @@
  * chunk is free.  With few rows the chunks are shared among the threads and joined by COMBINE; with
  * many a thread takes whole rows, some of one sequence at a time, which share k and v.
  *
- * A dozen queries of one kv head go through k and v together: each vector loaded serves all. */
+ * Several queries of one kv head go through k and v together: what is loaded serves all
+ * (attention_chunk.h). */
 #include "attention.h"
 #include "attention_chunk.h"
 
@@ -186,7 +187,7 @@ void attention_run(const Plan *plan, const Operation *operation, int unit, int t
 
 void combine_run(const Plan *plan, const Operation *operation, int first, int end)
 {
-    float state[2 + 512] __attribute__((aligned(64)));
+    float state[2 + MAX_DIM] __attribute__((aligned(64)));
     for (int row = first; row < end; row++) {
         int last_chunk = plan->batch.positions[row] / CHUNK;
         for (int head = 0; head < plan->num_heads; head++) {
