@@ -197,9 +197,11 @@ typedef struct {
     float scales[MOST_QUERIES];
 } Shares;
 
-/* 2^x for x <= 0, to 2e-7 of itself; 2^0 is 1. */
+/* 2^x for x <= 0, to 2e-7 of itself; 2^0 is 1.  For x below -100 it is that of -100: nothing beside 1,
+ * and far from numbers that are slow because they are denormal. */
 INLINE f32x16 power_of_2(f32x16 x)
 {
+    x = max16(splat(-100.0f), x); /* this way round NaN passes */
     __m512 whole = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     f32x16 r = x - (f32x16)whole;
     f32x16 y = splat(0x1.5bba14p-10f);
