@@ -21,7 +21,9 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -187,17 +189,32 @@ def _name(key: str, content: bytes) -> str:
 def _compile(
     compiler: Compiler, texts: dict[str, bytes], flags: tuple[str, ...], build: Path
 ) -> Path:
+    """Compiles the files side by side, those first that are likely to take longest."""
     for name, text in texts.items():
         (build / name).write_bytes(text)
     if "ziglang" in compiler.command:  # it compiles for this CPU, and has its own words for others
         flags = tuple(flag for flag in flags if not flag.startswith("-march="))
-    library = build / "kernels.so"
+    command = *compiler.command, *flags, "-fPIC"
     names = [name for name in texts if name.endswith(".c")]
-    command = [*compiler.command, *flags, "-shared", "-fPIC", "-o", library.name, *names, "-lm"]
+    names.sort(key=lambda name: len(texts[name]), reverse=True)
+    deadline_s = time.monotonic() + COMPILE_TIMEOUT_S
+    objects = [f"{name}.o" for name in names]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        compiling = [
+            threads.submit(_run, (*command, "-c", "-o", output, name), build, deadline_s)
+            for name, output in zip(names, objects, strict=True)
+        ]
+    for each in compiling:
+        each.result()
+    library = build / "kernels.so"
+    _run((*command, "-shared", "-o", library.name, *objects, "-lm"), build, deadline_s)
+    return library
+
+
+def _run(command: tuple[str, ...], build: Path, deadline_s: float) -> None:
+    left_s = max(0.0, deadline_s - time.monotonic())
     try:
-        done = subprocess.run(
-            command, cwd=build, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S
-        )
+        done = subprocess.run(command, cwd=build, capture_output=True, text=True, timeout=left_s)
     except subprocess.TimeoutExpired:
         message = f"{command[0]} was stopped after {COMPILE_TIMEOUT_S:.0f} s"
         raise CompilerHangs(message) from None
@@ -205,7 +222,6 @@ def _compile(
         log.debug("%s\n%s", shlex.join(command), done.stderr)
         said = next((line for line in done.stderr.splitlines() if "error" in line), "")
         raise CompileError(f"{command[0]} failed with {done.returncode}: {said or 'no message'}")
-    return library
 
 
 def _keep(library: Path, directory: Path, key: str) -> Path | None:

@@ -36,7 +36,7 @@ from llmsrv.engine.step_costs import StepCosts
 # Whoever comes or leaves waits until a step has ended.
 LONGEST_STEP_S = 1.0
 # A step with streams takes so much longer for prompts, as a share of what it takes without: twice
-# as long on average, so that of 100 steps 99 take no more than three times as long.
+# as long on average, so that few take three times as long.
 PROMPT_SHARE = 1.0
 # Where more prompts wait than streams run, each stream gives way to several, but up to here only.
 SMOOTH_STEP_S = 0.05
