@@ -1,30 +1,11 @@
-/* Attention in integers, as products of bytes take them, and matrix registers where there are any.
- *
- * Keys and values have 16 or 8 bits and a scale for each position, queries 15 bits and one scale, and
- * the shares exp(score - m) of a chunk, times the scales of the values, 15 bits and one scale.  What
- * integers sum up to does not depend on who sums them or how, so that the bits of a row are the same
- * in vectors, for few queries, and in matrix registers, for many.
- *
- * x = 256 high + low, both signed; w = 256 high + low - 2^15, both unsigned, or high - 2^7.  In units of
- * 256 high bytes, and of the scales,
- *     x . w = 256 top + middle - 128 sum(x) + sum(low of x) / 2
- *     top = sum(high high), middle = sum(high low) + sum(low high)
- * where the products of two low bytes are taken as if w's were all 127.5, which is off by less than
- * keys of 14 bits would be.  Scores are in units of ln 2, so that exp is 2^score. */
-#include "attention_chunk.h"
+/* Attention in integers: queries and shares split into bytes, and all of it in vectors. */
+#include "attention_integers.h"
 
 #if KV_INTEGERS
 
-#ifdef TIER_AMX
-#include "matrix_registers.h"
-#endif
-
 enum {
-    FEW = 4,            /* queries in vectors, where there are matrix registers */
-    SOME = 8,           /* queries whose sums fit the vector registers */
-    WORD = 4,           /* bytes that a product sums up */
-    STEP = 64,          /* bytes of a row of a matrix register */
-    TILE_BYTES = 16 * STEP,
+    SOME = 8, /* queries whose sums fit the vector registers */
+    WORD = 4, /* bytes that a product sums up */
     MOST_QUERY = 127 * 128, MOST_SHARE = 127 * 256,
 };
 
@@ -43,11 +24,7 @@ INLINE i32x16 word_at(const int8_t *bytes)
     return splat_int(word);
 }
 
-static const float LOG2_E = 0x1.715476p+0f;
-
 /* ---- Queries: planes [high, low][rows][padded_dim]; scales [rows]; offsets [rows] */
-
-static int rounded_up(int count, int to) { return (count + to - 1) / to * to; }
 
 typedef struct {
     int8_t *high, *low;
@@ -91,43 +68,9 @@ void put_query(const Queries *queries, int i, const float *x)
     split.offsets[i] = offset_of(sum_int(sum), sum_int(high_sum));
 }
 
-/* ---- Sums */
-
-typedef struct {
-    i32x16 top, middle, other; /* `other` is another part of the middle */
-} Sums;
-
-INLINE Sums no_sums(void) { return (Sums){splat_int(0), splat_int(0), splat_int(0)}; }
-
-INLINE void add_products(Sums *sums, u32x16 high, u32x16 low, i32x16 x_high, i32x16 x_low)
-{
-    sums->top = dot4(sums->top, high, x_high);
-    sums->middle = dot4(sums->middle, high, x_low);
-    if (KV_BITS == 16)
-        sums->other = dot4(sums->other, low, x_high);
-}
-
-/* x . w */
-INLINE f32x16 value_of(const Sums *sums, int32_t offset)
-{
-    u32x16 value = ((u32x16)sums->top << 8) + (u32x16)sums->middle - (u32x16)splat_int(offset);
-    return to_float((i32x16)(KV_BITS == 16 ? value + (u32x16)sums->other : value));
-}
-
 /* ---- Scores */
 
-/* Queries first .. first + N - 1, and where their scores go. */
-typedef struct {
-    const int8_t *high, *low;
-    const float *scales;
-    const int32_t *offsets;
-    int firsts[MOST_QUERIES], lasts[MOST_QUERIES]; /* ascending */
-    int N;
-    float cap;
-    float (*scores)[CHUNK];
-} Scoring;
-
-INLINE Scoring scoring_of(const Queries *queries, int first, int N, float (*scores)[CHUNK])
+Scoring scoring_of(const Queries *queries, int first, int N, float (*scores)[CHUNK])
 {
     Split split = split_of(queries);
     Scoring scoring = {.N = N, .cap = queries->operation->cap, .scores = scores};
@@ -142,22 +85,12 @@ INLINE Scoring scoring_of(const Queries *queries, int first, int N, float (*scor
     return scoring;
 }
 
-INLINE int all_see(const Scoring *scoring, int position)
+INLINE void add_products(Sums *sums, u32x16 high, u32x16 low, i32x16 x_high, i32x16 x_low)
 {
-    return scoring->firsts[scoring->N - 1] <= position
-           && position + BLOCK_SIZE - 1 <= scoring->lasts[0];
-}
-
-/* Sixteen scores of query n. */
-INLINE void put_scores(
-    const Scoring *scoring, int n, int position, int all_see, f32x16 k_scales, const Sums *sums)
-{
-    f32x16 s = value_of(sums, scoring->offsets[n]) * (k_scales * splat(scoring->scales[n]));
-    if (scoring->cap > 0)
-        s = capped(scoring->cap, s) * splat(LOG2_E);
-    if (!all_see)
-        s = visible(scoring->firsts[n], scoring->lasts[n], position, s);
-    store(scoring->scores[n] + in_chunk(position), s);
+    sums->top = dot4(sums->top, high, x_high);
+    sums->middle = dot4(sums->middle, high, x_low);
+    if (KV_BITS == 16)
+        sums->other = dot4(sums->other, low, x_high);
 }
 
 /* Meanwhile the values of this block and the keys of the next one are fetched: blocks lie scattered. */
@@ -190,12 +123,6 @@ INLINE void score_in_vectors(const int N, const Scoring *scoring, const Range *r
 }
 
 /* ---- Shares */
-
-typedef struct {
-    int8_t high[MOST_QUERIES][CHUNK], low[MOST_QUERIES][CHUNK];
-    int32_t offsets[MOST_QUERIES];
-    float scales[MOST_QUERIES];
-} Shares;
 
 /* 2^x for x <= 0, to 2e-7 of itself; 2^0 is 1.  For x below -100 it is that of -100: nothing beside 1,
  * and far from numbers that are slow because they are denormal. */
@@ -267,9 +194,7 @@ INLINE void store_split(
     store_in_order(low, _mm512_packus_epi16(_mm512_and_si512(a, mask), _mm512_and_si512(b, mask)));
 }
 
-/* Scores of N queries to shares, m and l; in three loops, for what one query needs of itself takes
- * longer to come than what others do. */
-INLINE void share_out(
+void share_out(
     int N, const Range *range, float (*scores)[CHUNK], float *m, float *l, Shares *shares)
 {
     const int begin = in_chunk(range->begin);
@@ -330,154 +255,6 @@ INLINE void attend_in_vectors(
     share_out(N, range, scores, m, l, &shares);
     weigh_in_vectors(N, range, dim, &shares, o);
 }
-
-/* ---- Many queries */
-
-#ifdef TIER_AMX
-
-/* Sixty-four positions of gathered values: [padded_dim / 16][plane][16][64]. */
-static int gathered_step(int dim) { return dim / 16 * KV_BYTES * TILE_BYTES; }
-
-static int gathered_bytes(int dim) { return CHUNK / STEP * gathered_step(dim); }
-
-static int takes_many(const Queries *queries, int left)
-{
-    return left > FEW && queries->plan->padded_dim % STEP == 0;
-}
-
-/* Values of four blocks side by side, as a matrix register takes them. */
-static void gather_values(const Range *range, int dim)
-{
-    const int piece = TILE_BYTES / 4;
-    for (int position = range->begin; position < range->end; position += BLOCK_SIZE) {
-        const uint8_t *v = block_of(range, range->v, position);
-        uint8_t *out = range->gathered + in_chunk(position) / STEP * gathered_step(dim);
-        out += position % STEP / BLOCK_SIZE * piece;
-        for (int i = 0; i < dim; i += 16)
-            for (int plane = 0; plane < KV_BYTES; plane++, out += TILE_BYTES)
-                memcpy(out, v + (plane * dim + i) * BLOCK_SIZE, (size_t)piece);
-    }
-}
-
-/* Of sixteen queries with sixteen keys, or columns of values. */
-typedef int32_t TileSums[3][16][16];
-
-INLINE void multiply_tiles(
-    const int8_t *x_high, const int8_t *x_low, int stride, const uint8_t *w, int64_t plane)
-{
-    _tile_loadd(4, x_high, stride);
-    _tile_loadd(6, w, STEP);
-    _tile_loadd(5, x_low, stride);
-    _tile_dpbsud(0, 4, 6);
-    _tile_dpbsud(1, 5, 6);
-    if (KV_BITS == 16) {
-        _tile_loadd(7, w + plane, STEP);
-        _tile_dpbsud(2, 4, 7);
-    }
-}
-
-INLINE void clear_sums(void)
-{
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-}
-
-INLINE void store_sums(TileSums sums)
-{
-    _tile_stored(0, sums[0], STEP);
-    _tile_stored(1, sums[1], STEP);
-    if (KV_BITS == 16)
-        _tile_stored(2, sums[2], STEP);
-}
-
-INLINE Sums sums_of(TileSums tile, int n)
-{
-    Sums sums = no_sums();
-    memcpy(&sums.top, tile[0][n], 64);
-    memcpy(&sums.middle, tile[1][n], 64);
-    if (KV_BITS == 16)
-        memcpy(&sums.other, tile[2][n], 64);
-    return sums;
-}
-
-/* A block's products are made while those of the one before it become scores. */
-static void score_many(const Scoring *scoring, const Range *range, const int dim)
-{
-    TileSums sums[2] __attribute__((aligned(64)));
-    const Scoring s = *scoring; /* what is stored below is none of it */
-    const int bytes = dim * BLOCK_SIZE * KV_BYTES;
-    for (int position = range->begin; position < range->end + BLOCK_SIZE; position += BLOCK_SIZE) {
-        int i = position / BLOCK_SIZE % 2, before = position - BLOCK_SIZE;
-        if (position < range->end) {
-            const uint8_t *k = block_of(range, range->k, position);
-            clear_sums();
-            for (int c = 0; c < dim; c += STEP)
-                multiply_tiles(s.high + c, s.low + c, dim, k + c * BLOCK_SIZE, dim * BLOCK_SIZE);
-            store_sums(sums[i]);
-        }
-        if (position + BLOCK_SIZE < range->end)
-            for (int u = 0; u < bytes; u += 64)
-                prefetch(block_of(range, range->k, position + BLOCK_SIZE) + u);
-        if (before < range->begin)
-            continue;
-        f32x16 k_scales = load(range->scales[0] + in_chunk(before));
-        int all = all_see(&s, before);
-        for (int n = 0; n < s.N; n++) {
-            Sums row = sums_of(sums[1 - i], n);
-            put_scores(&s, n, before, all, k_scales, &row);
-        }
-    }
-}
-
-/* Sixteen columns' products are made while those of the ones before them are scaled. */
-static void weigh_many(int N, const Range *range, int dim, const Shares *shares, float *o)
-{
-    TileSums sums[2] __attribute__((aligned(64)));
-    const int first = in_chunk(range->begin) / STEP, end = in_chunk(range->end - 1) / STEP + 1;
-    const int step_bytes = gathered_step(dim), columns_bytes = KV_BYTES * TILE_BYTES;
-    for (int i = 0; i <= dim / 16; i++) {
-        const uint8_t *values = range->gathered + i * columns_bytes;
-        if (i < dim / 16) {
-            clear_sums();
-            for (int step = first; step < end; step++)
-                multiply_tiles(shares->high[0] + step * STEP, shares->low[0] + step * STEP, CHUNK,
-                               values + step * step_bytes, TILE_BYTES);
-            store_sums(sums[i % 2]);
-        }
-        for (int n = 0; i > 0 && n < N; n++) {
-            for (int step = first; step < end; step++)
-                for (int u = 0; u < KV_BYTES; u++)
-                    prefetch(values + columns_bytes + step * step_bytes + 64 * (KV_BYTES * n + u));
-            Sums row = sums_of(sums[1 - i % 2], n);
-            store(o + n * dim + 16 * (i - 1),
-                  value_of(&row, shares->offsets[n]) * splat(shares->scales[n]));
-        }
-    }
-}
-
-static void attend_many(
-    int N, const Queries *queries, int first, const Range *range, float *m, float *l, float *o)
-{
-    const int dim = queries->plan->padded_dim;
-    float scores[MOST_QUERIES][CHUNK] __attribute__((aligned(64)));
-    Shares shares __attribute__((aligned(64)));
-    Scoring scoring = scoring_of(queries, first, N, scores);
-    use_matrix_registers(MOST_QUERIES);
-    score_many(&scoring, range, dim);
-    share_out(N, range, scores, m, l, &shares);
-    __asm__ volatile("" ::: "memory"); /* loads of matrix registers name no memory to gcc */
-    weigh_many(N, range, dim, &shares, o);
-    _tile_release();
-}
-
-#else
-
-static int gathered_bytes(int dim) { return 0 * dim; }
-static int takes_many(const Queries *queries, int left) { return (void)queries, 0 * left; }
-static void gather_values(const Range *range, int dim) { (void)range, (void)dim; }
-
-#endif
 
 /* ---- What calls share: scales of keys and of values [CHUNK], gathered values */
 
