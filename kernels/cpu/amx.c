@@ -16,8 +16,8 @@
  * chapter 18).  Its products take bytes from two of them, four columns of sixteen rows side by side in
  * the second: just what a vector of formats.h holds. */
 #ifdef TIER_AMX
+#include "finish.h"
 #include "matrix_registers.h"
-#include "products.h"
 #include "unpack.h"
 
 enum {
@@ -323,14 +323,16 @@ INLINE void make_planes(
 
 typedef int32_t Sums[4][16][16];
 
-/* The sums of a tile and stretch that are still to be added to y, while the next are multiplied. */
+/* The sums of a tile and stretch that are still to be added to y, or finished if they are the last,
+ * while the next are multiplied. */
 typedef struct {
     int32_t (*sums)[16][16];
     const float *scales;
-    float *y;
-    int row, R, is_first;
-    float *out; /* where the first row of y will go */
+    int row, R, is_first, is_last;
+    float *y, *gate, *out; /* of the tile's first row */
     int out_stride;
+    Finish finish;
+    f32x16 units;
 } Folding;
 
 INLINE void fold_row(const int format, Folding *folding)
@@ -338,16 +340,19 @@ INLINE void fold_row(const int format, Folding *folding)
     if (folding->row == folding->R)
         return;
     int r = folding->row++;
-    float *y = folding->y + ROWS * r;
-    prefetch_write(folding->out + (int64_t)r * folding->out_stride);
+    float *y = folding->y + ROWS * r, *out = folding->out + (int64_t)r * folding->out_stride;
     i32x16 s[4], total;
     UNROLL for (int i = 0; i <= weight_planes(format); i++) memcpy(&s[i], folding->sums[i][r], 64);
     if (weight_planes(format) == 2)
         total = ((s[1] + (s[0] >> 8)) >> 1) + (s[2] << 7);
     else
         total = ((s[1] + (s[0] >> 8)) >> 8) + s[2] + (s[3] << 8);
-    f32x16 before = folding->is_first ? splat(0) : load(y);
-    store(y, fma16(to_float(total), splat(folding->scales[r]), before));
+    f32x16 sum = folding->is_first ? splat(0) : load(y);
+    sum = fma16(to_float(total), splat(folding->scales[r]), sum);
+    if (folding->is_last)
+        finish_row(&folding->finish, sum * folding->units, folding->gate + ROWS * r, out);
+    else
+        store(y, sum);
 }
 
 INLINE void clear_sums(void)
@@ -398,12 +403,13 @@ INLINE void fold_rest(const int format, Folding *folding)
         fold_row(format, folding);
 }
 
-/* y[row][0..15] of one group and the rows of tiles first .. end - 1. */
+/* Group g times tiles first .. end - 1.  y[g][row][16] is for sums of several stretches, y[0] keeps
+ * gates. */
 INLINE void many_rows(
     const int format,
-    const uint8_t *group,
-    Groups groups,
     const Operation *operation,
+    Groups groups,
+    int g,
     int num_rows,
     int first,
     int end,
@@ -412,52 +418,54 @@ INLINE void many_rows(
     Planes planes[STRETCH / STEP] __attribute__((aligned(64)));
     Sums sums[2] __attribute__((aligned(64)));
     const int columns = groups.part->columns, stretch = stretch_steps(columns);
-    const int first_row = tile_start(num_rows, first);
+    const uint8_t *group = groups.w + group_bytes(format, columns) * (size_t)g;
+    const int first_row = tile_start(num_rows, first), all_rows = tile_start(num_rows, end) - first_row;
     const f32x16 inverse = inverse_units(group);
     const uint8_t *blocks = group + UNITS_BYTES;
     const int num_blocks = columns / COLUMNS, stretch_blocks = stretch * STEP / COLUMNS;
+    Folding folding = {.out_stride = operation->out_stride,
+                       .finish = finish_of(operation, groups, g),
+                       .units = units(format, group)};
     for (int i = 0, begin = 0, stop; begin < num_blocks; i++, begin = stop) {
         stop = begin + stretch_blocks < num_blocks ? begin + stretch_blocks : num_blocks;
-        Folding folding = {0};
         for (int tile = first; tile < end; tile++) {
             int row = tile_start(num_rows, tile), R = tile_start(num_rows, tile + 1) - row;
             const int32_t *words = tile_at(operation, row);
             const uint8_t *x = (const uint8_t *)words + begin * COLUMNS * 2 * R;
             Planes *of_step = planes;
+            float *out = out_at(operation, groups, g, row);
             clear_sums();
             if (tile == first)
                 make_planes(format, blocks, begin, num_blocks, inverse, planes[0]);
             for (int k = begin; k < stop; k += 2, x += 2 * R * STEP, of_step++) {
                 /* The first tile makes the next step's planes of the weights beside its products. */
-                if (tile != first)
-                    UNROLL for (int u = 0; u < 32; u++) prefetch(x + 4 * R * STEP + 64 * u);
-                else if (k + 2 < stop)
+                if (tile == first && k + 2 < stop)
                     make_planes(format, blocks, k + 2, num_blocks, inverse, of_step[1]);
+                for (int r = k - begin; r < k - begin + 2 && r < R; r++)
+                    prefetch_write(out + (int64_t)r * operation->out_stride);
                 multiply_step(format, *of_step, x, R, &folding);
             }
             fold_rest(format, &folding);
             store_sums(format, sums[tile % 2]);
-            folding = (Folding){sums[tile % 2], (const float *)(words + scales_at(columns, R)) + i * R,
-                                y + ROWS * (row - first_row), 0, R, i == 0,
-                                out_at(operation, groups, row), operation->out_stride};
+            folding.sums = sums[tile % 2];
+            folding.scales = (const float *)(words + scales_at(columns, R)) + i * R;
+            folding.row = 0;
+            folding.R = R;
+            folding.is_first = begin == 0;
+            folding.is_last = stop == num_blocks;
+            folding.gate = y + ROWS * (row - first_row);
+            folding.y = folding.gate + ROWS * all_rows * g;
+            folding.out = out;
         }
         fold_rest(format, &folding);
     }
-    for (float *last = y + ROWS * (tile_start(num_rows, end) - first_row); y < last; y += ROWS)
-        store(y, load(y) * units(format, group));
 }
 
 /* ---- One function for each format */
 
 typedef void (*FewRows)(const uint8_t *group, int columns, const int32_t *tile, float *y);
 typedef void (*ManyRows)(
-    const uint8_t *group,
-    Groups groups,
-    const Operation *operation,
-    int num_rows,
-    int first,
-    int end,
-    float *y);
+    const Operation *operation, Groups groups, int g, int num_rows, int first, int end, float *y);
 
 #define FEW_ROWS(format, R)                                                                        \
     static void format##_##R(const uint8_t *group, int columns, const int32_t *tile, float *y)     \
@@ -471,10 +479,10 @@ typedef void (*ManyRows)(
     FEW_ROWS(format, 3)                                                                            \
     FEW_ROWS(format, 4)                                                                            \
     static void format##_many(                                                                     \
-        const uint8_t *group, Groups groups, const Operation *operation, int num_rows, int first,  \
-        int end, float *y)                                                                         \
+        const Operation *operation, Groups groups, int g, int num_rows, int first, int end,        \
+        float *y)                                                                                  \
     {                                                                                              \
-        many_rows(format, group, groups, operation, num_rows, first, end, y);                      \
+        many_rows(format, operation, groups, g, num_rows, first, end, y);                          \
     }
 
 ALL(Q4_0)
@@ -502,19 +510,17 @@ void multiply_tiles(const Operation *operation, Groups groups, int num_rows, int
     int row = tile_start(num_rows, first), R = tile_start(num_rows, end) - row;
     size_t size = group_bytes(part->format, part->columns);
     float y[2 * MAX_CHUNK_TILES * TILE * ROWS] __attribute__((aligned(64)));
-    if (R > FEW)
-        use_matrix_registers((num_rows + num_tiles(num_rows) - 1) / num_tiles(num_rows));
-    for (int g = 0; g < groups.num_groups; g++) {
-        const uint8_t *group = groups.w + (size_t)g * size;
-        float *sums = y + ROWS * R * g;
-        if (R <= FEW)
-            few[part->format][R - 1](group, part->columns, tile_at(operation, row), sums);
-        else
-            many[part->format](group, groups, operation, num_rows, first, end, sums);
+    if (R <= FEW) {
+        for (int g = 0; g < groups.num_groups; g++)
+            few[part->format][R - 1](
+                groups.w + (size_t)g * size, part->columns, tile_at(operation, row), y + ROWS * R * g);
+        finish_sums(operation, groups, row, R, y, R);
+        return;
     }
-    if (R > FEW)
-        _tile_release();
-    finish_sums(operation, groups, row, R, y, R);
+    use_matrix_registers((num_rows + num_tiles(num_rows) - 1) / num_tiles(num_rows));
+    for (int g = 0; g < groups.num_groups; g++)
+        many[part->format](operation, groups, g, num_rows, first, end, y);
+    _tile_release();
 }
 
 void multiply_row(const Operation *operation, Groups groups, int x_row, int out_row)

@@ -1,7 +1,6 @@
 /* LINEAR: the work of products cut into units, and products with weights that are floats. */
 #include "linear.h"
-#include "activation.h"
-#include "products.h"
+#include "finish.h"
 #include "simd.h"
 
 /* Weights are fetched so far ahead to the second-level cache. */
@@ -82,54 +81,6 @@ static void multiply_floats(const Operation *operation, Groups groups, int x_row
                 y + ROWS * FLOAT_ROWS * g);
         finish_sums(operation, groups, out_row + done, count, y, FLOAT_ROWS);
     }
-}
-
-/* ---- Sums to rows */
-
-static f32x16 biases(const Operation *operation, int column, int count)
-{
-    return operation->weight ? load_first(operation->weight + column, count) : splat(0);
-}
-
-static void finish_group(
-    const Operation *operation, Groups groups, int row, int R, const float *y)
-{
-    int left = groups.part->rows - ROWS * groups.group, count = left < ROWS ? left : ROWS;
-    f32x16 scale = splat(operation->scale);
-    f32x16 bias = biases(operation, groups.part->first_column + ROWS * groups.group, count);
-    for (int r = 0; r < R; r++) {
-        float *out = out_at(operation, groups, row + r);
-        f32x16 value = (load(y + ROWS * r) + bias) * scale;
-        if (operation->accumulate)
-            value += load_first(out, count);
-        store_first(out, value, count);
-    }
-}
-
-static void finish_gated(
-    const Operation *operation, Groups groups, int row, int R, const float *gate, const float *up)
-{
-    int column = ROWS * groups.group / 2;
-    f32x16 scale = splat(operation->scale), gate_bias = biases(operation, column, ROWS);
-    f32x16 up_bias = biases(operation, groups.part->rows / 2 + column, ROWS);
-    for (int r = 0; r < R; r++) {
-        f32x16 x = (load(gate + ROWS * r) + gate_bias) * scale;
-        f32x16 value = (load(up + ROWS * r) + up_bias) * scale;
-        store(out_at(operation, groups, row + r), activated(x, operation->gate == 2) * value);
-    }
-}
-
-void finish_sums(const Operation *operation, Groups groups, int row, int R, const float *y, int y_rows)
-{
-    const float *second = y + ROWS * y_rows;
-    if (operation->gate) {
-        finish_gated(operation, groups, row, R, y, second);
-        return;
-    }
-    finish_group(operation, groups, row, R, y);
-    groups.group++;
-    if (groups.num_groups == 2)
-        finish_group(operation, groups, row, R, second);
 }
 
 /* ---- Units of work */

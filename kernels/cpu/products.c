@@ -11,7 +11,7 @@
  * the bytes of the weights bound a few.  Sizes of arrays must be literals, or the compiler makes
  * them variable and spills them. */
 #ifndef TIER_AMX
-#include "products.h"
+#include "finish.h"
 #include "unpack.h"
 
 /* A tile of R rows is cut into blocks of 32 columns, each of

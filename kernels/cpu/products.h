@@ -26,23 +26,11 @@ typedef struct {
     int group, num_groups;
 } Groups;
 
-/* Times tiles first .. end - 1 of the step's rows; hands the sums to finish_sums. */
+/* Times tiles first .. end - 1 of the step's rows, finished (finish.h). */
 void multiply_tiles(const Operation *operation, Groups groups, int num_rows, int first, int end);
 
 /* Times one row, which is a tile by itself. */
 void multiply_row(const Operation *operation, Groups groups, int x_row, int out_row);
-
-/* Bias, scale, gate and residual for the sums y[g][r][16], y_rows apart, of the groups with R rows,
- * into rows row .. of out. */
-void finish_sums(
-    const Operation *operation, Groups groups, int row, int R, const float *y, int y_rows);
-
-/* Where the first sum of the groups goes in row `row` of out. */
-static inline float *out_at(const Operation *operation, Groups groups, int row)
-{
-    int column = groups.part->first_column + ROWS * (operation->gate ? groups.group / 2 : groups.group);
-    return operation->out + (int64_t)row * operation->out_stride + column;
-}
 
 /* The rows of a step are cut into as few tiles as possible, of nearly equal size. */
 static inline int num_tiles(int num_rows) { return (num_rows + TILE - 1) / TILE; }

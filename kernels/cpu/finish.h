@@ -1,0 +1,66 @@
+/* What becomes of the sums of a product: bias, scale, gate and residual. */
+#ifndef FINISH_H
+#define FINISH_H
+
+#include "activation.h"
+#include "products.h"
+
+enum FinishedAs { OUT, GATE, GATED };
+
+/* Of group g of one or two, whose first row of weights is sums[0]. */
+typedef struct {
+    f32x16 bias, scale;
+    int as, count, accumulate, is_gelu; /* count: of the rows of weights that are left */
+} Finish;
+
+INLINE Finish finish_of(const Operation *operation, Groups groups, int g)
+{
+    const Part *part = groups.part;
+    Finish finish = {splat(0), splat(operation->scale), OUT, part->rows - ROWS * (groups.group + g),
+                     operation->accumulate, operation->gate == 2};
+    int column = part->first_column + ROWS * (groups.group + g);
+    if (operation->gate) {
+        finish.as = g ? GATED : GATE;
+        finish.count = ROWS;
+        column = ROWS * (groups.group / 2) + (g ? part->rows / 2 : 0);
+    }
+    if (operation->weight)
+        finish.bias = load_first(operation->weight + column, finish.count);
+    return finish;
+}
+
+/* One row's sums, to `out`; those of a gate to `gate`, for the sums of the other group. */
+INLINE void finish_row(const Finish *finish, f32x16 sums, float *gate, float *out)
+{
+    f32x16 value = (sums + finish->bias) * finish->scale;
+    if (finish->as == GATE) {
+        store(gate, value);
+        return;
+    }
+    if (finish->as == GATED)
+        value *= activated(load(gate), finish->is_gelu);
+    else if (finish->accumulate)
+        value += load_first(out, finish->count);
+    store_first(out, value, finish->count);
+}
+
+/* Where the first sum of group g goes in row `row` of out. */
+INLINE float *out_at(const Operation *operation, Groups groups, int g, int row)
+{
+    int column = operation->gate ? groups.group / 2 : groups.group + g;
+    return operation->out + (int64_t)row * operation->out_stride + groups.part->first_column + ROWS * column;
+}
+
+/* The sums y[g][r][16], y_rows apart, of R rows from `row` on. */
+INLINE void finish_sums(
+    const Operation *operation, Groups groups, int row, int R, float *y, int y_rows)
+{
+    for (int g = 0; g < groups.num_groups; g++) {
+        Finish finish = finish_of(operation, groups, g);
+        for (int r = 0; r < R; r++)
+            finish_row(&finish, load(y + ROWS * (y_rows * g + r)), y + ROWS * r,
+                       out_at(operation, groups, g, row + r));
+    }
+}
+
+#endif
