@@ -35,9 +35,12 @@ from llmsrv.engine.step_costs import StepCosts
 
 # Whoever comes or leaves waits until a step has ended.
 LONGEST_STEP_S = 1.0
-# A step with streams takes so much longer for prompts, as a share of what it takes without: twice
-# as long on average, so that few take three times as long.
+# A step with streams takes so much longer for prompts, as a share of what it takes without.
 PROMPT_SHARE = 1.0
+# A prompt of which more is to be computed is beside so many steps that streams would feel it: half
+# as long again on average, so that few take three times as long where others use the cores, too.
+LONG_PROMPT = 512
+LONG_PROMPT_SHARE = 0.5
 # Where more prompts wait than streams run, each stream gives way to several, but up to here only.
 SMOOTH_STEP_S = 0.05
 # Where even decode alone takes that long, prompts get less of it.
@@ -158,14 +161,17 @@ class Scheduler:
     def _num_prefill_rows(self, num_streams: int, num_rows: int) -> int:
         """How many rows the step may have beside these, which are those of the streams."""
         limit_s = LONGEST_STEP_S
+        first = next((s for s in self.running if s.num_uncomputed > 1), self.waiting.head)
         if num_streams:
             decode_s = self._costs.of(num_rows)
             num_prompts = len(self.running) - num_streams + len(self.waiting)
-            prompts_s = decode_s * PROMPT_SHARE * max(1.0, num_prompts / num_streams)
+            is_long = first is not None and first.num_tokens - first.num_cached > LONG_PROMPT
+            share = LONG_PROMPT_SHARE if is_long else PROMPT_SHARE
+            prompts_s = decode_s * share * max(1.0, num_prompts / num_streams)
             prompts_s = min(prompts_s, SMOOTH_STEP_S - decode_s)
             limit_s = decode_s + max(prompts_s, decode_s * LEAST_PROMPT_SHARE)
-        first = next((s.num_computed for s in self.running if s.num_uncomputed > 1), 0)
-        fitting = (self._costs.rows_within(limit_s) - num_rows) / (1 + first / FAR_POSITION)
+        position = first.num_computed if first else 0
+        fitting = (self._costs.rows_within(limit_s) - num_rows) / (1 + position / FAR_POSITION)
         return int(min(self._max_rows - num_rows, max(fitting, LEAST_PREFILL_ROWS)))
 
     def _schedule_decode(self) -> list[Chunk]:
