@@ -2,6 +2,7 @@
 #include "plan.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "attention.h"
 #include "experts.h"
@@ -11,6 +12,10 @@
 #include "pool.h"
 #include "products.h"
 #include "rows.h"
+
+#if defined(__linux__) && !defined(MADV_POPULATE_WRITE)
+#define MADV_POPULATE_WRITE 23 /* since 5.14; older C libraries do not name it */
+#endif
 
 #ifdef TIER_AMX
 #include "matrix_registers.h"
@@ -161,6 +166,18 @@ void *llmsrv_allocate(int64_t size, int32_t wants_huge_pages)
         madvise(memory, (size_t)size, MADV_HUGEPAGE);
 #endif
     return memory;
+}
+
+/* Has all of some memory given now, its contents unchanged; a system that cannot gives it later. */
+void llmsrv_populate(uint8_t *memory, int64_t size)
+{
+#ifdef MADV_POPULATE_WRITE
+    uintptr_t before = (uintptr_t)memory % (uintptr_t)sysconf(_SC_PAGESIZE);
+    madvise(memory - before, before + (size_t)size, MADV_POPULATE_WRITE);
+#else
+    (void)memory;
+    (void)size;
+#endif
 }
 
 void llmsrv_free(void *memory, int64_t size) { munmap(memory, (size_t)size); }

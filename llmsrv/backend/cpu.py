@@ -21,6 +21,7 @@ from llmsrv.backend.base import Batch
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
 from llmsrv.backend.base import Program
+from llmsrv.backend.cpu_cache import CacheMemory
 from llmsrv.backend.cpu_check import check_kernels
 from llmsrv.backend.cpu_embed import Embedding
 from llmsrv.backend.cpu_layout import Layout
@@ -205,6 +206,7 @@ class CPUPlan(Plan):
         rows.block_tables = address_of(block_tables)
         for embed in self._embeddings:
             embed(num_rows)
+        self.cache.will_use(int(batch.slot_mapping.max(initial=0)) // BLOCK_SIZE)
         self._forward(*self._at)
         self._tick()
 
@@ -222,8 +224,7 @@ class CPUPlan(Plan):
         padded_dim = -(-program.head_dim // 16) * 16
         head_bytes = self._library.llmsrv_kv_head_bytes(padded_dim)
         cache = limits.num_blocks, program.num_layers, program.num_kv_heads, head_bytes
-        self.k_cache = array(cache, np.uint8, wants_huge_pages=True)
-        self.v_cache = array(cache, np.uint8, wants_huge_pages=True)
+        self.cache = CacheMemory(self._library, self._memory, cache)
         max_chunks = -(-limits.num_blocks * BLOCK_SIZE // CHUNK)
         scratch_floats = self._library.llmsrv_scratch_floats(
             program.num_heads, program.num_kv_heads, padded_dim
@@ -250,8 +251,8 @@ class CPUPlan(Plan):
             max_split_rows=split_rows,
             max_chunks=max_chunks,
             num_threads=num_threads,
-            k_cache=address_of(self.k_cache),
-            v_cache=address_of(self.v_cache),
+            k_cache=address_of(self.cache.keys),
+            v_cache=address_of(self.cache.values),
             partials=partials,
             scratch=scratch,
             scratch_floats=scratch_floats,

@@ -141,6 +141,7 @@ FUNCTIONS: dict[str, tuple[Any, Sequence[Any]]] = {
     "llmsrv_start_threads": (pointer, [int32]),
     "llmsrv_stop_threads": (None, [pointer]),
     "llmsrv_allocate": (pointer, [ctypes.c_int64, int32]),
+    "llmsrv_populate": (None, [pointer, ctypes.c_int64]),
     "llmsrv_free": (None, [pointer, ctypes.c_int64]),
 }
 
