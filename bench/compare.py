@@ -1,7 +1,7 @@
 """The same load on several servers, in turn within every round: a slow minute hits them all.
 
 python -m bench.compare NAME=URL[#MODEL] ... [--streams 1,4,8,16,32] [--prompt 131] [--output 64]
-                        [--rounds 5] [--json PATH]
+                        [--rounds 5] [--json PATH] [--plot PATH]
 
 Requests are those of bench.serve.  Figures are medians over the rounds; ratios are medians of the
 ratios to the first server within each round.
@@ -9,27 +9,17 @@ ratios to the first server within each round.
 
 import argparse
 import asyncio
-import json
 import statistics
-from pathlib import Path
 from typing import Any
 
 from bench.machine import describe
+from bench.results import add_options
+from bench.results import write
 from bench.serve import Load
-from bench.serve import Result
+from bench.serve import figures
 from bench.serve import one_round
 
 Figures = dict[str, float]
-
-
-def figures(result: Result) -> Figures:
-    between_s = sorted(result.between_s)
-    return {
-        "output tok/s": result.num_tokens / result.wall_s,
-        "first token, ms": 1e3 * statistics.median(result.first_s),
-        "between, p50 ms": 1e3 * between_s[len(between_s) // 2],
-        "between, p99 ms": 1e3 * between_s[len(between_s) * 99 // 100],
-    }
 
 
 def measure(loads: dict[str, Load], num_streams: int, rounds: int) -> dict[str, list[Figures]]:
@@ -39,7 +29,7 @@ def measure(loads: dict[str, Load], num_streams: int, rounds: int) -> dict[str, 
     for round in range(rounds):
         for i in range(len(names)):
             name = names[(round + i) % len(names)]
-            found[name].append(figures(asyncio.run(one_round(loads[name], num_streams, round))))
+            found[name].append(figures([asyncio.run(one_round(loads[name], num_streams, round))]))
     return found
 
 
@@ -72,7 +62,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=131, help="words, about as many tokens")
     parser.add_argument("--output", type=int, default=64, help="tokens")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    add_options(parser)
     options = parser.parse_args()
     loads = dict(load_of(server, options.prompt, options.output) for server in options.servers)
     print(describe())
@@ -88,8 +78,7 @@ def main() -> None:
                 f"{server:16}{streams:7}{rate:14.1f}{first:17.1f}{p50:17.2f}{p99:8.1f}{ratio:8.2f}",
                 flush=True,
             )
-    if options.json:
-        options.json.write_text(json.dumps({"machine": describe(), "results": rows}, indent=1))
+    write(options, rows)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """How the server does under load, seen from its clients: tokens a second, time to the first token,
 time between tokens.
 
-python -m bench.serve [--streams 1,8,32] [--prompt 131] [--output 64] [--rounds 3]
-                      [--arriving 1000] [--url URL --model NAME] [-- server options]
+python -m bench.serve [--streams 1,4,8,16,32] [--prompt 131] [--output 64] [--rounds 3]
+                      [--arriving 1000] [--url URL --model NAME] [--json PATH] [--plot PATH]
+                      [-- server options]
 
 Each stream is a connection of its own; prompts are random words, distinct, so that no prefix cache
 helps.  With --arriving each line is followed by one that begins with "+": the same streams, while
@@ -24,9 +25,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from bench.machine import describe
+from bench.results import add_options
+from bench.results import write
 
 ROOT = Path(__file__).parent.parent
 
@@ -102,15 +106,15 @@ async def one_round(load: Load, num_streams: int, round: int, num_arriving: int 
     return result
 
 
-def report(label: str, results: list[Result]) -> str:
-    """One line: medians over the rounds; the 99th percentile over all of them."""
-    rate = statistics.median(r.num_tokens / r.wall_s for r in results)
-    first_s = statistics.median(s for r in results for s in r.first_s)
+def figures(results: list[Result]) -> dict[str, float]:
+    """Medians over the rounds; the 99th percentile over all of them."""
     between_s = sorted(s for r in results for s in r.between_s)
-    p50_ms, p99_ms = (1e3 * between_s[int(len(between_s) * q)] for q in (0.5, 0.99))
-    return (
-        f"{label:>7} {rate:14.1f} {1e3 * first_s:15.1f} {p50_ms:12.2f} {p99_ms:12.2f}"
-    )
+    return {
+        "output tok/s": statistics.median(r.num_tokens / r.wall_s for r in results),
+        "first token, ms": 1e3 * statistics.median(s for r in results for s in r.first_s),
+        "between, p50 ms": 1e3 * between_s[len(between_s) // 2],
+        "between, p99 ms": 1e3 * between_s[len(between_s) * 99 // 100],
+    }
 
 
 @contextlib.contextmanager
@@ -135,7 +139,7 @@ def main() -> None:
     own = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
     server_options = sys.argv[len(own) + 2 :]
     parser = argparse.ArgumentParser()
-    parser.add_argument("--streams", default="1,8,32")
+    parser.add_argument("--streams", default="1,4,8,16,32")
     parser.add_argument("--prompt", type=int, default=131, help="words, about as many tokens")
     parser.add_argument("--output", type=int, default=64, help="tokens")
     parser.add_argument("--rounds", type=int, default=3)
@@ -143,12 +147,14 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="prompts sent before")
     parser.add_argument("--url")
     parser.add_argument("--model", default="SmolLM2-135M-Instruct")
+    add_options(parser)
     options = parser.parse_args(own)
     print(describe())
     server = contextlib.nullcontext(options.url) if options.url else our_server(server_options)
     with server as url:
         load = Load(url, options.model, options.prompt, options.output)
         asyncio.run(one_round(load, 1, -1))
+        rows: list[dict[str, Any]] = []
         print("streams  output tok/s  first token, ms  between, p50  between, p99")
         for num_streams in map(int, options.streams.split(",")):
             for num_arriving in sorted({0, options.arriving}):
@@ -159,7 +165,16 @@ def main() -> None:
                     results.append(
                         asyncio.run(one_round(load, num_streams, round, num_arriving))
                     )
-                print(report("+" * bool(num_arriving) + str(num_streams), results), flush=True)
+                arriving = "+" * bool(num_arriving)
+                found = figures(results)
+                rows.append({"server": options.model + arriving, "streams": num_streams, **found})
+                rate, first_ms, p50_ms, p99_ms = found.values()
+                label = arriving + str(num_streams)
+                print(
+                    f"{label:>7} {rate:14.1f} {first_ms:15.1f} {p50_ms:12.2f} {p99_ms:12.2f}",
+                    flush=True,
+                )
+    write(options, rows)
 
 
 # Frequent words that are one token each in most vocabularies.
