@@ -161,7 +161,7 @@ static void attend_chunks(
     }
 }
 
-void attention_run(const Plan *plan, const Operation *operation, int unit, int thread)
+static void run_unit(const Plan *plan, const Operation *operation, int unit, int thread)
 {
     int chunks = plan->is_split ? plan->num_chunks : 1, dim = plan->padded_dim;
     int chunk = unit % chunks, kv_head = unit / chunks % plan->num_kv_heads;
@@ -183,6 +183,12 @@ void attention_run(const Plan *plan, const Operation *operation, int unit, int t
         else
             write_out(plan, state, out_of(operation, plan, row, head));
     }
+}
+
+void attention_run(const Plan *plan, const Operation *operation, int first, int end, int thread)
+{
+    for (int unit = first; unit < end; unit++)
+        run_unit(plan, operation, unit, thread);
 }
 
 void combine_run(const Plan *plan, const Operation *operation, int first, int end)

@@ -7,7 +7,7 @@
 /* Cuts the step into spans; called once a step, before its operations. */
 void attention_prepare(Plan *plan);
 int attention_units(const Plan *plan);
-void attention_run(const Plan *plan, const Operation *operation, int unit, int thread);
+void attention_run(const Plan *plan, const Operation *operation, int first, int end, int thread);
 void combine_run(const Plan *plan, const Operation *operation, int first, int end);
 
 /* Floats of scratch a thread needs. */

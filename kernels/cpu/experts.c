@@ -81,15 +81,18 @@ int experts_units(const Operation *operation, int queue)
     return *choices_of(operation).num_active * linear_pairs(operation, queue);
 }
 
-void experts_run(const Operation *operation, int queue, int unit)
+void experts_run(const Operation *operation, int queue, int first, int end)
 {
     Choices c = choices_of(operation);
-    int pairs = linear_pairs(operation, queue), e = c.active[unit / pairs];
-    const Part *parts = operation->parts + e * operation->num_parts;
+    int pairs = linear_pairs(operation, queue);
     int divisor = operation->by_row ? operation->num_chosen : 1;
-    for (int i = c.starts[e]; i < c.starts[e + 1]; i++)
-        linear_run_row(
-            operation, parts, queue, unit % pairs, c.order[i] / divisor, c.order[i]);
+    for (int unit = first; unit < end; unit++) {
+        int e = c.active[unit / pairs];
+        const Part *parts = operation->parts + e * operation->num_parts;
+        for (int i = c.starts[e]; i < c.starts[e + 1]; i++)
+            linear_run_row(
+                operation, parts, queue, unit % pairs, c.order[i] / divisor, c.order[i]);
+    }
 }
 
 void run_weigh(const Operation *operation, int first, int end)

@@ -122,7 +122,7 @@ static Groups groups_of(const Part *part, int queue, int pair)
                     group + 1 == part->bounds[queue + 1] ? 1 : 2};
 }
 
-void linear_run(const Operation *operation, int num_rows, int queue, int unit)
+static void run_unit(const Operation *operation, int num_rows, int queue, int unit)
 {
     int pairs = linear_pairs(operation, queue), all = num_tiles(num_rows);
     int chunk = chunk_tiles(operation), first = unit / pairs * chunk;
@@ -133,6 +133,12 @@ void linear_run(const Operation *operation, int num_rows, int queue, int unit)
                         tile_start(num_rows, end) - tile_start(num_rows, first));
     else
         multiply_tiles(operation, groups, num_rows, first, end);
+}
+
+void linear_run(const Operation *operation, int num_rows, int queue, int first, int end)
+{
+    for (int unit = first; unit < end; unit++)
+        run_unit(operation, num_rows, queue, unit);
 }
 
 void linear_run_row(

@@ -6,7 +6,7 @@
 
 /* The work of one thread's queue, in units of two groups of weights and a chunk of rows. */
 int linear_units(const Operation *operation, int num_rows, int queue);
-void linear_run(const Operation *operation, int num_rows, int queue, int unit);
+void linear_run(const Operation *operation, int num_rows, int queue, int first, int end);
 
 /* For experts: pairs of groups in a queue, and one pair for one row, a tile by itself. */
 int linear_pairs(const Operation *operation, int queue);

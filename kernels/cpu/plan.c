@@ -30,6 +30,19 @@ static int rows_of(const Plan *plan, const Operation *operation)
     return operation->kind == ACTIVATE && operation->num_chosen ? rows * operation->num_chosen : rows;
 }
 
+/* What goes row by row has rows as its units, or tiles where it writes them; queues get equal shares. */
+static int units_of_all(const Plan *plan, const Operation *operation)
+{
+    if (operation->kind == ATTEND)
+        return attention_units(plan);
+    if (operation->kind == ROUTE)
+        return 1;
+    if (operation->kind == COMBINE && !plan->is_split)
+        return 0;
+    int rows = rows_of(plan, operation);
+    return operation->tiles ? num_tiles(rows) : rows;
+}
+
 static int is_small(void *context, int task)
 {
     const Plan *plan = context;
@@ -43,20 +56,8 @@ static int is_small(void *context, int task)
         return num_rows * plan->num_heads * plan->head_dim * plan->num_chunks * CHUNK / 8
                <= SMALL_ATTENTION;
     case COMBINE: return !plan->is_split || num_rows * plan->num_chunks * operation->width <= SMALL;
-    default: return num_rows * operation->width <= SMALL;
+    default: return num_rows * operation->width <= SMALL || units_of_all(plan, operation) == 1;
     }
-}
-
-/* Tiles of rows are the units of what goes row by row; queues get equal shares. */
-static int units_of_all(const Plan *plan, const Operation *operation)
-{
-    if (operation->kind == ATTEND)
-        return attention_units(plan);
-    if (operation->kind == ROUTE)
-        return 1;
-    if (operation->kind == COMBINE && !plan->is_split)
-        return 0;
-    return num_tiles(rows_of(plan, operation));
 }
 
 static int share_of(const Plan *plan, int units, int queue)
@@ -92,29 +93,31 @@ static void run_rows(const Plan *plan, const Operation *operation, int first, in
     }
 }
 
-static void run(void *context, int task, int queue, int unit, int thread)
+static void run(void *context, int task, int queue, int first, int end, int thread)
 {
     const Plan *plan = context;
     const Operation *operation = &plan->operations[task];
     int num_rows = rows_of(plan, operation);
     if (operation->kind == LINEAR) {
-        linear_run(operation, num_rows, queue, unit);
+        linear_run(operation, num_rows, queue, first, end);
         return;
     }
     if (operation->kind == EXPERTS) {
-        experts_run(operation, queue, unit);
+        experts_run(operation, queue, first, end);
         return;
     }
     if (operation->kind == ROUTE) {
         run_route(operation, num_rows);
         return;
     }
-    unit += share_of(plan, units_of_all(plan, operation), queue);
-    if (operation->kind == ATTEND) {
-        attention_run(plan, operation, unit, thread);
-        return;
-    }
-    run_rows(plan, operation, tile_start(num_rows, unit), tile_start(num_rows, unit + 1));
+    int before = share_of(plan, units_of_all(plan, operation), queue);
+    if (operation->kind == ATTEND)
+        attention_run(plan, operation, before + first, before + end, thread);
+    else if (!operation->tiles)
+        run_rows(plan, operation, before + first, before + end);
+    else
+        for (int tile = before + first; tile < before + end; tile++)
+            run_rows(plan, operation, tile_start(num_rows, tile), tile_start(num_rows, tile + 1));
 }
 
 void llmsrv_forward(Plan *plan, const Batch *batch)

@@ -4,9 +4,13 @@
  * lost its core holds up nobody unless it lost it within a unit.  Whoever does the last unit opens
  * the next task, and does small ones on the way by itself.
  *
- * Each thread has a queue, one word [task + 1 : 16][units : 24][next : 24].  Adding 1 claims `next`,
- * which is a unit if it is below `units`; since the word names its task, a late claim is either void
- * or one of the task that is open now.  Opening a task sets `remaining` before any queue.
+ * Each thread has a queue, one word [task + 1 : 16][units : 24][next : 24].  Whoever replaces `next` has
+ * claimed the units that it skipped; since the word names its task, they are of the task that is open.
+ * Opening a task sets `remaining` before any queue.  A claim is half of what is left, for units run
+ * faster one after the other than with a claim before each, and others may still have the rest.
+ *
+ * Who has emptied his own queue gives the others a moment to empty theirs: each unit that is taken
+ * from a thread that is there costs both of them more than it saves.
  *
  * A thread without work watches `epoch` for some microseconds, then sleeps: an idle server uses no
  * CPU.  A sleeper counts itself before it looks at `epoch` for the last time, and whoever raises
@@ -19,7 +23,7 @@
 
 #include "simd.h"
 
-enum { UNITS_BITS = 24, SPINS = 2000 }; /* of pause: some 30 to 80 us */
+enum { UNITS_BITS = 24, SPINS = 2000, MOMENT = 20 }; /* of pause: some 30 to 80 us, and 1 us */
 
 #define UNITS_MASK ((1u << UNITS_BITS) - 1)
 
@@ -57,13 +61,20 @@ static void raise_epoch(Pool *pool)
     }
 }
 
-static void wait_for_change(Pool *pool, uint32_t seen)
+static int changes_within(Pool *pool, uint32_t seen, int pauses)
 {
-    for (int i = 0; i < SPINS; i++) {
+    for (int i = 0; i < pauses; i++) {
         if (atomic_load_explicit(&pool->epoch, memory_order_acquire) != seen)
-            return;
+            return 1;
         pause_briefly();
     }
+    return 0;
+}
+
+static void wait_for_change(Pool *pool, uint32_t seen)
+{
+    if (changes_within(pool, seen, SPINS))
+        return;
     pthread_mutex_lock(&pool->mutex);
     atomic_fetch_add(&pool->num_sleepers, 1);
     while (atomic_load(&pool->epoch) == seen)
@@ -77,8 +88,8 @@ static void run_alone(Pool *pool, int task, int thread)
     const Job *job = pool->job;
     for (int queue = 0; queue < pool->num_threads; queue++) {
         int units = job->units(job->context, task, queue);
-        for (int unit = 0; unit < units; unit++)
-            job->run(job->context, task, queue, unit, thread);
+        if (units)
+            job->run(job->context, task, queue, 0, units, thread);
     }
 }
 
@@ -121,17 +132,18 @@ static int drain(Pool *pool, int queue, int thread)
     _Atomic uint64_t *word = &pool->queues[queue].word;
     int64_t done = 0;
     int task = 0;
-    for (;;) {
-        uint64_t seen = atomic_load_explicit(word, memory_order_acquire);
-        if ((seen & UNITS_MASK) >= (seen >> UNITS_BITS & UNITS_MASK))
+    for (uint64_t seen = atomic_load(word);;) {
+        uint32_t first = seen & UNITS_MASK, units = seen >> UNITS_BITS & UNITS_MASK;
+        if (first >= units)
             break;
-        uint64_t claim = atomic_fetch_add(word, 1);
-        uint32_t unit = claim & UNITS_MASK;
-        if (unit >= (claim >> UNITS_BITS & UNITS_MASK))
-            break;
-        task = (int)(claim >> 2 * UNITS_BITS) - 1;
-        pool->job->run(pool->job->context, task, queue, (int)unit, thread);
-        done++;
+        uint32_t count = (units - first + 1) / 2;
+        if (!atomic_compare_exchange_weak(word, &seen, seen + count))
+            continue;
+        task = (int)(seen >> 2 * UNITS_BITS) - 1;
+        const Job *job = pool->job;
+        job->run(job->context, task, queue, (int)first, (int)(first + count), thread);
+        done += count;
+        seen = atomic_load(word);
     }
     /* What is not reported yet keeps its task open, so that all of it is of one task. */
     if (done && atomic_fetch_sub(&pool->remaining, done) == done)
@@ -139,10 +151,14 @@ static int drain(Pool *pool, int queue, int thread)
     return done > 0;
 }
 
+/* Whether there was anything to do, or may be now. */
 static int drain_all(Pool *pool, int thread)
 {
-    int any = 0;
-    for (int i = 0; i < pool->num_threads; i++)
+    uint32_t seen = atomic_load(&pool->epoch);
+    int any = drain(pool, thread, thread);
+    if (changes_within(pool, seen, MOMENT))
+        return 1;
+    for (int i = 1; i < pool->num_threads; i++)
         any |= drain(pool, (thread + i) % pool->num_threads, thread);
     return any;
 }

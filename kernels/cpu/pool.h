@@ -14,7 +14,8 @@ typedef struct {
     /* Whether the task is so small that whoever is there should do all of it at once. */
     int (*is_small)(void *context, int task);
     int (*units)(void *context, int task, int queue);
-    void (*run)(void *context, int task, int queue, int unit, int thread);
+    /* Units first .. end - 1 of a queue. */
+    void (*run)(void *context, int task, int queue, int first, int end, int thread);
     uint64_t *heartbeat; /* grows with each task that ends; may be null */
 } Job;
 

@@ -352,19 +352,21 @@ static int rows_of_queue(void *context, int task, int queue)
     return first_row(context, queue + 1) - first_row(context, queue);
 }
 
-static void run_row(void *context, int task, int queue, int unit, int thread)
+static void run_rows(void *context, int task, int queue, int first, int end, int thread)
 {
     const Sampling *sampling = ((const Rows *)context)->sampling;
+    int32_t before = first_row(context, queue);
     int64_t size = scratch_bytes(sampling->vocab_size);
     Scratch scratch = scratch_at(sampling->scratch + thread * size, sampling->vocab_size);
     (void)task;
-    sample_row(sampling, first_row(context, queue) + unit, &scratch);
+    for (int32_t row = before + first; row < before + end; row++)
+        sample_row(sampling, row, &scratch);
 }
 
 void llmsrv_sample(const Plan *plan, const Sampling *sampling)
 {
     Rows rows = {sampling, plan->num_threads};
-    Job job = {1, &rows, rows_are_few, rows_of_queue, run_row, plan->heartbeat};
+    Job job = {1, &rows, rows_are_few, rows_of_queue, run_rows, plan->heartbeat};
     pool_run(plan->pool, &job);
     count_ids(sampling);
 }
