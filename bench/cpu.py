@@ -38,7 +38,7 @@ FLAGS = "-O2", "-pthread", "-mavx512f", "-mavx512vnni"
 MATRIX_FLAGS = "-mamx-tile", "-mamx-int8"
 MULTIPLY_PASSES = 2_000_000
 MATRIX_PASSES = 500_000
-READ_PASSES = 5
+READ_PASSES = 40
 
 
 class Roofs:

@@ -20,14 +20,18 @@ static double now(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+/* As fast as any order of fetching that was tried: lines to the second-level cache 8 KB ahead. */
 static void *read_share(void *argument)
 {
     Share *share = argument;
     __m512i s[4] = {_mm512_setzero_si512()};
     for (int pass = 0; pass < share->passes; pass++)
         for (size_t i = 0; i + 256 <= share->size; i += 256)
-            for (int j = 0; j < 4; j++)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                _mm_prefetch(share->bytes + i + 64 * j + 8192, _MM_HINT_T1);
                 s[j] = _mm512_add_epi32(s[j], _mm512_loadu_si512(share->bytes + i + 64 * j));
+            }
     share->sink = _mm512_reduce_add_epi32(
         _mm512_add_epi32(_mm512_add_epi32(s[0], s[1]), _mm512_add_epi32(s[2], s[3])));
     return 0;

@@ -321,6 +321,27 @@ INLINE void make_planes(
     __asm__ volatile("" ::: "memory"); /* loads of matrix registers name no memory to gcc */
 }
 
+/* The step whose planes are made next: of block k of the first of the groups that are left. */
+typedef struct {
+    const uint8_t *group;
+    int k, num_groups;
+    f32x16 inverse;
+} Making;
+
+INLINE void make_next(const int format, Making *making, int columns, Planes planes)
+{
+    const int num_blocks = columns / COLUMNS;
+    make_planes(
+        format, making->group + UNITS_BYTES, making->k, num_blocks, making->inverse, planes);
+    making->k += 2;
+    if (making->k < num_blocks)
+        return;
+    making->k = 0;
+    making->group += group_bytes(format, columns);
+    if (--making->num_groups > 0)
+        making->inverse = inverse_units(making->group);
+}
+
 typedef int32_t Sums[4][16][16];
 
 /* The sums of a tile and stretch that are still to be added to y, or finished if they are the last,
@@ -403,69 +424,75 @@ INLINE void fold_rest(const int format, Folding *folding)
         fold_row(format, folding);
 }
 
-/* Group g times tiles first .. end - 1.  y[g][row][16] is for sums of several stretches, y[0] keeps
- * gates. */
+/* Groups times tiles first .. end - 1.  y[0][row][16] keeps gates, and y[g % 2] sums of several
+ * stretches.  Planes are made beside the products of the step before, by the first tile, and for the
+ * next stretch or group by the last one; a ring of two serves a single tile. */
 INLINE void many_rows(
     const int format,
     const Operation *operation,
     Groups groups,
-    int g,
     int num_rows,
     int first,
     int end,
     float *y)
 {
-    Planes planes[STRETCH / STEP] __attribute__((aligned(64)));
+    Planes ring[STRETCH / STEP + 1] __attribute__((aligned(64)));
     Sums sums[2] __attribute__((aligned(64)));
-    const int columns = groups.part->columns, stretch = stretch_steps(columns);
-    const uint8_t *group = groups.w + group_bytes(format, columns) * (size_t)g;
+    const int columns = groups.part->columns, ring_size = end - first == 1 ? 2 : STRETCH / STEP + 1;
+    const int num_blocks = columns / COLUMNS, stretch_blocks = stretch_steps(columns) * STEP / COLUMNS;
     const int first_row = tile_start(num_rows, first), all_rows = tile_start(num_rows, end) - first_row;
-    const f32x16 inverse = inverse_units(group);
-    const uint8_t *blocks = group + UNITS_BYTES;
-    const int num_blocks = columns / COLUMNS, stretch_blocks = stretch * STEP / COLUMNS;
-    Folding folding = {.out_stride = operation->out_stride,
-                       .finish = finish_of(operation, groups, g),
-                       .units = units(format, group)};
-    for (int i = 0, begin = 0, stop; begin < num_blocks; i++, begin = stop) {
-        stop = begin + stretch_blocks < num_blocks ? begin + stretch_blocks : num_blocks;
-        for (int tile = first; tile < end; tile++) {
-            int row = tile_start(num_rows, tile), R = tile_start(num_rows, tile + 1) - row;
-            const int32_t *words = tile_at(operation, row);
-            const uint8_t *x = (const uint8_t *)words + begin * COLUMNS * 2 * R;
-            Planes *of_step = planes;
-            float *out = out_at(operation, groups, g, row);
-            clear_sums();
-            if (tile == first)
-                make_planes(format, blocks, begin, num_blocks, inverse, planes[0]);
-            for (int k = begin; k < stop; k += 2, x += 2 * R * STEP, of_step++) {
-                /* The first tile makes the next step's planes of the weights beside its products. */
-                if (tile == first && k + 2 < stop)
-                    make_planes(format, blocks, k + 2, num_blocks, inverse, of_step[1]);
-                for (int r = k - begin; r < k - begin + 2 && r < R; r++)
-                    prefetch_write(out + (int64_t)r * operation->out_stride);
-                multiply_step(format, *of_step, x, R, &folding);
+    Making making = {groups.w, 0, groups.num_groups, inverse_units(groups.w)};
+    Folding folding = {.out_stride = operation->out_stride};
+    int start = 0, turn = 0;
+    make_next(format, &making, columns, ring[0]);
+    for (int g = 0; g < groups.num_groups; g++) {
+        const Groups pair = pair_of(groups, g / 2);
+        const Finish finish = finish_of(operation, pair, g % 2);
+        const f32x16 group_units = units(format, pair.w + group_bytes(format, columns) * (size_t)(g % 2));
+        for (int i = 0, begin = 0, stop; begin < num_blocks; i++, begin = stop) {
+            stop = begin + stretch_blocks < num_blocks ? begin + stretch_blocks : num_blocks;
+            int slot = start;
+            for (int tile = first; tile < end; tile++, turn ^= 1) {
+                int row = tile_start(num_rows, tile), R = tile_start(num_rows, tile + 1) - row;
+                const int32_t *words = tile_at(operation, row);
+                const uint8_t *x = (const uint8_t *)words + begin * COLUMNS * 2 * R;
+                float *out = out_at(operation, pair, g % 2, row);
+                slot = start;
+                clear_sums();
+                for (int k = begin; k < stop; k += 2, x += 2 * R * STEP) {
+                    int next = slot + 1 < ring_size ? slot + 1 : 0;
+                    if (k + 2 < stop ? tile == first : tile == end - 1 && making.num_groups > 0)
+                        make_next(format, &making, columns, ring[next]);
+                    for (int r = k - begin; r < k - begin + 2 && r < R; r++)
+                        prefetch_write(out + (int64_t)r * operation->out_stride);
+                    multiply_step(format, ring[slot], x, R, &folding);
+                    slot = next;
+                }
+                fold_rest(format, &folding);
+                store_sums(format, sums[turn]);
+                folding.sums = sums[turn];
+                folding.scales = (const float *)(words + scales_at(columns, R)) + i * R;
+                folding.row = 0;
+                folding.R = R;
+                folding.is_first = begin == 0;
+                folding.is_last = stop == num_blocks;
+                folding.gate = y + ROWS * (row - first_row);
+                folding.y = folding.gate + ROWS * all_rows * (g % 2);
+                folding.out = out;
+                folding.finish = finish;
+                folding.units = group_units;
             }
-            fold_rest(format, &folding);
-            store_sums(format, sums[tile % 2]);
-            folding.sums = sums[tile % 2];
-            folding.scales = (const float *)(words + scales_at(columns, R)) + i * R;
-            folding.row = 0;
-            folding.R = R;
-            folding.is_first = begin == 0;
-            folding.is_last = stop == num_blocks;
-            folding.gate = y + ROWS * (row - first_row);
-            folding.y = folding.gate + ROWS * all_rows * g;
-            folding.out = out;
+            start = slot;
         }
-        fold_rest(format, &folding);
     }
+    fold_rest(format, &folding);
 }
 
 /* ---- One function for each format */
 
 typedef void (*FewRows)(const uint8_t *group, int columns, const int32_t *tile, float *y);
 typedef void (*ManyRows)(
-    const Operation *operation, Groups groups, int g, int num_rows, int first, int end, float *y);
+    const Operation *operation, Groups groups, int num_rows, int first, int end, float *y);
 
 #define FEW_ROWS(format, R)                                                                        \
     static void format##_##R(const uint8_t *group, int columns, const int32_t *tile, float *y)     \
@@ -479,10 +506,9 @@ typedef void (*ManyRows)(
     FEW_ROWS(format, 3)                                                                            \
     FEW_ROWS(format, 4)                                                                            \
     static void format##_many(                                                                     \
-        const Operation *operation, Groups groups, int g, int num_rows, int first, int end,        \
-        float *y)                                                                                  \
+        const Operation *operation, Groups groups, int num_rows, int first, int end, float *y)     \
     {                                                                                              \
-        many_rows(format, operation, groups, g, num_rows, first, end, y);                          \
+        many_rows(format, operation, groups, num_rows, first, end, y);                             \
     }
 
 ALL(Q4_0)
@@ -504,34 +530,34 @@ static const ManyRows many[NUM_FORMATS] = {
 
 /* ---- Groups times tiles */
 
+/* A pair of groups times R <= FEW rows, a tile, from `row` on. */
+static void multiply_few(const Operation *operation, Groups pair, int row, int R, const int32_t *tile)
+{
+    const Part *part = pair.part;
+    size_t size = group_bytes(part->format, part->columns);
+    float y[2 * FEW * ROWS] __attribute__((aligned(64)));
+    for (int g = 0; g < pair.num_groups; g++)
+        few[part->format][R - 1](pair.w + (size_t)g * size, part->columns, tile, y + ROWS * R * g);
+    finish_sums(operation, pair, row, R, y, R);
+}
+
 void multiply_tiles(const Operation *operation, Groups groups, int num_rows, int first, int end)
 {
-    const Part *part = groups.part;
     int row = tile_start(num_rows, first), R = tile_start(num_rows, end) - row;
-    size_t size = group_bytes(part->format, part->columns);
-    float y[2 * MAX_CHUNK_TILES * TILE * ROWS] __attribute__((aligned(64)));
     if (R <= FEW) {
-        for (int g = 0; g < groups.num_groups; g++)
-            few[part->format][R - 1](
-                groups.w + (size_t)g * size, part->columns, tile_at(operation, row), y + ROWS * R * g);
-        finish_sums(operation, groups, row, R, y, R);
+        for (int i = 0; i < num_pairs(groups); i++)
+            multiply_few(operation, pair_of(groups, i), row, R, tile_at(operation, row));
         return;
     }
+    float y[2 * MAX_CHUNK_TILES * TILE * ROWS] __attribute__((aligned(64)));
     use_matrix_registers((num_rows + num_tiles(num_rows) - 1) / num_tiles(num_rows));
-    for (int g = 0; g < groups.num_groups; g++)
-        many[part->format](operation, groups, g, num_rows, first, end, y);
+    many[groups.part->format](operation, groups, num_rows, first, end, y);
     _tile_release();
 }
 
-void multiply_row(const Operation *operation, Groups groups, int x_row, int out_row)
+void multiply_row(const Operation *operation, Groups pair, int x_row, int out_row)
 {
-    const Part *part = groups.part;
-    size_t size = group_bytes(part->format, part->columns);
-    float y[2 * ROWS] __attribute__((aligned(64)));
-    for (int g = 0; g < groups.num_groups; g++)
-        few[part->format][0](
-            groups.w + (size_t)g * size, part->columns, tile_at(operation, x_row), y + ROWS * g);
-    finish_sums(operation, groups, out_row, 1, y, 1);
+    multiply_few(operation, pair, out_row, 1, tile_at(operation, x_row));
 }
 
 #endif

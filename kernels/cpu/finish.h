@@ -7,22 +7,22 @@
 
 enum FinishedAs { OUT, GATE, GATED };
 
-/* Of group g of one or two, whose first row of weights is sums[0]. */
+/* Of group g of a pair, whose first row of weights is sums[0]. */
 typedef struct {
     f32x16 bias, scale;
     int as, count, accumulate, is_gelu; /* count: of the rows of weights that are left */
 } Finish;
 
-INLINE Finish finish_of(const Operation *operation, Groups groups, int g)
+INLINE Finish finish_of(const Operation *operation, Groups pair, int g)
 {
-    const Part *part = groups.part;
-    Finish finish = {splat(0), splat(operation->scale), OUT, part->rows - ROWS * (groups.group + g),
+    const Part *part = pair.part;
+    Finish finish = {splat(0), splat(operation->scale), OUT, part->rows - ROWS * (pair.group + g),
                      operation->accumulate, operation->gate == 2};
-    int column = part->first_column + ROWS * (groups.group + g);
+    int column = part->first_column + ROWS * (pair.group + g);
     if (operation->gate) {
         finish.as = g ? GATED : GATE;
         finish.count = ROWS;
-        column = ROWS * (groups.group / 2) + (g ? part->rows / 2 : 0);
+        column = ROWS * (pair.group / 2) + (g ? part->rows / 2 : 0);
     }
     if (operation->weight)
         finish.bias = load_first(operation->weight + column, finish.count);
@@ -45,21 +45,21 @@ INLINE void finish_row(const Finish *finish, f32x16 sums, float *gate, float *ou
 }
 
 /* Where the first sum of group g goes in row `row` of out. */
-INLINE float *out_at(const Operation *operation, Groups groups, int g, int row)
+INLINE float *out_at(const Operation *operation, Groups pair, int g, int row)
 {
-    int column = operation->gate ? groups.group / 2 : groups.group + g;
-    return operation->out + (int64_t)row * operation->out_stride + groups.part->first_column + ROWS * column;
+    int column = operation->gate ? pair.group / 2 : pair.group + g;
+    return operation->out + (int64_t)row * operation->out_stride + pair.part->first_column + ROWS * column;
 }
 
 /* The sums y[g][r][16], y_rows apart, of R rows from `row` on. */
 INLINE void finish_sums(
-    const Operation *operation, Groups groups, int row, int R, float *y, int y_rows)
+    const Operation *operation, Groups pair, int row, int R, float *y, int y_rows)
 {
-    for (int g = 0; g < groups.num_groups; g++) {
-        Finish finish = finish_of(operation, groups, g);
+    for (int g = 0; g < pair.num_groups; g++) {
+        Finish finish = finish_of(operation, pair, g);
         for (int r = 0; r < R; r++)
             finish_row(&finish, load(y + ROWS * (y_rows * g + r)), y + ROWS * r,
-                       out_at(operation, groups, g, row + r));
+                       out_at(operation, pair, g, row + r));
     }
 }
 

@@ -67,19 +67,19 @@ static const FloatProduct float_products[3][FLOAT_ROWS] = {
     [F32] = NAMES(F32), [F16] = NAMES(F16), [BF16] = NAMES(BF16)};
 
 /* Rows x_row .. x_row + R - 1 of x to rows out_row .. of out. */
-static void multiply_floats(const Operation *operation, Groups groups, int x_row, int out_row, int R)
+static void multiply_floats(const Operation *operation, Groups pair, int x_row, int out_row, int R)
 {
-    const Part *part = groups.part;
+    const Part *part = pair.part;
     size_t size = group_bytes(part->format, part->columns);
     float y[2 * ROWS * FLOAT_ROWS] __attribute__((aligned(64)));
     for (int done = 0; done < R; done += FLOAT_ROWS) {
         int count = R - done < FLOAT_ROWS ? R - done : FLOAT_ROWS;
         const float *x = operation->x + (int64_t)(x_row + done) * operation->x_stride;
-        for (int g = 0; g < groups.num_groups; g++)
+        for (int g = 0; g < pair.num_groups; g++)
             float_products[part->format][count - 1](
-                groups.w + (size_t)g * size, part->columns, x, operation->x_stride,
+                pair.w + (size_t)g * size, part->columns, x, operation->x_stride,
                 y + ROWS * FLOAT_ROWS * g);
-        finish_sums(operation, groups, out_row + done, count, y, FLOAT_ROWS);
+        finish_sums(operation, pair, out_row + done, count, y, FLOAT_ROWS);
     }
 }
 
@@ -111,42 +111,48 @@ int linear_units(const Operation *operation, int num_rows, int queue)
     return linear_pairs(operation, queue) * ((num_tiles(num_rows) + chunk - 1) / chunk);
 }
 
-/* Of a thread's queue the pair of groups, or the last one. */
-static Groups groups_of(const Part *part, int queue, int pair)
+/* Of a thread's queue and one part the pair of groups, and as many behind it as there are up to `end`. */
+static Groups groups_of(const Part *part, int queue, int pair, int end)
 {
-    for (; pair >= pairs_of(part, queue); part++)
+    for (; pair >= pairs_of(part, queue); part++) {
         pair -= pairs_of(part, queue);
+        end -= pairs_of(part, queue);
+    }
     size_t size = group_bytes(part->format, part->columns);
-    int group = part->bounds[queue] + 2 * pair;
-    return (Groups){part, part->groups[queue] + 2 * size * (size_t)pair, group,
-                    group + 1 == part->bounds[queue + 1] ? 1 : 2};
+    int group = part->bounds[queue] + 2 * pair, last = part->bounds[queue] + 2 * end;
+    int stop = last < part->bounds[queue + 1] ? last : part->bounds[queue + 1];
+    return (Groups){part, part->groups[queue] + 2 * size * (size_t)pair, group, stop - group};
 }
 
-static void run_unit(const Operation *operation, int num_rows, int queue, int unit)
+static void multiply(const Operation *operation, Groups groups, int num_rows, int first, int end)
 {
-    int pairs = linear_pairs(operation, queue), all = num_tiles(num_rows);
-    int chunk = chunk_tiles(operation), first = unit / pairs * chunk;
-    int end = first + chunk < all ? first + chunk : all;
-    Groups groups = groups_of(operation->parts, queue, unit % pairs);
-    if (is_float(groups.part->format))
-        multiply_floats(operation, groups, tile_start(num_rows, first), tile_start(num_rows, first),
-                        tile_start(num_rows, end) - tile_start(num_rows, first));
-    else
+    if (!is_float(groups.part->format)) {
         multiply_tiles(operation, groups, num_rows, first, end);
+        return;
+    }
+    int row = tile_start(num_rows, first), R = tile_start(num_rows, end) - row;
+    for (int i = 0; i < num_pairs(groups); i++)
+        multiply_floats(operation, pair_of(groups, i), row, row, R);
 }
 
 void linear_run(const Operation *operation, int num_rows, int queue, int first, int end)
 {
-    for (int unit = first; unit < end; unit++)
-        run_unit(operation, num_rows, queue, unit);
+    int pairs = linear_pairs(operation, queue), all = num_tiles(num_rows), chunk = chunk_tiles(operation);
+    for (int unit = first, count; unit < end; unit += count) {
+        int tile = unit / pairs * chunk, pair = unit % pairs;
+        int last_pair = pair + end - unit < pairs ? pair + end - unit : pairs;
+        Groups groups = groups_of(operation->parts, queue, pair, last_pair);
+        multiply(operation, groups, num_rows, tile, tile + chunk < all ? tile + chunk : all);
+        count = num_pairs(groups);
+    }
 }
 
 void linear_run_row(
     const Operation *operation, const Part *parts, int queue, int pair, int x_row, int out_row)
 {
-    Groups groups = groups_of(parts, queue, pair);
-    if (is_float(groups.part->format))
-        multiply_floats(operation, groups, x_row, out_row, 1);
+    Groups one = groups_of(parts, queue, pair, pair + 1);
+    if (is_float(one.part->format))
+        multiply_floats(operation, one, x_row, out_row, 1);
     else
-        multiply_row(operation, groups, x_row, out_row);
+        multiply_row(operation, one, x_row, out_row);
 }

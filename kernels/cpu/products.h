@@ -19,18 +19,29 @@ int tile_words(int width);
 /* Floats of scaled rows to the tile at `tile`; R rows of `width` floats, `stride` apart. */
 void split_tile(const float *x, int stride, int width, int R, int32_t *tile);
 
-/* Weights at w: one group, or two neighbours, of which `group` is the first in its part. */
+/* Weights at w: neighbours, of which `group` is the first in its part. */
 typedef struct {
     const Part *part;
     const uint8_t *w;
     int group, num_groups;
 } Groups;
 
+static inline int num_pairs(Groups groups) { return (groups.num_groups + 1) / 2; }
+
+/* Two neighbours, or the last one alone; of an operation with gates a gate and its up. */
+static inline Groups pair_of(Groups groups, int i)
+{
+    size_t size = group_bytes(groups.part->format, groups.part->columns);
+    int left = groups.num_groups - 2 * i;
+    return (Groups){
+        groups.part, groups.w + 2 * size * (size_t)i, groups.group + 2 * i, left < 2 ? left : 2};
+}
+
 /* Times tiles first .. end - 1 of the step's rows, finished (finish.h). */
 void multiply_tiles(const Operation *operation, Groups groups, int num_rows, int first, int end);
 
-/* Times one row, which is a tile by itself. */
-void multiply_row(const Operation *operation, Groups groups, int x_row, int out_row);
+/* A pair times one row, which is a tile by itself. */
+void multiply_row(const Operation *operation, Groups pair, int x_row, int out_row);
 
 /* The rows of a step are cut into as few tiles as possible, of nearly equal size. */
 static inline int num_tiles(int num_rows) { return (num_rows + TILE - 1) / TILE; }
