@@ -29,15 +29,17 @@ static void store_head(const float *x, int dim, int padded_dim, int offset, int 
         i32x16 q = to_nearest(load_first(x + i, lanes_left(dim, i)) * splat(inverse)) + OFFSET;
         uint8_t *at = head + i * BLOCK_SIZE + KV_BYTES * plane_bytes;
         for (int plane = 0; plane < KV_BYTES; plane++, q >>= 8) {
-            uint8_t bytes[16];
-            store_bytes((int8_t *)bytes, q);
             at -= plane_bytes;
-            if (is_key)
+            if (is_key) {
+                uint8_t bytes[16];
+                store_bytes((int8_t *)bytes, q);
                 for (int j = 0; j < 4; j++)
                     memcpy(at + 64 * j + 4 * offset, bytes + 4 * j, 4);
-            else
-                for (int j = 0; j < 16; j++)
-                    at[offset / 4 * 64 + offset % 4 + 4 * j] = bytes[j];
+            } else {
+                const __mmask64 places = 0x1111111111111111u << offset % 4;
+                __m512i shifted = (__m512i)(q << 8 * (offset % 4));
+                _mm512_mask_storeu_epi8(at + offset / 4 * 64, places, shifted);
+            }
         }
     }
 }
@@ -70,13 +72,27 @@ static void store_head(const float *x, int dim, int padded_dim, int offset, int 
 
 #endif
 
+/* Where the heads of one layer are in the block of a slot. */
+static int64_t heads_at(const Plan *plan, int layer, int64_t slot)
+{
+    int64_t bytes = kv_head_bytes(plan->padded_dim) * plan->num_kv_heads;
+    return (slot / BLOCK_SIZE * plan->num_layers + layer) * bytes;
+}
+
+void fetch_kv(const Plan *plan, int layer, int64_t slot)
+{
+    int64_t at = heads_at(plan, layer, slot), bytes = kv_head_bytes(plan->padded_dim) * plan->num_kv_heads;
+    for (int64_t u = at; u < at + bytes; u += 64) {
+        prefetch_write(plan->k_cache + u);
+        prefetch_write(plan->v_cache + u);
+    }
+}
+
 void store_kv(const Plan *plan, int layer, int64_t slot, const float *k, const float *v)
 {
-    int dim = plan->head_dim, padded_dim = plan->padded_dim, heads = plan->num_kv_heads;
-    int offset = (int)(slot % BLOCK_SIZE);
-    int64_t bytes = kv_head_bytes(padded_dim);
-    int64_t at = (slot / BLOCK_SIZE * plan->num_layers + layer) * heads * bytes;
-    for (int h = 0; h < heads; h++, k += dim, v += dim, at += bytes) {
+    int dim = plan->head_dim, padded_dim = plan->padded_dim, offset = (int)(slot % BLOCK_SIZE);
+    int64_t at = heads_at(plan, layer, slot), bytes = kv_head_bytes(padded_dim);
+    for (int h = 0; h < plan->num_kv_heads; h++, k += dim, v += dim, at += bytes) {
         store_head(k, dim, padded_dim, offset, 1, plan->k_cache + at);
         store_head(v, dim, padded_dim, offset, 0, plan->v_cache + at);
     }

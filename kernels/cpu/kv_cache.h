@@ -38,6 +38,9 @@ static inline const float *kv_scales(const uint8_t *head, int padded_dim)
     return (const float *)(head + (int64_t)padded_dim * BLOCK_SIZE * KV_BYTES);
 }
 
+/* Has the cache lines of a slot's block fetched, that store_kv is to write soon. */
+void fetch_kv(const Plan *plan, int layer, int64_t slot);
+
 /* k and v, [kv head][head_dim] each, of one row to their places. */
 void store_kv(const Plan *plan, int layer, int64_t slot, const float *k, const float *v);
 

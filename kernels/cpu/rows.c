@@ -87,10 +87,12 @@ static void rotate(float *x, const float *cosines, int half, int is_interleaved)
         }
         return;
     }
-    for (int i = 0; i < half; i++) {
-        float a = x[i], b = x[half + i];
-        x[i] = a * cosines[i] - b * sines[i];
-        x[half + i] = b * cosines[i] + a * sines[i];
+    FOR_VECTORS(i, half) {
+        int n = lanes_left(half, i);
+        f32x16 a = load_first(x + i, n), b = load_first(x + half + i, n);
+        f32x16 cosine = load_first(cosines + i, n), sine = load_first(sines + i, n);
+        store_first(x + i, a * cosine - b * sine, n);
+        store_first(x + half + i, b * cosine + a * sine, n);
     }
 }
 
@@ -108,7 +110,10 @@ static void norm_heads(float *x, int heads, int dim, const float *weight, float 
 void run_rope(const Plan *plan, const Operation *operation, int first, int end)
 {
     int dim = plan->head_dim, heads = plan->num_heads, kv_heads = plan->num_kv_heads;
+    const int64_t *slots = plan->batch.slot_mapping;
     for (int row = first; row < end; row++) {
+        if (row + 1 < plan->batch.num_rows && slots[row + 1] / BLOCK_SIZE != slots[row] / BLOCK_SIZE)
+            fetch_kv(plan, operation->layer, slots[row + 1]);
         float *q = row_of(operation, row), *k = q + heads * dim;
         if (operation->weight)
             norm_heads(q, heads, dim, operation->weight, operation->eps, operation->norms_all & 1);
@@ -120,7 +125,7 @@ void run_rope(const Plan *plan, const Operation *operation, int first, int end)
             for (int h = 0; h < heads + kv_heads; h++)
                 rotate(q + h * dim, cosines, operation->half, operation->option);
         }
-        store_kv(plan, operation->layer, plan->batch.slot_mapping[row], k, k + kv_heads * dim);
+        store_kv(plan, operation->layer, slots[row], k, k + kv_heads * dim);
     }
 }
 
