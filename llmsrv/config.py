@@ -43,7 +43,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.85  # of the memory that there is
     num_engines: int = 1  # that divide it
     weights_beside_bytes: int = 0  # of the models of the others
-    speculative_mode: str = "disable"
+    speculative_mode: str = "ngram"
     spec_draft_length: int = 0  # 0: what pays
     threads: int = 0  # 0: one a physical core
     activation_bits: int = 16
@@ -176,10 +176,10 @@ class Config:
         False, "Engine", "allow a --context-window-size beyond what the model was made for"
     )
     speculative_mode: str = option(
-        "disable",
+        "ngram",
         "Engine",
-        "guess tokens that come next, which changes no answer: ngram looks them up in what was "
-        "said before, small_draft asks the model of --additional-models",
+        "guess the next tokens where that pays, which changes no answer: ngram looks them up in "
+        "what was said before, small_draft asks the model of --additional-models",
         choices=SPECULATIVE_MODES,
     )
     additional_models: list[str] = option(

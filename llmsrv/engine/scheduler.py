@@ -41,6 +41,8 @@ PROMPT_SHARE = 1.0
 # as long again on average, so that few take three times as long where others use the cores, too.
 LONG_PROMPT = 512
 LONG_PROMPT_SHARE = 0.5
+# Beside prompts drafts make a step so much longer at most: streams feel the prompts as it is.
+DRAFT_SHARE = 0.25
 # Where more prompts wait than streams run, each stream gives way to several, but up to here only.
 SMOOTH_STEP_S = 0.05
 # Where even decode alone takes that long, prompts get less of it.
@@ -164,7 +166,7 @@ class Scheduler:
         first = next((s for s in self.running if s.num_uncomputed > 1), self.waiting.head)
         if num_streams:
             decode_s = self._costs.of(num_rows)
-            num_prompts = len(self.running) - num_streams + len(self.waiting)
+            num_prompts = self._num_prompts(num_streams)
             is_long = first is not None and first.num_tokens - first.num_cached > LONG_PROMPT
             share = LONG_PROMPT_SHARE if is_long else PROMPT_SHARE
             prompts_s = decode_s * share * max(1.0, num_prompts / num_streams)
@@ -173,6 +175,9 @@ class Scheduler:
         position = first.num_computed if first else 0
         fitting = (self._costs.rows_within(limit_s) - num_rows) / (1 + position / FAR_POSITION)
         return int(min(self._max_rows - num_rows, max(fitting, LEAST_PREFILL_ROWS)))
+
+    def _num_prompts(self, num_streams: int) -> int:
+        return len(self.running) - num_streams + len(self.waiting)
 
     def _schedule_decode(self) -> list[Chunk]:
         """By rank; a preemption takes sequences from the end of the list that is walked."""
@@ -185,6 +190,9 @@ class Scheduler:
     def _with_drafts(self, chunks: list[Chunk]) -> list[Chunk]:
         """The chunks of decode with drafts, as far as there is room that nobody else needs soon."""
         most = min(self._num_spare_logit_rows, self._max_rows - len(chunks))
+        if chunks and self._num_prompts(len(chunks)):
+            longest_s = self._costs.of(len(chunks)) * (1 + DRAFT_SHARE)
+            most = int(min(most, self._costs.rows_within(longest_s) - len(chunks)))
         if most <= 0 or self._kv_cache.num_free < 2 * len(chunks) + num_blocks_for(most):
             return chunks
         drafts = self._speculation.draft([chunk.sequence for chunk in chunks], most)

@@ -19,6 +19,7 @@ from llmsrv.engine.speculation import _forgive
 from llmsrv.engine.step_costs import StepCosts
 from llmsrv.model.load import load_model
 from tests.engine.test_scheduler import Clock
+from tests.engine.test_scheduler import gaps_of
 from tests.support.cores import GREEDY
 from tests.support.cores import Engine
 from tests.support.cores import alone
@@ -191,6 +192,28 @@ def test_drafts_are_made_where_they_pay(row_s: float, pays: bool) -> None:
         assert plain_s > 1.6 * drafting_s
     else:
         assert drafting_s < 1.05 * plain_s
+
+
+def test_drafts_beside_a_prompt_are_short() -> None:
+    clock = Clock(step_s=0.004, row_s=0.0004)
+    engine = Engine(
+        max_rows=512,
+        blocks=200,
+        context=2000,
+        make_plan=clock.make_plan,
+        clock=clock,
+        spare_logit_rows=32,
+        draft_length=0,
+    )
+    engine.submit(0, healthy_prompt(20, steps=900), max_tokens=900)
+    while len(engine.outputs.get((0, 0), [])) < 300:
+        engine.step()
+    assert max(len(engine.step().tokens[0].ids) for _ in range(20)) > 6
+    engine.submit(1, healthy_prompt(1000, 1, steps=1), max_tokens=1)
+    num_tokens = len(engine.outputs[0, 0])
+    gaps = gaps_of(engine, clock, 0, end=1)
+    assert max(gaps) < 2.2 * (clock.step_s + clock.row_s)
+    assert len(engine.outputs[0, 0]) - num_tokens > 1.5 * len(gaps)
 
 
 def test_the_most_likely_drafts_come_first_when_not_all_fit() -> None:
