@@ -2,9 +2,9 @@
 
 python -m bench.cpu [--runs N] [--bits 16|8] [--threads N] [--model PATH]
 
-Each run measures the machine (bytes read a second over the size of the weights, dpbusd products a
+Each run measures the machine (bytes read a second over the size of the weights, products of bytes a
 second) and then decode for 1, 8 and 32 sequences, and a prompt of 1,000 tokens; figures are medians
-of the runs, shares those of the same run.  Needs AVX-512 with VNNI for the machine's limits.
+of the runs, shares those of the same run.
 """
 
 import argparse
@@ -25,7 +25,6 @@ from llmsrv.backend.base import Plan
 from llmsrv.backend.cpu import CPUBackend
 from llmsrv.backend.cpu import CPUOptions
 from llmsrv.backend.sampling_table import SamplingParameters
-from llmsrv.backend.source import cpu_features
 from llmsrv.backend.source import load_library
 from llmsrv.config import DEFAULT_MODEL
 from llmsrv.config import default_cache_dir
@@ -34,19 +33,18 @@ from llmsrv.model.load import load_model
 
 LIMITS = Limits(max_rows=256, max_logit_rows=32, max_slots=32, num_blocks=1025)
 PROMPT_TOKENS = 131
-FLAGS = "-O2", "-pthread", "-mavx512f", "-mavx512vnni"
-MATRIX_FLAGS = "-mamx-tile", "-mamx-int8"
+ROOFS_FLAGS = "-O2", "-pthread", "-Wno-psabi"
 MULTIPLY_PASSES = 2_000_000
 MATRIX_PASSES = 500_000
 READ_PASSES = 40
 
 
 class Roofs:
-    """The machine's limits, measured by roofs.c on as many threads as the backend has."""
+    """The machine's limits, measured by roofs.c with the backend's instructions and threads."""
 
-    def __init__(self, num_threads: int, num_bytes: int) -> None:
+    def __init__(self, backend: CPUBackend, num_bytes: int) -> None:
         text = Path(__file__).with_name("roofs.c").read_bytes()
-        flags = FLAGS + MATRIX_FLAGS if "amx_int8" in cpu_features() else FLAGS
+        flags = ROOFS_FLAGS + backend.tier.flags
         self._library = load_library({"roofs.c": text}, flags, default_cache_dir())
         self._library.read_rate.restype = ctypes.c_double
         self._library.read_rate.argtypes = (
@@ -54,7 +52,7 @@ class Roofs:
         )
         self._library.multiply_rate.restype = ctypes.c_double
         self._library.matrix_rate.restype = ctypes.c_double
-        self._num_threads = num_threads
+        self._num_threads = backend.num_threads
         self._bytes = np.ones(num_bytes, np.uint8)
 
     def bytes_a_second(self) -> float:
@@ -94,7 +92,7 @@ def main() -> None:
         t.shape[0] * t.shape[1] for op in program.operations for t in getattr(op, "weights", ())
     ) - program.vocab_size * program.buffers["hidden"]
     rss = rss_mb(os.getpid())
-    roofs = Roofs(backend.num_threads, weights)
+    roofs = Roofs(backend, weights)
     results = [measure(plan, roofs, weights, products) for _ in range(arguments.runs)]
     print(f"load {load_s:.2f} s, {rss:.0f} MB resident, {weights / 1e6:.1f} MB of weights")
     for name in results[0]:

@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="kernels with this in their names")
     options = parser.parse_args()
     backend = CPUBackend(CPUOptions(default_cache_dir(), options.threads, options.bits))
-    roofs = Roofs(backend.num_threads, WORK_BYTES)
+    roofs = Roofs(backend, WORK_BYTES)
     print(describe())
     print(f"{backend.tier.name}, {backend.num_threads} threads, {backend.activation_bits} bits")
     print(f"{'kernel':24}{'rows':>6}{'ms':>10}{'GB/s':>9}{'of it':>8}{'GMAC/s':>9}{'of it':>8}")

@@ -87,7 +87,7 @@ def measure(type: str, backend: CPUBackend, path: Path, runs: int) -> str:
     weights = [weight for op in linears(program) for weight in op.weights]
     num_bytes = sum(weight.data.nbytes for weight in weights)
     products = sum(w.shape[0] * w.shape[1] for w in weights) - VOCAB * HIDDEN
-    roofs = Roofs(backend.num_threads, 256 << 20)
+    roofs = Roofs(backend, 256 << 20)
     found = []
     for _ in range(runs):
         read, tokens = roofs.bytes_a_second(), decode(plan, 1, DECODE_TOKENS)

@@ -1,10 +1,35 @@
 /* What bounds the kernels on this machine, with threads that stay alive: bytes read a second, and
- * products of bytes (dpbusd) a second.  Measured in the same run as what they are compared with. */
-#include <immintrin.h>
+ * products of bytes a second.  Measured in the same run as what they are compared with, and compiled
+ * with the flags of its tier. */
 #include <pthread.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 #include <time.h>
+
+typedef int32_t Vector __attribute__((vector_size(64)));
+
+/* A register of products, and how many are added to it at once. */
+#if defined(TIER_AVX512)
+#include <immintrin.h>
+typedef __m512i Sums;
+#define MULTIPLY(sums, x) _mm512_dpbusd_epi32(sums, x, x)
+#elif defined(TIER_AVX_VNNI)
+#include <immintrin.h>
+typedef __m256i Sums;
+#define MULTIPLY(sums, x) _mm256_dpbusd_avx_epi32(sums, x, x)
+#elif defined(TIER_AVX2)
+#include <immintrin.h>
+typedef __m256i Sums; /* of 16 bits, which hold what bytes of four and eight bits sum up to */
+#define MULTIPLY(sums, x) _mm256_add_epi16(sums, _mm256_maddubs_epi16(x, x))
+#elif defined(TIER_NEON)
+#include <arm_neon.h>
+typedef int32x4_t Sums;
+#define MULTIPLY(sums, x) vdotq_s32(sums, (int8x16_t)(x), (int8x16_t)(x))
+#else
+typedef int8_t Sums __attribute__((vector_size(16)));
+#define MULTIPLY(sums, x) ((sums) + (x) * (x))
+#endif
 
 typedef struct {
     const char *bytes;
@@ -24,35 +49,40 @@ static double now(void)
 static void *read_share(void *argument)
 {
     Share *share = argument;
-    __m512i s[4] = {_mm512_setzero_si512()};
+    Vector sums[4] = {{0}}, line;
     for (int pass = 0; pass < share->passes; pass++)
         for (size_t i = 0; i + 256 <= share->size; i += 256)
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) {
-                _mm_prefetch(share->bytes + i + 64 * j + 8192, _MM_HINT_T1);
-                s[j] = _mm512_add_epi32(s[j], _mm512_loadu_si512(share->bytes + i + 64 * j));
+                __builtin_prefetch(share->bytes + i + 64 * j + 8192, 0, 2);
+                memcpy(&line, share->bytes + i + 64 * j, sizeof line);
+                sums[j] += line;
             }
-    share->sink = _mm512_reduce_add_epi32(
-        _mm512_add_epi32(_mm512_add_epi32(s[0], s[1]), _mm512_add_epi32(s[2], s[3])));
+    share->sink = (sums[0] + sums[1] + sums[2] + sums[3])[0];
     return 0;
 }
 
 static void *multiply(void *argument)
 {
     Share *share = argument;
-    __m512i w = _mm512_set1_epi8(3), c[16];
-    for (int i = 0; i < 16; i++)
-        c[i] = w;
-    for (int pass = 0; pass < share->passes; pass++)
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++)
-            c[i] = _mm512_dpbusd_epi32(c[i], w, w);
-    for (int i = 0; i < 16; i++)
-        share->sink += _mm512_reduce_add_epi32(c[i]);
+    Sums x, sums[12];
+    memset(&x, 3, sizeof x);
+    memset(sums, 0, sizeof sums);
+    for (int pass = 0; pass < share->passes; pass++) {
+        __asm__ volatile("" : "+x"(x)); /* or the compiler finds the products all the same */
+#pragma GCC unroll 12
+        for (int i = 0; i < 12; i++)
+            sums[i] = MULTIPLY(sums[i], x);
+    }
+    for (int i = 0; i < 12; i++) {
+        int32_t first;
+        memcpy(&first, &sums[i], sizeof first);
+        share->sink += first;
+    }
     return 0;
 }
 
-#ifdef __AMX_INT8__
+#ifdef TIER_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -101,13 +131,13 @@ double multiply_rate(int passes, int num_threads)
     Share shares[64];
     for (int i = 0; i < num_threads; i++)
         shares[i] = (Share){0, 0, passes, 0};
-    return 16.0 * 64 * passes * num_threads / seconds(multiply, shares, num_threads);
+    return 12.0 * sizeof(Sums) * passes * num_threads / seconds(multiply, shares, num_threads);
 }
 
 /* The same on matrix registers; 0 where there are none. */
 double matrix_rate(int passes, int num_threads)
 {
-#ifdef __AMX_INT8__
+#ifdef TIER_AMX
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
     Share shares[64];
     for (int i = 0; i < num_threads; i++)

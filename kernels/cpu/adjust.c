@@ -8,10 +8,10 @@ static void apply_mask(float *adjusted, int32_t vocab_size, const uint32_t *mask
         uint32_t word = mask[i / 32];
         if (word == UINT32_MAX)
             continue;
-        for (int half = 0; half < 32; half += 16) {
-            i32x16 is_allowed = -(splat_int((int32_t)(word >> half)) >> lanes() & 1);
-            f32x16 values = load(adjusted + i + half);
-            store(adjusted + i + half, choose(is_allowed, values, splat(-INFINITY)));
+        for (int bit = 0; bit < 32; bit += LANES) {
+            i32v is_allowed = -(splat_int((int32_t)(word >> bit)) >> lanes() & 1);
+            f32v values = load(adjusted + i + bit);
+            store(adjusted + i + bit, choose(is_allowed, values, splat(-INFINITY)));
         }
     }
 }
@@ -30,10 +30,13 @@ static float penalised(float value, const Parameters *parameters, int32_t count)
 static int none_seen(const uint8_t *in_prompt, const int32_t *counts)
 {
     uint64_t words[2];
-    i32x16 sixteen;
+    i32v sums = splat_int(0), some;
     memcpy(words, in_prompt, sizeof words);
-    memcpy(&sixteen, counts, sizeof sixteen);
-    return !(words[0] | words[1]) && sum_int(sixteen) == 0;
+    for (int i = 0; i < 16; i += LANES) {
+        memcpy(&some, counts + i, sizeof some);
+        sums += some;
+    }
+    return !(words[0] | words[1]) && sum_int(sums) == 0;
 }
 
 static void penalise(

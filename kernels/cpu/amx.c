@@ -52,7 +52,7 @@ int tile_words(int width) { return scales_at(width, 1) + num_stretches(width); }
 /* The largest size of x[0..count-1], a multiple of 32; infinity and NaN are larger than all. */
 INLINE float largest_of(const float *x, int count)
 {
-    i32x16 largest = splat_int(0);
+    i32v largest = splat_int(0);
     for (int i = 0; i < count; i += 16)
         largest = max_int(largest, size_bits(load(x + i)));
     return float_of(largest_int(largest));
@@ -63,11 +63,11 @@ INLINE float split_stretch(const float *x, int first, int end, int width, int r,
 {
     float largest = largest_of(x + first, end - first);
     int is_finite = largest < INFINITY;
-    f32x16 inverse = splat(is_finite && largest > 0x1p-100f ? 32512 / largest : 0);
+    f32v inverse = splat(is_finite && largest > 0x1p-100f ? 32512 / largest : 0);
     int32_t *sums = tile + sums_at(width, R) + r;
     for (int c = first; c < end; c += 16) {
-        f32x16 value = is_finite ? load(x + c) : splat(0);
-        i32x16 q = to_nearest(value * inverse);
+        f32v value = is_finite ? load(x + c) : splat(0);
+        i32v q = to_nearest(value * inverse);
         int8_t *out = (int8_t *)tile + (2 * (c / STEP) * R + r) * STEP + c % STEP;
         store_bytes(out, (q + 128) >> 8);
         store_bytes(out + STEP * R, q);
@@ -100,7 +100,7 @@ void split_tile(const float *x, int stride, int width, int R, int32_t *tile)
 
 /* ---- Weights as integers */
 
-INLINE f32x16 inverse_units(const uint8_t *group)
+INLINE f32v inverse_units(const uint8_t *group)
 {
     return splat(1) / load((const float *)group);
 }
@@ -109,7 +109,7 @@ INLINE f32x16 inverse_units(const uint8_t *group)
 INLINE int shift_of(const int format) { return weight_planes(format) == 2 ? 9 : 16; }
 
 /* What a total counts. */
-INLINE f32x16 units(const int format, const uint8_t *group)
+INLINE f32v units(const int format, const uint8_t *group)
 {
     return load((const float *)group) * splat((float)(1 << shift_of(format)));
 }
@@ -120,20 +120,20 @@ INLINE void integer_scales(
     const int format,
     const uint8_t *w,
     const uint8_t *head,
-    f32x16 inverse,
+    f32v inverse,
     const int half,
-    i32x16 *D,
-    i32x16 *M)
+    i32v *D,
+    i32v *M)
 {
-    f32x16 d, m;
-    scales(format, w, head, half, &d, &m);
+    f32v d, m;
+    scales(format, w, head, half, 0, &d, &m);
     d *= inverse;
     m = has_minimum(format) ? m * inverse : splat(0);
     *D = to_nearest(d);
     if (weight_planes(format) == 2)
         m += (d - to_float(*D)) * splat(7.5f - (float)offset_of(format));
     /* Unsigned, for what is not a number may overflow. */
-    *M = (i32x16)((u32x16)to_nearest(m) - (u32x16)*D * (uint32_t)offset_of(format));
+    *M = (i32v)((u32v)to_nearest(m) - (u32v)*D * (uint32_t)offset_of(format));
 }
 
 /* ---- Few rows */
@@ -143,7 +143,7 @@ typedef struct {
 } Totals;
 
 /* totals += a * b, lane by lane, of which b's odd lanes are also at odd_b's even ones. */
-INLINE void add_products(Totals *totals, i32x16 a, i32x16 b, __m512i odd_b)
+INLINE void add_products(Totals *totals, i32v a, i32v b, __m512i odd_b)
 {
     __m512i odd_a = _mm512_srli_epi64((__m512i)a, 32);
     totals->even = _mm512_add_epi64(totals->even, _mm512_mul_epi32((__m512i)a, (__m512i)b));
@@ -151,10 +151,10 @@ INLINE void add_products(Totals *totals, i32x16 a, i32x16 b, __m512i odd_b)
 }
 
 /* The totals of sixteen rows without their last bits. */
-INLINE f32x16 shortened(const Totals *totals, const int shift)
+INLINE f32v shortened(const Totals *totals, const int shift)
 {
     __m512i even = _mm512_srai_epi64(totals->even, shift), odd = _mm512_srai_epi64(totals->odd, shift);
-    return to_float((i32x16)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32)));
+    return to_float((i32v)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32)));
 }
 
 /* D (q . x) + M sum(x) of words first .. last - 1 of a block, for R rows. */
@@ -162,22 +162,22 @@ INLINE void add_half(
     const int R,
     const int first,
     const int last,
-    const u32x16 *q,
-    i32x16 D,
-    i32x16 M,
+    const u32v *q,
+    i32v D,
+    i32v M,
     const int32_t *words,
     const int32_t *sums,
     Totals *totals)
 {
     __m512i odd_D = _mm512_srli_epi64((__m512i)D, 32), odd_M = _mm512_srli_epi64((__m512i)M, 32);
-    i32x16 high[FEW], low[FEW];
+    i32v high[FEW], low[FEW];
     UNROLL for (int r = 0; r < R; r++) high[r] = low[r] = splat_int(0);
     UNROLL for (int j = first; j < last; j++) UNROLL for (int r = 0; r < R; r++) {
         high[r] = dot4(high[r], q[j], splat_int(words[16 * r + j]));
         low[r] = dot4(low[r], q[j], splat_int(words[16 * (R + r) + j]));
     }
     UNROLL for (int r = 0; r < R; r++) {
-        i32x16 sum = splat_int(sums[r]);
+        i32v sum = splat_int(sums[r]);
         if (last - first == 8)
             sum += splat_int(sums[R + r]);
         add_products(&totals[r], (high[r] << 8) + low[r], D, odd_D);
@@ -193,9 +193,9 @@ INLINE void few_rows(
     const int num_blocks = columns / COLUMNS, stretch = stretch_steps(columns) * STEP / COLUMNS;
     const int32_t *sums = tile + sums_at(columns, R);
     const float *scale = (const float *)(tile + scales_at(columns, R));
-    const f32x16 inverse = inverse_units(group);
+    const f32v inverse = inverse_units(group);
     const uint8_t *blocks = group + UNITS_BYTES;
-    f32x16 sum[FEW];
+    f32v sum[FEW];
     UNROLL for (int r = 0; r < R; r++) sum[r] = splat(0);
     for (int k = 0; k < num_blocks; scale += R) {
         Totals totals[FEW];
@@ -204,13 +204,13 @@ INLINE void few_rows(
         for (; k < end; k++, sums += 2 * R) {
             const uint8_t *w = blocks + block_at(format, k), *head = blocks + head_at(format, k);
             const int32_t *words = tile + k / 2 * 32 * R + k % 2 * 8;
-            u32x16 q[8];
-            i32x16 D, M;
+            u32v q[8];
+            i32v D, M;
             UNROLL for (size_t u = 0; u < size; u += 64) {
                 prefetch(w + NEAR + u);
                 prefetch_far(w + AHEAD + u);
             }
-            UNROLL for (int j = 0; j < 4; j++) integers(format, w, j, &q[j], &q[j + 4]);
+            UNROLL for (int j = 0; j < 4; j++) integers(format, w, j, 0, &q[j], &q[j + 4]);
             integer_scales(format, w, head, inverse, 0, &D, &M);
             if (format != Q6_K) {
                 add_half(R, 0, 8, q, D, M, words, sums, totals);
@@ -221,8 +221,8 @@ INLINE void few_rows(
             add_half(R, 4, 8, q, D, M, words, sums + R, totals);
         }
         UNROLL for (int r = 0; r < R; r++) {
-            f32x16 total = shortened(&totals[r], shift_of(format));
-            sum[r] = fma16(total, splat(scale[r]), sum[r]);
+            f32v total = shortened(&totals[r], shift_of(format));
+            sum[r] = fma_v(total, splat(scale[r]), sum[r]);
         }
     }
     UNROLL for (int r = 0; r < R; r++) store(y + ROWS * r, sum[r] * units(format, group));
@@ -242,7 +242,7 @@ INLINE __m512i high_bytes(void)
 }
 
 /* The low half of each lane in both of its halves. */
-INLINE __m512i doubled(i32x16 x)
+INLINE __m512i doubled(i32v x)
 {
     const __m512i places = _mm512_set4_epi32(0x0d0c0d0c, 0x09080908, 0x05040504, 0x01000100);
     return _mm512_shuffle_epi8((__m512i)x, places);
@@ -253,7 +253,7 @@ typedef struct {
     __m512i low, rest;
 } Wide;
 
-INLINE Wide split_wide(const int format, i32x16 x)
+INLINE Wide split_wide(const int format, i32v x)
 {
     if (weight_planes(format) == 2)
         return (Wide){doubled(x), _mm512_setzero_si512()};
@@ -271,7 +271,7 @@ INLINE Wide weights_of(const int format, __m512i q, Wide D, Wide M)
 }
 
 /* Four columns and sixteen rows, to one plane after the other: lowest bytes first. */
-INLINE void store_planes(const int format, u32x16 q, Wide D, Wide M, uint8_t *out)
+INLINE void store_planes(const int format, u32v q, Wide D, Wide M, uint8_t *out)
 {
     const __mmask64 odd = 0xaaaaaaaaaaaaaaaa, even = ~odd;
     __m512i bytes = (__m512i)q, last = high_bytes(), first = low_bytes();
@@ -290,13 +290,13 @@ typedef uint8_t Planes[3][16][STEP]; /* of a step: four columns by sixteen rows 
 
 /* A step's planes of blocks k and k + 1; they are 0 where there are no more. */
 INLINE void make_planes(
-    const int format, const uint8_t *blocks, int k, int num_blocks, f32x16 inverse, Planes planes)
+    const int format, const uint8_t *blocks, int k, int num_blocks, f32v inverse, Planes planes)
 {
     const size_t size = block_bytes(format);
     for (int i = 0; i < 2; i++, k++) {
         const uint8_t *w = blocks + block_at(format, k), *head = blocks + head_at(format, k);
         uint8_t *out = planes[0][8 * i];
-        i32x16 D, M;
+        i32v D, M;
         if (k == num_blocks) {
             for (int p = 0; p < weight_planes(format); p++)
                 memset(planes[p][8], 0, 8 * STEP);
@@ -312,8 +312,8 @@ INLINE void make_planes(
             second_M = split_wide(format, M);
         }
         UNROLL for (int j = 0; j < 4; j++) {
-            u32x16 low, high;
-            integers(format, w, j, &low, &high);
+            u32v low, high;
+            integers(format, w, j, 0, &low, &high);
             store_planes(format, low, wide_D, wide_M, out + STEP * j);
             store_planes(format, high, second_D, second_M, out + STEP * (j + 4));
         }
@@ -325,7 +325,7 @@ INLINE void make_planes(
 typedef struct {
     const uint8_t *group;
     int k, num_groups;
-    f32x16 inverse;
+    f32v inverse;
 } Making;
 
 INLINE void make_next(const int format, Making *making, int columns, Planes planes)
@@ -353,7 +353,7 @@ typedef struct {
     float *y, *gate, *out; /* of the tile's first row */
     int out_stride;
     Finish finish;
-    f32x16 units;
+    f32v units;
 } Folding;
 
 INLINE void fold_row(const int format, Folding *folding)
@@ -362,16 +362,16 @@ INLINE void fold_row(const int format, Folding *folding)
         return;
     int r = folding->row++;
     float *y = folding->y + ROWS * r, *out = folding->out + (int64_t)r * folding->out_stride;
-    i32x16 s[4], total;
+    i32v s[4], total;
     UNROLL for (int i = 0; i <= weight_planes(format); i++) memcpy(&s[i], folding->sums[i][r], 64);
     if (weight_planes(format) == 2)
         total = ((s[1] + (s[0] >> 8)) >> 1) + (s[2] << 7);
     else
         total = ((s[1] + (s[0] >> 8)) >> 8) + s[2] + (s[3] << 8);
-    f32x16 sum = folding->is_first ? splat(0) : load(y);
-    sum = fma16(to_float(total), splat(folding->scales[r]), sum);
+    f32v sum = folding->is_first ? splat(0) : load(y);
+    sum = fma_v(to_float(total), splat(folding->scales[r]), sum);
     if (folding->is_last)
-        finish_row(&folding->finish, sum * folding->units, folding->gate + ROWS * r, out);
+        finish_row(&folding->finish, 0, sum * folding->units, folding->gate + ROWS * r, out);
     else
         store(y, sum);
 }
@@ -448,7 +448,7 @@ INLINE void many_rows(
     for (int g = 0; g < groups.num_groups; g++) {
         const Groups pair = pair_of(groups, g / 2);
         const Finish finish = finish_of(operation, pair, g % 2);
-        const f32x16 group_units = units(format, pair.w + group_bytes(format, columns) * (size_t)(g % 2));
+        const f32v group_units = units(format, pair.w + group_bytes(format, columns) * (size_t)(g % 2));
         for (int i = 0, begin = 0, stop; begin < num_blocks; i++, begin = stop) {
             stop = begin + stretch_blocks < num_blocks ? begin + stretch_blocks : num_blocks;
             int slot = start;

@@ -57,11 +57,11 @@ static void join(float *state, float m, float l, const float *o, int dim)
     if (m == NOTHING)
         return;
     float both = m > state[0] ? m : state[0];
-    f32x16 old = exp16(splat((state[0] - both) * SCORE_UNIT));
-    f32x16 new = exp16(splat((m - both) * SCORE_UNIT));
+    f32v old = exp_v(splat((state[0] - both) * SCORE_UNIT));
+    f32v new = exp_v(splat((m - both) * SCORE_UNIT));
     state[1] = state[1] * old[0] + l * new[0];
     state[0] = both;
-    for (int i = 0; i < dim; i += 16)
+    for (int i = 0; i < dim; i += LANES)
         store(state + 2 + i, load(state + 2 + i) * old + load(o + i) * new);
 }
 
@@ -73,11 +73,9 @@ static void forget(float *state, int dim)
 
 static void write_out(const Plan *plan, const float *state, float *out)
 {
-    f32x16 inverse = splat(1 / state[1]);
-    for (int i = 0; i < plan->head_dim; i += 16) {
-        int left = plan->head_dim - i;
-        store_first(out + i, load(state + 2 + i) * inverse, left < 16 ? left : 16);
-    }
+    f32v inverse = splat(1 / state[1]);
+    for (int i = 0; i < plan->head_dim; i += LANES)
+        store_first(out + i, load(state + 2 + i) * inverse, plan->head_dim - i);
 }
 
 static float *out_of(const Operation *operation, const Plan *plan, int row, int head)

@@ -62,13 +62,13 @@ static inline int first_of(const Queries *queries, int i)
     return first > 0 ? first : 0;
 }
 
-INLINE f32x16 capped(float cap, f32x16 s) { return splat(cap) * tanh16(s / splat(cap)); }
+INLINE f32v capped(float cap, f32v s) { return splat(cap) * tanh_v(s / splat(cap)); }
 
-/* Scores of sixteen positions with a query that sees first .. last; NOTHING for others. */
-INLINE f32x16 visible(int first, int last, int position, f32x16 s)
+/* Scores of a vector of positions with a query that sees first .. last; NOTHING for others. */
+INLINE f32v visible(int first, int last, int position, f32v s)
 {
-    i32x16 positions = lanes() + position;
-    if (first <= position && position + BLOCK_SIZE - 1 <= last)
+    i32v positions = lanes() + position;
+    if (first <= position && position + LANES - 1 <= last)
         return s;
     return choose((positions >= first) & (positions <= last), s, splat(NOTHING));
 }

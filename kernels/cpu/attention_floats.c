@@ -3,10 +3,14 @@
 
 #if !KV_INTEGERS
 
+/* Queries that go through a chunk together, and sums of a score beside each other, which hide their
+ * latency: a score's order of sums must be the same for all numbers of queries. */
 #ifdef TIER_AVX512
-enum { QUERIES = 12, SOME = 8, FEW = 4 };
+enum { QUERIES = 12, SOME = 8, FEW = 4, CHAINS = 2 };
+#elif defined(TIER_AVX2)
+enum { QUERIES = 6, SOME = 6, FEW = 3, CHAINS = 1 };
 #else
-enum { QUERIES = 4, SOME = 4, FEW = 4 };
+enum { QUERIES = 4, SOME = 4, FEW = 2, CHAINS = 1 };
 #endif
 
 int64_t queries_floats(int count, int padded_dim) { return (int64_t)count * padded_dim; }
@@ -32,8 +36,8 @@ void put_query(const Queries *queries, int i, const float *x)
         q[j] = x[j] * queries->operation->scale;
 }
 
-/* Sixteen values of a cache from number `i` on, without their scales. */
-INLINE f32x16 load_kv(const uint8_t *values, int i)
+/* A vector of values of a cache from number `i` on, without their scales. */
+INLINE f32v load_kv(const uint8_t *values, int i)
 {
     const uint8_t *at = values + i * KV_BYTES;
     return KV_BITS == 8    ? load_signed_bytes(at)
@@ -49,42 +53,46 @@ INLINE void scores_of_block(
     const uint8_t *k,
     const uint8_t *v,
     const uint8_t *next,
-    f32x16 *s)
+    f32v (*s)[PARTS])
 {
-    f32x16 odd[QUERIES];
-    UNROLL for (int n = 0; n < N; n++) s[n] = odd[n] = splat(0);
+    f32v sums[CHAINS][QUERIES][PARTS];
+    UNROLL for (int c = 0; c < CHAINS; c++) UNROLL for (int n = 0; n < N; n++)
+        UNROLL for (int p = 0; p < PARTS; p++) sums[c][n][p] = splat(0);
     for (int i = 0; i < dim; i += 2) {
         prefetch(v + 16 * KV_BYTES * i);
         prefetch(next + 16 * KV_BYTES * i);
-        f32x16 a = load_kv(k, 16 * i), b = load_kv(k, 16 * (i + 1));
-        UNROLL for (int n = 0; n < N; n++) {
-            s[n] = fma16(a, splat(q[n * dim + i]), s[n]);
-            odd[n] = fma16(b, splat(q[n * dim + i + 1]), odd[n]);
+        UNROLL for (int c = 0; c < 2; c++) {
+            f32v x[PARTS];
+            UNROLL for (int p = 0; p < PARTS; p++) x[p] = load_kv(k, 16 * (i + c) + LANES * p);
+            UNROLL for (int n = 0; n < N; n++) UNROLL for (int p = 0; p < PARTS; p++) {
+                f32v *sum = &sums[c % CHAINS][n][p];
+                *sum = fma_v(x[p], splat(q[n * dim + i + c]), *sum);
+            }
         }
     }
-    UNROLL for (int n = 0; n < N; n++) {
-        s[n] += odd[n];
+    UNROLL for (int n = 0; n < N; n++) UNROLL for (int p = 0; p < PARTS; p++) {
+        s[n][p] = CHAINS == 2 ? sums[0][n][p] + sums[CHAINS - 1][n][p] : sums[0][n][p];
         if (KV_BITS == 8)
-            s[n] *= load(kv_scales(k, dim));
+            s[n][p] *= load(kv_scales(k, dim) + LANES * p);
     }
 }
 
-/* o[n][0 .. 16 S) += sum of p[n] v over the positions of one block. */
+/* o[n][0 .. S) += sum of p[n] v over the positions of one block, in S vectors. */
 INLINE void weigh_block(
-    const int N, const int S, const float *p, int count, const uint8_t *v, int dim, f32x16 (*o)[4])
+    const int N, const int S, const float *p, int count, const uint8_t *v, int dim, f32v (*o)[4])
 {
     for (int u = 0; u < count; u++, v += dim * KV_BYTES) {
-        f32x16 x[4];
-        UNROLL for (int i = 0; i < S; i++) x[i] = load_kv(v, 16 * i);
+        f32v x[4];
+        UNROLL for (int i = 0; i < S; i++) x[i] = load_kv(v, LANES * i);
         UNROLL for (int n = 0; n < N; n++) UNROLL for (int i = 0; i < S; i++)
-            o[n][i] = fma16(x[i], splat(p[n * CHUNK + u]), o[n][i]);
+            o[n][i] = fma_v(x[i], splat(p[n * CHUNK + u]), o[n][i]);
     }
 }
 
 INLINE void weigh(
     const int N, const int S, const Range *range, int dim, const float *p, int at, float *o)
 {
-    f32x16 sums[QUERIES][4];
+    f32v sums[QUERIES][4];
     UNROLL for (int n = 0; n < N; n++) UNROLL for (int i = 0; i < S; i++) sums[n][i] = splat(0);
     for (int position = range->begin; position < range->end; position += BLOCK_SIZE) {
         const uint8_t *v = block_of(range, range->v, position);
@@ -92,7 +100,7 @@ INLINE void weigh(
         weigh_block(N, S, p + in_chunk(position), count, v + at * KV_BYTES, dim, sums);
     }
     UNROLL for (int n = 0; n < N; n++) UNROLL for (int i = 0; i < S; i++)
-        store(o + n * dim + at + 16 * i, sums[n][i]);
+        store(o + n * dim + at + LANES * i, sums[n][i]);
 }
 
 /* m, l [N] and o [N][dim] of N queries over one chunk. */
@@ -102,7 +110,7 @@ INLINE void attend(
     const int dim = queries->plan->padded_dim;
     const float *q = (const float *)queries->scaled + (int64_t)first * dim;
     float p[QUERIES * CHUNK] __attribute__((aligned(64)));
-    f32x16 largest[QUERIES];
+    f32v largest[QUERIES];
     int firsts[QUERIES], lasts[QUERIES];
     for (int n = 0; n < N; n++) {
         largest[n] = splat(NOTHING);
@@ -110,36 +118,39 @@ INLINE void attend(
         lasts[n] = last_of(queries, first + n);
     }
     for (int position = range->begin; position < range->end; position += BLOCK_SIZE) {
-        f32x16 s[QUERIES];
+        f32v s[QUERIES][PARTS];
         int next = position + BLOCK_SIZE < range->end ? position + BLOCK_SIZE : position;
         scores_of_block(N, q, dim, block_of(range, range->k, position),
                         block_of(range, range->v, position), block_of(range, range->k, next), s);
-        UNROLL for (int n = 0; n < N; n++) {
+        UNROLL for (int n = 0; n < N; n++) UNROLL for (int part = 0; part < PARTS; part++) {
+            int first_lane = position + LANES * part;
+            f32v score = s[n][part];
             if (queries->operation->cap > 0)
-                s[n] = capped(queries->operation->cap, s[n]);
-            s[n] = visible(firsts[n], lasts[n], position, s[n]);
-            largest[n] = max16(largest[n], s[n]);
-            store(p + n * CHUNK + in_chunk(position), s[n]);
+                score = capped(queries->operation->cap, score);
+            score = visible(firsts[n], lasts[n], first_lane, score);
+            largest[n] = max_v(largest[n], score);
+            store(p + n * CHUNK + in_chunk(first_lane), score);
         }
     }
     for (int n = 0; n < N; n++) {
-        f32x16 sum = splat(0);
-        m[n] = largest16(largest[n]);
-        for (int position = range->begin; position < range->end; position += BLOCK_SIZE) {
-            float *at = p + n * CHUNK + in_chunk(position);
-            f32x16 s = load(at);
-            f32x16 e = choose(s == splat(NOTHING), splat(0), exp16(s - splat(m[n])));
-            sum += e;
-            if (KV_BITS == 8)
-                e *= load(kv_scales(block_of(range, range->v, position), dim));
-            store(at, e);
-        }
-        l[n] = sum16(sum);
+        f32v sum = splat(0);
+        m[n] = largest_v(largest[n]);
+        for (int position = range->begin; position < range->end; position += BLOCK_SIZE)
+            for (int lane = 0; lane < BLOCK_SIZE; lane += LANES) {
+                float *at = p + n * CHUNK + in_chunk(position) + lane;
+                f32v s = load(at);
+                f32v e = choose(s == splat(NOTHING), splat(0), exp_v(s - splat(m[n])));
+                sum += e;
+                if (KV_BITS == 8)
+                    e *= load(kv_scales(block_of(range, range->v, position), dim) + lane);
+                store(at, e);
+            }
+        l[n] = sum_v(sum);
     }
     int at = 0, S = N > FEW ? 2 : 4; /* so that the sums fit the registers */
-    for (; at + 16 * S <= dim; at += 16 * S)
+    for (; at + LANES * S <= dim; at += LANES * S)
         weigh(N, S, range, dim, p, at, o);
-    for (; at < dim; at += 16)
+    for (; at < dim; at += LANES)
         weigh(N, 1, range, dim, p, at, o);
 }
 
@@ -150,8 +161,8 @@ void attend_chunk(
     case 1: attend(1, queries, first, range, m, l, o); break;
     case 2: attend(2, queries, first, range, m, l, o); break;
     case 3: attend(3, queries, first, range, m, l, o); break;
-    case 4: attend(4, queries, first, range, m, l, o); break;
 #ifdef TIER_AVX512
+    case 4: attend(4, queries, first, range, m, l, o); break;
     case 8: attend(8, queries, first, range, m, l, o); break;
 #endif
     default: attend(QUERIES, queries, first, range, m, l, o);

@@ -17,7 +17,7 @@ INLINE int32_t offset_of(int32_t sum, int32_t high_sum)
     return (int32_t)(128u * (uint32_t)sum - (uint32_t)(KV_BITS == 16 ? low_sum / 2 : 0));
 }
 
-INLINE i32x16 word_at(const int8_t *bytes)
+INLINE i32v word_at(const int8_t *bytes)
 {
     int32_t word;
     memcpy(&word, bytes, sizeof word);
@@ -49,15 +49,15 @@ void put_query(const Queries *queries, int i, const float *x)
 {
     const int dim = queries->plan->head_dim, padded_dim = queries->plan->padded_dim;
     Split split = split_of(queries);
-    i32x16 sizes = splat_int(0), sum = splat_int(0), high_sum = splat_int(0);
+    i32v sizes = splat_int(0), sum = splat_int(0), high_sum = splat_int(0);
     for (int j = 0; j < dim; j += 16)
         sizes = max_int(sizes, size_bits(load_first(x + j, dim - j)));
     float largest = float_of(largest_int(sizes));
     int is_finite = largest < INFINITY;
-    f32x16 inverse = splat(is_finite && largest > 0x1p-100f ? MOST_QUERY / largest : 0);
+    f32v inverse = splat(is_finite && largest > 0x1p-100f ? MOST_QUERY / largest : 0);
     for (int j = 0; j < padded_dim; j += 16) {
-        f32x16 v = is_finite && j < dim ? load_first(x + j, dim - j) : splat(0);
-        i32x16 q = to_nearest(v * inverse), high = (q + 128) >> 8;
+        f32v v = is_finite && j < dim ? load_first(x + j, dim - j) : splat(0);
+        i32v q = to_nearest(v * inverse), high = (q + 128) >> 8;
         sum += q;
         high_sum += high;
         store_bytes(split.high + i * padded_dim + j, high);
@@ -85,7 +85,7 @@ Scoring scoring_of(const Queries *queries, int first, int N, float (*scores)[CHU
     return scoring;
 }
 
-INLINE void add_products(Sums *sums, u32x16 high, u32x16 low, i32x16 x_high, i32x16 x_low)
+INLINE void add_products(Sums *sums, u32v high, u32v low, i32v x_high, i32v x_low)
 {
     sums->top = dot4(sums->top, high, x_high);
     sums->middle = dot4(sums->middle, high, x_low);
@@ -111,12 +111,12 @@ INLINE void score_in_vectors(const int N, const Scoring *scoring, const Range *r
                 prefetch(values + plane);
                 prefetch(keys + plane);
             }
-            u32x16 low = KV_BITS == 16 ? load_bytes(high + plane) : (u32x16){0};
+            u32v low = KV_BITS == 16 ? load_bytes(high + plane) : (u32v){0};
             UNROLL for (int n = 0; n < N; n++) add_products(
                 &sums[n], load_bytes(high), low, word_at(scoring->high + n * dim + i),
                 word_at(scoring->low + n * dim + i));
         }
-        f32x16 k_scales = load(range->scales[0] + in_chunk(position));
+        f32v k_scales = load(range->scales[0] + in_chunk(position));
         int all = all_see(scoring, position);
         UNROLL for (int n = 0; n < N; n++) put_scores(scoring, n, position, all, k_scales, &sums[n]);
     }
@@ -126,46 +126,46 @@ INLINE void score_in_vectors(const int N, const Scoring *scoring, const Range *r
 
 /* 2^x for x <= 0, to 2e-7 of itself; 2^0 is 1.  For x below -100 it is that of -100: nothing beside 1,
  * and far from numbers that are slow because they are denormal. */
-INLINE f32x16 power_of_2(f32x16 x)
+INLINE f32v power_of_2(f32v x)
 {
-    x = max16(splat(-100.0f), x); /* this way round NaN passes */
+    x = max_v(splat(-100.0f), x); /* this way round NaN passes */
     __m512 whole = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    f32x16 r = x - (f32x16)whole;
-    f32x16 y = splat(0x1.5bba14p-10f);
-    y = fma16(y, r, splat(0x1.3cea88p-7f));
-    y = fma16(y, r, splat(0x1.c6b752p-5f));
-    y = fma16(y, r, splat(0x1.ebf9bcp-3f));
-    y = fma16(y, r, splat(0x1.62e42ap-1f));
-    y = fma16(y, r, splat(1.0f));
-    return (f32x16)_mm512_scalef_ps((__m512)y, whole);
+    f32v r = x - (f32v)whole;
+    f32v y = splat(0x1.5bba14p-10f);
+    y = fma_v(y, r, splat(0x1.3cea88p-7f));
+    y = fma_v(y, r, splat(0x1.c6b752p-5f));
+    y = fma_v(y, r, splat(0x1.ebf9bcp-3f));
+    y = fma_v(y, r, splat(0x1.62e42ap-1f));
+    y = fma_v(y, r, splat(1.0f));
+    return (f32v)_mm512_scalef_ps((__m512)y, whole);
 }
 
 INLINE float largest_score(const float *scores, int begin, int end)
 {
-    f32x16 largest = splat(NOTHING);
+    f32v largest = splat(NOTHING);
     for (int at = begin; at < end; at += BLOCK_SIZE)
-        largest = max16(largest, load(scores + at));
-    return largest16(largest);
+        largest = max_v(largest, load(scores + at));
+    return largest_v(largest);
 }
 
 /* exp(score - m), times the values' scales, in place; their sum before that, and their largest. */
 INLINE float weigh_scores(
     const float *scales, float *scores, int begin, int end, float m, float *l)
 {
-    f32x16 sum = splat(0);
-    i32x16 sizes = splat_int(0);
+    f32v sum = splat(0);
+    i32v sizes = splat_int(0);
     for (int at = begin; at < end; at += BLOCK_SIZE) {
-        f32x16 e = power_of_2(load(scores + at) - splat(m));
+        f32v e = power_of_2(load(scores + at) - splat(m));
         sum += e;
         e *= load(scales + at);
         sizes = max_int(sizes, size_bits(e));
         store(scores + at, e);
     }
-    *l = sum16(sum);
+    *l = sum_v(sum);
     return float_of(largest_int(sizes));
 }
 
-INLINE __m512i to_integers(const float *x, f32x16 inverse)
+INLINE __m512i to_integers(const float *x, f32v inverse)
 {
     return (__m512i)to_nearest(load(x) * inverse);
 }
@@ -179,7 +179,7 @@ INLINE void store_in_order(int8_t *out, __m512i x)
 
 /* Sixty-four values, not negative, to their high and low bytes. */
 INLINE void store_split(
-    const float *x, f32x16 inverse, int8_t *high, int8_t *low, __m512i *sum, __m512i *high_sum)
+    const float *x, f32v inverse, int8_t *high, int8_t *low, __m512i *sum, __m512i *high_sum)
 {
     const __m512i half = _mm512_set1_epi16(128), mask = _mm512_set1_epi16(255);
     const __m512i ones = _mm512_set1_epi16(1);
@@ -210,12 +210,12 @@ void share_out(
     }
     for (int n = 0; n < N; n++) {
         int is_finite = largest[n] < INFINITY;
-        f32x16 inverse = splat(is_finite && largest[n] > 0x1p-100f ? MOST_SHARE / largest[n] : 0);
+        f32v inverse = splat(is_finite && largest[n] > 0x1p-100f ? MOST_SHARE / largest[n] : 0);
         __m512i sum = _mm512_setzero_si512(), high_sum = sum;
         for (int at = first; at < last; at += STEP)
             store_split(
                 scores[n] + at, inverse, shares->high[n] + at, shares->low[n] + at, &sum, &high_sum);
-        shares->offsets[n] = offset_of(sum_int((i32x16)sum), sum_int((i32x16)high_sum));
+        shares->offsets[n] = offset_of(sum_int((i32v)sum), sum_int((i32v)high_sum));
         shares->scales[n] = is_finite ? largest[n] / MOST_SHARE : NAN;
     }
 }
@@ -233,7 +233,7 @@ INLINE void weigh_in_vectors(
             const uint8_t *v = block_of(range, range->v, position) + i * BLOCK_SIZE;
             for (int u = 0; u < BLOCK_SIZE; u += WORD, v += 64) {
                 int at = in_chunk(position + u);
-                u32x16 low = KV_BITS == 16 ? load_bytes(v + plane) : (u32x16){0};
+                u32v low = KV_BITS == 16 ? load_bytes(v + plane) : (u32v){0};
                 UNROLL for (int n = 0; n < N; n++) add_products(
                     &sums[n], load_bytes(v), low, word_at(shares->high[n] + at),
                     word_at(shares->low[n] + at));

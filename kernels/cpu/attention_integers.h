@@ -29,16 +29,16 @@ static inline int rounded_up(int count, int to) { return (count + to - 1) / to *
 /* ---- Sums */
 
 typedef struct {
-    i32x16 top, middle, other; /* `other` is another part of the middle */
+    i32v top, middle, other; /* `other` is another part of the middle */
 } Sums;
 
 INLINE Sums no_sums(void) { return (Sums){splat_int(0), splat_int(0), splat_int(0)}; }
 
 /* x . w */
-INLINE f32x16 value_of(const Sums *sums, int32_t offset)
+INLINE f32v value_of(const Sums *sums, int32_t offset)
 {
-    u32x16 value = ((u32x16)sums->top << 8) + (u32x16)sums->middle - (u32x16)splat_int(offset);
-    return to_float((i32x16)(KV_BITS == 16 ? value + (u32x16)sums->other : value));
+    u32v value = ((u32v)sums->top << 8) + (u32v)sums->middle - (u32v)splat_int(offset);
+    return to_float((i32v)(KV_BITS == 16 ? value + (u32v)sums->other : value));
 }
 
 /* ---- Scores */
@@ -64,9 +64,9 @@ INLINE int all_see(const Scoring *scoring, int position)
 
 /* Sixteen scores of query n. */
 INLINE void put_scores(
-    const Scoring *scoring, int n, int position, int all_see, f32x16 k_scales, const Sums *sums)
+    const Scoring *scoring, int n, int position, int all_see, f32v k_scales, const Sums *sums)
 {
-    f32x16 s = value_of(sums, scoring->offsets[n]) * (k_scales * splat(scoring->scales[n]));
+    f32v s = value_of(sums, scoring->offsets[n]) * (k_scales * splat(scoring->scales[n]));
     if (scoring->cap > 0)
         s = capped(scoring->cap, s) * splat(LOG2_E);
     if (!all_see)

@@ -92,7 +92,7 @@ static void score_many(const Scoring *scoring, const Range *range, const int dim
                 prefetch(block_of(range, range->k, position + BLOCK_SIZE) + u);
         if (before < range->begin)
             continue;
-        f32x16 k_scales = load(range->scales[0] + in_chunk(before));
+        f32v k_scales = load(range->scales[0] + in_chunk(before));
         int all = all_see(&s, before);
         for (int n = 0; n < s.N; n++) {
             Sums row = sums_of(sums[1 - i], n);

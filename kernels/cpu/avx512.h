@@ -1,68 +1,71 @@
-/* AVX-512 with VNNI: one register a vector. */
+/* AVX-512 with VNNI. */
 #include <immintrin.h>
 
-INLINE f32x16 splat(float x) { return (f32x16)_mm512_set1_ps(x); }
-INLINE i32x16 splat_int(int32_t x) { return (i32x16)_mm512_set1_epi32(x); }
+INLINE f32v splat(float x) { return (f32v)_mm512_set1_ps(x); }
+INLINE i32v splat_int(int32_t x) { return (i32v)_mm512_set1_epi32(x); }
 
-INLINE f32x16 fma16(f32x16 a, f32x16 b, f32x16 c)
+INLINE f32v fma_v(f32v a, f32v b, f32v c)
 {
-    return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+    return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 
 /* Of NaN and a number the second: callers look for NaN by other means. */
-INLINE f32x16 max16(f32x16 a, f32x16 b) { return (f32x16)_mm512_max_ps((__m512)a, (__m512)b); }
-INLINE f32x16 min16(f32x16 a, f32x16 b) { return (f32x16)_mm512_min_ps((__m512)a, (__m512)b); }
+INLINE f32v max_v(f32v a, f32v b) { return (f32v)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE f32v min_v(f32v a, f32v b) { return (f32v)_mm512_min_ps((__m512)a, (__m512)b); }
 
-INLINE i32x16 max_int(i32x16 a, i32x16 b)
+INLINE i32v max_int(i32v a, i32v b)
 {
-    return (i32x16)_mm512_max_epi32((__m512i)a, (__m512i)b);
+    return (i32v)_mm512_max_epi32((__m512i)a, (__m512i)b);
 }
 
-INLINE f32x16 to_float(i32x16 x) { return (f32x16)_mm512_cvtepi32_ps((__m512i)x); }
-INLINE i32x16 to_nearest(f32x16 x) { return (i32x16)_mm512_cvtps_epi32((__m512)x); }
+INLINE f32v to_float(i32v x) { return (f32v)_mm512_cvtepi32_ps((__m512i)x); }
+INLINE i32v to_nearest(f32v x) { return (i32v)_mm512_cvtps_epi32((__m512)x); }
+
+#define HAS_DOT4 1
+#define WEIGHTS_ARE_SIGNED 0
 
 /* c + the dot product of four unsigned bytes of w and four signed bytes of x in each lane */
-INLINE i32x16 dot4(i32x16 c, u32x16 w, i32x16 x)
+INLINE i32v dot4(i32v c, u32v w, i32v x)
 {
-    return (i32x16)_mm512_dpbusd_epi32((__m512i)c, (__m512i)w, (__m512i)x);
+    return (i32v)_mm512_dpbusd_epi32((__m512i)c, (__m512i)w, (__m512i)x);
 }
 
-INLINE f32x16 load_half(const uint16_t *p)
+INLINE f32v load_half(const uint16_t *p)
 {
-    return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)p));
+    return (f32v)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)p));
 }
 
-INLINE void store_half(uint16_t *p, f32x16 x)
+INLINE void store_half(uint16_t *p, f32v x)
 {
     _mm256_storeu_si256((void *)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
 }
 
-INLINE f32x16 load_bfloat(const uint16_t *p)
+INLINE f32v load_bfloat(const uint16_t *p)
 {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p));
-    return (f32x16)_mm512_slli_epi32(wide, 16);
+    return (f32v)_mm512_slli_epi32(wide, 16);
 }
 
-INLINE f32x16 load_unsigned_bytes(const uint8_t *p)
+INLINE f32v load_unsigned_bytes(const uint8_t *p)
 {
-    return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)));
+    return (f32v)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)));
 }
 
-INLINE f32x16 load_signed_bytes(const uint8_t *p)
+INLINE f32v load_signed_bytes(const uint8_t *p)
 {
-    return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
+    return (f32v)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
 }
 
 /* The low bytes of the lanes. */
-INLINE void store_bytes(int8_t *p, i32x16 x)
+INLINE void store_bytes(int8_t *p, i32v x)
 {
     _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8((__m512i)x));
 }
 
-INLINE float sum16(f32x16 x) { return _mm512_reduce_add_ps((__m512)x); }
-INLINE float largest16(f32x16 x) { return _mm512_reduce_max_ps((__m512)x); }
-INLINE int32_t sum_int(i32x16 x) { return _mm512_reduce_add_epi32((__m512i)x); }
-INLINE int32_t largest_int(i32x16 x) { return _mm512_reduce_max_epi32((__m512i)x); }
+INLINE float sum_v(f32v x) { return _mm512_reduce_add_ps((__m512)x); }
+INLINE float largest_v(f32v x) { return _mm512_reduce_max_ps((__m512)x); }
+INLINE int32_t sum_int(i32v x) { return _mm512_reduce_add_epi32((__m512i)x); }
+INLINE int32_t largest_int(i32v x) { return _mm512_reduce_max_epi32((__m512i)x); }
 
 INLINE void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 INLINE void prefetch_far(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }

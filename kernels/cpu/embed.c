@@ -16,7 +16,7 @@ typedef struct {
 
 static float half_value(uint16_t half)
 {
-    uint16_t halves[16] = {half};
+    uint16_t halves[LANES] = {half};
     return load_half(halves)[0];
 }
 
@@ -35,7 +35,7 @@ static void block_values(int format, const Block *block, float *values)
     }
 }
 
-static f32x16 float_values(int format, const uint8_t *p)
+static f32v float_values(int format, const uint8_t *p)
 {
     return format == F32   ? load((const float *)p)
            : format == F16 ? load_half((const uint16_t *)p)
@@ -46,9 +46,9 @@ static f32x16 float_values(int format, const uint8_t *p)
 static void float_row(int format, const uint8_t *row, int columns, float *out)
 {
     int size = format == F32 ? 4 : 2;
-    for (int c = 0; c < columns; c += 16) {
-        uint8_t bytes[64] = {0};
-        int n = columns - c < 16 ? columns - c : 16;
+    for (int c = 0; c < columns; c += LANES) {
+        uint8_t bytes[4 * LANES] = {0};
+        int n = columns - c < LANES ? columns - c : LANES;
         memcpy(bytes, row + size * c, (size_t)(size * n));
         store_first(out + c, float_values(format, bytes), n);
     }

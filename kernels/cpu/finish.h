@@ -9,14 +9,14 @@ enum FinishedAs { OUT, GATE, GATED };
 
 /* Of group g of a pair, whose first row of weights is sums[0]. */
 typedef struct {
-    f32x16 bias, scale;
+    f32v bias[PARTS], scale;
     int as, count, accumulate, is_gelu; /* count: of the rows of weights that are left */
 } Finish;
 
 INLINE Finish finish_of(const Operation *operation, Groups pair, int g)
 {
     const Part *part = pair.part;
-    Finish finish = {splat(0), splat(operation->scale), OUT, part->rows - ROWS * (pair.group + g),
+    Finish finish = {{splat(0)}, splat(operation->scale), OUT, part->rows - ROWS * (pair.group + g),
                      operation->accumulate, operation->gate == 2};
     int column = part->first_column + ROWS * (pair.group + g);
     if (operation->gate) {
@@ -25,14 +25,19 @@ INLINE Finish finish_of(const Operation *operation, Groups pair, int g)
         column = ROWS * (pair.group / 2) + (g ? part->rows / 2 : 0);
     }
     if (operation->weight)
-        finish.bias = load_first(operation->weight + column, finish.count);
+        for (int p = 0; p < PARTS; p++)
+            finish.bias[p] = load_first(
+                operation->weight + column + LANES * p, finish.count - LANES * p);
     return finish;
 }
 
-/* One row's sums, to `out`; those of a gate to `gate`, for the sums of the other group. */
-INLINE void finish_row(const Finish *finish, f32x16 sums, float *gate, float *out)
+/* One row's sums of part p, to `out`; those of a gate to `gate`, for the sums of the other group. */
+INLINE void finish_row(const Finish *finish, int p, f32v sums, float *gate, float *out)
 {
-    f32x16 value = (sums + finish->bias) * finish->scale;
+    f32v value = (sums + finish->bias[p]) * finish->scale;
+    int count = finish->count - LANES * p;
+    gate += LANES * p;
+    out += LANES * p;
     if (finish->as == GATE) {
         store(gate, value);
         return;
@@ -40,8 +45,8 @@ INLINE void finish_row(const Finish *finish, f32x16 sums, float *gate, float *ou
     if (finish->as == GATED)
         value *= activated(load(gate), finish->is_gelu);
     else if (finish->accumulate)
-        value += load_first(out, finish->count);
-    store_first(out, value, finish->count);
+        value += load_first(out, count);
+    store_first(out, value, count);
 }
 
 /* Where the first sum of group g goes in row `row` of out. */
@@ -58,8 +63,9 @@ INLINE void finish_sums(
     for (int g = 0; g < pair.num_groups; g++) {
         Finish finish = finish_of(operation, pair, g);
         for (int r = 0; r < R; r++)
-            finish_row(&finish, load(y + ROWS * (y_rows * g + r)), y + ROWS * r,
-                       out_at(operation, pair, g, row + r));
+            for (int p = 0; p < PARTS; p++)
+                finish_row(&finish, p, load(y + ROWS * (y_rows * g + r) + LANES * p), y + ROWS * r,
+                           out_at(operation, pair, g, row + r));
     }
 }
 

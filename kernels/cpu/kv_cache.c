@@ -2,13 +2,13 @@
 #include "kv_cache.h"
 #include "simd.h"
 
-INLINE int lanes_left(int dim, int i) { return dim - i < 16 ? dim - i : 16; }
+INLINE int lanes_left(int dim, int i) { return dim - i < LANES ? dim - i : LANES; }
 
 /* The scale of integers up to `most`, and what to multiply by for them. */
 static float scale_of(const float *x, int dim, float most, float *inverse)
 {
-    i32x16 sizes = splat_int(0);
-    for (int i = 0; i < dim; i += 16)
+    i32v sizes = splat_int(0);
+    for (int i = 0; i < dim; i += LANES)
         sizes = max_int(sizes, size_bits(load_first(x + i, lanes_left(dim, i))));
     float largest = float_of(largest_int(sizes));
     *inverse = largest > 0x1p-100f ? most / largest : 0;
@@ -26,7 +26,7 @@ static void store_head(const float *x, int dim, int padded_dim, int offset, int 
     int plane_bytes = padded_dim * BLOCK_SIZE;
     memcpy(head + kv_head_bytes(padded_dim) - 4 * (BLOCK_SIZE - offset), &scale, 4);
     for (int i = 0; i < dim; i += 16) {
-        i32x16 q = to_nearest(load_first(x + i, lanes_left(dim, i)) * splat(inverse)) + OFFSET;
+        i32v q = to_nearest(load_first(x + i, lanes_left(dim, i)) * splat(inverse)) + OFFSET;
         uint8_t *at = head + i * BLOCK_SIZE + KV_BYTES * plane_bytes;
         for (int plane = 0; plane < KV_BYTES; plane++, q >>= 8) {
             at -= plane_bytes;
@@ -55,10 +55,10 @@ static void store_head(const float *x, int dim, int padded_dim, int offset, int 
         float scale = scale_of(x, dim, 127, &inverse);
         memcpy(head + kv_head_bytes(padded_dim) - 4 * (BLOCK_SIZE - offset), &scale, 4);
     }
-    for (int i = 0; i < dim; i += 16) {
+    for (int i = 0; i < dim; i += LANES) {
         int n = lanes_left(dim, i);
-        f32x16 v = load_first(x + i, n);
-        uint8_t elements[16 * KV_BYTES];
+        f32v v = load_first(x + i, n);
+        uint8_t elements[LANES * KV_BYTES];
         if (KV_BITS == 8)
             store_bytes((int8_t *)elements, to_nearest(v * splat(inverse)));
         else if (KV_BITS == 16)

@@ -10,25 +10,26 @@ enum { AHEAD = 10240 };
 #ifdef TIER_AVX512
 enum { FLOAT_ROWS = 6 };
 #else
-enum { FLOAT_ROWS = 2 };
+enum { FLOAT_ROWS = 3 };
 #endif
 
-/* Weights that are floats, times floats.  Four sums, by column modulo 4, hide the latency. */
+/* One part of sixteen weight rows that are floats, times floats.  Four sums, by column modulo 4, hide
+ * the latency. */
 INLINE void product_float(
     const int format, const int R, const uint8_t *w, int columns, const float *x, int stride, float *y)
 {
     const size_t size = block_bytes(format);
-    f32x16 sums[4][FLOAT_ROWS];
+    f32v sums[4][FLOAT_ROWS];
     UNROLL for (int i = 0; i < 4; i++) UNROLL for (int r = 0; r < R; r++) sums[i][r] = splat(0);
     int c = 0;
 #define STEP(i)                                                                                    \
     {                                                                                              \
         const uint8_t *p = w + size * (size_t)(c + i);                                             \
-        f32x16 v = format == F32   ? load((const float *)p)                                        \
-                   : format == F16 ? load_half((const uint16_t *)p)                                \
-                                   : load_bfloat((const uint16_t *)p);                             \
+        f32v v = format == F32   ? load((const float *)p)                                          \
+                 : format == F16 ? load_half((const uint16_t *)p)                                  \
+                                 : load_bfloat((const uint16_t *)p);                               \
         UNROLL for (int r = 0; r < R; r++) sums[i][r] =                                            \
-            fma16(v, splat(x[r * stride + c + i]), sums[i][r]);                                    \
+            fma_v(v, splat(x[r * stride + c + i]), sums[i][r]);                                    \
     }
     for (; c + 4 <= columns; c += 4) {
         if (R == 1)
@@ -47,7 +48,8 @@ typedef void (*FloatProduct)(const uint8_t *w, int columns, const float *x, int 
 #define ONE_FLOAT(format, R)                                                                       \
     static void format##_##R(const uint8_t *w, int columns, const float *x, int stride, float *y)  \
     {                                                                                              \
-        product_float(format, R, w, columns, x, stride, y);                                        \
+        for (int p = 0; p < PARTS; p++, w += block_bytes(format) / PARTS, y += LANES)              \
+            product_float(format, R, w, columns, x, stride, y);                                    \
     }
 
 #ifdef TIER_AVX512
@@ -55,8 +57,8 @@ typedef void (*FloatProduct)(const uint8_t *w, int columns, const float *x, int 
     M(format, 1) M(format, 2) M(format, 3) M(format, 4) M(format, 5) M(format, 6)
 #define NAMES(format) {format##_1, format##_2, format##_3, format##_4, format##_5, format##_6}
 #else
-#define ROW_COUNTS(M, format) M(format, 1) M(format, 2)
-#define NAMES(format) {format##_1, format##_2}
+#define ROW_COUNTS(M, format) M(format, 1) M(format, 2) M(format, 3)
+#define NAMES(format) {format##_1, format##_2, format##_3}
 #endif
 
 ROW_COUNTS(ONE_FLOAT, F32)

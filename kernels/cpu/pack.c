@@ -145,8 +145,8 @@ static float size_of(int format, const Block *block)
         [Q4_0] = 8, [Q4_1] = 15, [Q5_0] = 16, [Q5_1] = 31, [Q8_0] = 128, [Q4_K] = 15, [Q5_K] = 31,
         [Q6_K] = 32,
     };
-    uint16_t halves[16] = {block->d, block->m};
-    f32x16 scales = load_half(halves);
+    uint16_t halves[LANES] = {block->d, block->m};
+    f32v scales = load_half(halves);
     float d = fabsf(scales[0]) * largest[format], m = fabsf(scales[1]);
     if (format == Q4_K || format == Q5_K)
         return d * block->s + m * block->t;

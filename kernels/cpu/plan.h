@@ -18,8 +18,11 @@ enum {
     TILE = 16, /* rows of a matrix register */
 #elif defined(TIER_AVX512)
     TILE = 6, /* rows by two groups of weights: as many sums as registers hold */
+#elif defined(TIER_NEON)
+    TILE = 4, /* rows by one group */
 #else
-    TILE = 2,
+    STRIPE = 4, /* rows by one group; the group is taken apart once for a tile */
+    TILE = 4 * STRIPE,
 #endif
 };
 

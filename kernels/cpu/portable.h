@@ -1,60 +1,46 @@
-/* Any CPU: GNU vector extensions, which the compiler cuts into what the machine has. */
+/* Any CPU: GNU vector extensions, in the registers that nearly all of them have. */
 
-INLINE f32x16 splat(float x)
+INLINE f32v splat(float x) { return (f32v){x, x, x, x}; }
+INLINE i32v splat_int(int32_t x) { return (i32v){x, x, x, x}; }
+
+INLINE f32v fma_v(f32v a, f32v b, f32v c) { return a * b + c; }
+INLINE f32v max_v(f32v a, f32v b) { return choose(a > b, a, b); }
+INLINE f32v min_v(f32v a, f32v b) { return choose(a < b, a, b); }
+
+INLINE i32v max_int(i32v a, i32v b)
 {
-    return (f32x16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
-}
-
-INLINE i32x16 splat_int(int32_t x)
-{
-    return (i32x16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
-}
-
-INLINE f32x16 fma16(f32x16 a, f32x16 b, f32x16 c) { return a * b + c; }
-INLINE f32x16 max16(f32x16 a, f32x16 b) { return choose(a > b, a, b); }
-INLINE f32x16 min16(f32x16 a, f32x16 b) { return choose(a < b, a, b); }
-
-INLINE i32x16 max_int(i32x16 a, i32x16 b)
-{
-    i32x16 more = a > b;
+    i32v more = a > b;
     return (more & a) | (~more & b);
 }
 
-INLINE f32x16 to_float(i32x16 x) { return __builtin_convertvector(x, f32x16); }
+INLINE f32v to_float(i32v x) { return __builtin_convertvector(x, f32v); }
 
 /* To the nearest integer, ties to even, for |x| < 2^22: 1.5 * 2^23 has units of 1. */
-INLINE i32x16 to_nearest(f32x16 x)
+INLINE i32v to_nearest(f32v x)
 {
-    f32x16 shifted = x + splat(0x1.8p+23f);
-    return (i32x16)shifted - 0x4b400000;
+    f32v shifted = x + splat(0x1.8p+23f);
+    return (i32v)shifted - 0x4b400000;
 }
 
-INLINE i32x16 dot4(i32x16 c, u32x16 w, i32x16 x)
+#define HAS_DOT4 0
+#define WEIGHTS_ARE_SIGNED 1
+
+INLINE i32v dot2(i32v c, u32v w, i32v x)
 {
-    UNROLL for (int shift = 0; shift < 32; shift += 8)
-        c += (i32x16)((w >> shift) & 255) * ((x << (24 - shift)) >> 24);
-    return c;
+    i32v low = ((i32v)(w << 16) >> 16) * ((x << 16) >> 16);
+    return c + low + ((i32v)w >> 16) * (x >> 16);
 }
 
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
-typedef uint8_t u8x16 __attribute__((vector_size(16)));
-typedef int8_t s8x16 __attribute__((vector_size(16)));
-
-INLINE u32x16 load_wide(const uint16_t *p)
-{
-    u16x16 x;
-    memcpy(&x, p, sizeof x);
-    return __builtin_convertvector(x, u32x16);
-}
+INLINE u32v load_wide(const uint16_t *p) { return (u32v){p[0], p[1], p[2], p[3]}; }
 
 /* Exponent and fraction moved into place make the number times 2^-112. */
-INLINE f32x16 load_half(const uint16_t *p)
+INLINE f32v load_half(const uint16_t *p)
 {
-    u32x16 h = load_wide(p);
-    f32x16 size = (f32x16)((h & 0x7fff) << 13) * splat(0x1p+112f);
-    i32x16 is_special = (i32x16)((h & 0x7c00) == 0x7c00);
-    u32x16 special = ((h & 0x3ff) << 13) | 0x7f800000;
-    return (f32x16)((u32x16)choose(is_special, (f32x16)special, size) | ((h & 0x8000) << 16));
+    u32v h = load_wide(p);
+    f32v size = (f32v)((h & 0x7fff) << 13) * splat(0x1p+112f);
+    i32v is_special = (i32v)((h & 0x7c00) == 0x7c00);
+    u32v special = ((h & 0x3ff) << 13) | 0x7f800000;
+    return (f32v)((u32v)choose(is_special, (f32v)special, size) | ((h & 0x8000) << 16));
 }
 
 /* Rounded to nearest, ties to even; a subnormal half is aligned by adding a number whose units are
@@ -79,64 +65,45 @@ INLINE uint16_t half_of(float x)
     return (uint16_t)(bits | sign >> 16);
 }
 
-INLINE void store_half(uint16_t *p, f32x16 x)
+INLINE void store_half(uint16_t *p, f32v x)
 {
-    for (int i = 0; i < 16; i++)
+    for (int i = 0; i < LANES; i++)
         p[i] = half_of(x[i]);
 }
 
-INLINE f32x16 load_bfloat(const uint16_t *p) { return (f32x16)(load_wide(p) << 16); }
+INLINE f32v load_bfloat(const uint16_t *p) { return (f32v)(load_wide(p) << 16); }
 
-INLINE f32x16 load_unsigned_bytes(const uint8_t *p)
+INLINE f32v load_unsigned_bytes(const uint8_t *p)
 {
-    u8x16 x;
-    memcpy(&x, p, sizeof x);
-    return __builtin_convertvector(x, f32x16);
+    i32v x = {p[0], p[1], p[2], p[3]};
+    return to_float(x);
 }
 
-INLINE f32x16 load_signed_bytes(const uint8_t *p)
+INLINE f32v load_signed_bytes(const uint8_t *p)
 {
-    s8x16 x;
-    memcpy(&x, p, sizeof x);
-    return __builtin_convertvector(x, f32x16);
+    i32v x = {(int8_t)p[0], (int8_t)p[1], (int8_t)p[2], (int8_t)p[3]};
+    return to_float(x);
 }
 
-INLINE void store_bytes(int8_t *p, i32x16 x)
+INLINE void store_bytes(int8_t *p, i32v x)
 {
-    for (int i = 0; i < 16; i++)
+    for (int i = 0; i < LANES; i++)
         p[i] = (int8_t)x[i];
 }
 
-INLINE float sum16(f32x16 x)
+INLINE float sum_v(f32v x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+INLINE int32_t sum_int(i32v x) { return x[0] + x[1] + x[2] + x[3]; }
+
+INLINE float largest_v(f32v x)
 {
-    float s = 0;
-    for (int i = 0; i < 16; i++)
-        s += x[i];
-    return s;
+    float a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];
+    return a > b ? a : b;
 }
 
-INLINE float largest16(f32x16 x)
+INLINE int32_t largest_int(i32v x)
 {
-    float m = x[0];
-    for (int i = 1; i < 16; i++)
-        m = x[i] > m ? x[i] : m;
-    return m;
-}
-
-INLINE int32_t sum_int(i32x16 x)
-{
-    int32_t s = 0;
-    for (int i = 0; i < 16; i++)
-        s += x[i];
-    return s;
-}
-
-INLINE int32_t largest_int(i32x16 x)
-{
-    int32_t m = x[0];
-    for (int i = 1; i < 16; i++)
-        m = x[i] > m ? x[i] : m;
-    return m;
+    int32_t a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];
+    return a > b ? a : b;
 }
 
 INLINE void prefetch(const void *p) { __builtin_prefetch(p); }

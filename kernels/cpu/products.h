@@ -1,5 +1,5 @@
-/* Products of quantised weights with tiles of activations, in one of two arithmetics: products.c, and
- * amx.c where there are matrix registers. */
+/* Products of quantised weights with tiles of activations, in one of three arithmetics: bytes.c and
+ * pairs.c (blocks.h), and amx.c where there are matrix registers. */
 #ifndef PRODUCTS_H
 #define PRODUCTS_H
 

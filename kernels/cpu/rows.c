@@ -6,9 +6,9 @@
 #include "products.h"
 #include "simd.h"
 
-#define FOR_VECTORS(i, width) for (int i = 0; i < (width); i += 16)
+#define FOR_VECTORS(i, width) for (int i = 0; i < (width); i += LANES)
 
-INLINE int lanes_left(int width, int i) { return width - i < 16 ? width - i : 16; }
+INLINE int lanes_left(int width, int i) { return width - i < LANES ? width - i : LANES; }
 
 static void split_rows(const Operation *operation, const float *x, int stride, int first, int end)
 {
@@ -49,15 +49,15 @@ void run_angles(const Plan *plan, const Operation *operation, int first, int end
 /* out = x / sqrt(mean(x^2) + eps) * weight, or out += that; x may be out. */
 static void norm(const float *x, const float *weight, int width, float eps, float *out, int adds)
 {
-    f32x16 squares = splat(0);
+    f32v squares = splat(0);
     FOR_VECTORS(i, width) {
-        f32x16 v = load_first(x + i, lanes_left(width, i));
-        squares = fma16(v, v, squares);
+        f32v v = load_first(x + i, lanes_left(width, i));
+        squares = fma_v(v, v, squares);
     }
-    f32x16 factor = splat(1 / sqrtf(sum16(squares) / (float)width + eps));
+    f32v factor = splat(1 / sqrtf(sum_v(squares) / (float)width + eps));
     FOR_VECTORS(i, width) {
         int n = lanes_left(width, i);
-        f32x16 v = load_first(x + i, n) * factor * load_first(weight + i, n);
+        f32v v = load_first(x + i, n) * factor * load_first(weight + i, n);
         store_first(out + i, adds ? v + load_first(out + i, n) : v, n);
     }
 }
@@ -89,8 +89,8 @@ static void rotate(float *x, const float *cosines, int half, int is_interleaved)
     }
     FOR_VECTORS(i, half) {
         int n = lanes_left(half, i);
-        f32x16 a = load_first(x + i, n), b = load_first(x + half + i, n);
-        f32x16 cosine = load_first(cosines + i, n), sine = load_first(sines + i, n);
+        f32v a = load_first(x + i, n), b = load_first(x + half + i, n);
+        f32v cosine = load_first(cosines + i, n), sine = load_first(sines + i, n);
         store_first(x + i, a * cosine - b * sine, n);
         store_first(x + half + i, b * cosine + a * sine, n);
     }
@@ -137,7 +137,7 @@ void run_activate(const Operation *operation, int first, int end)
         float *out = row_of(operation, row);
         FOR_VECTORS(i, width) {
             int n = lanes_left(width, i);
-            f32x16 v = activated(load_first(gate + i, n), operation->option);
+            f32v v = activated(load_first(gate + i, n), operation->option);
             store_first(out + i, v * load_first(up + i, n), n);
         }
     }
@@ -158,8 +158,8 @@ void run_softcap(const Operation *operation, int first, int end)
         float *out = row_of(operation, row);
         FOR_VECTORS(i, operation->width) {
             int n = lanes_left(operation->width, i);
-            f32x16 v = load_first(out + i, n) / splat(operation->cap);
-            store_first(out + i, splat(operation->cap) * tanh16(v), n);
+            f32v v = load_first(out + i, n) / splat(operation->cap);
+            store_first(out + i, splat(operation->cap) * tanh_v(v), n);
         }
     }
 }

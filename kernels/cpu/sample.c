@@ -13,54 +13,58 @@ enum { WEIGHT_BITS = 40, FRACTION_BITS = 32, SURPRISE_BITS = 20 };
 #define ONE ((int64_t)1 << WEIGHT_BITS)
 #define LEAST_X -28.0f /* below, weights are 0 */
 
-typedef int64_t i64x8 __attribute__((vector_size(64))); /* half of sixteen lanes */
-typedef float f32x8 __attribute__((vector_size(32)));
+/* Half of the lanes of a vector. */
+typedef int64_t i64h __attribute__((vector_size(4 * LANES)));
+typedef float f32h __attribute__((vector_size(2 * LANES)));
+enum { HALF = LANES / 2 };
 
 /* ---- What may be drawn */
 
 /* exp(x) * 2^40 for x from -28 to 0. */
-INLINE f32x16 scaled_exp(f32x16 x)
+INLINE f32v scaled_exp(f32v x)
 {
-    i32x16 n = to_nearest(x * splat(0x1.715476p+0f));
-    f32x16 whole = to_float(n);
-    f32x16 r = (x - whole * splat(0x1.62e4p-1f)) - whole * splat(0x1.7f7d1cp-20f);
-    f32x16 y = splat(0x1.6a23d0p-10f);
+    i32v n = to_nearest(x * splat(0x1.715476p+0f));
+    f32v whole = to_float(n);
+    f32v r = (x - whole * splat(0x1.62e4p-1f)) - whole * splat(0x1.7f7d1cp-20f);
+    f32v y = splat(0x1.6a23d0p-10f);
     y = y * r + splat(0x1.123a20p-7f);
     y = y * r + splat(0x1.5558f2p-5f);
     y = y * r + splat(0x1.555492p-3f);
     y = y * r + splat(0x1.fffffcp-2f);
     y = y * r + splat(1.0f);
     y = y * r + splat(1.0f);
-    return y * (f32x16)((n + (127 + WEIGHT_BITS)) << 23);
+    return y * (f32v)((n + (127 + WEIGHT_BITS)) << 23);
 }
 
-/* The integers in eight of them. */
-INLINE i64x8 weights_of(f32x16 y, int half)
+/* The integers in half of them. */
+INLINE i64h weights_of(f32v y, int half)
 {
-    f32x8 eight;
-    memcpy(&eight, (const char *)&y + 32 * half, sizeof eight);
-    return __builtin_convertvector(eight, i64x8);
+    f32h some;
+    memcpy(&some, (const char *)&y + sizeof some * half, sizeof some);
+    return __builtin_convertvector(some, i64h);
 }
 
 static void fill_weights(Scratch *s)
 {
-    for (int32_t i = 0; i < s->count; i += 16) {
-        f32x16 y = scaled_exp(load_first(s->x + i, s->count - i));
-        i64x8 low = weights_of(y, 0), high = weights_of(y, 1);
+    for (int32_t i = 0; i < s->count; i += LANES) {
+        f32v y = scaled_exp(load_first(s->x + i, s->count - i));
+        i64h low = weights_of(y, 0), high = weights_of(y, 1);
         memcpy(s->weights + i, &low, sizeof low);
-        memcpy(s->weights + i + 8, &high, sizeof high);
+        memcpy(s->weights + i + HALF, &high, sizeof high);
     }
     shrink(s, s->count);
 }
 
-static int64_t sum8(i64x8 x)
+INLINE int64_t sum_half(i64h x)
 {
-    return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+    int64_t sum = 0;
+    UNROLL for (int i = 0; i < HALF; i++) sum += x[i];
+    return sum;
 }
 
-INLINE i64x8 load_weights(const Scratch *s, int32_t i)
+INLINE i64h load_weights(const Scratch *s, int32_t i)
 {
-    i64x8 weights;
+    i64h weights;
     memcpy(&weights, s->weights + i, sizeof weights);
     return weights;
 }
@@ -68,12 +72,12 @@ INLINE i64x8 load_weights(const Scratch *s, int32_t i)
 /* Of all weights that are not below `least`. */
 static int64_t sum_from(const Scratch *s, int64_t least)
 {
-    i64x8 sums = {0};
-    for (int32_t i = 0; i < s->count; i += 8) {
-        i64x8 weights = load_weights(s, i);
+    i64h sums = {0};
+    for (int32_t i = 0; i < s->count; i += HALF) {
+        i64h weights = load_weights(s, i);
         sums += weights & (weights >= least);
     }
-    return sum8(sums);
+    return sum_half(sums);
 }
 
 /* The least integer that is `fraction` / 2^32 of the total, at least 1. */
@@ -87,10 +91,10 @@ static int64_t share(int64_t total, int64_t fraction)
 static void keep_weights_from(Scratch *s, int64_t least)
 {
     int32_t count = 0;
-    for (int32_t i = 0; i < s->count; i += 8) {
-        if (sum8(load_weights(s, i) >= least) == 0)
+    for (int32_t i = 0; i < s->count; i += HALF) {
+        if (sum_half(load_weights(s, i) >= least) == 0)
             continue;
-        for (int32_t j = i; j < i + 8 && j < s->count; j++) {
+        for (int32_t j = i; j < i + HALF && j < s->count; j++) {
             int is_kept = s->weights[j] >= least;
             move(s, j, count);
             count += is_kept;
@@ -104,14 +108,14 @@ static int64_t fill_sums(const Scratch *s, const Row *row)
 {
     int64_t total = 0;
     for (int32_t i = 0; i < s->size; i += STRIDE) {
-        i64x8 sums = {0};
-        for (int32_t j = i; j < i + STRIDE; j += 16) {
-            f32x16 x = x_of(row, j);
-            f32x16 y = scaled_exp(max16(x, splat(LEAST_X)));
+        i64h sums = {0};
+        for (int32_t j = i; j < i + STRIDE; j += LANES) {
+            f32v x = x_of(row, j);
+            f32v y = scaled_exp(max_v(x, splat(LEAST_X)));
             y = choose(x >= splat(LEAST_X), y, splat(0));
             sums += weights_of(y, 0) + weights_of(y, 1);
         }
-        s->sums[i / STRIDE] = sum8(sums);
+        s->sums[i / STRIDE] = sum_half(sums);
         total += s->sums[i / STRIDE];
     }
     return total;

@@ -32,20 +32,20 @@ Scratch scratch_at(uint8_t *memory, int32_t vocab_size)
 
 /* ---- The largest logits */
 
-static int has_any(i32x16 mask) { return sum_int(mask) != 0; }
+static int has_any(i32v mask) { return sum_int(mask) != 0; }
 
 float largest_of(const Scratch *s, const float *logits, int32_t vocab_size)
 {
     float best = -INFINITY;
-    i32x16 is_nan = splat_int(0);
+    i32v is_nan = splat_int(0);
     for (int32_t i = 0; i < s->size; i += STRIDE) {
-        f32x16 largest = splat(-INFINITY);
-        for (int32_t j = i; j < i + STRIDE; j += 16) {
-            f32x16 x = load_padded(logits + j, vocab_size - j);
+        f32v largest = splat(-INFINITY);
+        for (int32_t j = i; j < i + STRIDE; j += LANES) {
+            f32v x = load_padded(logits + j, vocab_size - j);
             is_nan |= x != x;
-            largest = max16(largest, x);
+            largest = max_v(largest, x);
         }
-        float maximum = largest16(largest);
+        float maximum = largest_v(largest);
         s->maxima[i / STRIDE] = maximum;
         best = maximum > best ? maximum : best;
     }
@@ -117,21 +117,21 @@ float bound_of_largest(const Scratch *s, int32_t k)
 void gather(Scratch *s, const Row *row, int32_t first, int32_t end, float least)
 {
     int32_t count = 0;
-    for (int32_t i = first; i < end; i += 16) {
+    for (int32_t i = first; i < end; i += LANES) {
         float maximum = s->maxima[i / STRIDE];
         if (i % STRIDE == 0 && !((maximum - row->best) / row->temperature >= least)) {
-            i += STRIDE - 16;
+            i += STRIDE - LANES;
             continue;
         }
-        f32x16 x = x_of(row, i);
+        f32v x = x_of(row, i);
         int num_kept = -sum_int(x >= splat(least));
-        if (num_kept == 16) {
-            i32x16 ids = splat_int(i) + lanes();
+        if (num_kept == LANES) {
+            i32v ids = splat_int(i) + lanes();
             store(s->x + count, x);
             memcpy(s->ids + count, &ids, sizeof ids);
-            count += 16;
+            count += LANES;
         } else if (num_kept) {
-            for (int lane = 0; lane < 16; lane++) {
+            for (int lane = 0; lane < LANES; lane++) {
                 s->x[count] = x[lane];
                 s->ids[count] = i + lane;
                 count += x[lane] >= least;

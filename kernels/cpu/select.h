@@ -30,19 +30,19 @@ int64_t scratch_bytes(int32_t vocab_size);
 Scratch scratch_at(uint8_t *memory, int32_t vocab_size);
 
 /* The last vector of a row, whose other lanes can never be largest. */
-INLINE f32x16 load_padded(const float *p, int32_t left)
+INLINE f32v load_padded(const float *p, int32_t left)
 {
-    f32x16 x = splat(-INFINITY);
-    if (left >= 16)
+    f32v x = splat(-INFINITY);
+    if (left >= LANES)
         return load(p);
     memcpy(&x, p, sizeof(float) * (size_t)(left > 0 ? left : 0));
     return x;
 }
 
-/* x of sixteen ids from i on.  Dividing by 1 changes nothing, but takes its time. */
-INLINE f32x16 x_of(const Row *row, int32_t i)
+/* x of a vector of ids from i on.  Dividing by 1 changes nothing, but takes its time. */
+INLINE f32v x_of(const Row *row, int32_t i)
 {
-    f32x16 x = load_padded(row->logits + i, row->vocab_size - i) - splat(row->best);
+    f32v x = load_padded(row->logits + i, row->vocab_size - i) - splat(row->best);
     return row->temperature == 1 ? x : x / splat(row->temperature);
 }
 

@@ -83,11 +83,13 @@ TIERS = (
         "AVX2 with VNNI",
         frozenset({"avx2", "fma", "f16c", "avx_vnni"}),
         ("-DTIER_AVX2", "-DTIER_AVX_VNNI", "-mavx2", "-mfma", "-mf16c", "-mavxvnni"),
+        always_16_bits=True,
     ),
     Tier(
         "AVX2",
         frozenset({"avx2", "fma", "f16c"}),
         ("-DTIER_AVX2", "-mavx2", "-mfma", "-mf16c"),
+        always_16_bits=True,
     ),
     Tier(
         "NEON with I8MM",

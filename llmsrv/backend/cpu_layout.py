@@ -50,6 +50,7 @@ from llmsrv.backend.cpu_library import Memory
 from llmsrv.backend.cpu_library import Operation as Step
 from llmsrv.backend.cpu_library import Part
 from llmsrv.backend.cpu_library import address_of
+from llmsrv.backend.cpu_library import drop_pages
 from llmsrv.backend.cpu_weights import Stack
 from llmsrv.backend.cpu_weights import Weights
 from llmsrv.backend.cpu_weights import format_of
@@ -267,6 +268,7 @@ class Layout:
             for tensor in tensors:
                 size = prod(tensor.shape)
                 dequantise(tensor.type, tensor.data, values[start : start + size])
+                drop_pages(tensor.data)
                 start += size
             self._vectors[key] = values
         return address_of(self._vectors[key])

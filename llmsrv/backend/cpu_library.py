@@ -20,6 +20,7 @@ ROWS = 16  # of a group of weights
 CHUNK = 256  # positions in a step of attention
 MAX_HEAD_DIM = 512
 PAGE = 4096
+HUGE_PAGE_BYTES = 2 << 20
 
 # enum Format
 FORMATS = {
@@ -181,8 +182,9 @@ def address_of(array: Array) -> int:
 
 
 def drop_pages(data: Array) -> None:
-    """Tells the kernel that the bytes of a mapped file are not needed now: they are read again when
-    they are.  Of arrays that are no mapping nothing changes."""
+    """Tells the system that the bytes of a mapped file are not needed now, nor what reading them
+    mapped around them: they are read again when they are.  Of arrays that are no mapping nothing
+    changes."""
     base: Any = data
     while isinstance(base, np.ndarray):
         base = base.base
@@ -190,7 +192,7 @@ def drop_pages(data: Array) -> None:
     if not isinstance(mapping, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
         return
     start = address_of(data) - address_of(np.frombuffer(mapping, np.uint8))
-    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (start + data.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
-    if length > 0:
-        mapping.madvise(mmap.MADV_DONTNEED, first, length)
+    end = min(start + data.nbytes + HUGE_PAGE_BYTES, len(mapping)) // mmap.PAGESIZE * mmap.PAGESIZE
+    first = -(-max(start - HUGE_PAGE_BYTES, 0) // mmap.PAGESIZE) * mmap.PAGESIZE
+    if end > first:
+        mapping.madvise(mmap.MADV_DONTNEED, first, end - first)
