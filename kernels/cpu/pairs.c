@@ -24,13 +24,11 @@ INLINE void split_block(const float *x, int S, int32_t *words)
 {
     Integers integers = integers_of(x);
     float sum = integers.d * (float)(sum_of_half(&integers, 0) + sum_of_half(&integers, 1));
-    int16_t q[COLUMNS];
-    for (int i = 0; i < COLUMNS; i++)
-        q[i] = (int16_t)integers.q[i / LANES][i % LANES];
-    for (int i = 0; i < WORDS; i++, words += S) {
-        int16_t pair[2] = {q[i / 2 * 4 + i % 2], q[i / 2 * 4 + 2 + i % 2]};
-        memcpy(words, pair, sizeof pair);
-    }
+    uint32_t q[COLUMNS];
+    memcpy(q, integers.q, sizeof q);
+    for (int j = 0; j < COLUMNS; j += 4)
+        for (int i = j; i < j + 2; i++, words += S)
+            *words = (int32_t)((q[i] & 0xffff) | q[i + 2] << 16);
     memcpy(words, &integers.d, sizeof sum);
     memcpy(words + S, &sum, sizeof sum);
 }

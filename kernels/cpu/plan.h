@@ -22,7 +22,7 @@ enum {
     TILE = 4, /* rows by one group */
 #else
     STRIPE = 4, /* rows by one group; the group is taken apart once for a tile */
-    TILE = 4 * STRIPE,
+    TILE = 8 * STRIPE,
 #endif
 };
 
