@@ -257,9 +257,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("what", HOSTILE)
 def test_hostile_headers_take_little_time_and_memory(tmp_path, what):
-    """64 MiB beside the file and Python itself, and a second."""
+    """64 MiB beside the file and Python itself, and two seconds; most machines take half of one."""
     path = file_of(tmp_path, safetensors_of(HOSTILE[what](), bytes(8 << 16)))
     opened = open_in_a_fresh_process("llmsrv.files.safetensors", "open_safetensors", path)
     assert opened.error == ("" if what == "tensors" else "ModelError")
     assert opened.peak_bytes < path.stat().st_size + (64 << 20)
-    assert opened.seconds < 1
+    assert opened.seconds < 2
