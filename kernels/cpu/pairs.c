@@ -1,7 +1,7 @@
 /* Products with activations of 16 bits, two at a time, where dot2 multiplies pairs of them.
  *
  * A word of a block, four columns of sixteen rows (formats.h), becomes two vectors of pairs: columns
- * 4 j and 4 j + 2, and 4 j + 1 and 4 j + 3, which is where masks and shifts leave them.  One row takes
+ * 4 j and 4 j + 2, and 4 j + 1 and 4 j + 3, which is where masks and shifts leave them.  A few rows take
  * them as they come; for more a block is taken apart once, and what is left to do is the same for
  * all formats. */
 #include "blocks.h"
@@ -93,35 +93,42 @@ INLINE f32v added(int has_halves, const Scales *of, const i32v *dots, float d_x,
     return fma_v(of->m, splat(sum_x), fma_v(to_float(dots[0]), of->d * splat(d_x), y));
 }
 
-/* ---- One row */
+/* ---- A few rows, which are one stripe */
 
-INLINE void multiply_one(
-    const int format, const uint8_t *blocks, int num_blocks, const int32_t *tile, Next next, float *y)
+enum { FEW = 3 };
+
+INLINE void multiply_few(
+    const int format, const int R, const uint8_t *blocks, int num_blocks, const int32_t *tile, Next next,
+    float *y)
 {
     const int other = format == Q6_K; /* which dot product has the second half */
-    f32v sums[PARTS];
-    UNROLL for (int p = 0; p < PARTS; p++) sums[p] = splat(0);
-    for (int k = 0; k < num_blocks; k++, tile += BLOCK_WORDS) {
+    f32v sums[FEW][PARTS];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < PARTS; p++) sums[r][p] = splat(0);
+    for (int k = 0; k < num_blocks; k++, tile += BLOCK_WORDS * R) {
         const uint8_t *w = blocks + block_at(format, k), *head = blocks + head_at(format, k);
-        const float *d_x = (const float *)(tile + WORDS);
+        const float *d_x = (const float *)(tile + WORDS * R), *sum_x = d_x + R;
         fetch_ahead(w, block_bytes(format), &next);
         UNROLL for (int p = 0; p < PARTS; p++) {
-            i32v dots[2] = {splat_int(0), splat_int(0)};
+            i32v dots[FEW][2];
+            UNROLL for (int r = 0; r < R; r++) dots[r][0] = dots[r][1] = splat_int(0);
             UNROLL for (int j = 0; j < 4; j++) {
                 u32v low, high, pairs[4];
                 integers(format, w, j, p, &low, &high);
                 pairs_of(format, low, pairs);
                 pairs_of(format, high, pairs + 2);
-                UNROLL for (int i = 0; i < 2; i++) {
-                    dots[0] = dot2(dots[0], pairs[i], splat_int(tile[2 * j + i]));
-                    dots[other] = dot2(dots[other], pairs[2 + i], splat_int(tile[8 + 2 * j + i]));
+                UNROLL for (int i = 0; i < 2; i++) UNROLL for (int r = 0; r < R; r++) {
+                    const int32_t *x = tile + (2 * j + i) * R + r;
+                    dots[r][0] = dot2(dots[r][0], pairs[i], splat_int(*x));
+                    dots[r][other] = dot2(dots[r][other], pairs[2 + i], splat_int(x[8 * R]));
                 }
             }
             Scales of = scales_of(format, w, head, p);
-            sums[p] = added(format == Q6_K, &of, dots, d_x[0], d_x[1], sums[p]);
+            UNROLL for (int r = 0; r < R; r++)
+                sums[r][p] = added(format == Q6_K, &of, dots[r], d_x[r], sum_x[r], sums[r][p]);
         }
     }
-    UNROLL for (int p = 0; p < PARTS; p++) store(y + LANES * p, sums[p]);
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int p = 0; p < PARTS; p++) store(y + ROWS * r + LANES * p, sums[r][p]);
 }
 
 /* ---- Stripes of rows */
@@ -233,10 +240,12 @@ INLINE void multiply_rows(
         float *y)                                                                                  \
     {                                                                                              \
         for (int g = 0; g < 2; g++, w += group_size, y += ROWS * R)                                \
-            if (R == 1)                                                                            \
-                multiply_one(format, w, num_blocks, tile, next, y);                                \
-            else                                                                                   \
-                multiply_rows(format, w, num_blocks, R, tile, next, y);                            \
+            switch (R) {                                                                           \
+            case 1: multiply_few(format, 1, w, num_blocks, tile, next, y); break;                  \
+            case 2: multiply_few(format, 2, w, num_blocks, tile, next, y); break;                  \
+            case FEW: multiply_few(format, FEW, w, num_blocks, tile, next, y); break;              \
+            default: multiply_rows(format, w, num_blocks, R, tile, next, y);                       \
+            }                                                                                      \
     }
 
 ONE(Q4_0)
