@@ -21,14 +21,14 @@ typedef __m256i Sums;
 #elif defined(TIER_AVX2)
 #include <immintrin.h>
 typedef __m256i Sums; /* of 16 bits, which hold what bytes of four and eight bits sum up to */
-#define MULTIPLY(sums, x) _mm256_add_epi16(sums, _mm256_maddubs_epi16(x, x))
+#define MULTIPLY(sums, x) _mm256_add_epi16(sums, _mm256_maddubs_epi16(sums, x))
 #elif defined(TIER_NEON)
 #include <arm_neon.h>
 typedef int32x4_t Sums;
 #define MULTIPLY(sums, x) vdotq_s32(sums, (int8x16_t)(x), (int8x16_t)(x))
 #else
 typedef int8_t Sums __attribute__((vector_size(16)));
-#define MULTIPLY(sums, x) ((sums) + (x) * (x))
+#define MULTIPLY(sums, x) ((sums) + (sums) * (x))
 #endif
 
 typedef struct {
@@ -67,18 +67,20 @@ static void *multiply(void *argument)
     Share *share = argument;
     Sums x, sums[12];
     memset(&x, 3, sizeof x);
-    memset(sums, 0, sizeof sums);
-    for (int pass = 0; pass < share->passes; pass++) {
-        __asm__ volatile("" : "+x"(x)); /* or the compiler finds the products all the same */
+    sums[0] = x;
+#pragma GCC unroll 12
+    for (int i = 1; i < 12; i++)
+        sums[i] = sums[i - 1] + x; /* of equal sums the compiler would make one */
+    for (int pass = 0; pass < share->passes; pass++)
 #pragma GCC unroll 12
         for (int i = 0; i < 12; i++)
             sums[i] = MULTIPLY(sums[i], x);
-    }
-    for (int i = 0; i < 12; i++) {
-        int32_t first;
-        memcpy(&first, &sums[i], sizeof first);
-        share->sink += first;
-    }
+#pragma GCC unroll 12
+    for (int i = 1; i < 12; i++)
+        sums[0] += sums[i];
+    int32_t first;
+    memcpy(&first, &sums[0], sizeof first);
+    share->sink = first;
     return 0;
 }
 
