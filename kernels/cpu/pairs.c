@@ -2,8 +2,8 @@
  *
  * A word of a block, four columns of sixteen rows (formats.h), becomes two vectors of pairs: columns
  * 4 j and 4 j + 2, and 4 j + 1 and 4 j + 3, which is where masks and shifts leave them.  A few rows take
- * them as they come; for more a block is taken apart once, and what is left to do is the same for
- * all formats. */
+ * them as they come.  For more a block is taken apart once, and what is left to do is the same for all
+ * formats: 32 rows are 1.13 times as fast so as in fours that take them as they come, 4 rows 0.85. */
 #include "blocks.h"
 
 #if !HAS_DOT4
@@ -61,6 +61,15 @@ INLINE void pairs_of(int format, u32v word, u32v *pairs)
     }
 }
 
+/* Those of words j and j + 4 of part p. */
+INLINE void take_pairs(int format, const uint8_t *w, int j, int p, u32v *pairs)
+{
+    u32v low, high;
+    integers(format, w, j, p, &low, &high);
+    pairs_of(format, low, pairs);
+    pairs_of(format, high, pairs + 2);
+}
+
 /* Of one part of sixteen rows the scales and minima; of Q6_K no minima, but scales of the halves. */
 typedef struct {
     f32v d, m, halves[2];
@@ -95,27 +104,23 @@ INLINE f32v added(int has_halves, const Scales *of, const i32v *dots, float d_x,
 
 /* ---- A few rows, which are one stripe */
 
-enum { FEW = 3 };
-
 INLINE void multiply_few(
     const int format, const int R, const uint8_t *blocks, int num_blocks, const int32_t *tile, Next next,
     float *y)
 {
     const int other = format == Q6_K; /* which dot product has the second half */
-    f32v sums[FEW][PARTS];
+    f32v sums[STRIPE][PARTS];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < PARTS; p++) sums[r][p] = splat(0);
     for (int k = 0; k < num_blocks; k++, tile += BLOCK_WORDS * R) {
         const uint8_t *w = blocks + block_at(format, k), *head = blocks + head_at(format, k);
         const float *d_x = (const float *)(tile + WORDS * R), *sum_x = d_x + R;
         fetch_ahead(w, block_bytes(format), &next);
         UNROLL for (int p = 0; p < PARTS; p++) {
-            i32v dots[FEW][2];
+            i32v dots[STRIPE][2];
             UNROLL for (int r = 0; r < R; r++) dots[r][0] = dots[r][1] = splat_int(0);
             UNROLL for (int j = 0; j < 4; j++) {
-                u32v low, high, pairs[4];
-                integers(format, w, j, p, &low, &high);
-                pairs_of(format, low, pairs);
-                pairs_of(format, high, pairs + 2);
+                u32v pairs[4];
+                take_pairs(format, w, j, p, pairs);
                 UNROLL for (int i = 0; i < 2; i++) UNROLL for (int r = 0; r < R; r++) {
                     const int32_t *x = tile + (2 * j + i) * R + r;
                     dots[r][0] = dot2(dots[r][0], pairs[i], splat_int(*x));
@@ -143,10 +148,8 @@ INLINE void take(const int format, const uint8_t *w, const uint8_t *head, Taken 
 {
     UNROLL for (int p = 0; p < PARTS; p++) {
         UNROLL for (int j = 0; j < 4; j++) {
-            u32v low, high, pairs[4];
-            integers(format, w, j, p, &low, &high);
-            pairs_of(format, low, pairs);
-            pairs_of(format, high, pairs + 2);
+            u32v pairs[4];
+            take_pairs(format, w, j, p, pairs);
             UNROLL for (int i = 0; i < 2; i++) {
                 taken->pairs[2 * j + i][p] = pairs[i];
                 taken->pairs[8 + 2 * j + i][p] = pairs[2 + i];
@@ -243,7 +246,8 @@ INLINE void multiply_rows(
             switch (R) {                                                                           \
             case 1: multiply_few(format, 1, w, num_blocks, tile, next, y); break;                  \
             case 2: multiply_few(format, 2, w, num_blocks, tile, next, y); break;                  \
-            case FEW: multiply_few(format, FEW, w, num_blocks, tile, next, y); break;              \
+            case 3: multiply_few(format, 3, w, num_blocks, tile, next, y); break;                  \
+            case 4: multiply_few(format, 4, w, num_blocks, tile, next, y); break;                  \
             default: multiply_rows(format, w, num_blocks, R, tile, next, y);                       \
             }                                                                                      \
     }
