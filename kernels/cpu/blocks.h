@@ -35,10 +35,15 @@ INLINE void fetch_ahead(const uint8_t *w, size_t size, Next *next)
 }
 
 /* y[2][R][16] of two neighbouring groups, group_size apart, and a tile of R rows. */
-typedef void (*Product)(
-    const uint8_t *w, size_t group_size, int num_blocks, int R, const int32_t *tile, Next next, float *y);
-
-Product product_of(int format, int R);
+void multiply_blocks(
+    int format,
+    const uint8_t *w,
+    size_t group_size,
+    int num_blocks,
+    int R,
+    const int32_t *tile,
+    Next next,
+    float *y);
 
 #if PLANES == 2
 static const float LARGEST = 32512; /* 127 * 256: of bytes, the high one must not reach 128 */

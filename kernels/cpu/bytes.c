@@ -188,17 +188,18 @@ INLINE void product_q6_k(
 
 /* ---- One function for each format and number of rows */
 
+typedef void (*Product)(
+    const uint8_t *w, size_t group_size, int num_blocks, const int32_t *tile, Next next, float *y);
+
 #define ONE(format, R)                                                                             \
     static void format##_##R(                                                                      \
         const uint8_t *w,                                                                          \
         size_t group_size,                                                                         \
         int num_blocks,                                                                            \
-        int rows,                                                                                  \
         const int32_t *tile,                                                                       \
         Next next,                                                                                 \
         float *y)                                                                                  \
     {                                                                                              \
-        (void)rows;                                                                                \
         if (format == Q6_K) {                                                                      \
             product_q6_k(R, w, num_blocks, tile, next, y);                                         \
             product_q6_k(R, w + group_size, num_blocks, tile, next, y + ROWS * R);                 \
@@ -233,6 +234,17 @@ static const Product products[NUM_FORMATS][TILE] = {
     [Q8_0] = NAMES(Q8_0), [Q4_K] = NAMES(Q4_K), [Q5_K] = NAMES(Q5_K), [Q6_K] = NAMES(Q6_K),
 };
 
-Product product_of(int format, int R) { return products[format][R - 1]; }
+void multiply_blocks(
+    int format,
+    const uint8_t *w,
+    size_t group_size,
+    int num_blocks,
+    int R,
+    const int32_t *tile,
+    Next next,
+    float *y)
+{
+    products[format][R - 1](w, group_size, num_blocks, tile, next, y);
+}
 
 #endif

@@ -232,24 +232,20 @@ INLINE void multiply_rows(
 
 /* ---- One function for each format */
 
+typedef void (*Product)(
+    const uint8_t *w, int num_blocks, int R, const int32_t *tile, Next next, float *y);
+
 #define ONE(format)                                                                                \
     static void times_##format(                                                                    \
-        const uint8_t *w,                                                                          \
-        size_t group_size,                                                                         \
-        int num_blocks,                                                                            \
-        int R,                                                                                     \
-        const int32_t *tile,                                                                       \
-        Next next,                                                                                 \
-        float *y)                                                                                  \
+        const uint8_t *w, int num_blocks, int R, const int32_t *tile, Next next, float *y)         \
     {                                                                                              \
-        for (int g = 0; g < 2; g++, w += group_size, y += ROWS * R)                                \
-            switch (R) {                                                                           \
-            case 1: multiply_few(format, 1, w, num_blocks, tile, next, y); break;                  \
-            case 2: multiply_few(format, 2, w, num_blocks, tile, next, y); break;                  \
-            case 3: multiply_few(format, 3, w, num_blocks, tile, next, y); break;                  \
-            case 4: multiply_few(format, 4, w, num_blocks, tile, next, y); break;                  \
-            default: multiply_rows(format, w, num_blocks, R, tile, next, y);                       \
-            }                                                                                      \
+        switch (R) {                                                                               \
+        case 1: multiply_few(format, 1, w, num_blocks, tile, next, y); break;                      \
+        case 2: multiply_few(format, 2, w, num_blocks, tile, next, y); break;                      \
+        case 3: multiply_few(format, 3, w, num_blocks, tile, next, y); break;                      \
+        case 4: multiply_few(format, 4, w, num_blocks, tile, next, y); break;                      \
+        default: multiply_rows(format, w, num_blocks, R, tile, next, y);                           \
+        }                                                                                          \
     }
 
 ONE(Q4_0)
@@ -261,14 +257,23 @@ ONE(Q4_K)
 ONE(Q5_K)
 ONE(Q6_K)
 
-Product product_of(int format, int R)
+static const Product products[NUM_FORMATS] = {
+    [Q4_0] = times_Q4_0, [Q4_1] = times_Q4_1, [Q5_0] = times_Q5_0, [Q5_1] = times_Q5_1,
+    [Q8_0] = times_Q8_0, [Q4_K] = times_Q4_K, [Q5_K] = times_Q5_K, [Q6_K] = times_Q6_K,
+};
+
+void multiply_blocks(
+    int format,
+    const uint8_t *w,
+    size_t group_size,
+    int num_blocks,
+    int R,
+    const int32_t *tile,
+    Next next,
+    float *y)
 {
-    static const Product products[NUM_FORMATS] = {
-        [Q4_0] = times_Q4_0, [Q4_1] = times_Q4_1, [Q5_0] = times_Q5_0, [Q5_1] = times_Q5_1,
-        [Q8_0] = times_Q8_0, [Q4_K] = times_Q4_K, [Q5_K] = times_Q5_K, [Q6_K] = times_Q6_K,
-    };
-    (void)R;
-    return products[format];
+    for (int g = 0; g < 2; g++)
+        products[format](w + g * group_size, num_blocks, R, tile, next, y + ROWS * R * g);
 }
 
 #endif

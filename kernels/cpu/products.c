@@ -13,8 +13,8 @@ static void multiply_pair(const Operation *operation, Groups pair, int num_rows,
     float y[2 * ROWS * TILE] __attribute__((aligned(64)));
     for (int tile = first; tile < end; tile++) {
         int row = tile_start(num_rows, tile), R = tile_start(num_rows, tile + 1) - row;
-        product_of(part->format, R)(
-            pair.w, pair.num_groups == 1 ? 0 : size, num_blocks, R, tile_at(operation, row), next, y);
+        multiply_blocks(part->format, pair.w, pair.num_groups == 1 ? 0 : size, num_blocks, R,
+                        tile_at(operation, row), next, y);
         if (next.bytes)
             next.bytes += 64 * (size_t)(lines_a_block * num_blocks);
         if (next.bytes > pair.w + 4 * size)
@@ -34,9 +34,8 @@ void multiply_row(const Operation *operation, Groups pair, int x_row, int out_ro
     const Part *part = pair.part;
     size_t size = group_bytes(part->format, part->columns);
     float y[2 * ROWS] __attribute__((aligned(64)));
-    product_of(part->format, 1)(
-        pair.w, pair.num_groups == 1 ? 0 : size, part->columns / COLUMNS, 1,
-        tile_at(operation, x_row), (Next){0, 0}, y);
+    multiply_blocks(part->format, pair.w, pair.num_groups == 1 ? 0 : size, part->columns / COLUMNS, 1,
+                    tile_at(operation, x_row), (Next){0, 0}, y);
     finish_sums(operation, pair, out_row, 1, y, 1);
 }
 
