@@ -1,5 +1,6 @@
 """What tests of every package share."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -20,14 +21,27 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # The hundred processes that tests start find the bytecode of the first, as those of users do.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+# Nor is this process to compile all tests, their asserts rewritten, in every run.
+sys.dont_write_bytecode = False
+
+# Until all tests are collected hardly anything becomes garbage.
+gc.disable()
+
 # The same examples in every run; the campaigns search for others.
 settings.register_profile(
     "repeated",
     derandomize=True,
     deadline=None,
+    max_examples=60,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("repeated")
+
+
+def pytest_collection_finish() -> None:
+    """What collecting has made stays to the end, and no search for garbage need look at it."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
