@@ -18,6 +18,7 @@ from llmsrv.config import Config
 from llmsrv.errors import StartupError
 from llmsrv.config import engine_config
 from tests.support.gguf_writer import write_tiny_llama
+from tests.support.parameters import slow_but
 from tests.support.server import ROOT
 from tests.support.server import eventually
 from tests.support.server import run_server
@@ -163,6 +164,7 @@ def test_a_port_in_use_is_told_before_any_model_is_loaded(tmp_path: Path) -> Non
     assert f"port {port} is in use; try --port {port + 1}" in ended.stderr
 
 
+@pytest.mark.slow
 def test_a_file_that_is_no_model_is_refused_with_its_name(tmp_path: Path) -> None:
     path = tmp_path / "broken.gguf"
     path.write_bytes(b"not a model at all, but long enough to look at")
@@ -172,12 +174,12 @@ def test_a_file_that_is_no_model_is_refused_with_its_name(tmp_path: Path) -> Non
     assert "Traceback" not in ended.stderr
 
 
-def test_a_model_that_is_not_there_is_told_with_what_is(tmp_path: Path) -> None:
-    for name in ("no-such-model", str(tmp_path / "none.gguf")):
-        ended = run("--port", "0", "--model", name, LLMSRV_CACHE_DIR=str(tmp_path))
-        assert ended.returncode == 1
-        assert name in ended.stderr
-        assert "Traceback" not in ended.stderr
+@pytest.mark.parametrize("name", slow_but(["no-such-model", "./none.gguf"], "no-such-model"))
+def test_a_model_that_is_not_there_is_told_with_what_is(tmp_path: Path, name: str) -> None:
+    ended = run("--port", "0", "--model", name, LLMSRV_CACHE_DIR=str(tmp_path))
+    assert ended.returncode == 1
+    assert name in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_context_beyond_what_the_model_was_made_for_is_refused(tmp_path: Path) -> None:

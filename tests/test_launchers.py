@@ -55,7 +55,7 @@ def complete(url: str, model: str = "tiny") -> int:
         "script",
         pytest.param("module", marks=pytest.mark.slow),
         pytest.param("console", marks=pytest.mark.slow),
-        "zipapp",
+        pytest.param("zipapp", marks=pytest.mark.slow),
     ],
 )
 def test_the_two_processes_load_only_their_own_world(

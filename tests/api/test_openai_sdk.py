@@ -10,6 +10,7 @@ import pytest
 from openai import AsyncOpenAI
 from openai import OpenAI
 
+from tests.support.parameters import slow_but
 from tests.support.server import RunningServer
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -30,6 +31,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.9, "seed": 1, "n": 3, "max_tokens": 3},
     {"temperature": 1.0, "seed": 2, "max_tokens": 4, "extra_body": {"top_k": 5, "min_p": 0.1}},
 ]
+FEW = [SETTINGS[i] for i in (2, 4, 6)]  # in every run: a draw, a stop string, several choices
 
 
 def chat(client: OpenAI, **settings: Any) -> Any:
@@ -57,7 +59,7 @@ def test_the_real_model_knows_the_capital_of_france(
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", slow_but(SETTINGS, *FEW), ids=str)
 def test_a_streamed_chat_is_the_whole_one_in_pieces(
     client: OpenAI, settings: dict[str, Any]
 ) -> None:
@@ -76,7 +78,7 @@ def test_a_streamed_chat_is_the_whole_one_in_pieces(
     assert counts(usage) == counts(whole.usage)
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", slow_but(SETTINGS, *FEW[1:]), ids=str)
 def test_a_streamed_completion_is_the_whole_one_in_pieces(
     client: OpenAI, settings: dict[str, Any]
 ) -> None:
@@ -95,7 +97,7 @@ def test_a_streamed_completion_is_the_whole_one_in_pieces(
 
 def test_a_prompt_asked_again_is_found_in_the_prefix_cache(client: OpenAI) -> None:
     def ask() -> Any:
-        messages: list[Any] = [{"role": "user", "content": "Say " + "very " * 40 + "little."}]
+        messages: list[Any] = [{"role": "user", "content": "Say " + "very " * 20 + "little."}]
         return client.chat.completions.create(
             model=MODEL, messages=messages, temperature=0, max_tokens=4
         )
@@ -161,7 +163,11 @@ def test_streamed_logprobs_are_those_of_the_whole_answer(client: OpenAI) -> None
 
 def test_completion_logprobs_have_offsets_into_the_text(client: OpenAI) -> None:
     answer = client.completions.create(
-        model=MODEL, prompt="The quick brown fox jumps over", temperature=0, logprobs=3
+        model=MODEL,
+        prompt="The quick brown fox jumps over",
+        temperature=0,
+        logprobs=3,
+        max_tokens=5,
     )
     choice = answer.choices[0]
     logprobs = choice.logprobs
@@ -209,12 +215,12 @@ def test_a_prompt_of_token_ids_continues_as_the_golden_one(client: OpenAI) -> No
 
 def test_a_list_of_prompts_gives_a_choice_each_in_order(client: OpenAI) -> None:
     prompts = [GOLDEN[i]["text"] for i in (3, 5, 6)]
-    answer = client.completions.create(model=MODEL, prompt=prompts, temperature=0, max_tokens=5)
+    answer = client.completions.create(model=MODEL, prompt=prompts, temperature=0, max_tokens=3)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     for choice, prompt in zip(answer.choices, prompts, strict=True):
-        alone = client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=5)
+        alone = client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=3)
         assert choice.text == alone.choices[0].text
-    assert answer.usage is not None and answer.usage.completion_tokens == 15
+    assert answer.usage is not None and answer.usage.completion_tokens == 9
 
 
 def test_the_text_of_special_tokens_in_a_message_stays_text(client: OpenAI) -> None:
@@ -252,7 +258,7 @@ def test_penalties_keep_a_model_from_repeating_itself(client: OpenAI) -> None:
             model=MODEL,
             prompt="a b a b a b a b",
             temperature=0,
-            max_tokens=12,
+            max_tokens=8,
             logprobs=0,
             **settings,
         )
@@ -276,7 +282,7 @@ def test_a_stop_token_ends_the_answer_without_its_text(client: OpenAI) -> None:
 def test_neither_end_token_nor_stop_string_ends_an_answer_before_min_tokens(
     client: OpenAI,
 ) -> None:
-    answer = chat(client, temperature=0, max_tokens=20, extra_body={"min_tokens": 12})
+    answer = chat(client, temperature=0, max_tokens=12, extra_body={"min_tokens": 12})
     assert answer.choices[0].message.content.startswith(ANSWER)
     assert answer.usage.completion_tokens >= 12
     stopped = chat(client, temperature=0, stop=" capital", extra_body={"min_tokens": 5})
@@ -291,7 +297,10 @@ def test_models_are_listed_and_retrieved(client: OpenAI) -> None:
     assert model.owned_by == "llmsrv"
 
 
-def test_the_async_client_streams_many_at_once_each_its_own_answer(server: RunningServer) -> None:
+@pytest.mark.parametrize("count", [3, pytest.param(8, marks=pytest.mark.slow)])
+def test_the_async_client_streams_many_at_once_each_its_own_answer(
+    server: RunningServer, count: int
+) -> None:
     async def text(client: AsyncOpenAI, case: dict[str, Any]) -> str:
         stream = await client.completions.create(
             model=MODEL, prompt=case["prompt_ids"], temperature=0, max_tokens=8, stream=True
@@ -300,7 +309,7 @@ def test_the_async_client_streams_many_at_once_each_its_own_answer(server: Runni
 
     async def all_texts() -> list[str]:
         async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
-            return await asyncio.gather(*(text(client, case) for case in GOLDEN[:8]))
+            return await asyncio.gather(*(text(client, case) for case in GOLDEN[:count]))
 
     for case, got in zip(GOLDEN, asyncio.run(all_texts())):
         assert case["greedy_text"].replace("<|im_end|>", "").startswith(got)

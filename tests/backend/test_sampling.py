@@ -317,7 +317,14 @@ def test_the_draw_walks_the_weights_in_id_order():
         assert sample_one(logits, position, seed=99, choice=3).ids.tolist() == [id]
 
 
-@pytest.mark.parametrize("parameters", [{}, {"temperature": 0.6}, {"top_p": 0.8, "min_p": 0.1}])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"temperature": 0.6}, marks=pytest.mark.slow),
+        {"top_p": 0.8, "min_p": 0.1},
+    ],
+)
 def test_frequencies_are_those_of_the_exact_distribution(parameters):
     """Chi-square with a fixed seed; the bound is passed by chance once in 100,000."""
     draws = 3000

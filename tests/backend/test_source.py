@@ -23,6 +23,7 @@ from llmsrv.backend.source import find_compiler
 from llmsrv.backend.source import kernel_texts
 from llmsrv.backend.source import load_library
 from llmsrv.config import default_cache_dir
+from tests.support.parameters import slow_but
 
 TEXTS = {"answer.c": b"#include \"answer.h\"\nint answer(void) { return ANSWER; }\n"}
 FLAGS = ["-O1"]
@@ -77,7 +78,7 @@ def test_another_source_flag_or_compiler_makes_another_library(tmp_path, monkeyp
     assert len(libraries(tmp_path)) == 5
 
 
-@pytest.mark.parametrize("damage", ["truncated", "altered", "empty"])
+@pytest.mark.parametrize("damage", slow_but(["truncated", "altered", "empty"], "altered"))
 def test_a_damaged_library_is_compiled_again(tmp_path, caplog, damage):
     # Not loaded here before it is damaged: the loader would find the one in memory.
     command = [sys.executable, "-c", _LOAD, str(tmp_path)]

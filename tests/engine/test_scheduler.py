@@ -17,6 +17,7 @@ from tests.support.cores import GREEDY
 from tests.support.cores import Engine
 from tests.support.cores import healthy_prompt
 from tests.support.fake_plan import FakePlan
+from tests.support.parameters import slow_but
 
 SEEDED = Sampling(seed=7)
 
@@ -70,7 +71,7 @@ def gaps_of(engine: Engine, clock: Clock, request: int, end: int) -> list[float]
     return np.diff(times).tolist()
 
 
-@pytest.mark.parametrize("row_s", [0.0001, 0.0004, 0.002])
+@pytest.mark.parametrize("row_s", slow_but([0.0001, 0.0004, 0.002], 0.0004))
 def test_a_stream_stays_smooth_while_long_prompts_arrive(row_s: float) -> None:
     clock = Clock(row_s=row_s)
     engine = timed_engine(clock)
@@ -85,7 +86,14 @@ def test_a_stream_stays_smooth_while_long_prompts_arrive(row_s: float) -> None:
         assert np.percentile(gaps, 99) <= max(3 * alone_s, least_rows_s) + 1e-9
 
 
-@pytest.mark.parametrize("num_streams, position_s", [(1, 0.7e-6), (8, 0.0), (8, 1.4e-6)])
+@pytest.mark.parametrize(
+    "num_streams, position_s",
+    [
+        (1, 0.7e-6),
+        pytest.param(8, 0.0, marks=pytest.mark.slow),
+        pytest.param(8, 1.4e-6, marks=pytest.mark.slow),
+    ],
+)
 def test_streams_stay_smooth_to_the_end_of_long_prompts(
     num_streams: int, position_s: float
 ) -> None:

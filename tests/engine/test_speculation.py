@@ -265,7 +265,7 @@ def test_a_draft_model_changes_no_output(draft_length: int) -> None:
     "draft, least, most",
     [
         ({}, 0.97, 1.0),
-        ({"layers": 1}, 0.04, 0.9),
+        pytest.param({"layers": 1}, 0.04, 0.9, marks=pytest.mark.slow),
         ({"layers": 1, "hidden_size": 32, "num_heads": 2, "num_kv_heads": 1, "seed": 9}, 0.0, 0.9),
     ],
     ids=["itself", "its first layer", "another"],

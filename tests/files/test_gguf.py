@@ -24,6 +24,7 @@ from tests.support.fresh_process import open_in_a_fresh_process
 from tests.support.gguf_writer import Typed
 from tests.support.gguf_writer import write_gguf
 from tests.support.gguf_writer import write_tiny_llama
+from tests.support.parameters import slow_but
 from tests.support.refusals import refusal_of
 
 STRING, ARRAY = 8, 9
@@ -394,7 +395,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("what", HOSTILE)
+@pytest.mark.parametrize("what", slow_but(HOSTILE, "numbers", "a long string"))
 def test_hostile_headers_take_little_time_and_memory(tmp_path, what):
     """64 MiB beside the file and Python itself, and a second."""
     path = file_of(tmp_path, HOSTILE[what]())

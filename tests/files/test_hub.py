@@ -19,6 +19,7 @@ from llmsrv.files.cache import cached_models
 from tests.support.fake_hub import COMMIT
 from tests.support.fake_hub import FakeHub
 from tests.support.fake_hub import fake_hub
+from tests.support.parameters import slow_but
 from tests.support.server import ROOT
 
 GGUF = b"GGUF" + bytes(range(256)) * 4000
@@ -201,6 +202,7 @@ def test_what_is_not_what_the_hub_lists_is_not_kept(server: FakeHub, tmp_path: P
         assert pull(server, tmp_path, name).returncode == 0
 
 
+@pytest.mark.slow
 def test_one_of_several_files_does_not_stand_for_another(server: FakeHub, tmp_path: Path) -> None:
     assert "name one as hf:org/several:a.gguf" in pull(server, tmp_path, "hf:org/several").stderr
     assert pull(server, tmp_path, "hf:org/several:a.gguf").returncode == 0
@@ -316,7 +318,9 @@ def test_a_name_means_the_same_whatever_else_was_fetched(tmp_path: Path) -> None
     assert hub.cached("hf:org/one", tmp_path) is None
 
 
-@pytest.mark.parametrize("token", ["hf_bad\ntoken", "hf_bad token", "hf_bäd"])
+@pytest.mark.parametrize(
+    "token", slow_but(["hf_bad\ntoken", "hf_bad token", "hf_bäd"], "hf_bad\ntoken")
+)
 def test_a_token_that_cannot_be_sent_is_not_shown(
     server: FakeHub, tmp_path: Path, token: str
 ) -> None:

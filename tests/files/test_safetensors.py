@@ -15,6 +15,7 @@ from llmsrv.errors import ModelError
 from llmsrv.files.mapped import MAX_JSON_BYTES
 from llmsrv.files.safetensors import open_safetensors
 from tests.support.fresh_process import open_in_a_fresh_process
+from tests.support.parameters import slow_but
 from tests.support.refusals import refusal_of
 from tests.support.safetensors_writer import safetensors_of
 from tests.support.safetensors_writer import write_safetensors
@@ -255,7 +256,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("what", HOSTILE)
+@pytest.mark.parametrize("what", slow_but(HOSTILE, "objects", "one wide character"))
 def test_hostile_headers_take_little_time_and_memory(tmp_path, what):
     """64 MiB beside the file and Python itself, and two seconds; most machines take half of one."""
     path = file_of(tmp_path, safetensors_of(HOSTILE[what](), bytes(8 << 16)))

@@ -18,6 +18,7 @@ from llmsrv.model.load import load_model
 from tests.support.engines import engine
 from tests.support.engines import in_loop
 from tests.support.hf_to_gguf import to_gguf
+from tests.support.parameters import slow_but
 
 TINY = Path(__file__).parents[1] / "data/golden/tiny"
 NAMES = sorted(folder.name for folder in TINY.iterdir())
@@ -25,6 +26,8 @@ NAMES = sorted(folder.name for folder in TINY.iterdir())
 GGUF_NAMES = [name for name in NAMES if name != "smollm3-nope"]
 # Twelve are asked for, so that the tenth and those after it may change places.
 GREEDY = Sampling(seed=0, temperature=0.0, num_logprobs=12)
+# In chunks, and as GGUF files, these stand for the others except where slow tests run.
+FEW = ("gemma3", "llama-yarn", "phi3-longrope", "qwen3-moe")
 NEAR = 1e-3  # of a log-probability
 
 
@@ -82,7 +85,7 @@ def test_all_cases_together_give_the_tokens_of_transformers(name, max_rows):
     check_all(load(TINY / name), name, max_rows, max_sequences=4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(NAMES, *FEW))
 @pytest.mark.parametrize(
     "max_rows", [16, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (1, 3, 512))]
 )
@@ -90,7 +93,7 @@ def test_each_case_alone_in_chunks_of_any_size_gives_the_tokens_of_transformers(
     check_all(load(TINY / name), name, max_rows, max_sequences=1)
 
 
-@pytest.mark.parametrize("name", GGUF_NAMES)
+@pytest.mark.parametrize("name", slow_but(GGUF_NAMES, *FEW))
 def test_written_as_gguf_they_give_the_same_tokens(name, tmp_path):
     model = load(to_gguf(TINY / name, tmp_path / "tiny.gguf"))
     check_all(model, name, max_rows=512, max_sequences=4)

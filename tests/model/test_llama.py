@@ -11,6 +11,7 @@ from llmsrv.backend.sampling_table import SamplingParameters
 from llmsrv.files.gguf import open_gguf
 from llmsrv.model.load import load_model
 from tests.support.gguf_writer import write_tiny_llama
+from tests.support.parameters import slow_but
 from tests.support.plans import Piece
 from tests.support.plans import Run
 from tests.support.plans import batch_of
@@ -170,7 +171,7 @@ def greedy(tiny):
     return [oracle.greedy(prompt, 20) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 16, 512])
+@pytest.mark.parametrize("chunk", slow_but([1, 3, 16, 512], 3, 512))
 def test_chunks_of_any_size_give_the_same_tokens(tiny, greedy, chunk):
     runs = [Run(prompt, 20) for prompt in PROMPTS]
     generate(plan_of(tiny), runs, chunk)

@@ -7,6 +7,7 @@ import pytest
 
 from llmsrv.asgi.types import Scope
 from llmsrv.server.settings import ServerSettings
+from tests.support.parameters import slow_but
 from tests.support.serving import LOOPS
 from tests.support.serving import Serving
 from tests.support.serving import parse_answers
@@ -269,7 +270,7 @@ SILENT = [
 scopes: list[Scope] = []
 
 
-@pytest.fixture(scope="module", params=list(LOOPS))
+@pytest.fixture(scope="module", params=slow_but(LOOPS, "uvloop"))
 def server(request: pytest.FixtureRequest) -> Iterator[Serving]:
     settings = ServerSettings(body_limit_bytes=65536, linger_timeout_s=0.2)
     with serving(recording(scopes), settings, request.param) as running:

@@ -22,6 +22,7 @@ from llmsrv.text.detokenizer import Detokenizer
 from llmsrv.text.sentencepiece import merges_from_scores
 from llmsrv.text.tokenizer import Tokenizer
 from llmsrv.text.tokenizer import load_tokenizer
+from tests.support.parameters import slow_but
 from tests.support.sentencepiece import LETTERS
 from tests.support.sentencepiece import sentencepiece_vocabulary
 
@@ -192,10 +193,11 @@ KINDS = [
     metaspace_always,
     metaspace_never,
 ]
+FEW = (qwen, llama2, mistral_in_a_sequence)  # in every run
 PIECES = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<tool>", "<b>", "\n", " ", "  ", "▁", "the"]
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.__name__)
+@pytest.fixture(scope="module", params=slow_but(KINDS, *FEW), ids=lambda kind: kind.__name__)
 def twins(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Tokenizer, tokenizers.Tokenizer]:

@@ -45,7 +45,14 @@ def test_the_pieces_do_not_matter(pieces: list[str], is_open: bool) -> None:
     assert parse(pieces, is_open) == parse([text], is_open) == parse(list(text), is_open)
 
 
-@pytest.mark.parametrize("text", [" " * 300_000, "<think>" + "</thin" * 20_000, "<think>" * 20_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(" " * 300_000, marks=pytest.mark.slow),
+        "<think>" + "</thin" * 20_000,
+        pytest.param("<think>" * 20_000, marks=pytest.mark.slow),
+    ],
+)
 def test_long_texts_take_linear_time(text: str) -> None:
     begun_at = time.process_time()
     assert "".join(parse(list(text)))
