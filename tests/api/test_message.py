@@ -48,7 +48,7 @@ def whole(text: str, tools: ToolUse | None, is_thinking: bool | None) -> dict[st
 FRAGMENTS = ["<think>", "</think>", CALL, CALL[:20], "<tool", "a", " ", "\n", "{", "é"]
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     fragments=st.lists(st.sampled_from(FRAGMENTS), max_size=8),
     cuts=st.sets(st.integers(0, 200), max_size=10),

@@ -112,7 +112,7 @@ def steps(draw):
     return logits, slots, parameters, drafts, targets, masks
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(steps())
 def test_samples_are_those_of_the_contract(cpu, step):
     check_samples(cpu, *step)
