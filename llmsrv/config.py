@@ -154,7 +154,7 @@ class Config:
     activation_bits: int = option(
         16,
         "Engine",
-        "of what goes into products on the CPU: 8 is faster, less exact, and 16 with AMX or AVX2",
+        "of what goes into products on the CPU: 8 is faster and less exact; always 16 with AMX",
         choices=(16, 8),
         least=8,
     )

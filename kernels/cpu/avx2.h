@@ -33,6 +33,25 @@ INLINE i32v dot2(i32v c, u32v w, i32v x)
 #endif
 }
 
+/* Sums of two products each of bytes, those of w unsigned and below 128, in 16 bits; to be added up
+ * only as far as these reach. */
+INLINE i32v add_products(i32v sums, u32v w, i32v x)
+{
+    sums = (i32v)_mm256_add_epi16((__m256i)sums, _mm256_maddubs_epi16((__m256i)w, (__m256i)x));
+    __asm__("" : "+x"(sums)); /* as in dot2 */
+    return sums;
+}
+
+/* c + sums of 16 bits */
+INLINE i32v add_sums(i32v c, i32v sums)
+{
+    return c + (i32v)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1));
+}
+
+/* The size of bytes, and x with their signs: |w| sign(x, w) is w x. */
+INLINE u32v size_of_bytes(u32v w) { return (u32v)_mm256_abs_epi8((__m256i)w); }
+INLINE i32v with_signs(i32v x, u32v w) { return (i32v)_mm256_sign_epi8((__m256i)x, (__m256i)w); }
+
 INLINE f32v load_half(const uint16_t *p)
 {
     return (f32v)_mm256_cvtph_ps(_mm_loadu_si128((const void *)p));

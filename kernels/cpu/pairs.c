@@ -1,9 +1,13 @@
-/* Products with activations of 16 bits, two at a time, where dot2 multiplies pairs of them.
+/* Products where there are none of bytes that add to 32 bits (dot4): of pairs of 16-bit integers, or of
+ * bytes whose sums are 16 bits long as far as they reach.
  *
  * A word of a block, four columns of sixteen rows (formats.h), becomes two vectors of pairs: columns
- * 4 j and 4 j + 2, and 4 j + 1 and 4 j + 3, which is where masks and shifts leave them.  A few rows take
- * them as they come.  For more a block is taken apart once, and what is left to do is the same for all
- * formats: 32 rows are 1.13 times as fast so as in fours that take them as they come, 4 rows 0.85. */
+ * 4 j and 4 j + 2, and 4 j + 1 and 4 j + 3, which is where masks and shifts leave them.  With
+ * activations of 8 bits it stays what it is.
+ *
+ * A few rows take words as they come.  For more a block is taken apart once, and what is left to do is
+ * the same for all formats: 32 rows are 1.13 times as fast so as in fours that take them as they come,
+ * 4 rows 0.85. */
 #include "blocks.h"
 
 #if !HAS_DOT4
@@ -12,10 +16,10 @@
 
 /* A tile of R rows is cut into blocks of 32 columns, and each of these into stripes of STRIPE rows, of
  * which the last has what is left.  A stripe of S rows is
- *     int32  words[16][S]  the pairs of one word after the other
- *     float  d[S]          what 1 of these integers is worth
- *     float  sum[S]        of the 32 values */
-enum { WORDS = 16, BLOCK_WORDS = WORDS + 2 /* a row and block */ };
+ *     int32  words[8][PLANES][S]  pairs of a word, 4 j and 4 j + 2 and the others, or its bytes
+ *     float  d[S]                 what 1 of these integers is worth
+ *     float  sum[S]               of the 32 values */
+enum { WORDS = 8 * PLANES, BLOCK_WORDS = WORDS + 2 /* a row and block */ };
 
 /* ---- Activations to tiles */
 
@@ -27,8 +31,10 @@ INLINE void split_block(const float *x, int S, int32_t *words)
     uint32_t q[COLUMNS];
     memcpy(q, integers.q, sizeof q);
     for (int j = 0; j < COLUMNS; j += 4)
-        for (int i = j; i < j + 2; i++, words += S)
-            *words = (int32_t)((q[i] & 0xffff) | q[i + 2] << 16);
+        for (int i = j; i < j + PLANES; i++, words += S)
+            *words = (int32_t)(PLANES == 2 ? (q[i] & 0xffff) | q[i + 2] << 16
+                                           : (q[i] & 255) | (q[i + 1] & 255) << 8
+                                                 | (q[i + 2] & 255) << 16 | q[i + 3] << 24);
     memcpy(words, &integers.d, sizeof sum);
     memcpy(words + S, &sum, sizeof sum);
 }
@@ -49,25 +55,67 @@ void split_tile(const float *x, int stride, int width, int R, int32_t *tile)
 
 typedef int16_t i16v __attribute__((vector_size(4 * LANES)));
 
-/* Pairs of a word: columns 0 and 2, and 1 and 3.  Those of Q6_K become signed, and Q8_0's bytes are
- * so: else their sums would be large beside what is left of them once the offset's share is off. */
-INLINE void pairs_of(int format, u32v word, u32v *pairs)
+typedef int8_t i8v __attribute__((vector_size(4 * LANES)));
+
+/* Q6_K's integers become signed, and Q8_0's are so: else their sums would be large beside what is left
+ * of them once the offset's share is off. */
+INLINE int is_signed(int format) { return format == Q6_K || format == Q8_0; }
+
+/* A word as it is multiplied. */
+INLINE void word_of(int format, u32v word, u32v *out)
 {
-    pairs[0] = format == Q8_0 ? (u32v)((i16v)(word << 8) >> 8) : word & 0x00ff00ff;
-    pairs[1] = (u32v)((i16v)word >> 8); /* of all others the highest bit is 0 */
-    if (format == Q6_K) {
-        pairs[0] = (u32v)((i16v)pairs[0] - 32);
-        pairs[1] = (u32v)((i16v)pairs[1] - 32);
-    }
+    if (format == Q6_K)
+        word = (u32v)((i8v)word - 32);
+#if PLANES == 2
+    out[0] = is_signed(format) ? (u32v)((i16v)(word << 8) >> 8) : word & 0x00ff00ff;
+    out[1] = (u32v)((i16v)word >> 8); /* of the others the highest bit is 0 */
+#else
+    out[0] = word;
+#endif
 }
 
-/* Those of words j and j + 4 of part p. */
-INLINE void take_pairs(int format, const uint8_t *w, int j, int p, u32v *pairs)
+/* Words j and j + 4 of part p. */
+INLINE void take_words(int format, const uint8_t *w, int j, int p, u32v (*out)[PLANES])
 {
     u32v low, high;
     integers(format, w, j, p, &low, &high);
-    pairs_of(format, low, pairs);
-    pairs_of(format, high, pairs + 2);
+    word_of(format, low, out[0]);
+    word_of(format, high, out[1]);
+}
+
+/* What words sum up to: of Q6_K the halves of a block apart.  Sums of 16 bits join the others before
+ * they could overflow: eight words of four bits, four of five. */
+typedef struct {
+    i32v dots[2], sums;
+} Products;
+
+INLINE Products no_products(void) { return (Products){{splat_int(0), splat_int(0)}, splat_int(0)}; }
+
+/* Adds words j and j + 4 times those of a row, which lie `S` apart; j ascends. */
+INLINE void multiply_words(
+    int format, int j, const u32v (*words)[PLANES], const int32_t *x, int S, Products *products)
+{
+    UNROLL for (int h = 0; h < 2; h++) {
+        i32v *dot = &products->dots[format == Q6_K ? h : 0];
+        const int32_t *at = x + PLANES * (j + 4 * h) * S;
+#if PLANES == 2
+        *dot = dot2(*dot, words[h][0], splat_int(at[0]));
+        *dot = dot2(*dot, words[h][1], splat_int(at[S]));
+#else
+        u32v w = words[h][0];
+        if (is_signed(format))
+            *dot = add_sums(*dot, add_products(splat_int(0), size_of_bytes(w),
+                                               with_signs(splat_int(at[0]), w)));
+        else
+            products->sums = add_products(products->sums, w, splat_int(at[0]));
+#endif
+    }
+#if PLANES == 1
+    if (!is_signed(format) && j % 2 && (j == 3 || has_high_bits(format))) {
+        products->dots[0] = add_sums(products->dots[0], products->sums);
+        products->sums = splat_int(0);
+    }
+#endif
 }
 
 /* Of one part of sixteen rows the scales and minima; of Q6_K no minima, but scales of the halves. */
@@ -91,15 +139,16 @@ INLINE Scales scales_of(int format, const uint8_t *w, const uint8_t *head, int p
     return of;
 }
 
-/* y and what a block of weights adds to it, times one of a row: of the dot product, or those of the
- * halves. */
-INLINE f32v added(int has_halves, const Scales *of, const i32v *dots, float d_x, float sum_x, f32v y)
+/* y and what a block of weights adds to it, times one of a row. */
+INLINE f32v added(
+    int format, const Scales *of, const Products *products, float d_x, float sum_x, f32v y)
 {
-    if (has_halves) {
-        f32v both = fma_v(to_float(dots[1]), of->halves[1], to_float(dots[0]) * of->halves[0]);
-        return fma_v(both, of->d * splat(d_x), y);
+    f32v dot = to_float(products->dots[0]);
+    if (format == Q6_K) {
+        dot = fma_v(to_float(products->dots[1]), of->halves[1], dot * of->halves[0]);
+        return fma_v(dot, of->d * splat(d_x), y);
     }
-    return fma_v(of->m, splat(sum_x), fma_v(to_float(dots[0]), of->d * splat(d_x), y));
+    return fma_v(of->m, splat(sum_x), fma_v(dot, of->d * splat(d_x), y));
 }
 
 /* ---- A few rows, which are one stripe */
@@ -108,7 +157,6 @@ INLINE void multiply_few(
     const int format, const int R, const uint8_t *blocks, int num_blocks, const int32_t *tile, Next next,
     float *y)
 {
-    const int other = format == Q6_K; /* which dot product has the second half */
     f32v sums[STRIPE][PARTS];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < PARTS; p++) sums[r][p] = splat(0);
     for (int k = 0; k < num_blocks; k++, tile += BLOCK_WORDS * R) {
@@ -116,20 +164,17 @@ INLINE void multiply_few(
         const float *d_x = (const float *)(tile + WORDS * R), *sum_x = d_x + R;
         fetch_ahead(w, block_bytes(format), &next);
         UNROLL for (int p = 0; p < PARTS; p++) {
-            i32v dots[STRIPE][2];
-            UNROLL for (int r = 0; r < R; r++) dots[r][0] = dots[r][1] = splat_int(0);
+            Products products[STRIPE];
+            UNROLL for (int r = 0; r < R; r++) products[r] = no_products();
             UNROLL for (int j = 0; j < 4; j++) {
-                u32v pairs[4];
-                take_pairs(format, w, j, p, pairs);
-                UNROLL for (int i = 0; i < 2; i++) UNROLL for (int r = 0; r < R; r++) {
-                    const int32_t *x = tile + (2 * j + i) * R + r;
-                    dots[r][0] = dot2(dots[r][0], pairs[i], splat_int(*x));
-                    dots[r][other] = dot2(dots[r][other], pairs[2 + i], splat_int(x[8 * R]));
-                }
+                u32v words[2][PLANES];
+                take_words(format, w, j, p, words);
+                UNROLL for (int r = 0; r < R; r++)
+                    multiply_words(format, j, words, tile + r, R, &products[r]);
             }
             Scales of = scales_of(format, w, head, p);
             UNROLL for (int r = 0; r < R; r++)
-                sums[r][p] = added(format == Q6_K, &of, dots[r], d_x[r], sum_x[r], sums[r][p]);
+                sums[r][p] = added(format, &of, &products[r], d_x[r], sum_x[r], sums[r][p]);
         }
     }
     UNROLL for (int r = 0; r < R; r++)
@@ -140,82 +185,70 @@ INLINE void multiply_few(
 
 /* A block of weights taken apart. */
 typedef struct {
-    u32v pairs[WORDS][PARTS];
+    u32v words[4][PARTS][2][PLANES];
     Scales scales[PARTS];
 } Taken;
 
 INLINE void take(const int format, const uint8_t *w, const uint8_t *head, Taken *taken)
 {
     UNROLL for (int p = 0; p < PARTS; p++) {
-        UNROLL for (int j = 0; j < 4; j++) {
-            u32v pairs[4];
-            take_pairs(format, w, j, p, pairs);
-            UNROLL for (int i = 0; i < 2; i++) {
-                taken->pairs[2 * j + i][p] = pairs[i];
-                taken->pairs[8 + 2 * j + i][p] = pairs[2 + i];
-            }
-        }
+        UNROLL for (int j = 0; j < 4; j++) take_words(format, w, j, p, taken->words[j][p]);
         taken->scales[p] = scales_of(format, w, head, p);
     }
-}
-
-/* Words first .. last - 1 of a block times those of S rows. */
-INLINE void dot_products(
-    const int S, const Taken *taken, const int32_t *stripe, int first, int last, i32v (*dots)[PARTS])
-{
-    i32v sums[STRIPE][PARTS];
-    UNROLL for (int r = 0; r < S; r++)
-        UNROLL for (int p = 0; p < PARTS; p++) sums[r][p] = splat_int(0);
-    for (int i = first; i < last; i++)
-        UNROLL for (int r = 0; r < S; r++) {
-            i32v x = splat_int(stripe[i * S + r]);
-            UNROLL for (int p = 0; p < PARTS; p++) sums[r][p] = dot2(sums[r][p], taken->pairs[i][p], x);
-        }
-    UNROLL for (int r = 0; r < S; r++)
-        UNROLL for (int p = 0; p < PARTS; p++) dots[r][p] = sums[r][p];
 }
 
 /* y[0 .. S - 1][16] += a block of weights times a stripe; the sums stay in memory, for the integers
  * take all registers. */
 INLINE void add_stripe(
-    const int has_halves, const int S, const Taken *taken, const int32_t *stripe, float *y)
+    const int format, const int S, const Taken *taken, const int32_t *stripe, float *y)
 {
     const float *d_x = (const float *)(stripe + WORDS * S), *sum_x = d_x + S;
-    i32v dots[2][STRIPE][PARTS];
-    dot_products(S, taken, stripe, 0, has_halves ? WORDS / 2 : WORDS, dots[0]);
-    if (has_halves)
-        dot_products(S, taken, stripe, WORDS / 2, WORDS, dots[1]);
+    Products products[STRIPE][PARTS];
+    UNROLL for (int r = 0; r < S; r++)
+        UNROLL for (int p = 0; p < PARTS; p++) products[r][p] = no_products();
+    for (int j = 0; j < 4; j++)
+        UNROLL for (int r = 0; r < S; r++) UNROLL for (int p = 0; p < PARTS; p++)
+            multiply_words(format, j, taken->words[j][p], stripe + r, S, &products[r][p]);
     UNROLL for (int r = 0; r < S; r++)
         UNROLL for (int p = 0; p < PARTS; p++) {
-            i32v both[2] = {dots[0][r][p], has_halves ? dots[1][r][p] : splat_int(0)};
             float *at = y + ROWS * r + LANES * p;
-            store(at, added(has_halves, &taken->scales[p], both, d_x[r], sum_x[r], load(at)));
+            store(at, added(format, &taken->scales[p], &products[r][p], d_x[r], sum_x[r], load(at)));
         }
 }
 
 typedef void (*AddStripe)(const Taken *taken, const int32_t *stripe, float *y);
 
-#define STRIPE_OF(S)                                                                               \
-    static void add_##S(const Taken *taken, const int32_t *stripe, float *y)                       \
+#define ADD(format, S)                                                                             \
+    static void add_##format##_##S(const Taken *taken, const int32_t *stripe, float *y)            \
     {                                                                                              \
-        add_stripe(0, S, taken, stripe, y);                                                        \
-    }                                                                                              \
-    static void add_halves_##S(const Taken *taken, const int32_t *stripe, float *y)                \
-    {                                                                                              \
-        add_stripe(1, S, taken, stripe, y);                                                        \
+        add_stripe(format, S, taken, stripe, y);                                                   \
     }
+#define ADDS(format) ADD(format, 1) ADD(format, 2) ADD(format, 3) ADD(format, 4)
+#define ADD_NAMES(format) {add_##format##_1, add_##format##_2, add_##format##_3, add_##format##_4}
 
-STRIPE_OF(1)
-STRIPE_OF(2)
-STRIPE_OF(3)
-STRIPE_OF(4)
+/* Once taken apart, blocks of most formats are alike. */
+ADDS(Q4_0)
+ADDS(Q6_K)
+#if PLANES == 1
+ADDS(Q5_0)
+ADDS(Q8_0)
+#endif
 
-static const AddStripe adds[2][STRIPE] = {
-    {add_1, add_2, add_3, add_4}, {add_halves_1, add_halves_2, add_halves_3, add_halves_4}};
+INLINE const AddStripe *adds_of(int format)
+{
+    static const AddStripe four_bits[] = ADD_NAMES(Q4_0), halves[] = ADD_NAMES(Q6_K);
+#if PLANES == 1
+    static const AddStripe five_bits[] = ADD_NAMES(Q5_0), eight_bits[] = ADD_NAMES(Q8_0);
+    if (format == Q8_0 || has_high_bits(format))
+        return format == Q8_0 ? eight_bits : five_bits;
+#endif
+    return format == Q6_K ? halves : four_bits;
+}
 
 INLINE void multiply_rows(
     const int format, const uint8_t *blocks, int num_blocks, int R, const int32_t *tile, Next next, float *y)
 {
+    const AddStripe *adds = adds_of(format);
     Taken taken;
     memset(y, 0, sizeof(float) * ROWS * (size_t)R);
     for (int k = 0; k < num_blocks; k++) {
@@ -224,7 +257,7 @@ INLINE void multiply_rows(
         take(format, w, blocks + head_at(format, k), &taken);
         for (int r = 0; r < R; r += STRIPE) {
             int S = R - r < STRIPE ? R - r : STRIPE;
-            adds[format == Q6_K][S - 1](&taken, tile, y + ROWS * r);
+            adds[S - 1](&taken, tile, y + ROWS * r);
             tile += BLOCK_WORDS * S;
         }
     }

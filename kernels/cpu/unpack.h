@@ -22,6 +22,9 @@ INLINE int has_minimum(int format)
     return format == Q4_1 || format == Q5_1 || format == Q4_K || format == Q5_K;
 }
 
+/* Whether integers have five bits, one of them apart. */
+INLINE int has_high_bits(int format) { return format == Q5_0 || format == Q5_1 || format == Q5_K; }
+
 /* Words j (`low`) and j + 4 (`high`) of a block, each four columns of its rows; of sixteen rows what one
  * vector holds, those of part p. */
 INLINE void integers(int format, const uint8_t *w, int j, int p, u32v *low, u32v *high)
@@ -35,7 +38,7 @@ INLINE void integers(int format, const uint8_t *w, int j, int p, u32v *low, u32v
     u32v both = load_bytes(w + 64 * j);
     *low = both & 0x0f0f0f0f;
     *high = (both >> 4) & 0x0f0f0f0f;
-    if (format == Q5_0 || format == Q5_1 || format == Q5_K) {
+    if (has_high_bits(format)) {
         u32v bits = load_bytes(w + 256);
         *low |= (bits << (4 - j)) & 0x10101010;
         *high |= (bits >> j) & 0x10101010;
@@ -50,10 +53,7 @@ INLINE void integers(int format, const uint8_t *w, int j, int p, u32v *low, u32v
 /* Where a block's integers end. */
 INLINE int integers_bytes(int format)
 {
-    return format == Q8_0                                       ? 512
-           : format == Q5_0 || format == Q5_1 || format == Q5_K ? 320
-           : format == Q6_K                                     ? 384
-                                                                : 256;
+    return format == Q8_0 ? 512 : has_high_bits(format) ? 320 : format == Q6_K ? 384 : 256;
 }
 
 /* Scale and minimum of the rows of part p in a block; of Q6_K the scale of its half. */

@@ -83,13 +83,11 @@ TIERS = (
         "AVX2 with VNNI",
         frozenset({"avx2", "fma", "f16c", "avx_vnni"}),
         ("-DTIER_AVX2", "-DTIER_AVX_VNNI", "-mavx2", "-mfma", "-mf16c", "-mavxvnni"),
-        always_16_bits=True,
     ),
     Tier(
         "AVX2",
         frozenset({"avx2", "fma", "f16c"}),
         ("-DTIER_AVX2", "-mavx2", "-mfma", "-mf16c"),
-        always_16_bits=True,
     ),
     Tier(
         "NEON with I8MM",
@@ -97,7 +95,7 @@ TIERS = (
         ("-DTIER_NEON", "-DTIER_I8MM", "-march=armv8.2-a+dotprod+i8mm"),
     ),
     Tier("NEON", frozenset({"asimddp"}), ("-DTIER_NEON", "-march=armv8.2-a+dotprod")),
-    Tier("portable", frozenset(), ()),
+    Tier("portable", frozenset(), (), always_16_bits=True),
 )
 
 
