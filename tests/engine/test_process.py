@@ -38,6 +38,7 @@ from llmsrv.engine.supervisor import Patience
 from llmsrv.errors import ApiError
 from llmsrv.errors import StartupError
 from tests.support import engines
+from tests.support.engines import SharedEngine
 from tests.support.engines import engine
 from tests.support.engines import gauges_at_rest
 from tests.support.engines import has_exited
@@ -54,6 +55,13 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks i
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf", context_length=16384)
+
+
+@pytest.fixture(scope="module")
+def shared(tiny: Path) -> Iterator[SharedEngine]:
+    running = SharedEngine(tiny)
+    yield running
+    running.close()
 
 
 @pytest.fixture(autouse=True)
@@ -84,16 +92,15 @@ async def output_of(generation: Generation) -> tuple[list[list[int]], list[str]]
 
 
 @in_loop
-async def test_requests_are_answered_with_the_same_tokens_alone_and_together(tiny: Path) -> None:
+async def test_requests_are_answered_with_the_same_tokens_alone_and_together(
+    shared: SharedEngine,
+) -> None:
     prompts = [[5 + i, 100, 7 * i + 1] * (1 + i % 5) for i in range(12)]
-    async with engine(tiny) as client:
-        alone = [await output_of(client.submit(asked(p, 20))) for p in prompts]
-        together = await asyncio.gather(
-            *(output_of(client.submit(asked(p, 20))) for p in prompts)
-        )
-        assert alone == together
-        assert all(len(ids[0]) == 20 and reasons == ["length"] for ids, reasons in alone)
-        await gauges_at_rest(client)
+    client = shared.client
+    alone = [await output_of(client.submit(asked(p, 20))) for p in prompts]
+    together = await asyncio.gather(*(output_of(client.submit(asked(p, 20))) for p in prompts))
+    assert alone == together
+    assert all(len(ids[0]) == 20 and reasons == ["length"] for ids, reasons in alone)
 
 
 @pytest.mark.slow
@@ -216,15 +223,14 @@ async def test_a_request_in_two_crashes_is_told_not_to_come_again_and_its_hash_i
 
 @in_loop
 async def test_a_request_that_misses_its_deadline_fails_and_need_not_come_again(
-    tiny: Path,
+    shared: SharedEngine,
 ) -> None:
-    async with engine(tiny) as client:
-        late = msgspec.structs.replace(asked([1, 2], ENDLESS), deadline_s=time.monotonic() + 0.05)
-        with pytest.raises(ApiError) as error:
-            await output_of(client.submit(late))
-        assert (error.value.status, error.value.code) == (504, "request_timeout")
-        assert error.value.headers == {"x-should-retry": "false"}
-        await gauges_at_rest(client)
+    client = shared.client
+    late = msgspec.structs.replace(asked([1, 2], ENDLESS), deadline_s=time.monotonic() + 0.05)
+    with pytest.raises(ApiError) as error:
+        await output_of(client.submit(late))
+    assert (error.value.status, error.value.code) == (504, "request_timeout")
+    assert error.value.headers == {"x-should-retry": "false"}
 
 
 @in_loop
@@ -431,46 +437,46 @@ async def test_an_abort_at_any_moment_brings_the_gauges_back_to_zero(tiny: Path)
 
 
 @in_loop
-async def test_one_choice_can_be_aborted_and_finishes_with_abort(tiny: Path) -> None:
-    async with engine(tiny) as client:
-        reasons = {}
-        async with client.submit(asked([1, 2], 400, Sampling(seed=3), n=2)) as generation:
-            async for event in generation:
-                if isinstance(event, Finished):
-                    reasons[event.choice] = event.reason
-                elif event.choice == 1:
-                    generation.abort(1)
-        assert reasons == {0: "length", 1: "abort"}
-        await gauges_at_rest(client)
+async def test_one_choice_can_be_aborted_and_finishes_with_abort(shared: SharedEngine) -> None:
+    client = shared.client
+    reasons = {}
+    async with client.submit(asked([1, 2], 200, Sampling(seed=3), n=2)) as generation:
+        async for event in generation:
+            if isinstance(event, Finished):
+                reasons[event.choice] = event.reason
+            elif event.choice == 1:
+                generation.abort(1)
+    assert reasons == {0: "length", 1: "abort"}
 
 
 @in_loop
-async def test_leaving_the_block_aborts_the_request(tiny: Path) -> None:
-    async with engine(tiny) as client:
-        with pytest.raises(ConnectionError):
-            async with client.submit(asked([1, 2], ENDLESS)) as generation:
-                await anext(generation)
-                raise ConnectionError
-        await gauges_at_rest(client)
+async def test_leaving_the_block_aborts_the_request(shared: SharedEngine) -> None:
+    client = shared.client
+    with pytest.raises(ConnectionError):
+        async with client.submit(asked([1, 2], ENDLESS)) as generation:
+            await anext(generation)
+            raise ConnectionError
 
 
 @in_loop
-async def test_a_consumer_that_takes_nothing_delays_nobody_and_loses_nothing(tiny: Path) -> None:
-    async with engine(tiny) as client:
-        slow = client.submit(asked([1, 2], 300))
-        assert (await output_of(client.submit(asked([3, 4], 300))))[1] == ["length"]
-        await until(lambda: slow.has_ended)
-        ids, reasons = await output_of(slow)
-        assert len(ids[0]) == 300 and reasons == ["length"]
+async def test_a_consumer_that_takes_nothing_delays_nobody_and_loses_nothing(
+    shared: SharedEngine,
+) -> None:
+    client = shared.client
+    slow = client.submit(asked([1, 2], 200))
+    assert (await output_of(client.submit(asked([3, 4], 200))))[1] == ["length"]
+    await until(lambda: slow.has_ended)
+    ids, reasons = await output_of(slow)
+    assert len(ids[0]) == 200 and reasons == ["length"]
 
 
 @in_loop
-async def test_a_failure_reaches_whoever_waits_for_the_admission(tiny: Path) -> None:
-    async with engine(tiny) as client:
-        with pytest.raises(ApiError) as error:
-            await client.submit(asked([1] * 20_000, 5)).admitted()
-        assert (error.value.status, error.value.code) == (400, "context_length_exceeded")
-        assert client._generations == {}
+async def test_a_failure_reaches_whoever_waits_for_the_admission(shared: SharedEngine) -> None:
+    client = shared.client
+    with pytest.raises(ApiError) as error:
+        await client.submit(asked([1] * 20_000, 5)).admitted()
+    assert (error.value.status, error.value.code) == (400, "context_length_exceeded")
+    assert client._generations == {}
 
 
 @in_loop
@@ -525,15 +531,15 @@ async def test_stopping_before_the_start_has_happened(tiny: Path) -> None:
 @needs_proc
 @in_loop
 async def test_an_engine_leaves_signals_to_the_server_and_is_the_first_to_go_when_memory_is_short(
-    tiny: Path,
+    shared: SharedEngine,
 ) -> None:
-    async with engine(tiny) as client:
-        assert client.pid
-        os.kill(client.pid, signal.SIGINT)
-        os.kill(client.pid, signal.SIGTERM)
-        assert (await output_of(client.submit(asked([1, 2], 5))))[1] == ["length"]
-        assert client.num_restarts == 0
-        assert Path(f"/proc/{client.pid}/oom_score_adj").read_text() == "500\n"
+    client = shared.client
+    assert client.pid
+    os.kill(client.pid, signal.SIGINT)
+    os.kill(client.pid, signal.SIGTERM)
+    assert (await output_of(client.submit(asked([1, 2], 5))))[1] == ["length"]
+    assert client.num_restarts == 0
+    assert Path(f"/proc/{client.pid}/oom_score_adj").read_text() == "500\n"
 
 
 @needs_proc
@@ -595,7 +601,7 @@ def start_script(model: Path, moment: str, directory: Path) -> "subprocess.Popen
     )
 
 
-@pytest.mark.parametrize("moment", ["loading", "ready"])
+@pytest.mark.parametrize("moment", [pytest.param("loading", marks=pytest.mark.slow), "ready"])
 def test_an_engine_is_gone_within_two_seconds_of_its_server(
     moment: str, tiny: Path, tmp_path: Path
 ) -> None:

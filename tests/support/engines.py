@@ -25,11 +25,15 @@ PROCESS_MAIN = process.main  # tests put their own in its place
 
 
 def in_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Runs an async test in a loop of its own, for 30 s at most."""
+    """Runs an async test for 30 s at most: in the loop of `shared`, or else in one of its own."""
 
     @functools.wraps(test)
     def run(**fixtures: Any) -> None:
-        asyncio.run(asyncio.wait_for(test(**fixtures), 30))
+        shared: SharedEngine | None = fixtures.get("shared")
+        asyncio_run = shared.runner.run if shared else asyncio.run
+        asyncio_run(asyncio.wait_for(test(**fixtures), 30))
+        if shared:
+            asyncio_run(gauges_at_rest(shared.client))
 
     return run
 
@@ -49,6 +53,19 @@ async def engine(
         await client.stop()
         assert client.gauges == Gauges()
         assert pid is None or has_exited(pid, 0)
+
+
+class SharedEngine:
+    """A client whose engine is ready, and its loop; tests that share it leave it at rest."""
+
+    def __init__(self, model: Path) -> None:
+        self.runner = asyncio.Runner()
+        self._engine = engine(model)
+        self.client = self.runner.run(self._engine.__aenter__())  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        with self.runner:
+            self.runner.run(self._engine.__aexit__(None, None, None))  # type: ignore[arg-type]
 
 
 async def gauges_at_rest(client: EngineClient) -> None:
