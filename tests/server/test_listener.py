@@ -16,6 +16,7 @@ from llmsrv.asgi.types import Send
 from llmsrv.errors import StartupError
 from llmsrv.server.listener import bind
 from llmsrv.server.server import run
+from tests.support.parameters import slow_but
 from tests.support.serving import LOOPS
 from tests.support.serving import PATIENCE_S
 from tests.support.serving import parse_answers
@@ -101,7 +102,7 @@ async def _settled(condition: Callable[[], bool]) -> bool:
     return True
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", slow_but(LOOPS, "uvloop"))
 def test_74_a_burst_of_connections_is_accepted_to_the_last(loop: str) -> None:
     with serving(answer_ok, loop=loop) as server:
         clients = [server.connect() for _ in range(400)]
