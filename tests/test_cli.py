@@ -206,6 +206,7 @@ def test_a_key_file_that_holds_no_key_is_refused(tmp_path: Path, content: str) -
         read_keys([], str(path))
 
 
+@pytest.mark.slow
 def test_a_template_that_does_not_compile_is_refused(tmp_path: Path) -> None:
     model = write_tiny_llama(tmp_path / "tiny.gguf")
     template = tmp_path / "broken.jinja"

@@ -123,6 +123,7 @@ async def test_a_draft_model_of_another_vocabulary_is_refused(tiny: Path, tmp_pa
             pass
 
 
+@pytest.mark.slow
 @in_loop
 async def test_a_seed_gives_its_choices_again(tiny: Path) -> None:
     async with engine(tiny, max_num_sequence=2) as client:
@@ -612,6 +613,7 @@ def test_an_engine_is_gone_within_two_seconds_of_its_server(
         assert has_exited(pid, 2)
 
 
+@pytest.mark.slow
 def test_neither_process_loads_what_belongs_to_the_other(tiny: Path, tmp_path: Path) -> None:
     """Each process writes its modules down as it ends; the engine's are those of a whole life."""
     (tmp_path / "sitecustomize.py").write_text(
