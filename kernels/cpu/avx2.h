@@ -33,19 +33,27 @@ INLINE i32v dot2(i32v c, u32v w, i32v x)
 #endif
 }
 
-/* Sums of two products each of bytes, those of w unsigned and below 128, in 16 bits; to be added up
- * only as far as these reach. */
+/* Sums of products of bytes, those of w unsigned: of four each in 32 bits, or of two each, w below 128, in
+ * 16 bits, to be added up only as far as these reach. */
 INLINE i32v add_products(i32v sums, u32v w, i32v x)
 {
+#ifdef TIER_AVX_VNNI
+    return (i32v)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)w, (__m256i)x);
+#else
     sums = (i32v)_mm256_add_epi16((__m256i)sums, _mm256_maddubs_epi16((__m256i)w, (__m256i)x));
     __asm__("" : "+x"(sums)); /* as in dot2 */
     return sums;
+#endif
 }
 
-/* c + sums of 16 bits */
+/* c + such sums */
 INLINE i32v add_sums(i32v c, i32v sums)
 {
+#ifdef TIER_AVX_VNNI
+    return c + sums;
+#else
     return c + (i32v)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1));
+#endif
 }
 
 /* The size of bytes, and x with their signs: |w| sign(x, w) is w x. */

@@ -18,8 +18,9 @@
  * which the last has what is left.  A stripe of S rows is
  *     int32  words[8][PLANES][S]  pairs of a word, 4 j and 4 j + 2 and the others, or its bytes
  *     float  d[S]                 what 1 of these integers is worth
- *     float  sum[S]               of the 32 values */
-enum { WORDS = 8 * PLANES, BLOCK_WORDS = WORDS + 2 /* a row and block */ };
+ *     float  sum[S]               of the 32 values
+ *     int32  sums[2][S]           with 8 bits only: of the integers of each half */
+enum { WORDS = 8 * PLANES, BLOCK_WORDS = WORDS + (PLANES == 2 ? 2 : 4) /* a row and block */ };
 
 /* ---- Activations to tiles */
 
@@ -27,7 +28,8 @@ enum { WORDS = 8 * PLANES, BLOCK_WORDS = WORDS + 2 /* a row and block */ };
 INLINE void split_block(const float *x, int S, int32_t *words)
 {
     Integers integers = integers_of(x);
-    float sum = integers.d * (float)(sum_of_half(&integers, 0) + sum_of_half(&integers, 1));
+    int32_t sums[2] = {sum_of_half(&integers, 0), sum_of_half(&integers, 1)};
+    float sum = integers.d * (float)(sums[0] + sums[1]);
     uint32_t q[COLUMNS];
     memcpy(q, integers.q, sizeof q);
     for (int j = 0; j < COLUMNS; j += 4)
@@ -37,6 +39,10 @@ INLINE void split_block(const float *x, int S, int32_t *words)
                                                  | (q[i + 2] & 255) << 16 | q[i + 3] << 24);
     memcpy(words, &integers.d, sizeof sum);
     memcpy(words + S, &sum, sizeof sum);
+    if (PLANES == 1) {
+        words[2 * S] = sums[0];
+        words[3 * S] = sums[1];
+    }
 }
 
 int tile_words(int width) { return width / COLUMNS * BLOCK_WORDS; }
@@ -57,64 +63,77 @@ typedef int16_t i16v __attribute__((vector_size(4 * LANES)));
 
 typedef int8_t i8v __attribute__((vector_size(4 * LANES)));
 
-/* Q6_K's integers become signed, and Q8_0's are so: else their sums would be large beside what is left
- * of them once the offset's share is off. */
-INLINE int is_signed(int format) { return format == Q6_K || format == Q8_0; }
+/* Of 16 bits Q6_K's integers become signed, and Q8_0's are so: else their sums would be large beside what
+ * is left of them once the offset's share is off.  Of 8 bits that share is an integer. */
+INLINE int is_signed(int format) { return format == Q8_0 || (PLANES == 2 && format == Q6_K); }
 
 /* A word as it is multiplied. */
 INLINE void word_of(int format, u32v word, u32v *out)
 {
+#if PLANES == 2
     if (format == Q6_K)
         word = (u32v)((i8v)word - 32);
-#if PLANES == 2
     out[0] = is_signed(format) ? (u32v)((i16v)(word << 8) >> 8) : word & 0x00ff00ff;
     out[1] = (u32v)((i16v)word >> 8); /* of the others the highest bit is 0 */
 #else
+    (void)format;
     out[0] = word;
 #endif
 }
 
 /* Words j and j + 4 of part p. */
-INLINE void take_words(int format, const uint8_t *w, int j, int p, u32v (*out)[PLANES])
+INLINE void take_words(int format, const uint8_t *w, int j, int p, u32v *first, u32v *second)
 {
     u32v low, high;
     integers(format, w, j, p, &low, &high);
-    word_of(format, low, out[0]);
-    word_of(format, high, out[1]);
+    word_of(format, low, first);
+    word_of(format, high, second);
 }
 
-/* What words sum up to: of Q6_K the halves of a block apart.  Sums of 16 bits join the others before
- * they could overflow: eight words of four bits, four of five. */
+/* What words sum up to: of Q6_K the halves of a block apart.  `sums` are those of bytes. */
 typedef struct {
-    i32v dots[2], sums;
+    i32v dots[2], sums[2];
 } Products;
 
-INLINE Products no_products(void) { return (Products){{splat_int(0), splat_int(0)}, splat_int(0)}; }
+INLINE int which_half(int format, int word) { return format == Q6_K ? word / 4 : 0; }
 
-/* Adds words j and j + 4 times those of a row, which lie `S` apart; j ascends. */
-INLINE void multiply_words(
-    int format, int j, const u32v (*words)[PLANES], const int32_t *x, int S, Products *products)
+INLINE Products no_products(int format, const int32_t *sums_x, int S)
 {
-    UNROLL for (int h = 0; h < 2; h++) {
-        i32v *dot = &products->dots[format == Q6_K ? h : 0];
-        const int32_t *at = x + PLANES * (j + 4 * h) * S;
+    const i32v zero = splat_int(0);
+    if (PLANES == 2 || format != Q6_K)
+        return (Products){{zero, zero}, {zero, zero}};
+    return (Products){{splat_int(-32 * sums_x[0]), splat_int(-32 * sums_x[S])}, {zero, zero}};
+}
+
+/* Adds a word times that of a row, whose words lie `S` apart. */
+INLINE void multiply_word(
+    int format, int word, const u32v *w, const int32_t *x, int S, Products *products)
+{
+    i32v *dot = &products->dots[which_half(format, word)];
+    x += PLANES * word * S;
 #if PLANES == 2
-        *dot = dot2(*dot, words[h][0], splat_int(at[0]));
-        *dot = dot2(*dot, words[h][1], splat_int(at[S]));
+    *dot = dot2(*dot, w[0], splat_int(x[0]));
+    *dot = dot2(*dot, w[1], splat_int(x[S]));
 #else
-        u32v w = words[h][0];
-        if (is_signed(format))
-            *dot = add_sums(*dot, add_products(splat_int(0), size_of_bytes(w),
-                                               with_signs(splat_int(at[0]), w)));
-        else
-            products->sums = add_products(products->sums, w, splat_int(at[0]));
+    i32v *sums = &products->sums[which_half(format, word)], v = splat_int(x[0]);
+    if (is_signed(format))
+        *dot = add_sums(*dot, add_products(splat_int(0), size_of_bytes(w[0]), with_signs(v, w[0])));
+    else
+        *sums = add_products(*sums, w[0], v);
 #endif
-    }
+}
+
+/* Sums of bytes join the others once they are of so many words that 16 bits might not hold more. */
+INLINE void join_sums(int format, int half, int num_words, Products *products)
+{
 #if PLANES == 1
-    if (!is_signed(format) && j % 2 && (j == 3 || has_high_bits(format))) {
-        products->dots[0] = add_sums(products->dots[0], products->sums);
-        products->sums = splat_int(0);
-    }
+    int most_words = format == Q6_K ? 2 : has_high_bits(format) ? 4 : 8;
+    if (is_signed(format) || num_words % most_words)
+        return;
+    products->dots[half] = add_sums(products->dots[half], products->sums[half]);
+    products->sums[half] = splat_int(0);
+#else
+    (void)format, (void)half, (void)num_words, (void)products;
 #endif
 }
 
@@ -162,15 +181,24 @@ INLINE void multiply_few(
     for (int k = 0; k < num_blocks; k++, tile += BLOCK_WORDS * R) {
         const uint8_t *w = blocks + block_at(format, k), *head = blocks + head_at(format, k);
         const float *d_x = (const float *)(tile + WORDS * R), *sum_x = d_x + R;
+        const int32_t *sums_x = tile + (WORDS + 2) * R;
         fetch_ahead(w, block_bytes(format), &next);
         UNROLL for (int p = 0; p < PARTS; p++) {
             Products products[STRIPE];
-            UNROLL for (int r = 0; r < R; r++) products[r] = no_products();
+            UNROLL for (int r = 0; r < R; r++) products[r] = no_products(format, sums_x + r, R);
             UNROLL for (int j = 0; j < 4; j++) {
                 u32v words[2][PLANES];
-                take_words(format, w, j, p, words);
-                UNROLL for (int r = 0; r < R; r++)
-                    multiply_words(format, j, words, tile + r, R, &products[r]);
+                take_words(format, w, j, p, words[0], words[1]);
+                UNROLL for (int r = 0; r < R; r++) {
+                    multiply_word(format, j, words[0], tile + r, R, &products[r]);
+                    multiply_word(format, j + 4, words[1], tile + r, R, &products[r]);
+                    if (format == Q6_K) {
+                        join_sums(format, 0, j + 1, &products[r]);
+                        join_sums(format, 1, j + 1, &products[r]);
+                    } else {
+                        join_sums(format, 0, 2 * (j + 1), &products[r]);
+                    }
+                }
             }
             Scales of = scales_of(format, w, head, p);
             UNROLL for (int r = 0; r < R; r++)
@@ -185,14 +213,15 @@ INLINE void multiply_few(
 
 /* A block of weights taken apart. */
 typedef struct {
-    u32v words[4][PARTS][2][PLANES];
+    u32v words[PARTS][8][PLANES];
     Scales scales[PARTS];
 } Taken;
 
 INLINE void take(const int format, const uint8_t *w, const uint8_t *head, Taken *taken)
 {
     UNROLL for (int p = 0; p < PARTS; p++) {
-        UNROLL for (int j = 0; j < 4; j++) take_words(format, w, j, p, taken->words[j][p]);
+        UNROLL for (int j = 0; j < 4; j++) take_words(
+            format, w, j, p, taken->words[p][j], taken->words[p][j + 4]);
         taken->scales[p] = scales_of(format, w, head, p);
     }
 }
@@ -203,12 +232,15 @@ INLINE void add_stripe(
     const int format, const int S, const Taken *taken, const int32_t *stripe, float *y)
 {
     const float *d_x = (const float *)(stripe + WORDS * S), *sum_x = d_x + S;
+    const int32_t *sums_x = stripe + (WORDS + 2) * S;
     Products products[STRIPE][PARTS];
     UNROLL for (int r = 0; r < S; r++)
-        UNROLL for (int p = 0; p < PARTS; p++) products[r][p] = no_products();
-    for (int j = 0; j < 4; j++)
-        UNROLL for (int r = 0; r < S; r++) UNROLL for (int p = 0; p < PARTS; p++)
-            multiply_words(format, j, taken->words[j][p], stripe + r, S, &products[r][p]);
+        UNROLL for (int p = 0; p < PARTS; p++) products[r][p] = no_products(format, sums_x + r, S);
+    UNROLL for (int word = 0; word < 8; word++)
+        UNROLL for (int r = 0; r < S; r++) UNROLL for (int p = 0; p < PARTS; p++) {
+            multiply_word(format, word, taken->words[p][word], stripe + r, S, &products[r][p]);
+            join_sums(format, which_half(format, word), word + 1, &products[r][p]);
+        }
     UNROLL for (int r = 0; r < S; r++)
         UNROLL for (int p = 0; p < PARTS; p++) {
             float *at = y + ROWS * r + LANES * p;

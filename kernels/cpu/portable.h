@@ -27,8 +27,13 @@ INLINE i32v to_nearest(f32v x)
 
 INLINE i32v dot2(i32v c, u32v w, i32v x)
 {
+#ifdef __SSE2__
+    typedef short Shorts __attribute__((vector_size(4 * LANES)));
+    return c + (i32v)__builtin_ia32_pmaddwd128((Shorts)w, (Shorts)x);
+#else
     i32v low = ((i32v)(w << 16) >> 16) * ((x << 16) >> 16);
     return c + low + ((i32v)w >> 16) * (x >> 16);
+#endif
 }
 
 INLINE u32v load_wide(const uint16_t *p) { return (u32v){p[0], p[1], p[2], p[3]}; }

@@ -47,12 +47,6 @@ PACKED = [type for type in FORMATS if type in TYPES]
 OTHERS = [type for type in TYPES if type in HALVES and type not in FORMATS]
 
 
-@pytest.fixture(scope="session")
-def cpu8():
-    tiers = tuple(tier for tier in TIERS if not tier.always_16_bits)
-    return CPUBackend(CPUOptions(default_cache_dir(), 3, activation_bits=8, kv_bits=8, tiers=tiers))
-
-
 def random(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 

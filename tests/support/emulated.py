@@ -1,28 +1,32 @@
-"""The tiers of AVX-512 on a CPU that lacks it: the same kernels, the same calls, with intrinsics that
-AVX2 computes (intrinsics/immintrin.h).  Their loops are not unrolled, or compiling takes minutes."""
+"""The tiers of x86 on a CPU that has only AVX2: the same kernels with intrinsics that AVX2 computes
+(intrinsics/immintrin.h).  Their loops are not unrolled, or compiling takes minutes."""
 
 import dataclasses
 import hashlib
-import shutil
 from pathlib import Path
 
 from llmsrv.backend.cpu import TIERS
 from llmsrv.backend.source import cpu_features
+from llmsrv.backend.source import find_compiler
 
 INTRINSICS = Path(__file__).parent / "intrinsics"
+EMULATED = "AMX", "AVX-512", "AVX2 with VNNI"
 AVX2 = next(tier for tier in TIERS if tier.name == "AVX2")
 
 
 def emulated_tiers():
     """Those that do not run here by themselves, where AVX2 does and gcc compiles."""
-    if not AVX2.needs <= cpu_features() or not shutil.which("gcc"):
+    compiler = Path(find_compiler().command[0]).resolve().name
+    if not AVX2.needs <= cpu_features() or "gcc" not in compiler:
         return
     version = hashlib.sha256((INTRINSICS / "immintrin.h").read_bytes()).hexdigest()
     flags = [f"-isystem{INTRINSICS}", f"-DINTRINSICS={version}", "-O1"]
     flags += ["-fdisable-tree-cunroll", "-fdisable-tree-cunrolli"]
     for tier in TIERS:
-        if "-DTIER_AVX512" in tier.flags and not tier.needs <= cpu_features():
-            own = [flag for flag in (*tier.flags, *AVX2.flags) if flag != "-DTIER_AVX2"]
-            own = [flag for flag in own if not flag.startswith(("-mavx512", "-mamx"))]
+        if tier.name in EMULATED and not tier.needs <= cpu_features():
+            own = [flag for flag in tier.flags if flag.startswith("-D")]
+            compiled = [flag for flag in AVX2.flags if flag.startswith("-m")]
             name = f"{tier.name}, emulated"
-            yield dataclasses.replace(tier, name=name, needs=AVX2.needs, flags=(*own, *flags))
+            yield dataclasses.replace(
+                tier, name=name, needs=AVX2.needs, flags=(*own, *compiled, *flags)
+            )

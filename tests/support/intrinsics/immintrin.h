@@ -1,5 +1,5 @@
-/* AVX-512 and matrix registers for a CPU that has AVX2: of their intrinsics those that kernels/cpu uses,
- * computed in halves or one element after the other, so that these kernels are tested anywhere.
+/* AVX-512, VNNI and matrix registers for a CPU that has AVX2: of their intrinsics those that kernels/cpu
+ * uses, computed in halves or one element after the other, so that these kernels are tested anywhere.
  *
  * What an instruction does is in Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2;
  * where that makes a tile's instruction fault, this aborts. */
@@ -229,17 +229,23 @@ static inline __m256i high_bytes_of(__m256i x, int is_signed)
 }
 
 /* c + four bytes of a times four signed ones of b */
+static inline __m256i multiply_half(__m256i c, __m256i a, int is_signed, __m256i b)
+{
+    __m256i even = _mm256_madd_epi16(low_bytes_of(a, is_signed), low_bytes_of(b, 1));
+    __m256i odd = _mm256_madd_epi16(high_bytes_of(a, is_signed), high_bytes_of(b, 1));
+    return _mm256_add_epi32(c, _mm256_add_epi32(even, odd));
+}
+
 EMULATED __m512i multiply_bytes(__m512i c, __m512i a, int is_signed, __m512i b)
 {
     Register sum = {.whole = c};
-    for (int i = 0; i < 2; i++) {
-        __m256i x = HALF(a, i), y = HALF(b, i);
-        __m256i even = _mm256_madd_epi16(low_bytes_of(x, is_signed), low_bytes_of(y, 1));
-        __m256i odd = _mm256_madd_epi16(high_bytes_of(x, is_signed), high_bytes_of(y, 1));
-        sum.halves[i] = _mm256_add_epi32(sum.halves[i], _mm256_add_epi32(even, odd));
-    }
+    for (int i = 0; i < 2; i++)
+        sum.halves[i] = multiply_half(sum.halves[i], HALF(a, i), is_signed, HALF(b, i));
     return sum.whole;
 }
+
+#define _mm256_dpbusd_avx_epi32(c, a, b) multiply_half(c, a, 0, b)
+#define _mm256_dpwssd_avx_epi32(c, a, b) _mm256_add_epi32(c, _mm256_madd_epi16(a, b))
 
 #define _mm512_dpbusd_epi32(c, a, b) multiply_bytes(c, a, 0, b)
 #define _mm512_dpwssd_epi32(c, a, b)                                                               \
