@@ -255,6 +255,10 @@ class Plan(ABC):
         """Runs every operation for the batch; the logits stay until the next forward."""
 
     @abstractmethod
+    def copy_block(self, source: int, target: int) -> None:
+        """Gives a block of the KV cache the keys and values of another, in all layers."""
+
+    @abstractmethod
     def sample(
         self,
         slots: Array,

@@ -210,6 +210,11 @@ class CPUPlan(Plan):
         self._forward(*self._at)
         self._tick()
 
+    def copy_block(self, source: int, target: int) -> None:
+        self.cache.will_use(target)
+        for array in (self.cache.keys, self.cache.values):
+            array[target] = array[source]
+
     def sample(
         self,
         slots: Array,

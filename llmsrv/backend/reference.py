@@ -101,6 +101,10 @@ class ReferencePlan(Plan):
             self._run(operation, batch)
             self.tick()
 
+    def copy_block(self, source: int, target: int) -> None:
+        for array in (self.k_cache, self.v_cache):
+            array[target] = array[source]
+
     def sample(
         self,
         slots: Array,

@@ -163,6 +163,8 @@ class EngineCore:
         self._expire(start_s)
         self._queue_compiled()
         if chunks := self._scheduler.schedule():
+            for source, target in self._scheduler.copies:
+                self._plan.copy_block(source, target)
             self._enter(self._scheduler.admitted, start_s)
             self._compute(chunks)
         elif self._compiling:

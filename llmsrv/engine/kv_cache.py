@@ -18,10 +18,15 @@ sequence that begins with those tokens, while they run and after.  A block is at
     remembered held by nobody, but known: taken up again by its page, or, when no block is free,
                forgotten and handed out, the one that was let go longest ago first
 
+Of a block that begins as a sequence goes on the beginning can be copied: where a prompt ends or leaves
+a known one within a block, which nearly all do, up to 15 tokens need not be computed.  So what a
+sequence leaves in its last block is remembered, too.
+
 Always: num_free + num_used == num_total, where num_free counts the remembered ones too.
 """
 
 import hashlib
+import os.path
 import secrets
 from array import array
 from collections.abc import Callable
@@ -33,15 +38,29 @@ import numpy as np
 from llmsrv.backend.base import BLOCK_SIZE
 
 
+ID_BYTES = array("i").itemsize
+
+
 def num_blocks_for(num_positions: int) -> int:
     return -(-num_positions // BLOCK_SIZE)
 
 
 class Page(NamedTuple):
-    """What a full block stands for: the hash of all tokens up to its end, and its own tokens."""
+    """What a block stands for, which is full unless nobody goes on with it.
+
+    key     a hash of all tokens up to its end
+    tokens  its own, int32
+    before  the key of the page before it, or the salt
+    """
 
     key: bytes
     tokens: bytes
+    before: bytes
+
+    @property
+    def beginning(self) -> tuple[bytes, bytes]:
+        """All that comes before, and the first token."""
+        return self.before, self.tokens[:ID_BYTES]
 
 
 class Pages:
@@ -60,12 +79,20 @@ class Pages:
     def upto(self, num_pages: int, ids: Callable[[int, int], Sequence[int]]) -> list[Page]:
         """The first pages; `ids(start, stop)` are the sequence's tokens at those positions."""
         while len(self._pages) < num_pages:
-            start = len(self._pages) * BLOCK_SIZE
-            tokens = array("i", ids(start, start + BLOCK_SIZE)).tobytes()
-            before = self._pages[-1].key if self._pages else self._salt
-            digest = hashlib.blake2b(before + tokens, digest_size=16, key=self._secret)
-            self._pages.append(Page(digest.digest(), tokens))
+            index = len(self._pages)
+            self._pages.append(self._page(index, (index + 1) * BLOCK_SIZE, ids))
         return self._pages[:num_pages]
+
+    def part(self, index: int, stop: int, ids: Callable[[int, int], Sequence[int]]) -> Page:
+        """The page behind the first `index` ones, which ends at the position `stop`."""
+        self.upto(index, ids)
+        return self._page(index, stop, ids)
+
+    def _page(self, index: int, stop: int, ids: Callable[[int, int], Sequence[int]]) -> Page:
+        tokens = array("i", ids(index * BLOCK_SIZE, stop)).tobytes()
+        before = self._pages[index - 1].key if index else self._salt
+        digest = hashlib.blake2b(before + tokens, digest_size=16, key=self._secret)
+        return Page(digest.digest(), tokens, before)
 
 
 class KVCache:
@@ -85,6 +112,7 @@ class KVCache:
 
         self._block_of: dict[bytes, int] = {}  # by the key of its page
         self._page_of: dict[int, Page] = {}
+        self._latest: dict[tuple[bytes, bytes], int] = {}  # by the beginning of its page
         self._remembered: dict[int, None] = {}  # held by nobody; let go longest ago first
 
     @property
@@ -116,6 +144,15 @@ class KVCache:
             blocks.append(block)
         return blocks
 
+    def find_beginning(self, page: Page) -> tuple[int, int]:
+        """A block that begins as the page does, and how many tokens are the same; they may be
+        copied from there until the next forward pass.  (0, 0): there is none."""
+        block = self._latest.get(page.beginning)
+        if block is None:
+            return 0, 0
+        same = os.path.commonprefix([self._page_of[block].tokens, page.tokens])
+        return block, len(same) // ID_BYTES
+
     def num_taken_by(self, blocks: Sequence[int]) -> int:
         """How many fewer blocks would be free if these were adopted."""
         return sum(self._num_holders[block] == 0 for block in blocks)
@@ -128,7 +165,8 @@ class KVCache:
             self._hold(slot, block)
 
     def remember(self, slot: int, pages: Sequence[Page]) -> None:
-        """Makes known what the slot's first blocks stand for, once they are computed."""
+        """Makes known what the slot's first blocks stand for, once they are computed; a page that is
+        not full ends what the slot will ever hold."""
         for index in range(len(pages) - 1, -1, -1):
             block = int(self.block_tables[slot, index])
             if block in self._page_of:
@@ -136,6 +174,7 @@ class KVCache:
             if pages[index].key not in self._block_of:  # else another block has that content
                 self._block_of[pages[index].key] = block
                 self._page_of[block] = pages[index]
+                self._latest[pages[index].beginning] = block
 
     def release(self, slot: int) -> None:
         """Lets every block of the slot go, the last first: an ending is worth less than what all
@@ -160,5 +199,8 @@ class KVCache:
             return self._free.pop()
         block = next(iter(self._remembered))
         del self._remembered[block]
-        del self._block_of[self._page_of.pop(block).key]
+        page = self._page_of.pop(block)
+        del self._block_of[page.key]
+        if self._latest.get(page.beginning) == block:
+            del self._latest[page.beginning]
         return block

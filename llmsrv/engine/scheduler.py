@@ -12,8 +12,8 @@ and its output so far are computed again.  Nothing of an earlier rank is ever pr
 the queue is admitted from its head only, and the KV cache holds at least one sequence of full
 length: so the first of all always goes on, and every sequence ends.
 
-A sequence is admitted with what is known already of its beginning (kv_cache.py); its last token is
-always computed, since its logits are wanted.
+A sequence is admitted with what is known already of its beginning (kv_cache.py), blocks that it shares
+and one that it gets a copy of; its last token is always computed, since its logits are wanted.
 
 Knows nothing of tokens, sampling or messages.
 """
@@ -47,8 +47,9 @@ DRAFT_SHARE = 0.25
 SMOOTH_STEP_S = 0.05
 # Where even decode alone takes that long, prompts get less of it.
 LEAST_PROMPT_SHARE = 0.5
-# So that prompts get on in any case; a decode step reads every weight for fewer rows.
-LEAST_PREFILL_ROWS = 4
+# So that prompts get on in any case, beside streams and alone.  Four rows beside one stream make a step
+# more than twice as long where rows are dear (AVX2); alone two would not lead to larger steps.
+LEAST_ROWS_BESIDE, LEAST_ROWS_ALONE = 2, 4
 # So many positions before a row of a prompt cost about what the row itself does: SmolLM2 on a CPU;
 # 300 or 2000 would do as well.  Without it the ends of long prompts make steps far too long.
 FAR_POSITION = 1000
@@ -106,6 +107,7 @@ class Scheduler:
         self.waiting = FairQueue()
         self.running: list[Sequence] = []  # by rank
         self.admitted: list[Sequence] = []  # by the last schedule()
+        self.copies: list[tuple[int, int]] = []  # blocks, from and to, in this order, before the step
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # tokens that were looked up at admission
         self.num_prefix_hits = 0  # and found
@@ -127,7 +129,7 @@ class Scheduler:
 
         Empty only when there is no sequence at all.
         """
-        self.admitted = []
+        self.admitted, self.copies = [], []
         chunks = self._with_drafts(self._schedule_decode())
         budget = self._num_prefill_rows(len(chunks), sum(chunk.num_rows for chunk in chunks))
         spare = self._num_spare_logit_rows - sum(len(chunk.draft) for chunk in chunks)
@@ -162,7 +164,7 @@ class Scheduler:
 
     def _num_prefill_rows(self, num_streams: int, num_rows: int) -> int:
         """How many rows the step may have beside these, which are those of the streams."""
-        limit_s = LONGEST_STEP_S
+        limit_s, least = LONGEST_STEP_S, LEAST_ROWS_ALONE
         first = next((s for s in self.running if s.num_uncomputed > 1), self.waiting.head)
         if num_streams:
             decode_s = self._costs.of(num_rows)
@@ -172,9 +174,10 @@ class Scheduler:
             prompts_s = decode_s * share * max(1.0, num_prompts / num_streams)
             prompts_s = min(prompts_s, SMOOTH_STEP_S - decode_s)
             limit_s = decode_s + max(prompts_s, decode_s * LEAST_PROMPT_SHARE)
+            least = LEAST_ROWS_BESIDE
         position = first.num_computed if first else 0
         fitting = (self._costs.rows_within(limit_s) - num_rows) / (1 + position / FAR_POSITION)
-        return int(min(self._max_rows - num_rows, max(fitting, LEAST_PREFILL_ROWS)))
+        return int(min(self._max_rows - num_rows, max(fitting, least)))
 
     def _num_prompts(self, num_streams: int) -> int:
         return len(self.running) - num_streams + len(self.waiting)
@@ -231,18 +234,39 @@ class Scheduler:
         if needed + self._kv_cache.num_taken_by(known) > self._kv_cache.num_free:
             return None
         self.waiting.pop()
+        source, num_copied = self._find_beginning(sequence, len(known))
         sequence.move_to(State.RUNNING)
         sequence.slot = self._free_slots.pop()
         self._kv_cache.adopt(sequence.slot, known)
         self._kv_cache.grow(sequence.slot, sequence.num_tokens)
-        sequence.num_computed = sequence.num_cached = len(known) * BLOCK_SIZE
+        if num_copied:
+            target = int(self._kv_cache.block_tables[sequence.slot, len(known)])
+            self.copies.append((source, target))
+        sequence.num_computed = sequence.num_cached = len(known) * BLOCK_SIZE + num_copied
         self.num_prefix_queries += sequence.num_tokens
         self.num_prefix_hits += sequence.num_cached
         insort(self.running, sequence, key=by_rank)
         self.admitted.append(sequence)
         return sequence
 
+    def _find_beginning(self, sequence: Sequence, num_known: int) -> tuple[int, int]:
+        """A block that has some of what comes behind the sequence's known blocks, and how much of it,
+        without the last token of all."""
+        start = num_known * BLOCK_SIZE
+        stop = min(start + BLOCK_SIZE, sequence.num_tokens - 1)
+        if stop == start or sequence.tells_prompt:
+            return 0, 0
+        leader, shared = sequence.leader, min(stop, len(sequence.submit.prompt_ids))
+        if leader is not None and leader.state is State.RUNNING and shared > start:
+            return int(self._kv_cache.block_tables[leader.slot, num_known]), shared - start
+        return self._kv_cache.find_beginning(sequence.pages.part(num_known, stop, sequence.ids))
+
     def _release(self, sequence: Sequence) -> None:
+        num_full, num_left = divmod(sequence.num_computed, BLOCK_SIZE)
+        if num_left:
+            pages = sequence.pages.upto(num_full, sequence.ids)
+            pages.append(sequence.pages.part(num_full, sequence.num_computed, sequence.ids))
+            self._kv_cache.remember(sequence.slot, pages)
         self._kv_cache.release(sequence.slot)
         self._free_slots.append(sequence.slot)
         sequence.slot = NO_SLOT

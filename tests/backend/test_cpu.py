@@ -398,6 +398,26 @@ def test_with_eight_bits_too_logits_do_not_depend_on_the_batch(cpu8):
     check_logits_do_not_depend_on_the_batch(cpu8)
 
 
+def test_a_copied_block_gives_the_same_bits(cpu):
+    check_a_copied_block_gives_the_same(cpu)
+
+
+def test_a_copied_block_gives_the_same_in_the_reference():
+    check_a_copied_block_gives_the_same(ReferenceBackend(), tolerance=1e-5)
+
+
+def check_a_copied_block_gives_the_same(backend, tolerance=0):
+    program = llama(heads=6, kv_heads=2, layers=2)
+    plan = backend.compile(program, LIMITS, lambda: None)
+    ids = np.random.default_rng(5).integers(0, VOCAB, 40).tolist()
+    plan.forward(batch_of([Piece(ids, 0, [1, 2, 3])]))
+    expected = plan.buffers["logits"][0, :VOCAB].copy()
+    plan.forward(batch_of([Piece(ids[:30] + [5], 0, [4, 6])]))
+    plan.copy_block(6, 7)
+    plan.forward(batch_of([Piece(ids[30:], 30, [4, 7, 8])]))
+    np.testing.assert_allclose(plan.buffers["logits"][0, :VOCAB], expected, tolerance, tolerance)
+
+
 def check_logits_do_not_depend_on_the_batch(backend):
     program = llama(heads=6, kv_heads=2, layers=2)
     prompt = np.random.default_rng(5).integers(0, VOCAB, 285).tolist()

@@ -29,7 +29,7 @@ from llmsrv.engine.messages import Failed
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.messages import Submit
 from llmsrv.engine.sampling import write_sampling
-from llmsrv.engine.scheduler import LEAST_PREFILL_ROWS
+from llmsrv.engine.scheduler import LEAST_ROWS_BESIDE
 from llmsrv.engine.sequence import Sequence
 from llmsrv.model.load import load_model
 from tests.support.cores import GREEDY
@@ -244,7 +244,7 @@ def test_running_streams_go_on_during_a_long_prefill() -> None:
     engine.submit(2, healthy_prompt(100))
     while 2 not in {request for request, _ in engine.outputs}:
         assert [t.request for t in engine.step().tokens][:1] == [1]
-    assert len(engine.outputs[1, 0]) <= 1 + 100 // LEAST_PREFILL_ROWS
+    assert len(engine.outputs[1, 0]) <= 1 + 100 // LEAST_ROWS_BESIDE
 
 
 def test_prompts_are_computed_in_the_order_of_arrival() -> None:
@@ -296,15 +296,15 @@ def test_what_a_request_shares_with_an_earlier_one_is_not_computed_again() -> No
     first = engine.submit(1, shared)
     engine.run()
     second = engine.submit(2, shared)
-    third = engine.submit(3, shared[:50] + [1, 2, 3])
+    third = engine.submit(3, shared[:50] + [9, 9, 9])
     before = engine.plan.num_forwards
     engine.run()
-    assert engine.num_cached == [0, 96, 48]
+    assert engine.num_cached == [0, 99, 50]
     assert engine.plan.num_forwards - before < 100 // 16 + 10
     for submit in (first, second, third):
         assert engine.outputs.get((submit.request, 0), []) == alone(submit)[0]
     assert engine.gauges.num_prefix_queries == 100 + 100 + 53
-    assert engine.gauges.num_prefix_hits == 96 + 48
+    assert engine.gauges.num_prefix_hits == 99 + 50
     engine.assert_idle()
 
 
@@ -315,7 +315,7 @@ def test_a_conversation_finds_its_own_answer_in_the_cache() -> None:
     engine.run()
     engine.submit(2, prompt + engine.outputs[1, 0] + [5], max_tokens=1)
     engine.run()
-    assert engine.num_cached[-1] == 48  # of the 59 positions that were computed
+    assert engine.num_cached[-1] == 59  # all positions that were computed
 
 
 def test_a_prompt_that_is_known_whole_computes_its_last_token() -> None:
@@ -324,7 +324,7 @@ def test_a_prompt_that_is_known_whole_computes_its_last_token() -> None:
     for request in (1, 2):
         engine.submit(request, prompt, max_tokens=2)
         engine.run()
-    assert engine.num_cached == [0, 16]
+    assert engine.num_cached == [0, 31]
     assert engine.outputs[1, 0] == engine.outputs[2, 0]
 
 
@@ -334,14 +334,14 @@ def test_requests_of_different_salts_share_nothing() -> None:
     for request, salt in enumerate((b"a", b"b", b"a")):
         engine.submit(request, prompt, max_tokens=1, salt=salt)
         engine.run()
-    assert engine.num_cached == [0, 0, 32]
+    assert engine.num_cached == [0, 0, 39]
 
 
 def test_the_choices_of_a_request_share_its_prompt_while_they_run() -> None:
     engine = Engine(max_sequences=4, blocks=9, context=120)
     submit = engine.submit(1, healthy_prompt(64, steps=30), n=4, sampling=Sampling(seed=5))
     engine.run()  # four times 64 positions would be 16 blocks
-    assert engine.num_cached == [0, 48, 48, 48]
+    assert engine.num_cached == [0, 63, 63, 63]
     for choice in range(4):
         assert engine.outputs[1, choice] == alone(submit, choice)[0]
     engine.assert_idle()
@@ -349,11 +349,11 @@ def test_the_choices_of_a_request_share_its_prompt_while_they_run() -> None:
 
 def test_what_was_let_go_longest_ago_is_forgotten_first() -> None:
     engine = Engine(blocks=8, context=120)
-    old, new, other = (healthy_prompt(50, start, steps=3) for start in (1, 3, 5))
+    old, new, other = (healthy_prompt(48, start, steps=3) for start in (1, 3, 5))
     for request, prompt in enumerate((old, new, other, new, old)):
         engine.submit(request, prompt, max_tokens=1)
         engine.run()
-    assert engine.num_cached == [0, 0, 0, 48, 16]  # of the old one its end, not its beginning
+    assert engine.num_cached == [0, 0, 0, 47, 16]  # of the old one its end, not its beginning
     engine.assert_idle()
 
 

@@ -58,6 +58,11 @@ class FakePlan(Plan):
         self._cache[batch.slot_mapping] = batch.ids
         self._logit_ids = [self._ids_up_to(batch, row) for row in batch.logit_rows.tolist()]
 
+    def copy_block(self, source: int, target: int) -> None:
+        assert 0 < source < self._limits.num_blocks and 0 < target < self._limits.num_blocks
+        cache = self._cache.reshape(-1, BLOCK_SIZE)
+        cache[target] = cache[source]
+
     def _ids_up_to(self, batch: Batch, row: int) -> list[int]:
         places = np.arange(batch.positions[row] + 1)
         blocks = batch.block_tables[batch.sequences[row], places // BLOCK_SIZE].astype(np.int64)
