@@ -18,9 +18,9 @@ sequence that begins with those tokens, while they run and after.  A block is at
     remembered held by nobody, but known: taken up again by its page, or, when no block is free,
                forgotten and handed out, the one that was let go longest ago first
 
-Of a block that begins as a sequence goes on the beginning can be copied: where a prompt ends or leaves
-a known one within a block, which nearly all do, up to 15 tokens need not be computed.  So what a
-sequence leaves in its last block is remembered, too.
+Of a block that begins as a sequence goes on the beginning can be copied: nearly all prompts end, or
+leave a known one, within a block, and so up to 15 tokens more need not be computed.  That is why
+what a sequence leaves in its last block is remembered, too.
 
 Always: num_free + num_used == num_total, where num_free counts the remembered ones too.
 """
@@ -165,8 +165,8 @@ class KVCache:
             self._hold(slot, block)
 
     def remember(self, slot: int, pages: Sequence[Page]) -> None:
-        """Makes known what the slot's first blocks stand for, once they are computed; a page that is
-        not full ends what the slot will ever hold."""
+        """Makes known what the slot's first blocks stand for, once they are computed; a page that
+        is not full is the last that the slot will hold."""
         for index in range(len(pages) - 1, -1, -1):
             block = int(self.block_tables[slot, index])
             if block in self._page_of:

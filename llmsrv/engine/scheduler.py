@@ -12,8 +12,9 @@ and its output so far are computed again.  Nothing of an earlier rank is ever pr
 the queue is admitted from its head only, and the KV cache holds at least one sequence of full
 length: so the first of all always goes on, and every sequence ends.
 
-A sequence is admitted with what is known already of its beginning (kv_cache.py), blocks that it shares
-and one that it gets a copy of; its last token is always computed, since its logits are wanted.
+A sequence is admitted with what is known already of its beginning (kv_cache.py): blocks that it
+shares, and one that it gets a copy of.  Its last token is always computed, since its logits are
+wanted.
 
 Knows nothing of tokens, sampling or messages.
 """
@@ -47,8 +48,8 @@ DRAFT_SHARE = 0.25
 SMOOTH_STEP_S = 0.05
 # Where even decode alone takes that long, prompts get less of it.
 LEAST_PROMPT_SHARE = 0.5
-# So that prompts get on in any case, beside streams and alone.  Four rows beside one stream make a step
-# more than twice as long where rows are dear (AVX2); alone two would not lead to larger steps.
+# So that prompts get on in any case, beside streams and alone.  Four rows beside one stream make a
+# step more than twice as long where rows are dear (AVX2); alone two would not lead to larger steps.
 LEAST_ROWS_BESIDE, LEAST_ROWS_ALONE = 2, 4
 # So many positions before a row of a prompt cost about what the row itself does: SmolLM2 on a CPU;
 # 300 or 2000 would do as well.  Without it the ends of long prompts make steps far too long.
@@ -107,7 +108,7 @@ class Scheduler:
         self.waiting = FairQueue()
         self.running: list[Sequence] = []  # by rank
         self.admitted: list[Sequence] = []  # by the last schedule()
-        self.copies: list[tuple[int, int]] = []  # blocks, from and to, in this order, before the step
+        self.copies: list[tuple[int, int]] = []  # blocks, from and to, in order, before the step
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # tokens that were looked up at admission
         self.num_prefix_hits = 0  # and found
@@ -250,8 +251,8 @@ class Scheduler:
         return sequence
 
     def _find_beginning(self, sequence: Sequence, num_known: int) -> tuple[int, int]:
-        """A block that has some of what comes behind the sequence's known blocks, and how much of it,
-        without the last token of all."""
+        """A block that begins with what comes behind the sequence's known blocks, and how many
+        tokens of it, without the last of all."""
         start = num_known * BLOCK_SIZE
         stop = min(start + BLOCK_SIZE, sequence.num_tokens - 1)
         if stop == start or sequence.tells_prompt:
