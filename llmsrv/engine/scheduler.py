@@ -45,7 +45,7 @@ LONG_PROMPT_SHARE = 0.5
 # Beside prompts drafts make a step so much longer at most: streams feel the prompts as it is.
 DRAFT_SHARE = 0.25
 # Where more prompts wait than streams run, each stream gives way to several, but up to here only.
-SMOOTH_STEP_S = 0.05
+SMOOTH_STEP_S = 0.04
 # Where even decode alone takes that long, prompts get less of it.
 LEAST_PROMPT_SHARE = 0.5
 # So that prompts get on in any case, beside streams and alone.  Four rows beside one stream make a
