@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from llmsrv.backend.cpu import TIERS
+from llmsrv.backend.source import CompileError
 from llmsrv.backend.source import cpu_features
 from llmsrv.backend.source import find_compiler
 
@@ -16,8 +17,7 @@ AVX2 = next(tier for tier in TIERS if tier.name == "AVX2")
 
 def emulated_tiers():
     """Those that do not run here by themselves, where AVX2 does and gcc compiles."""
-    compiler = Path(find_compiler().command[0]).resolve().name
-    if not AVX2.needs <= cpu_features() or "gcc" not in compiler:
+    if not AVX2.needs <= cpu_features() or not _gcc_compiles():
         return
     version = hashlib.sha256((INTRINSICS / "immintrin.h").read_bytes()).hexdigest()
     flags = [f"-isystem{INTRINSICS}", f"-DINTRINSICS={version}", "-O1"]
@@ -30,3 +30,10 @@ def emulated_tiers():
             yield dataclasses.replace(
                 tier, name=name, needs=AVX2.needs, flags=(*own, *compiled, *flags)
             )
+
+
+def _gcc_compiles():
+    try:
+        return "gcc" in Path(find_compiler().command[0]).resolve().name
+    except CompileError:
+        return False
