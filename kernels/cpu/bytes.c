@@ -203,7 +203,7 @@ typedef void (*Product)(
         if (format == Q6_K) {                                                                      \
             product_q6_k(R, w, num_blocks, tile, next, y);                                         \
             product_q6_k(R, w + group_size, num_blocks, tile, next, y + ROWS * R);                 \
-        } else if (R == 1 || GROUPS == 1) {                                                                       \
+        } else if (R == 1 || GROUPS == 1) {                                                        \
             product(format, 1, R, w, 0, num_blocks, tile, next, y);                                \
             product(format, 1, R, w + group_size, 0, num_blocks, tile, next, y + ROWS * R);        \
         } else {                                                                                   \
