@@ -6,6 +6,7 @@ import ctypes
 import json
 import math
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -545,6 +546,21 @@ async def test_an_engine_leaves_signals_to_the_server_and_is_the_first_to_go_whe
 
 @needs_proc
 @in_loop
+async def test_every_thread_of_an_engine_gives_its_core_to_a_server_that_wakes_up(
+    shared: SharedEngine,
+) -> None:
+    if (release := tuple(map(int, platform.release().split(".")[:2]))) < (6, 12):
+        pytest.skip(f"Linux {release} lets no thread choose its time slice")
+    assert shared.client.pid
+    server_ns = _slice_ns(Path("/proc/self/sched"))
+    threads = list(Path(f"/proc/{shared.client.pid}/task").iterdir())
+    assert threads
+    for thread in threads:
+        assert _slice_ns(thread / "sched") > server_ns
+
+
+@needs_proc
+@in_loop
 async def test_an_engine_holds_no_socket_and_the_server_none_of_its_pipe_ends(tiny: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)):
         async with engine(tiny) as client:
@@ -780,3 +796,7 @@ async def test_a_system_without_processes_left_is_tried_again(
     await until(lambda: client.state is EngineState.RESTARTING)
     assert "cannot be started" in client.reason
     await client.stop()
+
+
+def _slice_ns(shown: Path) -> int:
+    return int(shown.read_text().partition("se.slice")[2].split()[1])
