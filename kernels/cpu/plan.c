@@ -171,12 +171,18 @@ void *llmsrv_allocate(int64_t size, int32_t wants_huge_pages)
     return memory;
 }
 
-/* Has all of some memory given now, its contents unchanged; a system that cannot gives it later. */
+/* Has all of some memory that wants huge pages given now, its contents unchanged; a system that cannot
+ * gives it later.  In small pages, of which the system makes huge ones in its own time: one huge page
+ * would keep the thread's core from all others until it is cleared. */
 void llmsrv_populate(uint8_t *memory, int64_t size)
 {
 #ifdef MADV_POPULATE_WRITE
     uintptr_t before = (uintptr_t)memory % (uintptr_t)sysconf(_SC_PAGESIZE);
-    madvise(memory - before, before + (size_t)size, MADV_POPULATE_WRITE);
+    uint8_t *start = memory - before;
+    size_t length = before + (size_t)size;
+    madvise(start, length, MADV_NOHUGEPAGE);
+    madvise(start, length, MADV_POPULATE_WRITE);
+    madvise(start, length, MADV_HUGEPAGE);
 #else
     (void)memory;
     (void)size;

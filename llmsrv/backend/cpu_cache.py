@@ -2,7 +2,8 @@
 
 Most of a cache is never used, so it is not to be resident.  But a page that a step is the first to
 write holds up that step: huge ones take 0.3 ms to clear, and 5 ms in a virtual machine whose host
-has not given it that memory before.  So a thread has the next pages given while steps go on.
+has not given it that memory before.  So a thread has the next pages given while steps go on, small
+ones, and gives way to whoever wants its core.
 """
 
 import ctypes
@@ -53,6 +54,6 @@ class CacheMemory:
 
 
 def _populate(library: ctypes.CDLL, *arrays: Array) -> None:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # of this thread, on Linux
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # this thread
     for array in arrays:
         library.llmsrv_populate(address_of(array), array.nbytes)
