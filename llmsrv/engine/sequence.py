@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from dataclasses import field
 
 from llmsrv.engine.grammar import Grammar
+from llmsrv.engine.hope import Ground
+from llmsrv.engine.hope import Hopes
 from llmsrv.engine.kv_cache import Pages
 from llmsrv.engine.lookup import Lookup
 from llmsrv.engine.messages import Finished
@@ -56,11 +58,12 @@ class Sequence:
     num_cached: int = 0  # of these, how many were there when it was admitted last
     num_seen: int = 0  # positions that the draft model has computed, and behind them
     guesses: list[int] = field(default_factory=list)  # these, which may not be what has come
+    grounds: list[Ground] = field(default_factory=list)  # of its last draft, or of more than that
 
     # Over its whole life
     grammar: Grammar | None = None
     lookup: Lookup = field(default_factory=Lookup)
-    hope: float = 0.5  # the share of drafted tokens that will be kept
+    hopes: Hopes = field(default_factory=Hopes)  # for its drafts
     output_ids: list[int] = field(default_factory=list)
     num_told: int = 1  # tokens of the prompt that are told, as far as it tells them
     scheduled_s: float = 0.0

@@ -12,10 +12,12 @@ from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
 from llmsrv.backend.reference import ReferenceBackend
 from llmsrv.backend.sampling import Samples
+from llmsrv.engine.hope import Ground
+from llmsrv.engine.hope import Hopes
+from llmsrv.engine.hope import ground_of
 from llmsrv.engine.lookup import Lookup
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.speculation import Speculation
-from llmsrv.engine.speculation import _forgive
 from llmsrv.engine.step_costs import StepCosts
 from llmsrv.model.load import load_model
 from tests.engine.test_scheduler import Clock
@@ -225,7 +227,10 @@ def test_the_most_likely_drafts_come_first_when_not_all_fit() -> None:
     for request in range(2):
         engine.submit(request, [1, 2, 3, 4, 5] * 4, max_tokens=100)
     sequences = [engine.core._sequences[request][0] for request in range(2)]
-    sequences[1].hope = 0.95
+    for ground in Ground:
+        for _ in range(50):
+            sequences[1].hopes.note(ground, True)
+            sequences[0].hopes.note(ground, False)
     lengths = [len(draft) for draft in speculation.draft(sequences, 12)]
     assert sum(lengths) == 12 and lengths[0] < 3 < lengths[1]
 
@@ -377,25 +382,54 @@ def test_a_draft_model_sees_a_long_prompt_in_parts() -> None:
 def test_what_was_there_before_is_what_comes_next() -> None:
     lookup = Lookup()
     lookup.extend([1, 2, 3, 4, 5, 6])
-    assert lookup.draft(4) == []
-    lookup.extend([1, 2, 3])
-    assert lookup.draft(2) == [4, 5] and lookup.draft(8) == [4, 5, 6, 1, 2, 3, 4, 5]
+    assert lookup.draft(4) == ([], 0)
+    lookup.extend([1])
+    assert lookup.draft(4) == ([], 0)
+    lookup.extend([2, 3])
+    assert lookup.draft(2) == ([4, 5], 3)
+    assert lookup.draft(8) == ([4, 5, 6, 1, 2, 3, 4, 5], 3)
     lookup.extend([7, 1, 2, 3])
-    assert lookup.draft(3) == [7, 1, 2]  # the last time counts
+    assert lookup.draft(3) == ([7, 1, 2], 3)  # the last time counts
     assert lookup.num_tokens == 13
 
 
-def test_hope_follows_the_fate_of_drafts_and_comes_back() -> None:
+def test_where_more_tokens_are_the_same_counts_more_than_the_last_time() -> None:
+    lookup = Lookup()
+    lookup.extend([1, 2, 3, 4, 50, 9, 3, 4, 60, 1, 2, 3, 4])
+    assert lookup.draft(1) == ([50], 4)
+    lookup.extend([9, 9, 3, 4])
+    assert lookup.draft(1) == ([9], 2)
+
+
+def test_what_repeats_itself_is_the_same_for_as_long_as_is_counted() -> None:
+    lookup = Lookup()
+    lookup.extend([5] * 4)
+    assert lookup.draft(3) == ([5, 5, 5], 3)
+    lookup.extend([5] * 40)
+    assert lookup.draft(3) == ([5, 5, 5], 8)
+
+
+def test_the_more_is_the_same_the_more_is_hoped_for() -> None:
+    hopes = Hopes()
+    by_length = [hopes.of(ground_of(num_same)) for num_same in range(2, 30)]
+    assert by_length == sorted(by_length) and by_length[0] < by_length[-1]
+
+
+@pytest.mark.parametrize("ground", Ground)
+def test_hope_follows_the_fate_of_drafts_and_comes_back(ground: Ground) -> None:
     speculation = Speculation(StepCosts(), looks_up=False, draft_length=4)
     engine = engine_of(None)
     engine.submit(1, [1, 2, 3])
     sequence = engine.core._sequences[1][0]
+    first = {each: sequence.hopes.of(each) for each in Ground}
+    sequence.grounds = [ground] * 4
     for _ in range(30):
         speculation.note(sequence, 4, 4)
-    assert sequence.hope > 0.95
+    assert sequence.hopes.of(ground) > 0.95
     for _ in range(60):
         speculation.note(sequence, 4, 0)
-    assert sequence.hope < 0.05
+    assert sequence.hopes.of(ground) < 0.05
     for _ in range(500):
-        _forgive(sequence)
-    assert sequence.hope > 0.4
+        sequence.hopes.forgive(ground)
+    assert sequence.hopes.of(ground) > 0.8 * first[ground]
+    assert all(sequence.hopes.of(each) == first[each] for each in Ground if each != ground)
