@@ -4,7 +4,8 @@ Sequences in decode take one row each, before anything else, so a long prompt ne
 running streams, and further rows for drafts (speculation.py); what is left goes to prompts, in
 chunks; then sequences are admitted from the queue while slots, blocks and rows last.  A step has
 max_rows at most, and so many that its streams stay smooth, by what steps have cost so far
-(_num_prefill_rows).
+(_num_prefill_rows).  Half of the rows for prompts go to short ones that came after a long one: a
+question of a line need not wait until somebody else's document is read.
 
 When a sequence in decode needs a block and none is free, the running sequence of the last rank is
 preempted: its blocks are freed, it goes back to the queue, and when it is admitted again its prompt
@@ -135,19 +136,24 @@ class Scheduler:
         budget = self._num_prefill_rows(len(chunks), sum(chunk.num_rows for chunk in chunks))
         spare = self._num_spare_logit_rows - sum(len(chunk.draft) for chunk in chunks)
 
-        def prefill(sequence: Sequence) -> None:
+        def prefill(sequence: Sequence, most: int) -> int:
             nonlocal budget, spare
-            most = min(budget, 1 + spare) if sequence.tells_prompt else budget
+            most = min(most, 1 + spare) if sequence.tells_prompt else most
             chunk = Chunk(sequence, min(most, sequence.num_uncomputed))
             chunks.append(chunk)
             budget -= chunk.num_rows
             spare -= max(0, chunk.num_logit_rows - 1)
+            return chunk.num_rows
 
+        overtaking, left = self._overtaking() if budget > 1 else [], budget // 2
+        for sequence in overtaking:
+            if left:
+                left -= prefill(sequence, left)
         for sequence in self.running:
-            if budget and sequence.num_uncomputed > 1:
-                prefill(sequence)
+            if budget and sequence.num_uncomputed > 1 and sequence not in overtaking:
+                prefill(sequence, budget)
         while budget and (admitted := self._maybe_admit()):
-            prefill(admitted)
+            prefill(admitted, budget)
         return chunks
 
     def note_computed(self, chunk: Chunk) -> None:
@@ -206,6 +212,26 @@ class Scheduler:
             with_drafts.append(Chunk(*chunk[:2], tuple(draft)))
         return with_drafts
 
+    def _overtaking(self) -> list[Sequence]:
+        """The prompts of which less than half as much is left as of the first one, the shortest
+        first; the head of the queue is admitted if it is one of them."""
+        prompts = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
+        if not prompts:
+            return []
+        first = prompts[0]
+
+        def is_short(sequence: Sequence, num_left: int) -> bool:
+            is_as_urgent = sequence.submit.priority <= first.submit.priority
+            return is_as_urgent and 2 * num_left < first.num_uncomputed
+
+        head = self.waiting.head
+        if head is not None and self._free_slots:
+            num_known = BLOCK_SIZE * len(self._find(head))
+            if is_short(head, head.num_tokens - num_known) and (admitted := self._maybe_admit()):
+                prompts.append(admitted)
+        short = [sequence for sequence in prompts if is_short(sequence, sequence.num_uncomputed)]
+        return sorted(short, key=lambda sequence: sequence.num_uncomputed)
+
     def _make_room(self, sequence: Sequence) -> bool:
         """Gets the block for the sequence's next token; False when it had to give way itself."""
         while not self._kv_cache.grow(sequence.slot, sequence.num_tokens):
@@ -227,8 +253,7 @@ class Scheduler:
         sequence = self.waiting.head
         if sequence is None or sequence.awaits_leader or not self._free_slots:
             return None
-        pages = sequence.pages.upto((sequence.num_tokens - 1) // BLOCK_SIZE, sequence.ids)
-        known = [] if sequence.tells_prompt else self._kv_cache.find(pages)
+        known = self._find(sequence)
         # A block to grow into for each that runs already: admitting into the last free blocks
         # would only lead to a preemption, and to computing the same prompt again.
         needed = num_blocks_for(sequence.num_tokens) - len(known) + len(self.running)
@@ -249,6 +274,13 @@ class Scheduler:
         insort(self.running, sequence, key=by_rank)
         self.admitted.append(sequence)
         return sequence
+
+    def _find(self, sequence: Sequence) -> list[int]:
+        """The known blocks that it may begin with."""
+        if sequence.tells_prompt:
+            return []
+        pages = sequence.pages.upto((sequence.num_tokens - 1) // BLOCK_SIZE, sequence.ids)
+        return self._kv_cache.find(pages)
 
     def _find_beginning(self, sequence: Sequence, num_known: int) -> tuple[int, int]:
         """A block that begins with what comes behind the sequence's known blocks, and how many

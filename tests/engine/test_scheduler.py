@@ -128,6 +128,65 @@ def test_short_prompts_get_on_faster_beside_streams_than_long_ones() -> None:
     assert steps[500] < 0.7 * steps[1000]
 
 
+def steps_until_first_token(engine: Engine, request: int) -> int:
+    count = 0
+    while (request, 0) not in engine.outputs:
+        engine.step()
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize("num_streams", [0, 1])
+def test_a_question_does_not_wait_until_a_document_that_came_before_it_is_read(
+    num_streams: int,
+) -> None:
+    engine = timed_engine(Clock(step_s=0.005, row_s=0.0005), max_rows=64)
+    for request in range(num_streams):
+        engine.submit(request, healthy_prompt(20, request, steps=900), max_tokens=900)
+        engine.step()
+    engine.submit(10, healthy_prompt(1900, 10, steps=1), max_tokens=1)
+    engine.step()
+    engine.submit(11, healthy_prompt(30, 11, steps=1), max_tokens=1)
+    assert steps_until_first_token(engine, 11) <= (30 if num_streams else 2)
+    assert (10, 0) not in engine.outputs
+    steps_until_first_token(engine, 10)
+
+
+def test_a_document_is_read_at_half_its_speed_at_least_while_questions_come() -> None:
+    num_steps = []
+    for num_questions in (0, 40):
+        engine = timed_engine(Clock(), max_rows=64)
+        engine.submit(0, healthy_prompt(1900, steps=1), max_tokens=1)
+        engine.step()
+        for request in range(1, 1 + num_questions):
+            engine.submit(request, healthy_prompt(100, request, steps=1), max_tokens=1)
+        num_steps.append(steps_until_first_token(engine, 0))
+    assert num_steps[0] < num_steps[1] <= 2 * num_steps[0] + 1
+
+
+@pytest.mark.parametrize("length, priority", [(1000, 0), (30, 1)], ids=["as long", "less urgent"])
+def test_a_prompt_waits_for_one_before_it_that_is_no_longer_or_more_urgent(
+    length: int, priority: int
+) -> None:
+    engine = timed_engine(Clock(), max_rows=64)
+    engine.submit(0, healthy_prompt(1200, steps=1), max_tokens=1)
+    engine.step()
+    engine.submit(1, healthy_prompt(length, 1, steps=1), max_tokens=1, priority=priority)
+    steps_until_first_token(engine, 1)
+    assert (0, 0) in engine.finished
+
+
+def test_a_long_prompt_that_is_known_but_for_its_end_is_a_short_one() -> None:
+    engine = timed_engine(Clock(), max_rows=64)
+    conversation = healthy_prompt(1000, 1, steps=2)
+    engine.submit(0, conversation, max_tokens=1)
+    engine.run()
+    engine.submit(1, healthy_prompt(1200, 2, steps=1), max_tokens=1)
+    engine.step()
+    engine.submit(2, [*conversation, *engine.outputs[0, 0], 5, 6, 7], max_tokens=1)
+    assert steps_until_first_token(engine, 2) <= 2
+
+
 def test_many_streams_that_begin_at_once_wait_at_most_sixty_milliseconds_a_token() -> None:
     clock = Clock(step_s=0.005, row_s=0.0005)  # 2000 rows a second, a step of 32 takes 21 ms
     engine = timed_engine(clock)
