@@ -6,6 +6,7 @@ has not given it that memory before.  So a thread has the next pages given while
 ones, and gives way to whoever wants its core.
 """
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -54,6 +55,7 @@ class CacheMemory:
 
 
 def _populate(library: ctypes.CDLL, *arrays: Array) -> None:
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # this thread
+    with contextlib.suppress(OSError):  # a sandbox may refuse
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # this thread
     for array in arrays:
         library.llmsrv_populate(address_of(array), array.nbytes)
