@@ -6,6 +6,7 @@ imported in main(), after the environment is set, and the server process, which 
 for its name, never loads numpy.
 """
 
+import contextlib
 import ctypes
 import gc
 import logging
@@ -267,10 +268,11 @@ def _let_others_preempt() -> None:
     need not wait until a thread that computes has used up its own.  The share of the time that
     each gets stays the same."""
     number = SYS_SCHED_SETATTR.get(os.uname().machine) if sys.platform == "linux" else None
-    if number is None or os.sched_getscheduler(0) != os.SCHED_OTHER:
+    if number is None:
         return
-    nice = os.getpriority(os.PRIO_PROCESS, 0)
-    size, policy = SCHED_ATTR.size, os.SCHED_OTHER
-    asked = SCHED_ATTR.pack(size, policy, 0, nice, 0, LONGEST_SLICE_NS, 0, 0)
-    # Where it is refused, nothing is lost.
-    ctypes.CDLL(None).syscall(number, 0, asked, 0)
+    with contextlib.suppress(OSError):  # a sandbox may refuse; then nothing is lost
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            nice = os.getpriority(os.PRIO_PROCESS, 0)
+            size, policy = SCHED_ATTR.size, os.SCHED_OTHER
+            asked = SCHED_ATTR.pack(size, policy, 0, nice, 0, LONGEST_SLICE_NS, 0, 0)
+            ctypes.CDLL(None).syscall(number, 0, asked, 0)
