@@ -2,6 +2,7 @@
 #include "plan.h"
 
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "attention.h"
@@ -171,18 +172,24 @@ void *llmsrv_allocate(int64_t size, int32_t wants_huge_pages)
     return memory;
 }
 
-/* Has all of some memory that wants huge pages given now, its contents unchanged; a system that cannot
- * gives it later.  In small pages, of which the system makes huge ones in its own time: one huge page
- * would keep the thread's core from all others until it is cleared. */
+/* Has all of some memory that wants huge pages given, its contents unchanged; a system that cannot
+ * gives it later.  In small pages, of which the system makes huge ones in its own time, and with rests:
+ * one huge page would keep the thread's core from all others until it is cleared. */
 void llmsrv_populate(uint8_t *memory, int64_t size)
 {
 #ifdef MADV_POPULATE_WRITE
+    const size_t piece = 256 << 10;
+    const struct timespec rest = {0, 1000 * 1000};
     uintptr_t before = (uintptr_t)memory % (uintptr_t)sysconf(_SC_PAGESIZE);
-    uint8_t *start = memory - before;
-    size_t length = before + (size_t)size;
-    madvise(start, length, MADV_NOHUGEPAGE);
-    madvise(start, length, MADV_POPULATE_WRITE);
-    madvise(start, length, MADV_HUGEPAGE);
+    uint8_t *start = memory - before, *end = memory + size;
+    madvise(start, (size_t)(end - start), MADV_NOHUGEPAGE);
+    for (uint8_t *at = start; at < end; at += piece) {
+        size_t left = (size_t)(end - at);
+        if (madvise(at, left < piece ? left : piece, MADV_POPULATE_WRITE))
+            break;
+        nanosleep(&rest, 0);
+    }
+    madvise(start, (size_t)(end - start), MADV_HUGEPAGE);
 #else
     (void)memory;
     (void)size;

@@ -3,12 +3,10 @@
 Most of a cache is never used, so it is not to be resident.  But a page that a step is the first to
 write holds up that step: huge ones take 0.3 ms to clear, and 5 ms in a virtual machine whose host
 has not given it that memory before.  So a thread has the next pages given while steps go on, small
-ones, and gives way to whoever wants its core.
+ones and with rests.  It is as urgent as all others: what it may hold, they must not wait for.
 """
 
-import contextlib
 import ctypes
-import os
 import sys
 import threading
 
@@ -55,7 +53,5 @@ class CacheMemory:
 
 
 def _populate(library: ctypes.CDLL, *arrays: Array) -> None:
-    with contextlib.suppress(OSError):  # a sandbox may refuse
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # this thread
     for array in arrays:
         library.llmsrv_populate(address_of(array), array.nbytes)
