@@ -13,7 +13,8 @@
 #include "attention.h"
 #include "attention_chunk.h"
 
-enum { SPAN_QUERIES = 64 };
+/* So many units for each thread come out even enough, though some are much longer than others. */
+enum { SPAN_QUERIES = 64, EVEN_UNITS = 16 };
 
 static int group_of(const Plan *plan) { return plan->num_heads / plan->num_kv_heads; }
 
@@ -43,7 +44,9 @@ void attention_prepare(Plan *plan)
         if (chunks > plan->num_chunks)
             plan->num_chunks = chunks;
     }
-    plan->is_split = batch->num_rows <= plan->max_split_rows && plan->num_chunks > 1;
+    int is_uneven = plan->num_spans * plan->num_kv_heads < EVEN_UNITS * plan->num_threads;
+    int fits = batch->num_rows <= plan->max_split_rows;
+    plan->is_split = is_uneven && fits && plan->num_chunks > 1;
 }
 
 int attention_units(const Plan *plan)
@@ -162,8 +165,9 @@ static void attend_chunks(
 static void run_unit(const Plan *plan, const Operation *operation, int unit, int thread)
 {
     int chunks = plan->is_split ? plan->num_chunks : 1, dim = plan->padded_dim;
-    int chunk = unit % chunks, kv_head = unit / chunks % plan->num_kv_heads;
-    Span span = plan->spans[unit / chunks / plan->num_kv_heads];
+    /* Heads of the same positions, which lie side by side, follow each other. */
+    int kv_head = unit % plan->num_kv_heads, chunk = unit / plan->num_kv_heads % chunks;
+    Span span = plan->spans[unit / plan->num_kv_heads / chunks];
     int end = plan->batch.positions[span.first + span.count - 1] / CHUNK + 1;
     if (plan->is_split && chunk >= end)
         return;

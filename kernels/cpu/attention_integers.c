@@ -93,7 +93,8 @@ INLINE void add_products(Sums *sums, u32v high, u32v low, i32v x_high, i32v x_lo
         sums->other = dot4(sums->other, low, x_high);
 }
 
-/* Meanwhile the values of this block and the keys of the next one are fetched: blocks lie scattered. */
+/* Meanwhile the values of this block and the keys of the next one are fetched, for blocks lie scattered,
+ * and line by line, for the CPU itself fetches what seems to come next. */
 INLINE void score_in_vectors(const int N, const Scoring *scoring, const Range *range, int dim)
 {
     const int plane = dim * BLOCK_SIZE;
@@ -104,12 +105,10 @@ INLINE void score_in_vectors(const int N, const Scoring *scoring, const Range *r
         const uint8_t *keys = block_of(range, range->k, next);
         Sums sums[SOME];
         UNROLL for (int n = 0; n < N; n++) sums[n] = no_sums();
-        for (int i = 0; i < dim; i += WORD, high += 64, values += 64, keys += 64) {
-            prefetch(values);
-            prefetch(keys);
-            if (KV_BITS == 16) {
-                prefetch(values + plane);
-                prefetch(keys + plane);
+        for (int i = 0; i < dim; i += WORD, high += 64) {
+            UNROLL for (int u = 0; u < KV_BYTES; u++, values += 64, keys += 64) {
+                prefetch(values);
+                prefetch(keys);
             }
             u32v low = KV_BITS == 16 ? load_bytes(high + plane) : (u32v){0};
             UNROLL for (int n = 0; n < N; n++) add_products(

@@ -45,8 +45,8 @@ from llmsrv.errors import StartupError
 log = logging.getLogger("llmsrv.backend")
 
 FLAGS = ("-std=gnu11", "-O2", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-pthread")
-# Up to so many rows the chunks of one row's attention are shared among the threads.
-MAX_SPLIT_ROWS = 8
+# Up to so many rows the chunks of one row's attention may be shared among the threads.
+MAX_SPLIT_ROWS = 32
 
 
 @dataclass(frozen=True)

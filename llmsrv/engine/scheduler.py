@@ -173,6 +173,7 @@ class Scheduler:
         """How many rows the step may have beside these, which are those of the streams."""
         limit_s, least = LONGEST_STEP_S, LEAST_ROWS_ALONE
         first = next((s for s in self.running if s.num_uncomputed > 1), self.waiting.head)
+        position = first.num_computed if first else 0
         if num_streams:
             decode_s = self._costs.of(num_rows)
             num_prompts = self._num_prompts(num_streams)
@@ -181,8 +182,8 @@ class Scheduler:
             prompts_s = decode_s * share * max(1.0, num_prompts / num_streams)
             prompts_s = min(prompts_s, SMOOTH_STEP_S - decode_s)
             limit_s = decode_s + max(prompts_s, decode_s * LEAST_PROMPT_SHARE)
-            least = LEAST_ROWS_BESIDE
-        position = first.num_computed if first else 0
+            # Farther on the first row has to read so much of the cache that others are cheap.
+            least = LEAST_ROWS_BESIDE * max(1, position // FAR_POSITION)
         fitting = (self._costs.rows_within(limit_s) - num_rows) / (1 + position / FAR_POSITION)
         return int(min(self._max_rows - num_rows, max(fitting, least)))
 
