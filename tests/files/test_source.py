@@ -89,9 +89,10 @@ def assert_only_lock_and(models: Path, *names: str) -> None:
 
 
 def start_fetch(download: Download, models: Path) -> subprocess.Popen[str]:
-    """fetch() in a process of its own."""
+    """fetch() in a process of its own, which Ctrl-C ends also where tests run in the background."""
     script = (
-        "import sys\n"
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from pathlib import Path\n"
         "from llmsrv.files.source import Download, fetch\n"
         f"print(fetch({download!r}, Path({str(models)!r}), sys.stderr))\n"
