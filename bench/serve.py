@@ -67,20 +67,20 @@ async def one_request(load: Load, words: random.Random, result: Result) -> None:
     ).encode()
     parts = urlsplit(load.url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
-    begun_s = last_s = time.perf_counter()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n"
-    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    writer.write(head.encode() + body)
-    num_events = 0
-    async for line in reader:
-        if line.startswith(b"data: {"):
-            now_s = time.perf_counter()
-            (result.between_s if num_events else result.first_s).append(now_s - last_s)
-            last_s = now_s
-            num_events += 1
-        elif line.startswith(b"HTTP/1.1 ") and b" 200 " not in line:
-            raise SystemExit(f"the server says {line.decode()}{(await reader.read()).decode()}")
-    writer.close()
+    with contextlib.closing(writer):  # also where this is cancelled: then the server stops, too
+        begun_s = last_s = time.perf_counter()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        num_events = 0
+        async for line in reader:
+            if line.startswith(b"data: {"):
+                now_s = time.perf_counter()
+                (result.between_s if num_events else result.first_s).append(now_s - last_s)
+                last_s = now_s
+                num_events += 1
+            elif line.startswith(b"HTTP/1.1 ") and b" 200 " not in line:
+                raise SystemExit(f"the server says {line.decode()}{(await reader.read()).decode()}")
     result.num_tokens += load.num_output_tokens
     result.wall_s = max(result.wall_s, time.perf_counter() - begun_s)
 

@@ -57,17 +57,19 @@ class FairQueue:
         insort(self._waiting, sequence, key=by_rank)
 
     def put_back(self, sequence: Sequence) -> None:
-        """A sequence that was popped before."""
+        """A sequence that was taken before."""
         insort(self._waiting, sequence, key=by_rank)
 
     def remove(self, sequence: Sequence) -> None:
         self._waiting.remove(sequence)
 
-    def pop(self) -> Sequence:
-        """Takes the head; time goes on to its start."""
-        sequence = self._waiting.pop(0)
+    def take(self, sequence: Sequence) -> None:
+        """Takes out what is admitted; time goes on to the start of the head."""
+        is_head = sequence is self.head
+        self._waiting.remove(sequence)
+        if not is_head:
+            return
         start = sequence.rank[0] - sequence.submit.priority * PRIORITY_TOKENS
         if start > self._virtual_time:
             self._virtual_time = start
             self._ends = {flow: end for flow, end in self._ends.items() if end > start}
-        return sequence

@@ -11,7 +11,8 @@ When a sequence in decode needs a block and none is free, the running sequence o
 preempted: its blocks are freed, it goes back to the queue, and when it is admitted again its prompt
 and its output so far are computed again.  Nothing of an earlier rank is ever preempted before it,
 the queue is admitted from its head only, and the KV cache holds at least one sequence of full
-length: so the first of all always goes on, and every sequence ends.
+length: so the first of all always goes on, and every sequence ends.  (Short prompts are admitted
+past the head only while the first of all is computing its own.)
 
 A sequence is admitted with what is known already of its beginning (kv_cache.py): blocks that it
 shares, and one that it gets a copy of.  Its last token is always computed, since its logits are
@@ -21,6 +22,7 @@ Knows nothing of tokens, sampling or messages.
 """
 
 from bisect import insort
+from itertools import islice
 from typing import NamedTuple
 
 from llmsrv.backend.base import BLOCK_SIZE
@@ -55,6 +57,8 @@ LEAST_ROWS_BESIDE, LEAST_ROWS_ALONE = 2, 4
 # So many positions before a row of a prompt cost about what the row itself does: SmolLM2 on a CPU;
 # 300 or 2000 would do as well.  Without it the ends of long prompts make steps far too long.
 FAR_POSITION = 1000
+# So many that wait may overtake the first of them, beside a long prompt.
+MOST_LOOKED_AT = 8
 
 
 class Chunk(NamedTuple):
@@ -152,8 +156,8 @@ class Scheduler:
         for sequence in self.running:
             if budget and sequence.num_uncomputed > 1 and sequence not in overtaking:
                 prefill(sequence, budget)
-        while budget and (admitted := self._maybe_admit()):
-            prefill(admitted, budget)
+        while budget and (head := self.waiting.head) and self._admit(head):
+            prefill(head, budget)
         return chunks
 
     def note_computed(self, chunk: Chunk) -> None:
@@ -215,21 +219,22 @@ class Scheduler:
 
     def _overtaking(self) -> list[Sequence]:
         """The prompts of which less than half as much is left as of the first one, the shortest
-        first; the head of the queue is admitted if it is one of them."""
+        first; of the queue one is admitted that is one of them."""
         prompts = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
         if not prompts:
             return []
-        first = prompts[0]
+        waiting = list(islice(self.waiting, MOST_LOOKED_AT if self._free_slots else 0))
+        priority = min(sequence.submit.priority for sequence in prompts[:1] + waiting[:1])
+        most_left = prompts[0].num_uncomputed / 2
 
         def is_short(sequence: Sequence, num_left: int) -> bool:
-            is_as_urgent = sequence.submit.priority <= first.submit.priority
-            return is_as_urgent and 2 * num_left < first.num_uncomputed
+            return sequence.submit.priority <= priority and num_left < most_left
 
-        head = self.waiting.head
-        if head is not None and self._free_slots:
-            num_known = BLOCK_SIZE * len(self._find(head))
-            if is_short(head, head.num_tokens - num_known) and (admitted := self._maybe_admit()):
-                prompts.append(admitted)
+        for sequence in waiting:
+            num_left = sequence.num_tokens - BLOCK_SIZE * len(self._find(sequence))
+            if is_short(sequence, num_left) and self._admit(sequence):
+                prompts.append(sequence)
+                break
         short = [sequence for sequence in prompts if is_short(sequence, sequence.num_uncomputed)]
         return sorted(short, key=lambda sequence: sequence.num_uncomputed)
 
@@ -249,18 +254,17 @@ class Scheduler:
         self.num_preemptions += 1
         return sequence
 
-    def _maybe_admit(self) -> Sequence | None:
-        """Moves the head of the queue to running, when it and all that run have room to go on."""
-        sequence = self.waiting.head
-        if sequence is None or sequence.awaits_leader or not self._free_slots:
-            return None
+    def _admit(self, sequence: Sequence) -> bool:
+        """Moves a sequence of the queue to running, when it and all that run have room to go on."""
+        if sequence.awaits_leader or not self._free_slots:
+            return False
         known = self._find(sequence)
         # A block to grow into for each that runs already: admitting into the last free blocks
         # would only lead to a preemption, and to computing the same prompt again.
         needed = num_blocks_for(sequence.num_tokens) - len(known) + len(self.running)
         if needed + self._kv_cache.num_taken_by(known) > self._kv_cache.num_free:
-            return None
-        self.waiting.pop()
+            return False
+        self.waiting.take(sequence)
         source, num_copied = self._find_beginning(sequence, len(known))
         sequence.move_to(State.RUNNING)
         sequence.slot = self._free_slots.pop()
@@ -274,7 +278,7 @@ class Scheduler:
         self.num_prefix_hits += sequence.num_cached
         insort(self.running, sequence, key=by_rank)
         self.admitted.append(sequence)
-        return sequence
+        return True
 
     def _find(self, sequence: Sequence) -> list[int]:
         """The known blocks that it may begin with."""

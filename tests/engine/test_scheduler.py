@@ -137,19 +137,23 @@ def steps_until_first_token(engine: Engine, request: int) -> int:
 
 
 @pytest.mark.parametrize("num_streams", [0, 1])
-def test_a_question_does_not_wait_until_a_document_that_came_before_it_is_read(
-    num_streams: int,
+@pytest.mark.parametrize("num_documents", [1, 3])
+def test_a_question_does_not_wait_until_documents_that_came_before_it_are_read(
+    num_streams: int, num_documents: int
 ) -> None:
     engine = timed_engine(Clock(step_s=0.005, row_s=0.0005), max_rows=64)
     for request in range(num_streams):
         engine.submit(request, healthy_prompt(20, request, steps=900), max_tokens=900)
         engine.step()
-    engine.submit(10, healthy_prompt(1900, 10, steps=1), max_tokens=1)
-    engine.step()
-    engine.submit(11, healthy_prompt(30, 11, steps=1), max_tokens=1)
-    assert steps_until_first_token(engine, 11) <= (30 if num_streams else 2)
-    assert (10, 0) not in engine.outputs
-    steps_until_first_token(engine, 10)
+    documents = range(10, 10 + num_documents)
+    for request in documents:
+        engine.submit(request, healthy_prompt(1900, request, steps=1), max_tokens=1)
+        engine.step()
+    engine.submit(20, healthy_prompt(30, 20, steps=1), max_tokens=1)
+    assert steps_until_first_token(engine, 20) <= (30 if num_streams else 2)
+    assert not any((request, 0) in engine.outputs for request in documents)
+    for request in documents:
+        steps_until_first_token(engine, request)
 
 
 def test_a_document_is_read_at_half_its_speed_at_least_while_questions_come() -> None:
@@ -162,6 +166,16 @@ def test_a_document_is_read_at_half_its_speed_at_least_while_questions_come() ->
             engine.submit(request, healthy_prompt(100, request, steps=1), max_tokens=1)
         num_steps.append(steps_until_first_token(engine, 0))
     assert num_steps[0] < num_steps[1] <= 2 * num_steps[0] + 1
+
+
+def test_a_question_does_not_overtake_a_more_urgent_document_that_waits() -> None:
+    engine = timed_engine(Clock(), max_rows=64)
+    for request, priority in ((0, 1), (1, 0)):
+        engine.submit(request, healthy_prompt(1200, request, steps=1), priority=priority)
+        engine.step()
+    engine.submit(2, healthy_prompt(30, 2, steps=1), max_tokens=1, priority=1)
+    steps_until_first_token(engine, 2)
+    assert (1, 0) in engine.outputs
 
 
 @pytest.mark.parametrize("length, priority", [(1000, 0), (30, 1)], ids=["as long", "less urgent"])
