@@ -52,7 +52,8 @@ class EventStream:
     async def __call__(self, send: Send) -> None:
         pinger: asyncio.Task[None] | None = None
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.headers})
+            start = {"type": "http.response.start", "status": 200, "headers": self.headers}
+            await send({**start, "ping": PING})
             await self._send(send, b"")
             pinger = asyncio.create_task(self._send_pings(send))
             async for payload in self._events:

@@ -1,7 +1,9 @@
 """The words that an ASGI 3 server and application share.
 
 Beside the names of the specification there are two exceptions by which our applications tell the
-server how a request ended.  Under another ASGI server they are ordinary exceptions.
+server how a request ended; under another ASGI server they are ordinary exceptions.  And an
+http.response.start may have "ping", a part of the body that says nothing: the server sends it when
+the client has closed its half, since one that is gone answers that with a reset.
 """
 
 from collections.abc import Awaitable

@@ -127,14 +127,16 @@ class Connection(asyncio.BufferedProtocol):
     def eof_received(self) -> bool:
         """True to go on writing: the request that is running is complete.
 
-        The client may be gone for good or have closed its half only; a reset will tell while a
-        stream is written to it, other answers get a moment's grace.
+        The client may be gone for good or have closed its half only.  A reset will tell when a
+        stream is written to, which is done at once and once more; other answers get a moment's
+        grace.
         """
         self._has_eof = True
         exchange = self._exchange
         if self._phase is not _Phase.RUNNING or not exchange or not exchange.has_whole_body():
             return False
         self._read_deadline.set(self._settings.half_close_grace_s)
+        exchange.ping()
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -322,7 +324,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def _check_body_or_grace(self, exchange: Exchange) -> None:
         if self._has_eof:
-            if not exchange.response.is_started:
+            if exchange.response.is_started:
+                exchange.ping()  # fails, if the one that met the FIN was answered with a reset
+            else:
                 self.abort()
         elif self._body_began_at is not None and not exchange.has_whole_body():
             earned_s = exchange.body_bytes / self._settings.min_rate_bytes

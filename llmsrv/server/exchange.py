@@ -55,6 +55,7 @@ class Exchange:
         self._has_received_all = False
         self._awaits_continue = head.expects_continue
         self._is_disconnected = False
+        self._ping = b""
 
     async def receive(self) -> Message:
         while not (self._is_disconnected or self.response.is_complete):
@@ -78,6 +79,7 @@ class Exchange:
                 await self._wire.writable.wait()
         elif message["type"] == "http.response.start":
             self.response.start(message["status"], message.get("headers", ()))
+            self._ping = message.get("ping", b"")
         else:
             raise RuntimeError(f"unknown ASGI message {message['type']}")
 
@@ -85,6 +87,11 @@ class Exchange:
         self._is_disconnected = True
         self._wire.changed.set()
         self._wire.writable.set()
+
+    def ping(self) -> None:
+        """Sends a stream that has begun what says nothing; who is gone answers with a reset."""
+        if self._ping and self.response.is_started and not self.response.is_complete:
+            self._wire.write(self._framed(self._ping, more_body=True))
 
     def has_whole_body(self) -> bool:
         """Whether the client has sent all of the body; takes what there is from the buffer."""

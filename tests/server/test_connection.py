@@ -212,11 +212,11 @@ def test_61_an_idle_connection_is_closed_with_a_clean_fin(serve: Serve) -> None:
 # Pipelining.
 
 
-def in_two_parts(gate: Gate) -> ASGIApp:
+def in_two_parts(gate: Gate, ping: bytes = b"") -> ASGIApp:
     """Streams a, and b once the gate is open."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await send(STREAM_START)
+        await send({**STREAM_START, "ping": ping})
         await send(chunk(b"a"))
         await gate.wait()
         await send(chunk(b"b", more_body=False))
@@ -326,6 +326,38 @@ def test_65_fin_does_not_end_a_stream(serve: Serve) -> None:
             client.socket.recv(1)
         gate.open(server)
         assert parse_answers(data + client.read_to_end())[0].body == b"ab"
+
+
+def test_67_a_client_that_closes_while_a_stream_is_silent_is_noticed(serve: Serve) -> None:
+    """Having read all there is, it sends no reset, and a FIN might be of its half only."""
+    noticed = threading.Event()
+
+    async def silent(scope: Scope, receive: Receive, send: Send) -> None:
+        await read_body(receive)
+        await send({**STREAM_START, "ping": b": ping"})
+        await send(chunk(b"first"))
+        assert (await receive())["type"] == "http.disconnect"
+        noticed.set()
+        raise ClientDisconnected
+
+    with serve(silent, half_close_grace_s=0.05) as server:
+        with server.connect() as client:
+            client.send(GET)
+            client.read_until(b"first\r\n")
+        assert noticed.wait(PATIENCE_S)
+        assert server.counters.client_disconnected == 1
+
+
+def test_65_a_client_that_closed_its_half_gets_a_ping_and_the_rest(serve: Serve) -> None:
+    gate = Gate()
+    app = in_two_parts(gate, ping=b"-")
+    with serve(app, half_close_grace_s=0.05) as server, server.connect() as client:
+        client.send(GET)
+        gate.await_application()
+        client.finish()
+        data = client.read_until(b"1\r\n-\r\n1\r\n-\r\n")
+        gate.open(server)
+        assert parse_answers(data + client.read_to_end())[0].body == b"a--b"
 
 
 def test_69_a_thousand_resets_leave_nothing_behind(serve: Serve) -> None:
