@@ -175,9 +175,13 @@ class Scheduler:
 
     def _num_prefill_rows(self, num_streams: int, num_rows: int) -> int:
         """How many rows the step may have beside these, which are those of the streams."""
-        limit_s, least = LONGEST_STEP_S, LEAST_ROWS_ALONE
+        limit_s, least = LONGEST_STEP_S, float(LEAST_ROWS_ALONE)
         first = next((s for s in self.running if s.num_uncomputed > 1), self.waiting.head)
         position = first.num_computed if first else 0
+
+        def rows_within(step_s: float) -> float:
+            return (self._costs.rows_within(step_s) - num_rows) / (1 + position / FAR_POSITION)
+
         if num_streams:
             decode_s = self._costs.of(num_rows)
             num_prompts = self._num_prompts(num_streams)
@@ -187,9 +191,9 @@ class Scheduler:
             prompts_s = min(prompts_s, SMOOTH_STEP_S - decode_s)
             limit_s = decode_s + max(prompts_s, decode_s * LEAST_PROMPT_SHARE)
             # Farther on the first row has to read so much of the cache that others are cheap.
-            least = LEAST_ROWS_BESIDE * max(1, position // FAR_POSITION)
-        fitting = (self._costs.rows_within(limit_s) - num_rows) / (1 + position / FAR_POSITION)
-        return int(min(self._max_rows - num_rows, max(fitting, least)))
+            far = LEAST_ROWS_BESIDE * position // FAR_POSITION
+            least = max(LEAST_ROWS_BESIDE, min(far, rows_within(SMOOTH_STEP_S)))
+        return int(min(self._max_rows - num_rows, max(rows_within(limit_s), least)))
 
     def _num_prompts(self, num_streams: int) -> int:
         return len(self.running) - num_streams + len(self.waiting)

@@ -114,6 +114,30 @@ def test_streams_stay_smooth_to_the_end_of_long_prompts(
     assert np.median(beside) >= 1.15 * np.median(alone)  # what prompts get
 
 
+@pytest.mark.parametrize("row_s, position_s, least", [(0.0004, 4e-7, 6), (0.2, 0.0, 2)])
+def test_a_prompt_gets_more_rows_as_it_goes_on_where_these_are_cheap(
+    row_s: float, position_s: float, least: int
+) -> None:
+    clock = Clock(step_s=max(0.004, row_s), row_s=row_s, position_s=position_s)
+    engine = timed_engine(clock, context=5000)
+    engine.submit(0, healthy_prompt(20, steps=3000), max_tokens=3000)
+    while len(engine.outputs.get((0, 0), [])) < 20:
+        engine.step()
+    alone_s = clock.step_s + row_s
+    engine.submit(1, healthy_prompt(4000, 1, steps=1), max_tokens=1)
+    rows: list[int] = []
+    gaps: list[float] = []
+    while (1, 0) not in engine.outputs:
+        before_s = clock.now_s
+        engine.step()
+        gaps.append(clock.now_s - before_s)
+        rows.append(engine.core._scheduler.running[-1].num_computed)
+    far = np.diff(rows)[np.array(rows[:-1]) > 3000][:-1]
+    assert far.min() >= least
+    if not position_s:
+        assert max(gaps) <= 3.1 * alone_s
+
+
 def test_short_prompts_get_on_faster_beside_streams_than_long_ones() -> None:
     steps: dict[int, float] = {}
     for num_tokens in (500, 1000):
