@@ -3,8 +3,8 @@
 python -m bench.cpu [--runs N] [--bits 16|8] [--threads N] [--model PATH]
 
 Each run measures the machine (bytes read a second over the size of the weights, products of bytes a
-second) and then decode for 1, 8 and 32 sequences, and a prompt of 1,000 tokens; figures are medians
-of the runs, shares those of the same run.
+second) and then decode for 1, 8 and 32 sequences, for one far from its beginning, and a prompt of
+1,000 tokens; figures are medians of the runs, shares those of the same run.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from llmsrv.model.load import load_model
 
 LIMITS = Limits(max_rows=256, max_logit_rows=32, max_slots=32, num_blocks=1025)
 PROMPT_TOKENS = 131
+FAR_TOKENS = 7000
 ROOFS_FLAGS = "-O2", "-pthread", "-Wno-psabi"
 MULTIPLY_PASSES = 2_000_000
 MATRIX_PASSES = 500_000
@@ -106,6 +107,7 @@ def measure(plan: Plan, roofs: Roofs, weights: int, products: int) -> dict[str, 
     one = decode(plan, 1, 64)
     eight = decode(plan, 8, 32)
     thirty_two = decode(plan, 32, 16)
+    far = decode(plan, 1, 64, FAR_TOKENS)
     multiply = roofs.products_a_second()
     prompt_s = prefill(plan)
     return {
@@ -115,6 +117,7 @@ def measure(plan: Plan, roofs: Roofs, weights: int, products: int) -> dict[str, 
         "    of the bandwidth": one * weights / read,
         "8 streams, tokens/s": eight,
         "32 streams, tokens/s": thirty_two,
+        f"1 stream behind {FAR_TOKENS}, tokens/s": far,
         "prompt of 1000, tokens/s": 1000 / prompt_s,
         "    layers' products of the 8-bit peak": 1000 / prompt_s * products / multiply,
         "first token of 1000, s": prompt_s,
@@ -131,20 +134,22 @@ def prefill(plan: Plan) -> float:
     return time.perf_counter() - start_s
 
 
-def decode(plan: Plan, num_sequences: int, num_tokens: int) -> float:
-    """Tokens/s of greedy decoding behind prompts of PROMPT_TOKENS."""
-    length = PROMPT_TOKENS + num_tokens
+def decode(
+    plan: Plan, num_sequences: int, num_tokens: int, num_before: int = PROMPT_TOKENS
+) -> float:
+    """Tokens/s of greedy decoding behind prompts of num_before tokens."""
+    length = num_before + num_tokens
     slots = np.arange(num_sequences, dtype=np.int32)
     for slot in slots.tolist():
         plan.sampling.set(slot, SamplingParameters(temperature=0))
-    chunk = min(16, LIMITS.max_rows // num_sequences)
-    for start in range(0, PROMPT_TOKENS, chunk):
-        end = min(start + chunk, PROMPT_TOKENS)
+    chunk = LIMITS.max_rows // num_sequences
+    for start in range(0, num_before, chunk):
+        end = min(start + chunk, num_before)
         plan.forward(batch(num_sequences, range(start, end), length))
     start_s = time.perf_counter()
     for step in range(num_tokens):
         plan.sample(slots, np.full(num_sequences, step))
-        position = PROMPT_TOKENS + step
+        position = num_before + step
         plan.forward(batch(num_sequences, range(position, position + 1), length))
     return num_tokens * num_sequences / (time.perf_counter() - start_s)
 

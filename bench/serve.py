@@ -69,7 +69,7 @@ async def one_request(load: Load, words: random.Random, result: Result) -> None:
     ).encode()
     parts = urlsplit(load.url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
-    reset_at_once = struct.pack("ii", 1, 0)  # where this is cancelled: the server stops, too
+    reset_at_once = struct.pack("ii", 1, 0)  # when this is cancelled, so that the server stops
     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset_at_once)
     with contextlib.closing(writer):
         begun_s = last_s = time.perf_counter()

@@ -5,8 +5,8 @@
  *     M' = max(M, m);  L' = L exp(M - M') + l exp(m - M');  O' likewise;  out = O / L
  * (Milakov & Gimelshein 2018, algorithm 3, by chunks).  What a row computes depends on its position
  * alone, so that its bits are the same in any batch and chunking of the prompt; who computes which
- * chunk is free.  With few rows the chunks are shared among the threads and joined by COMBINE; with
- * many a thread takes whole rows, some of one sequence at a time, which share k and v.
+ * chunk is free.  A thread takes whole rows, some of one sequence at a time, which share k and v; where
+ * that would give the threads uneven work, they share the chunks, which COMBINE joins.
  *
  * Several queries of one kv head go through k and v together: what is loaded serves all
  * (attention_chunk.h). */

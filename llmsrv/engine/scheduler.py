@@ -11,8 +11,8 @@ When a sequence in decode needs a block and none is free, the running sequence o
 preempted: its blocks are freed, it goes back to the queue, and when it is admitted again its prompt
 and its output so far are computed again.  Nothing of an earlier rank is ever preempted before it,
 the queue is admitted from its head only, and the KV cache holds at least one sequence of full
-length: so the first of all always goes on, and every sequence ends.  (Short prompts are admitted
-past the head only while the first of all is computing its own.)
+length: so the first of all always goes on, and every sequence ends.  (A prompt may pass the head
+only while one more than twice as long is computed, which goes on meanwhile: not for ever.)
 
 A sequence is admitted with what is known already of its beginning (kv_cache.py): blocks that it
 shares, and one that it gets a copy of.  Its last token is always computed, since its logits are
