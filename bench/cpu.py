@@ -22,9 +22,9 @@ from bench.machine import rss_mb
 from bench.reference import batch
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
-from llmsrv.backend.cpu import CPUBackend
-from llmsrv.backend.cpu import CPUOptions
-from llmsrv.backend.sampling_table import SamplingParameters
+from llmsrv.backend.cpu.backend import CPUBackend
+from llmsrv.backend.cpu.backend import CPUOptions
+from llmsrv.backend.sampling.table import SamplingParameters
 from llmsrv.backend.source import load_library
 from llmsrv.config import DEFAULT_MODEL
 from llmsrv.config import default_cache_dir

@@ -30,10 +30,10 @@ from llmsrv.backend.base import Operation
 from llmsrv.backend.base import Plan
 from llmsrv.backend.base import Program
 from llmsrv.backend.base import RopeAndStore
-from llmsrv.backend.cpu import CPUBackend
-from llmsrv.backend.cpu import CPUOptions
-from llmsrv.backend.cpu_library import FORMATS
-from llmsrv.backend.sampling_table import SamplingParameters
+from llmsrv.backend.cpu.backend import CPUBackend
+from llmsrv.backend.cpu.backend import CPUOptions
+from llmsrv.backend.cpu.library import FORMATS
+from llmsrv.backend.sampling.table import SamplingParameters
 from llmsrv.config import default_cache_dir
 from tests.support.tensors import random_tensor
 

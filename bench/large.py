@@ -20,8 +20,8 @@ from bench.cpu import prefill
 from bench.machine import describe
 from llmsrv.backend.base import Linear
 from llmsrv.backend.base import Program
-from llmsrv.backend.cpu import CPUBackend
-from llmsrv.backend.cpu import CPUOptions
+from llmsrv.backend.cpu.backend import CPUBackend
+from llmsrv.backend.cpu.backend import CPUOptions
 from llmsrv.config import default_cache_dir
 from llmsrv.model.load import load_model
 from tests.support.gguf_writer import RawTensor

@@ -23,7 +23,7 @@ from bench.machine import describe
 from bench.machine import rss_mb
 from bench.reference import LIMITS
 from llmsrv.backend.choose import lay_out
-from llmsrv.backend.cpu import CPUOptions
+from llmsrv.backend.cpu.backend import CPUOptions
 from llmsrv.config import DEFAULT_MODEL
 from llmsrv.config import default_cache_dir
 from llmsrv.files.open import open_model

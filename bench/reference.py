@@ -23,8 +23,8 @@ from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Batch
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
-from llmsrv.backend.reference import ReferenceBackend
-from llmsrv.backend.sampling_table import SamplingParameters
+from llmsrv.backend.reference.backend import ReferenceBackend
+from llmsrv.backend.sampling.table import SamplingParameters
 from llmsrv.config import DEFAULT_MODEL
 from llmsrv.config import default_cache_dir
 from llmsrv.files.source import resolve_model

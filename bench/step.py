@@ -18,8 +18,8 @@ from typing import Any
 
 from bench.machine import describe
 from llmsrv.backend.base import Limits
-from llmsrv.backend.cpu import CPUBackend
-from llmsrv.backend.cpu import CPUOptions
+from llmsrv.backend.cpu.backend import CPUBackend
+from llmsrv.backend.cpu.backend import CPUOptions
 from llmsrv.config import DEFAULT_MODEL
 from llmsrv.config import default_cache_dir
 from llmsrv.engine.core import EngineCore

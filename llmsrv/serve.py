@@ -21,10 +21,10 @@ from llmsrv import log as logs
 from llmsrv.api.gate import Gate
 from llmsrv.api.gate import is_loopback
 from llmsrv.api.gate import read_keys
-from llmsrv.api.models import Models
-from llmsrv.api.models import find_models
 from llmsrv.config import Config
 from llmsrv.errors import StartupError
+from llmsrv.registry.models import Models
+from llmsrv.registry.models import find_models
 from llmsrv.server.listener import bind
 from llmsrv.server.server import Server
 from llmsrv.server.server import run
@@ -32,7 +32,7 @@ from llmsrv.server.settings import ServerSettings
 from llmsrv.version import __version__
 
 if TYPE_CHECKING:
-    from llmsrv.api.service import Service
+    from llmsrv.registry.service import Service
 
 log = logging.getLogger("llmsrv")
 
@@ -62,7 +62,7 @@ async def _serve(models: Models, gate: Gate, sockets: list[socket.socket]) -> in
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
     await models.start()
     await asyncio.sleep(0)  # the engine processes start now, beside the imports
-    from llmsrv.api.app import build_app
+    from llmsrv.app import build_app
 
     app = build_app(models, gate, lambda: vars(server.counters))
     settings = ServerSettings(body_limit_bytes=models.body_limit_bytes)

@@ -14,6 +14,8 @@ from llmsrv.config import default_cache_dir
 from llmsrv.files.source import resolve_model
 from tests.support.gemma3 import fetch_gemma3
 
+pytest_plugins = ["tests.support.servers"]
+
 # As the engine process does, before numpy is loaded: two threads of BLAS on two cores that others
 # use too are several times slower than one.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -1,5 +1,5 @@
 /* Attention in integers, as products of bytes take them: what vectors, for few queries
- * (attention_integers.c), and matrix registers, for many (attention_matrix.c), have in common.
+ * (attention_integers.c), and matrix registers, for many (attention_amx.c), have in common.
  *
  * Keys and values have 16 or 8 bits and a scale for each position, queries 15 bits and one scale, and
  * the shares exp(score - m) of a chunk, times the scales of the values, 15 bits and one scale.  What

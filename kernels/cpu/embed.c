@@ -1,8 +1,8 @@
 /* out = table[ids] * scale, of a table as the file has it; the values are those of quants.py. */
-#include "pack.h"
+#include "linear_pack.h"
 #include "simd.h"
 
-/* Mirrored by backend/cpu_embed.py. */
+/* Mirrored by backend/cpu/embed.py. */
 typedef struct {
     int32_t format, columns;
     const uint8_t *table;

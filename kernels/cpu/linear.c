@@ -1,6 +1,6 @@
 /* LINEAR: the work of products cut into units, and products with weights that are floats. */
 #include "linear.h"
-#include "finish.h"
+#include "linear_finish.h"
 #include "simd.h"
 
 /* Weights are fetched so far ahead to the second-level cache. */

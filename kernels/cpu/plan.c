@@ -7,11 +7,11 @@
 
 #include "attention.h"
 #include "experts.h"
-#include "formats.h"
+#include "linear_formats.h"
 #include "kv_cache.h"
 #include "linear.h"
-#include "pool.h"
-#include "products.h"
+#include "threads.h"
+#include "linear_products.h"
 #include "rows.h"
 
 #if defined(__linux__) && !defined(MADV_POPULATE_WRITE)
@@ -19,7 +19,7 @@
 #endif
 
 #ifdef TIER_AMX
-#include "matrix_registers.h"
+#include "amx_tiles.h"
 #endif
 
 /* Rows times floats that one thread does sooner than two can agree on. */

@@ -1,4 +1,4 @@
-/* What a plan is made of: laid out by backend/cpu.py, which mirrors these structures, and run by
+/* What a plan is made of: laid out by backend/cpu/backend.py, which mirrors these structures, and run by
  * plan.c.  T rows in the batch, R logit rows; every row of a buffer is padded to 16 floats. */
 #ifndef PLAN_H
 #define PLAN_H
@@ -12,7 +12,7 @@ enum { BLOCK_SIZE = 16, CHUNK = 256 }; /* positions: of a cache block, of a step
 #endif
 #define PLANES (ACTIVATION_BITS / 8)
 
-/* A tile is the activations of so many rows at most; its form is its products' own (products.h). */
+/* A tile is the activations of so many rows at most; its form is its products' own (linear_products.h). */
 enum {
 #if defined(TIER_AMX)
     TILE = 16, /* rows of a matrix register */

@@ -3,7 +3,7 @@
 #include "rows.h"
 #include "activation.h"
 #include "kv_cache.h"
-#include "products.h"
+#include "linear_products.h"
 #include "simd.h"
 
 #define FOR_VECTORS(i, width) for (int i = 0; i < (width); i += LANES)

@@ -5,8 +5,8 @@
 
 #include <stdlib.h>
 
-#include "pool.h"
-#include "select.h"
+#include "threads.h"
+#include "sample_select.h"
 
 enum { WEIGHT_BITS = 40, FRACTION_BITS = 32, SURPRISE_BITS = 20 };
 

@@ -1,11 +1,11 @@
-/* The sampling contract of backend/sampling.py, to the bit.  Mirrored by backend/cpu_sampling.py. */
+/* The sampling contract of backend/sampling/contract.py, to the bit.  Mirrored by backend/cpu/sampling.py. */
 #ifndef SAMPLE_H
 #define SAMPLE_H
 
 #include <stdint.h>
 
 #include "plan.h"
-#include "select.h"
+#include "sample_select.h"
 
 enum { FAILED = -1 };
 

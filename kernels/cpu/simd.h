@@ -57,13 +57,13 @@ INLINE f32v choose(i32v mask, f32v a, f32v b)
 }
 
 #if defined(TIER_AVX512)
-#include "avx512.h"
+#include "simd_avx512.h"
 #elif defined(TIER_AVX2)
-#include "avx2.h"
+#include "simd_avx2.h"
 #elif defined(TIER_NEON)
-#include "neon.h"
+#include "simd_neon.h"
 #else
-#include "portable.h"
+#include "simd_portable.h"
 #endif
 
 /* Of a tier is expected, beside what its header shows:

@@ -11,11 +11,11 @@ from typing import TypeVar
 
 import msgspec
 
-from llmsrv.api.models import Models
-from llmsrv.api.schema import UNSUPPORTED
+from llmsrv.api.openai.schema import UNSUPPORTED
 from llmsrv.asgi.request import Request
 from llmsrv.errors import ApiError
 from llmsrv.errors import missing
+from llmsrv.registry.models import Models
 
 T = TypeVar("T", bound=msgspec.Struct)
 

@@ -17,8 +17,8 @@ from typing import Literal
 
 import numpy.typing as npt
 
-from llmsrv.backend.sampling import Samples
-from llmsrv.backend.sampling_table import SamplingTable
+from llmsrv.backend.sampling.contract import Samples
+from llmsrv.backend.sampling.table import SamplingTable
 
 BLOCK_SIZE = 16  # positions in one block of the KV cache
 
@@ -285,7 +285,7 @@ class Plan(ABC):
         draft that was not drawn mean nothing, and what their rows stored in the KV cache is to be
         written again before it is read.  Where a grammar holds, set_grammar takes a mask a row.
 
-        A row that cannot be sampled has id FAILED (sampling.py) and harms no other.
+        A row that cannot be sampled has id FAILED (sampling/contract.py) and harms no other.
         """
 
 

@@ -8,9 +8,9 @@ from llmsrv.backend.base import Backend
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
 from llmsrv.backend.base import Program
-from llmsrv.backend.cpu import CPUBackend
-from llmsrv.backend.cpu import CPUOptions
-from llmsrv.backend.reference import ReferenceBackend
+from llmsrv.backend.cpu.backend import CPUBackend
+from llmsrv.backend.cpu.backend import CPUOptions
+from llmsrv.backend.reference.backend import ReferenceBackend
 from llmsrv.errors import StartupError
 
 log = logging.getLogger("llmsrv.backend")

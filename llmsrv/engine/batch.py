@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Array
+from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Batch
 from llmsrv.engine.kv_cache import num_blocks_for
 from llmsrv.engine.sequence import Sequence

@@ -20,18 +20,18 @@ import numpy as np
 
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
-from llmsrv.backend.sampling import Samples
+from llmsrv.backend.sampling.contract import Samples
 from llmsrv.engine.batch import build_batch
 from llmsrv.engine.draft_model import DraftModel
 from llmsrv.engine.grammar import Grammar
 from llmsrv.engine.kv_cache import KVCache
 from llmsrv.engine.kv_cache import Pages
-from llmsrv.engine.messages import Admitted
-from llmsrv.engine.messages import PROMPT
 from llmsrv.engine.messages import Abort
+from llmsrv.engine.messages import Admitted
 from llmsrv.engine.messages import Failed
 from llmsrv.engine.messages import Finished
 from llmsrv.engine.messages import Gauges
+from llmsrv.engine.messages import PROMPT
 from llmsrv.engine.messages import Step
 from llmsrv.engine.messages import Submit
 from llmsrv.engine.messages import Tokens

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import numpy as np
 
 from llmsrv.backend.base import Plan
-from llmsrv.backend.sampling import FAILED
-from llmsrv.backend.sampling_table import SamplingParameters
+from llmsrv.backend.sampling.contract import FAILED
+from llmsrv.backend.sampling.table import SamplingParameters
 from llmsrv.engine.batch import Rows
 from llmsrv.engine.batch import build_batch
 from llmsrv.engine.kv_cache import KVCache

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmsrv.backend.sampling_table import Mask
+from llmsrv.backend.sampling.table import Mask
 from llmsrv.errors import ApiError
 from llmsrv.text.grammar import GrammarError
 from llmsrv.text.grammar import compile_source

@@ -137,7 +137,7 @@ def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, 
     from llmsrv.backend.base import BLOCK_SIZE
     from llmsrv.backend.base import Limits
     from llmsrv.backend.choose import lay_out
-    from llmsrv.backend.cpu import CPUOptions
+    from llmsrv.backend.cpu.backend import CPUOptions
     from llmsrv.engine.core import EngineCore
     from llmsrv.engine.grammar import GrammarCompiler
     from llmsrv.engine.memory import memory_limit

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 
-from llmsrv.backend.sampling_table import Mask
-from llmsrv.backend.sampling_table import SamplingParameters
-from llmsrv.backend.sampling_table import SamplingTable
-from llmsrv.backend.sampling_table import mask_of
+from llmsrv.backend.sampling.table import Mask
+from llmsrv.backend.sampling.table import SamplingParameters
+from llmsrv.backend.sampling.table import SamplingTable
+from llmsrv.backend.sampling.table import mask_of
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.messages import Submit
 from llmsrv.engine.sequence import Sequence

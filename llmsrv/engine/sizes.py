@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Program
 from llmsrv.backend.base import Tensor
-from llmsrv.config import MODES
 from llmsrv.config import EngineConfig
+from llmsrv.config import MODES
 from llmsrv.errors import StartupError
 
 # Both processes without weights and KV cache: the interpreters, numpy, buffers of a step.

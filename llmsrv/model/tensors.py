@@ -10,8 +10,8 @@ import numpy as np
 
 from llmsrv.backend.base import Array
 from llmsrv.backend.base import Tensor
-from llmsrv.backend.quants import TYPES
-from llmsrv.backend.quants import dequantise
+from llmsrv.backend.quants.types import TYPES
+from llmsrv.backend.quants.types import dequantise
 from llmsrv.errors import ModelError
 from llmsrv.files.folder import ModelFolder
 from llmsrv.files.gguf import GGUFFile

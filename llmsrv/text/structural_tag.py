@@ -12,8 +12,8 @@ from typing import TypeVar
 
 import msgspec
 
-from llmsrv.text.grammar import MAX_SOURCE_BYTES
 from llmsrv.text.grammar import GrammarError
+from llmsrv.text.grammar import MAX_SOURCE_BYTES
 from llmsrv.text.grammar import check_size
 from llmsrv.text.grammar import checked_schema
 from llmsrv.text.grammar import lark_regex

@@ -24,9 +24,9 @@ from llmsrv.text.folder_vocabulary import read_folder
 from llmsrv.text.gguf_vocabulary import read_gguf
 from llmsrv.text.vocabulary import BLANK
 from llmsrv.text.vocabulary import SPECIAL
-from llmsrv.text.vocabulary import VERBATIM
 from llmsrv.text.vocabulary import Spelling
 from llmsrv.text.vocabulary import TokenType
+from llmsrv.text.vocabulary import VERBATIM
 from llmsrv.text.vocabulary import Vocabulary
 
 # Each text is encoded in the thread that asks for it.

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 import pytest
 from openai._streaming import SSEDecoder
 
-from llmsrv.asgi.sse import PING
 from llmsrv.asgi.sse import EventStream
+from llmsrv.asgi.sse import PING
 from llmsrv.asgi.sse import frame
 from llmsrv.asgi.types import ClientDisconnected
 from llmsrv.asgi.types import Message

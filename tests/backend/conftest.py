@@ -2,9 +2,9 @@
 
 import pytest
 
-from llmsrv.backend.cpu import TIERS
-from llmsrv.backend.cpu import CPUBackend
-from llmsrv.backend.cpu import CPUOptions
+from llmsrv.backend.cpu.backend import CPUBackend
+from llmsrv.backend.cpu.backend import CPUOptions
+from llmsrv.backend.cpu.backend import TIERS
 from llmsrv.backend.source import cpu_features
 from llmsrv.config import default_cache_dir
 from tests.support.emulated import emulated_tiers

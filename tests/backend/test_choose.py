@@ -8,7 +8,7 @@ from llmsrv.backend.base import Embed
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Program
 from llmsrv.backend.choose import lay_out
-from llmsrv.backend.cpu import CPUOptions
+from llmsrv.backend.cpu.backend import CPUOptions
 from llmsrv.config import default_cache_dir
 from llmsrv.errors import StartupError
 from tests.support.tensors import random_tensor

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from llmsrv.backend import source
-from llmsrv.backend.cpu import TIERS
-from llmsrv.backend.cpu import CPUBackend
-from llmsrv.backend.cpu import CPUOptions
-from llmsrv.backend.cpu import Tier
+from llmsrv.backend.cpu.backend import CPUBackend
+from llmsrv.backend.cpu.backend import CPUOptions
+from llmsrv.backend.cpu.backend import TIERS
+from llmsrv.backend.cpu.backend import Tier
 from llmsrv.backend.source import CompileError
 from llmsrv.backend.source import find_compiler
 from llmsrv.backend.source import kernel_texts

@@ -16,29 +16,29 @@ from hypothesis.stateful import invariant
 from hypothesis.stateful import precondition
 from hypothesis.stateful import rule
 
-from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Array
+from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
-from llmsrv.backend.reference import ReferenceBackend
-from llmsrv.backend.sampling import Samples
-from llmsrv.backend.sampling_table import SamplingTable
-from llmsrv.engine.messages import PROMPT
+from llmsrv.backend.reference.backend import ReferenceBackend
+from llmsrv.backend.sampling.contract import Samples
+from llmsrv.backend.sampling.table import SamplingTable
 from llmsrv.engine.messages import Abort
 from llmsrv.engine.messages import Failed
+from llmsrv.engine.messages import PROMPT
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.messages import Submit
 from llmsrv.engine.sampling import write_sampling
 from llmsrv.engine.scheduler import LEAST_ROWS_BESIDE
 from llmsrv.engine.sequence import Sequence
 from llmsrv.model.load import load_model
-from tests.support.cores import GREEDY
 from tests.support.cores import Engine
+from tests.support.cores import GREEDY
 from tests.support.cores import alone
 from tests.support.cores import healthy_prompt
+from tests.support.fake_plan import FakePlan
 from tests.support.fake_plan import NAN_ID
 from tests.support.fake_plan import VOCAB_SIZE
-from tests.support.fake_plan import FakePlan
 from tests.support.gguf_writer import write_tiny_llama
 from tests.support.parameters import slow_but
 

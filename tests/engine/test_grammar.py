@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from llmsrv.backend.base import Limits
-from llmsrv.backend.reference import ReferenceBackend
-from llmsrv.backend.sampling_table import Mask
+from llmsrv.backend.reference.backend import ReferenceBackend
+from llmsrv.backend.sampling.table import Mask
 from llmsrv.engine.core import EngineCore
 from llmsrv.engine.grammar import Grammar
 from llmsrv.engine.grammar import GrammarCompiler

@@ -5,8 +5,8 @@ import pytest
 
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
-from llmsrv.backend.reference import ReferenceBackend
-from llmsrv.backend.sampling import log_softmax
+from llmsrv.backend.reference.backend import ReferenceBackend
+from llmsrv.backend.sampling.contract import log_softmax
 from llmsrv.engine.messages import PROMPT
 from llmsrv.engine.messages import Sampling
 from llmsrv.model.load import load_model

@@ -13,8 +13,8 @@ from llmsrv.backend.base import Batch
 from llmsrv.backend.base import Limits
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.step_costs import StepCosts
-from tests.support.cores import GREEDY
 from tests.support.cores import Engine
+from tests.support.cores import GREEDY
 from tests.support.cores import healthy_prompt
 from tests.support.fake_plan import FakePlan
 from tests.support.parameters import slow_but

@@ -10,8 +10,8 @@ import pytest
 from llmsrv.backend.base import Batch
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
-from llmsrv.backend.reference import ReferenceBackend
-from llmsrv.backend.sampling import Samples
+from llmsrv.backend.reference.backend import ReferenceBackend
+from llmsrv.backend.sampling.contract import Samples
 from llmsrv.engine.hope import Ground
 from llmsrv.engine.hope import Hopes
 from llmsrv.engine.hope import ground_of
@@ -22,13 +22,13 @@ from llmsrv.engine.step_costs import StepCosts
 from llmsrv.model.load import load_model
 from tests.engine.test_scheduler import Clock
 from tests.engine.test_scheduler import gaps_of
-from tests.support.cores import GREEDY
 from tests.support.cores import Engine
+from tests.support.cores import GREEDY
 from tests.support.cores import alone
 from tests.support.cores import healthy_prompt
+from tests.support.fake_plan import FakePlan
 from tests.support.fake_plan import NAN_ID
 from tests.support.fake_plan import VOCAB_SIZE
-from tests.support.fake_plan import FakePlan
 from tests.support.gguf_writer import write_tiny_llama
 
 

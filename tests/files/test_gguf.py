@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmsrv.errors import ModelError
-from llmsrv.files.gguf import MAX_KEYS
 from llmsrv.files.gguf import MAX_ITEMS
+from llmsrv.files.gguf import MAX_KEYS
 from llmsrv.files.gguf import TENSOR_TYPES
 from llmsrv.files.gguf import open_gguf
 from llmsrv.files.mapped import MAX_TENSORS

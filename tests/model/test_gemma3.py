@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from llmsrv.backend.base import Limits
-from llmsrv.backend.reference import ReferenceBackend
-from llmsrv.backend.sampling_table import SamplingParameters
+from llmsrv.backend.reference.backend import ReferenceBackend
+from llmsrv.backend.sampling.table import SamplingParameters
 from llmsrv.model.load import load_model
 from tests.support.plans import Run
 from tests.support.plans import generate

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llmsrv.backend.base import Limits
-from llmsrv.backend.reference import ReferenceBackend
+from llmsrv.backend.reference.backend import ReferenceBackend
 from llmsrv.engine.core import EngineCore
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.messages import Submit

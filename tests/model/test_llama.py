@@ -5,9 +5,9 @@ import pytest
 
 from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Limits
-from llmsrv.backend.quants import dequantise
-from llmsrv.backend.reference import ReferenceBackend
-from llmsrv.backend.sampling_table import SamplingParameters
+from llmsrv.backend.quants.types import dequantise
+from llmsrv.backend.reference.backend import ReferenceBackend
+from llmsrv.backend.sampling.table import SamplingParameters
 from llmsrv.files.gguf import open_gguf
 from llmsrv.model.load import load_model
 from tests.support.gguf_writer import write_tiny_llama

@@ -1,6 +1,6 @@
 """A pytest plugin: the CPU kernels are those of AArch64, and run under qemu-aarch64.
 
-Loaded by test_cpu_aarch64.py as `-p tests.support.aarch64` with the tier's name in TIER.  ziglang
+Loaded by cpu/test_aarch64.py as `-p tests.support.aarch64` with the tier's name in TIER.  ziglang
 compiles, each file once into the folder named in OBJECTS; the emulated process maps the arena of
 this one, so that all addresses mean the same.
 """
@@ -16,12 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from llmsrv.backend import cpu
-from llmsrv.backend import cpu_library
 from llmsrv.backend import source
+from llmsrv.backend.cpu import backend
+from llmsrv.backend.cpu import library as cpu_library
 from tests.support.arena import ADDRESS
-from tests.support.arena import SIZE
 from tests.support.arena import Arena
+from tests.support.arena import SIZE
 
 HOST = Path(__file__).with_name("aarch64_host.c")
 ZIG = (sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-musl")
@@ -61,11 +61,11 @@ def pytest_load_initial_conftests() -> None:  # before they ask what the CPU can
 
 
 def install(name: str) -> None:
-    tier = next(tier for tier in cpu.TIERS if tier.name == name)
+    tier = next(tier for tier in backend.TIERS if tier.name == name)
     arena = Arena()
-    for module in (cpu, source):
+    for module in (backend, source):
         setattr(module, "cpu_features", lambda: tier.needs)
-    setattr(cpu, "load_library", functools.partial(load, arena, name))
+    setattr(backend, "load_library", functools.partial(load, arena, name))
     arena.install()
 
 

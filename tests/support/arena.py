@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmsrv.backend import cpu_library
-from llmsrv.backend import cpu_weights
+from llmsrv.backend.cpu import library as cpu_library
+from llmsrv.backend.cpu import weights as cpu_weights
 
 ADDRESS, SIZE = 0x2000_0000_0000, 1 << 32  # where nothing else lies; pages exist once touched
 PAGE = mmap.PAGESIZE

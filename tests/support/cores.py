@@ -13,9 +13,9 @@ from llmsrv.engine.messages import Gauges
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.messages import Step
 from llmsrv.engine.messages import Submit
+from tests.support.fake_plan import FakePlan
 from tests.support.fake_plan import NAN_ID
 from tests.support.fake_plan import VOCAB_SIZE
-from tests.support.fake_plan import FakePlan
 from tests.support.fake_plan import next_id
 
 GREEDY = Sampling(seed=0, temperature=0.0)

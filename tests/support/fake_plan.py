@@ -9,14 +9,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Array
+from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Batch
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
-from llmsrv.backend.sampling import FAILED
-from llmsrv.backend.sampling import Samples
-from llmsrv.backend.sampling_table import SamplingTable
+from llmsrv.backend.sampling.contract import FAILED
+from llmsrv.backend.sampling.contract import Samples
+from llmsrv.backend.sampling.table import SamplingTable
 
 VOCAB_SIZE = 50
 NAN_ID = 49  # a sequence whose last token this is has no usable logits

@@ -1,14 +1,14 @@
 """A pytest plugin: behind every buffer that the CPU kernels get lies a page that faults.
 
-Loaded by test_cpu_guarded.py as `-p tests.support.guarded`.
+Loaded by cpu/test_guarded.py as `-p tests.support.guarded`.
 """
 
 from pathlib import Path
 from typing import Any
 
-from llmsrv.backend import cpu
-from llmsrv.backend import cpu_library
 from llmsrv.backend import source
+from llmsrv.backend.cpu import backend
+from llmsrv.backend.cpu import library as cpu_library
 from tests.support.arena import Arena
 
 
@@ -19,5 +19,5 @@ def pytest_collection() -> None:
         library = cpu_library.declare(source.load_library(texts, flags, cache_dir))
         return arena.library({name: getattr(library, name) for name in cpu_library.FUNCTIONS})
 
-    setattr(cpu, "load_library", load)
+    setattr(backend, "load_library", load)
     arena.install()

@@ -10,7 +10,7 @@ import numpy as np
 from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Batch
 from llmsrv.backend.base import Plan
-from llmsrv.backend.sampling_table import SamplingParameters
+from llmsrv.backend.sampling.table import SamplingParameters
 
 
 @dataclass

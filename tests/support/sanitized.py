@@ -1,6 +1,6 @@
 """A pytest plugin: compiles the CPU kernels with AddressSanitizer and UBSan.
 
-Loaded by test_cpu_sanitized.py as `-p tests.support.sanitized`, in a process that has the runtimes
+Loaded by cpu/test_sanitized.py as `-p tests.support.sanitized`, in a process that has the runtimes
 preloaded.
 """
 
@@ -15,8 +15,8 @@ TIMEOUT_S = 600.0
 
 
 def pytest_collection() -> None:
-    from llmsrv.backend import cpu
+    from llmsrv.backend.cpu import backend
     from llmsrv.backend import source
 
-    cpu.FLAGS = (*cpu.FLAGS, *FLAGS)
+    backend.FLAGS = (*backend.FLAGS, *FLAGS)
     source.COMPILE_TIMEOUT_S = TIMEOUT_S

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from llmsrv.backend.base import Tensor
-from llmsrv.backend.quants import TYPES
+from llmsrv.backend.quants.types import TYPES
 
 # Where a block of the type has its float16 scales.
 HALVES = {

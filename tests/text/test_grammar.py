@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from llmsrv.text.grammar import MAX_SOURCE_BYTES
 from llmsrv.text.grammar import GrammarError
+from llmsrv.text.grammar import MAX_SOURCE_BYTES
 from llmsrv.text.grammar import behind_thoughts
 from llmsrv.text.grammar import choice_source
 from llmsrv.text.grammar import grammar_source

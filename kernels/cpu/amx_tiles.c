@@ -1,0 +1,28 @@
+#ifdef TIER_AMX
+#include "amx_tiles.h"
+
+#include <stdint.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+int matrix_registers_denied(void)
+{
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) != 0;
+}
+
+void use_matrix_registers(int rows)
+{
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } config = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {0}};
+    memset(config.rows, rows, 6);
+    config.rows[6] = config.rows[7] = 16;
+    __asm__ volatile("" : : "r"(&config) : "memory"); /* gcc knows of the first 8 bytes alone */
+    _tile_loadconfig(&config);
+}
+
+#endif

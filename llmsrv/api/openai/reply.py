@@ -1,0 +1,76 @@
+"""What the answers of chat and completions have in common: the fields around their choices, usage,
+and the order of a stream's events.
+
+Source: OpenAI API reference, "Chat Completions" and "Completions".
+"""
+
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from collections.abc import Callable
+from collections.abc import Iterable
+from contextlib import aclosing
+from typing import Any
+
+import orjson
+
+from llmsrv.api.generation.job import Job
+from llmsrv.api.generation.output import Delta
+from llmsrv.api.openai.schema import GenerationRequest
+from llmsrv.errors import ApiError
+from llmsrv.registry.service import Service
+
+
+class Reply:
+    """The response objects of one request, around the choices that its route makes."""
+
+    def __init__(
+        self, service: Service, asked: GenerationRequest, job: Job, kind: str, prefix: str
+    ) -> None:
+        """kind: the value of `object`; prefix: of the id."""
+        self._job = job
+        self._head: dict[str, Any] = {
+            "id": f"{prefix}-{secrets.token_hex(16)}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": asked.model,
+            "system_fingerprint": service.fingerprint,
+        }
+        if asked.service_tier:
+            self._head["service_tier"] = "default"
+        options = asked.stream_options
+        self._includes_usage = bool(options and options.include_usage)
+        self._counts_chunks = bool(options and options.continuous_usage_stats)
+
+    def whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._head | {"choices": choices, "usage": self._job.usage()}
+
+    def chunk(self, choice: dict[str, Any], **further: Any) -> bytes:
+        """What is new of one choice; `usage` in it is null, or what it is so far."""
+        chunk = {**self._head, "choices": [choice], **further}
+        if self._includes_usage:
+            chunk["usage"] = self._job.usage() if self._counts_chunks else None
+        return orjson.dumps(chunk)
+
+    async def events(
+        self, chunks_of: Callable[[Delta], Iterable[bytes]], opening: Iterable[bytes] = ()
+    ) -> AsyncGenerator[bytes, None]:
+        """The payloads of a stream's events: the opening, the chunks of each delta, usage.
+
+        Where usage is asked for, it also comes before the ApiError that ends the stream early.
+        """
+        failure = None
+        for chunk in opening:
+            yield chunk
+        try:
+            async with aclosing(self._job.deltas()) as deltas:
+                async for delta in deltas:
+                    for chunk in chunks_of(delta):
+                        yield chunk
+        except ApiError as error:
+            failure = error
+        if self._includes_usage:
+            yield orjson.dumps(self.whole([]))
+        if failure:
+            raise failure
+        yield b"[DONE]"

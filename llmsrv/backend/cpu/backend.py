@@ -1,0 +1,305 @@
+"""The CPU backend: a plan's operations in C (kernels/cpu), a step in one call.
+
+Exactly the same logits alone and in any batch.  Linear reads each weight once for all rows of a
+step; activations are integers of 16 bits, or of 8 where asked for, each stretch with one scale.
+"""
+
+import ctypes
+import logging
+import os
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llmsrv.backend.base import Array
+from llmsrv.backend.base import BLOCK_SIZE
+from llmsrv.backend.base import Backend
+from llmsrv.backend.base import Batch
+from llmsrv.backend.base import Limits
+from llmsrv.backend.base import Plan
+from llmsrv.backend.base import Program
+from llmsrv.backend.check import check_kernels
+from llmsrv.backend.cpu.cache_memory import CacheMemory
+from llmsrv.backend.cpu.embed import Embedding
+from llmsrv.backend.cpu.layout import Layout
+from llmsrv.backend.cpu.library import CHUNK
+from llmsrv.backend.cpu.library import Memory
+from llmsrv.backend.cpu.library import Operation
+from llmsrv.backend.cpu.library import PlanStruct
+from llmsrv.backend.cpu.library import Rows
+from llmsrv.backend.cpu.library import address_of
+from llmsrv.backend.cpu.library import declare
+from llmsrv.backend.cpu.sampling import CPUSamplingTable
+from llmsrv.backend.cpu.sampling import Sampler
+from llmsrv.backend.sampling.contract import Samples
+from llmsrv.backend.source import CompilerHangs
+from llmsrv.backend.source import cpu_features
+from llmsrv.backend.source import find_compiler
+from llmsrv.backend.source import kernel_texts
+from llmsrv.backend.source import load_library
+from llmsrv.errors import StartupError
+
+log = logging.getLogger("llmsrv.backend")
+
+FLAGS = ("-std=gnu11", "-O2", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-pthread")
+# Up to so many rows the chunks of one row's attention may be shared among the threads.
+MAX_SPLIT_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Tier:
+    """An instruction set: what of cpu_features() it needs, and the flags that use it.
+
+    always_16_bits: its products have activations of 16 bits, faster than others those of 8
+    """
+
+    name: str
+    needs: frozenset[str]
+    flags: tuple[str, ...]
+    always_16_bits: bool = False
+
+
+AVX512 = Tier(
+    "AVX-512",
+    frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "fma", "f16c"}),
+    (
+        "-DTIER_AVX512",
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
+        *("-mfma", "-mf16c"),
+    ),
+)
+TIERS = (
+    Tier(
+        "AMX",
+        AVX512.needs | {"amx_tile", "amx_int8"},
+        (*AVX512.flags, "-DTIER_AMX", "-mamx-tile", "-mamx-int8"),
+        always_16_bits=True,
+    ),
+    AVX512,
+    Tier(
+        "AVX2 with VNNI",
+        frozenset({"avx2", "fma", "f16c", "avx_vnni"}),
+        ("-DTIER_AVX2", "-DTIER_AVX_VNNI", "-mavx2", "-mfma", "-mf16c", "-mavxvnni"),
+    ),
+    Tier(
+        "AVX2",
+        frozenset({"avx2", "fma", "f16c"}),
+        ("-DTIER_AVX2", "-mavx2", "-mfma", "-mf16c"),
+    ),
+    Tier(
+        "NEON with I8MM",
+        frozenset({"asimddp", "i8mm"}),
+        ("-DTIER_NEON", "-DTIER_I8MM", "-march=armv8.2-a+dotprod+i8mm"),
+    ),
+    Tier("NEON", frozenset({"asimddp"}), ("-DTIER_NEON", "-march=armv8.2-a+dotprod")),
+    Tier("portable", frozenset(), (), always_16_bits=True),
+)
+
+
+@dataclass(frozen=True)
+class CPUOptions:
+    """cache_dir: where compiled kernels are kept; num_threads: 0 takes one a physical core;
+    kv_bits: 8, 16 or 32, of a key's or a value's element in the cache."""
+
+    cache_dir: Path
+    num_threads: int = 0
+    activation_bits: int = 16
+    kv_bits: int = 16
+    tiers: tuple[Tier, ...] = TIERS
+
+
+class CPUBackend(Backend):
+    name = "cpu"
+
+    def __init__(self, options: CPUOptions) -> None:
+        """Compiles the kernels of the best tier that the CPU, the compiler and the reference
+        backend agree on, or takes them from the cache; StartupError when there is none."""
+        self.num_threads = options.num_threads or default_threads()
+        find_compiler()
+        features = cpu_features()
+        tiers = [tier for tier in options.tiers if tier.needs <= features]
+        for self.tier in tiers:
+            self.activation_bits = 16 if self.tier.always_16_bits else options.activation_bits
+            try:
+                self._library = self._load(options)
+                bits = min(self.activation_bits, options.kv_bits)
+                check_kernels(self, self.tier.name, bits)
+                return
+            except StartupError as error:
+                if self.tier is tiers[-1] or isinstance(error, CompilerHangs):
+                    raise
+                log.warning("%s; the next slower ones are tried", error)
+
+    def _load(self, options: CPUOptions) -> ctypes.CDLL:
+        bits = f"-DACTIVATION_BITS={self.activation_bits}", f"-DKV_BITS={options.kv_bits}"
+        flags = (*FLAGS, *bits, *self.tier.flags)
+        library = declare(load_library(kernel_texts("cpu"), flags, options.cache_dir))
+        if library.llmsrv_prepare() != 0:
+            raise StartupError(f"the system does not let this process use {self.tier.name}")
+        return library
+
+    def compile(self, program: Program, limits: Limits, tick: Callable[[], None]) -> Plan:
+        layout = Layout(self._library, program, limits, self.num_threads, tick)
+        return CPUPlan(self._library, layout, program, limits, self.num_threads, tick)
+
+
+class CPUPlan(Plan):
+    """A program laid out in memory, its threads, its KV cache and its sampling table."""
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        layout: Layout,
+        program: Program,
+        limits: Limits,
+        num_threads: int,
+        tick: Callable[[], None],
+    ) -> None:
+        self.program = program
+        self.buffers = layout.buffers
+        self.sampling = CPUSamplingTable(limits.max_slots, program.vocab_size)
+        self._library = library
+        self._layout = layout
+        self._tick = tick
+        self._memory = Memory(library)
+        self._operations = (Operation * len(layout.steps))(*layout.steps)
+        self._ids, self._positions, self._sequences, self._logit_rows = self._memory.array(
+            (4, limits.max_rows), np.int32
+        )
+        self._slot_mapping = self._memory.array((limits.max_rows,), np.int64)
+        self._is_long = self._memory.array((limits.max_rows,), np.uint8)
+        self._rows = Rows(
+            positions=address_of(self._positions),
+            sequences=address_of(self._sequences),
+            slot_mapping=address_of(self._slot_mapping),
+            is_long=address_of(self._is_long),
+            logit_rows=address_of(self._logit_rows),
+        )
+        self._struct = self._lay_out(limits, num_threads)
+        self._at = ctypes.addressof(self._struct), ctypes.addressof(self._rows)
+        self._forward = library.llmsrv_forward
+        logits = self.buffers.get("logits", NO_LOGITS)
+        self._sampler = Sampler(
+            library, self._at[0], logits, num_threads, limits, self.sampling
+        )
+        self._embeddings = [
+            Embedding(library, embed, self._ids, self._sampler.ids, self.buffers[embed.out])
+            for embed in layout.embeds
+        ]
+
+    def forward(self, batch: Batch) -> None:
+        num_rows, num_logit_rows = len(batch.ids), len(batch.logit_rows)
+        self._ids[:num_rows] = batch.ids
+        self._positions[:num_rows] = batch.positions
+        self._sequences[:num_rows] = batch.sequences
+        self._slot_mapping[:num_rows] = batch.slot_mapping
+        self._logit_rows[:num_logit_rows] = batch.logit_rows
+        block_tables = np.ascontiguousarray(batch.block_tables, np.int32)
+        if self.program.long_from is not None:
+            self._is_long[: len(batch.is_long)] = batch.is_long
+        rows = self._rows
+        rows.num_rows, rows.num_logit_rows = num_rows, num_logit_rows
+        rows.num_sequences, rows.max_blocks = block_tables.shape
+        rows.block_tables = address_of(block_tables)
+        for embed in self._embeddings:
+            embed(num_rows)
+        self.cache.will_use(int(batch.slot_mapping.max(initial=0)) // BLOCK_SIZE)
+        self._forward(*self._at)
+        self._tick()
+
+    def copy_block(self, source: int, target: int) -> None:
+        self.cache.will_use(target)
+        for array in (self.cache.keys, self.cache.values):
+            array[target] = array[source]
+
+    def sample(
+        self,
+        slots: Array,
+        output_positions: Array,
+        targets: Array | None = None,
+        drafts: Array | None = None,
+    ) -> Samples:
+        return self._sampler.sample(slots, output_positions, targets, drafts)
+
+    def _lay_out(self, limits: Limits, num_threads: int) -> PlanStruct:
+        program, array = self.program, self._memory.array
+        padded_dim = -(-program.head_dim // 16) * 16
+        head_bytes = self._library.llmsrv_kv_head_bytes(padded_dim)
+        cache = limits.num_blocks, program.num_layers, program.num_kv_heads, head_bytes
+        self.cache = CacheMemory(self._library, self._memory, cache)
+        max_chunks = -(-limits.num_blocks * BLOCK_SIZE // CHUNK)
+        scratch_floats = self._library.llmsrv_scratch_floats(
+            program.num_heads, program.num_kv_heads, padded_dim
+        )
+        split_rows = min(MAX_SPLIT_ROWS, limits.max_rows)
+        self._kept = (
+            array((split_rows * program.num_heads * max_chunks, 2 + padded_dim), np.float32),
+            array((num_threads, scratch_floats), np.float32),
+            array((limits.max_rows, 2), np.int32),
+        )
+        partials, scratch, spans = map(address_of, self._kept)
+        pool = self._library.llmsrv_start_threads(num_threads)
+        if not pool:
+            raise StartupError(f"{num_threads} threads cannot be started; use --threads 1")
+        weakref.finalize(self, self._library.llmsrv_stop_threads, pool)
+        return PlanStruct(
+            num_operations=len(self._operations),
+            num_layers=program.num_layers,
+            num_heads=program.num_heads,
+            num_kv_heads=program.num_kv_heads,
+            head_dim=program.head_dim,
+            padded_dim=padded_dim,
+            max_rows=limits.max_rows,
+            max_split_rows=split_rows,
+            max_chunks=max_chunks,
+            num_threads=num_threads,
+            k_cache=address_of(self.cache.keys),
+            v_cache=address_of(self.cache.values),
+            partials=partials,
+            scratch=scratch,
+            scratch_floats=scratch_floats,
+            spans=spans,
+            heartbeat=getattr(self._tick, "address", None),
+            operations=ctypes.addressof(self._operations),
+            pool=pool,
+        )
+
+
+NO_LOGITS = np.zeros((0, 1), np.float32)  # of single operations, as checks run them
+
+
+# ---- Threads
+
+
+def default_threads() -> int:
+    """The physical cores that this process may run on, at most the cgroup's quota of CPU time."""
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    if cpus is None:  # macOS, whose cores have one thread each
+        return os.cpu_count() or 1
+    cores = {_siblings(cpu) for cpu in cpus}
+    return max(1, min(len(cores), _cgroup_cpus()))
+
+
+def _siblings(cpu: int) -> str:
+    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return str(cpu)
+
+
+def _cgroup_cpus() -> int:
+    """Whole CPUs of time that cgroup v2 or v1 grants; a large number when it sets no limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        directory = Path("/sys/fs/cgroup/cpu")
+        try:
+            quota = (directory / "cpu.cfs_quota_us").read_text()
+            period = (directory / "cpu.cfs_period_us").read_text()
+        except OSError:
+            return 1 << 16
+    return max(1, int(quota) // int(period)) if quota.strip() not in ("max", "-1") else 1 << 16

@@ -1,0 +1,274 @@
+"""The reference backend: every operation in plain numpy and float32, one after the other.
+
+What the tests believe; fast only where that costs no clarity.  Weights become float32 when the
+program is laid out; a buffer is whatever array the operation before left under its name.  Promises
+the same greedy tokens alone and in any batch, not the same bits.
+"""
+
+import os
+from collections.abc import Callable
+from collections.abc import Iterator
+from math import prod
+
+import numpy as np
+
+from llmsrv.backend.base import Array
+from llmsrv.backend.base import Attention
+from llmsrv.backend.base import BLOCK_SIZE
+from llmsrv.backend.base import Backend
+from llmsrv.backend.base import Batch
+from llmsrv.backend.base import Embed
+from llmsrv.backend.base import Experts
+from llmsrv.backend.base import GatedActivation
+from llmsrv.backend.base import Limits
+from llmsrv.backend.base import Linear
+from llmsrv.backend.base import Norm
+from llmsrv.backend.base import Operation
+from llmsrv.backend.base import Plan
+from llmsrv.backend.base import Pool
+from llmsrv.backend.base import Program
+from llmsrv.backend.base import RopeAndStore
+from llmsrv.backend.base import SelectLogitRows
+from llmsrv.backend.base import Softcap
+from llmsrv.backend.base import Tensor
+from llmsrv.backend.quants.packed import Floats
+from llmsrv.backend.quants.types import TYPES
+from llmsrv.backend.quants.types import dequantise
+from llmsrv.backend.reference.operations import attend
+from llmsrv.backend.reference.operations import gated
+from llmsrv.backend.reference.operations import norm
+from llmsrv.backend.reference.operations import pooled
+from llmsrv.backend.reference.operations import rotate_heads
+from llmsrv.backend.reference.operations import route
+from llmsrv.backend.reference.operations import softcapped
+from llmsrv.backend.reference.operations import spans
+from llmsrv.backend.sampling.contract import Samples
+from llmsrv.backend.sampling.contract import sample
+from llmsrv.backend.sampling.table import SamplingTable
+from llmsrv.errors import StartupError
+
+# Up to here OpenBLAS is faster at W @ x.T than at x @ W.T, by a third at 8 rows (0.3.31, AVX-512,
+# the shapes of SmolLM2-135M); above they are equal.
+FEW_ROWS = 32
+
+Stack = tuple[Tensor, ...]
+
+
+class ReferenceBackend(Backend):
+    name = "reference"
+
+    def compile(self, program: Program, limits: Limits, tick: Callable[[], None]) -> Plan:
+        _check_types(program)
+        stacks = {_names(stack): stack for stack in _stacks(program)}
+        size = 4 * sum(prod(tensor.shape) for stack in stacks.values() for tensor in stack)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        positions = limits.num_blocks * BLOCK_SIZE
+        cannot = StartupError(
+            f"the reference backend needs {size >> 20} MiB for float32 weights, and a KV cache of "
+            f"{positions} positions; this machine has {memory >> 20} MiB: choose a smaller model"
+        )
+        if size > memory:
+            raise cannot
+        try:
+            return ReferencePlan(program, limits, tick)
+        except MemoryError:
+            raise cannot from None
+
+
+class ReferencePlan(Plan):
+    """A program with its weights as float32, its KV cache and its sampling table."""
+
+    def __init__(self, program: Program, limits: Limits, tick: Callable[[], None]) -> None:
+        self.program = program
+        self.tick = tick
+        self.weights: dict[tuple[str, ...], Floats] = {}
+        for stack in _stacks(program):
+            if _names(stack) not in self.weights:
+                self.weights[_names(stack)] = _stacked(stack, tick)
+        # All layers of a block lie together, and the zeros are not touched yet: the caches take
+        # memory as blocks come into use.
+        shape = limits.num_blocks, program.num_layers, BLOCK_SIZE
+        self.k_cache = np.zeros((*shape, program.num_kv_heads, program.head_dim), np.float32)
+        self.v_cache = np.zeros((*shape, program.num_kv_heads, program.head_dim), np.float32)
+        self.sampling = SamplingTable(limits.max_slots, program.vocab_size)
+        # Of the last step.
+        self.buffers: dict[str, Floats] = {}
+        self.sampled = np.zeros(limits.max_logit_rows, np.int32)
+
+    @np.errstate(all="ignore")  # what overflows stays in its row, and sampling reports it
+    def forward(self, batch: Batch) -> None:
+        for operation in self.program.operations:
+            self._run(operation, batch)
+            self.tick()
+
+    def copy_block(self, source: int, target: int) -> None:
+        for array in (self.k_cache, self.v_cache):
+            array[target] = array[source]
+
+    def sample(
+        self,
+        slots: Array,
+        output_positions: Array,
+        targets: Array | None = None,
+        drafts: Array | None = None,
+    ) -> Samples:
+        logits, table = self.buffers["logits"], self.sampling
+        samples = sample(logits, table, slots, output_positions, targets, drafts)
+        self.sampled[: len(samples.ids)] = np.maximum(samples.ids, 0)
+        return samples
+
+    def _run(self, operation: Operation, batch: Batch) -> None:
+        buffers = self.buffers
+        match operation:
+            case Embed():
+                ids = _resolved(batch.ids, self.sampled)
+                scale = np.float32(operation.scale)
+                buffers[operation.out] = _embedded(ids, operation.table) * scale
+            case Norm():
+                weight = self.weights[_names((operation.weight,))]
+                normed = norm(buffers[operation.x], weight, operation.eps)
+                self._put(operation.out, normed, operation.accumulate)
+            case Linear():
+                self._put(operation.out, self._linear(operation), operation.accumulate)
+            case RopeAndStore():
+                self._rope_and_store(operation, batch)
+            case Attention():
+                buffers[operation.out] = self._attention(operation, batch)
+            case GatedActivation():
+                buffers[operation.out] = gated(buffers[operation.x], operation.function)
+            case Experts():
+                self._put(operation.out, self._experts(operation), accumulate=True)
+            case SelectLogitRows():
+                buffers[operation.out] = buffers[operation.x][batch.logit_rows]
+            case Softcap():
+                buffers[operation.x] = softcapped(buffers[operation.x], operation.cap)
+            case Pool():
+                buffers[operation.out] = pooled(buffers[operation.x], batch, operation.kind)
+
+    def _put(self, out: str, values: Floats, accumulate: bool) -> None:
+        if accumulate:
+            values += self.buffers[out]
+        self.buffers[out] = values
+
+    def _linear(self, operation: Linear) -> Floats:
+        product = self._product(self.buffers[operation.x], operation.weights)
+        if operation.biases:
+            product += self.weights[_names(operation.biases)]
+        if operation.scale != 1:
+            product *= np.float32(operation.scale)
+        return product
+
+    def _product(self, x: Floats, stack: Stack) -> Floats:
+        w = self.weights[_names(stack)]
+        product: Floats = np.ascontiguousarray((w @ x.T).T) if len(x) <= FEW_ROWS else x @ w.T
+        return product
+
+    def _rope_and_store(self, operation: RopeAndStore, batch: Batch) -> None:
+        num_heads, num_kv_heads = self.program.num_heads, self.program.num_kv_heads
+        heads = self.buffers[operation.qkv].reshape(len(batch.ids), -1, self.program.head_dim)
+        k_end = num_heads + num_kv_heads
+        self._norm_heads(heads[:, :num_heads], operation.q_norm, operation.eps)
+        self._norm_heads(heads[:, num_heads:k_end], operation.k_norm, operation.eps)
+        rotate_heads(heads[:, :k_end], operation, batch)
+        block, offset = np.divmod(batch.slot_mapping, BLOCK_SIZE)
+        self.k_cache[block, operation.layer, offset] = heads[:, num_heads:k_end]
+        self.v_cache[block, operation.layer, offset] = heads[:, k_end:]
+
+    def _norm_heads(self, heads: Floats, weight: Tensor | None, eps: float) -> None:
+        """In place, over as many values at a time as there are weights: a head, or all of them."""
+        if weight is not None:
+            values = self.weights[_names((weight,))]
+            x = heads.reshape(len(heads), -1, len(values))
+            heads[...] = norm(x, values, eps).reshape(heads.shape)
+
+    def _attention(self, operation: Attention, batch: Batch) -> Floats:
+        program = self.program
+        heads = self.buffers[operation.qkv].reshape(len(batch.ids), -1, program.head_dim)
+        out = np.empty((len(batch.ids), program.num_heads, program.head_dim), np.float32)
+        for span in spans(batch, operation.window, BLOCK_SIZE):
+            k = self.k_cache[span.blocks, operation.layer]  # [blocks, BLOCK_SIZE, kv heads, dim]
+            v = self.v_cache[span.blocks, operation.layer]
+            out[span.rows] = attend(
+                heads[span.rows, : program.num_heads],
+                k.reshape(-1, *k.shape[2:])[: span.end - span.first],
+                v.reshape(-1, *v.shape[2:])[: span.end - span.first],
+                batch.positions[span.rows],
+                span.first,
+                operation,
+            )
+        return out.reshape(len(batch.ids), -1)
+
+    def _experts(self, operation: Experts) -> Floats:
+        x = self.buffers[operation.x]
+        logits = self._product(x, (operation.router,))
+        chosen, weights = route(logits, operation.num_chosen, operation.normalise)
+        total = np.zeros((len(x), operation.down[0].shape[0]), np.float32)
+        for rank in range(operation.num_chosen):  # best first, as each row's sum is defined
+            for expert in np.unique(chosen[:, rank]).tolist():
+                rows = np.flatnonzero(chosen[:, rank] == expert)
+                gate_up = self._product(x[rows], operation.gate_up[expert])
+                activated = gated(gate_up, operation.function)
+                product = self._product(activated, (operation.down[expert],))
+                total[rows] += weights[rows, rank, None] * product
+        return total * np.float32(operation.scale)
+
+
+def _resolved(ids: Array, sampled: Array) -> Array:
+    """ids with each -1 - r replaced by what logit row r of the step before sampled."""
+    return np.where(ids < 0, sampled[np.maximum(-1 - ids, 0)], ids)
+
+
+def _embedded(ids: Array, table: Tensor) -> Floats:
+    """Rows of the table, made float32 one by one: no second copy of a large table."""
+    packed = table.data.reshape(table.shape[0], -1)[ids]
+    rows = np.empty((len(ids), table.shape[1]), np.float32)
+    dequantise(table.type, packed.reshape(-1), rows)
+    return rows
+
+
+# ---- Weights
+
+
+def _stacks(program: Program) -> Iterator[Stack]:
+    """Every group of tensors that an operation uses as one array."""
+    for operation in program.operations:
+        match operation:
+            case Norm():
+                yield (operation.weight,)
+            case Linear():
+                yield operation.weights
+                if operation.biases:
+                    yield operation.biases
+            case RopeAndStore():
+                yield from ((weight,) for weight in (operation.q_norm, operation.k_norm) if weight)
+            case Experts():
+                yield (operation.router,)
+                yield from operation.gate_up
+                yield from ((weight,) for weight in operation.down)
+
+
+def _names(stack: Stack) -> tuple[str, ...]:
+    return tuple(tensor.name for tensor in stack)
+
+
+def _check_types(program: Program) -> None:
+    tables = [operation.table for operation in program.operations if isinstance(operation, Embed)]
+    for tensor in [*tables, *(tensor for stack in _stacks(program) for tensor in stack)]:
+        if tensor.type not in TYPES:
+            raise StartupError(
+                f"tensor '{tensor.name}' has type {tensor.type}; the reference backend runs "
+                + ", ".join(TYPES)
+            )
+
+
+def _stacked(stack: Stack, tick: Callable[[], None]) -> Floats:
+    """The tensors as float32, one below the other."""
+    shape = sum(tensor.shape[0] for tensor in stack), *stack[0].shape[1:]
+    out = np.empty(shape, np.float32)
+    start = 0
+    for tensor in stack:
+        stop = start + tensor.shape[0]
+        dequantise(tensor.type, tensor.data, out[start:stop])
+        start = stop
+        tick()
+    return out

@@ -1,0 +1,163 @@
+"""Every refusal of every route is OpenAI's error object: the application alone, without sockets."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+from typing import cast
+
+import pytest
+
+from llmsrv.api.gate import Gate
+from llmsrv.app import build_app
+from llmsrv.config import Config
+from llmsrv.errors import ApiError
+from llmsrv.registry.models import Model
+from llmsrv.registry.models import Models
+from llmsrv.registry.service import Service
+from tests.support.application import Answer
+from tests.support.application import ask
+from tests.support.parameters import slow_but
+
+KEY = "sk-test"
+ROUTES = {
+    "/v1/chat/completions": "POST",
+    "/v1/completions": "POST",
+    "/v1/models": "GET",
+    "/v1/models/tiny": "GET",
+    "/models/load": "POST",
+    "/models/unload": "POST",
+    "/health": "GET",
+    "/ready": "GET",
+    "/live": "GET",
+    "/version": "GET",
+    "/metrics": "GET",
+}
+POSTS = [path for path, method in ROUTES.items() if method == "POST"]
+GENERATES = ["/v1/chat/completions", "/v1/completions"]
+REQUEST = {"model": "tiny", "prompt": "a", "messages": [{"role": "user", "content": "a"}]}
+
+
+class Loaded:
+    """A model in the state of which a request is told."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self._error = error
+
+    def unavailable(self) -> ApiError | None:
+        if not isinstance(self._error, ApiError | None):
+            raise self._error
+        return self._error
+
+    def overloaded(self, tenant: bytes) -> ApiError | None:
+        return ApiError(429, "Rate limit reached.", code="rate_limit_exceeded")
+
+
+def refusal(
+    path: str,
+    method: str = "",
+    body: Any = REQUEST,
+    state: Loaded | None = None,
+    **headers: str,
+) -> Answer:
+    """The answer to a request with the key and as JSON, unless headers say else."""
+    model = Model(["tiny"], Path("tiny.gguf"))
+    model.service = cast(Service, state)
+    app = build_app(Models(Config(), [model]), Gate("127.0.0.1", [], [KEY]), lambda: {})
+    fields = {"host": "localhost", "authorization": f"Bearer {KEY}"}
+    fields |= {"content_type": "application/json"} | headers
+    fields = {name.replace("_", "-"): value for name, value in fields.items()}
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    answer = asyncio.run(ask(app, method or ROUTES[path], path, fields, data))
+    assert answer.headers["content-type"] == "application/json" and answer.is_whole
+    assert answer.headers["x-request-id"]
+    return answer
+
+
+def told(answer: Answer) -> tuple[int, str, str | None]:
+    document = json.loads(answer.body)
+    assert list(document) == ["error"]
+    error = document["error"]
+    assert list(error) == ["message", "type", "param", "code"] and error["message"]
+    return answer.status, error["type"], error["code"]
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_what_no_route_takes_is_refused_by_each(path: str) -> None:
+    invalid = "invalid_request_error"
+    not_allowed = refusal(path, "DELETE")
+    assert told(not_allowed) == (405, invalid, "method_not_supported")
+    assert ROUTES[path] in not_allowed.headers["allow"]
+    assert told(refusal(f"/v2{path}", "GET")) == (404, invalid, "unknown_url")
+    assert told(refusal(path, "BREW")) == (501, "server_error", "not_implemented")
+    assert told(refusal(path, host="evil.example")) == (403, invalid, "host_not_allowed")
+    if path not in ("/health", "/ready", "/live"):
+        assert told(refusal(path, authorization="Bearer no")) == (401, invalid, "invalid_api_key")
+        without_key = refusal(path, authorization="")
+        assert told(without_key) == (401, invalid, None)  # as OpenAI's
+        assert without_key.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_a_body_that_is_none_is_refused_by_each_route_that_takes_one(path: str) -> None:
+    invalid = "invalid_request_error"
+    for no_json in (b"", b"{", b"[" * 100_000):
+        assert told(refusal(path, body=no_json)) == (400, invalid, "invalid_json")
+    for no_object in ([], None, "text", {"model": 1}):
+        assert told(refusal(path, body=no_object)) == (400, invalid, "invalid_type")
+    assert told(refusal(path, body={})) == (400, invalid, "missing_required_parameter")
+    assert told(refusal(path, body=b" " * (9 << 20))) == (413, invalid, "request_too_large")
+    media = (415, invalid, "unsupported_media_type")
+    assert told(refusal(path, content_type="text/plain")) == media
+    assert told(refusal(path, content_encoding="gzip")) == media
+    unknown = refusal(path, body=REQUEST | {"model": "none"})
+    assert told(unknown) == (404, invalid, "model_not_found")
+    assert b'"param": "model"' in unknown.body
+
+
+@pytest.mark.parametrize("part", slow_but([b'""', b"{}", b"[]", b'"\\\\"'], b'""'))
+def test_75_a_body_of_a_million_parts_is_refused_before_it_holds_the_loop_up(part: bytes) -> None:
+    body = b'{"a": [' + b",".join([part] * 1_000_000) + b"]}"
+    answer = refusal("/v1/completions", body=body)
+    assert told(answer) == (413, "invalid_request_error", "request_too_large")
+
+
+def test_75_a_text_of_a_million_quotation_marks_is_one_part() -> None:
+    answer = refusal("/v1/completions", body=REQUEST | {"prompt": '"' * 1_000_000})
+    assert told(answer)[2] == "model_not_loaded"
+
+
+@pytest.mark.parametrize("path", GENERATES)
+@pytest.mark.parametrize(
+    "error, wanted",
+    [
+        (None, (429, "rate_limit_error", "rate_limit_exceeded")),
+        (
+            ApiError(503, "Not ready.", code="model_not_ready"),
+            (503, "service_unavailable_error", "model_not_ready"),
+        ),
+        (ZeroDivisionError("secret"), (500, "server_error", "server_error")),
+    ],
+    ids=repr,
+)
+def test_what_the_server_cannot_do_is_told_without_its_reasons(
+    path: str, error: Exception | None, wanted: tuple[int, str, str]
+) -> None:
+    answer = refusal(path, state=Loaded(error))
+    assert told(answer) == wanted
+    assert b"secret" not in answer.body
+
+
+@pytest.mark.parametrize("path", ["/models/load", "/models/unload"])
+def test_33_nobody_becomes_the_operator_by_a_header_of_a_proxy(path: str) -> None:
+    app = build_app(Models(Config(), []), Gate("0.0.0.0", [], []), lambda: {})
+    headers = {"x-forwarded-for": "127.0.0.1", "forwarded": "for=127.0.0.1", "host": "localhost"}
+    answer = asyncio.run(ask(app, "POST", path, headers))
+    assert told(answer) == (403, "invalid_request_error", "api_key_required")
+
+
+def test_a_server_without_its_model_serves_nothing_and_says_so() -> None:
+    for path in (*GENERATES, "/health", "/ready"):
+        answer = refusal(path)
+        assert told(answer) == (503, "service_unavailable_error", "model_not_loaded")
+        assert answer.headers["x-should-retry"] == "false"

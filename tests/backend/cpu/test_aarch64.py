@@ -1,0 +1,34 @@
+"""The tests of the CPU backend once more, on AArch64: compiled by ziglang, run by qemu-aarch64.
+
+Marked compat: needs both, and the first compilation makes ziglang's C library (40 s).
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+TESTS = (
+    "tests/backend/cpu/test_backend.py",
+    "tests/backend/cpu/test_sampling.py",
+    *("-k", "not refused"),
+)
+COMMAND = (sys.executable, "-m", "pytest", "-p", "tests.support.aarch64", "-q", "-x", *TESTS)
+
+pytestmark = [
+    pytest.mark.compat,
+    pytest.mark.skipif(not shutil.which("qemu-aarch64"), reason="needs qemu-aarch64 (qemu-user)"),
+    pytest.mark.skipif(not importlib.util.find_spec("ziglang"), reason="needs ziglang"),
+]
+
+
+@pytest.mark.parametrize("tier", ["NEON", "NEON with I8MM"])
+def test_the_kernels_of_aarch64_agree_with_the_reference(tier, tmp_path):
+    environment = os.environ | {"TIER": tier, "OBJECTS": str(tmp_path)}
+    done = subprocess.run(COMMAND, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
