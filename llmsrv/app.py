@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from llmsrv.api.gate import Gate
 from llmsrv.api.openai.chat import ChatCompletions
 from llmsrv.api.openai.completions import Completions
-from llmsrv.api.operations.models import Operations
+from llmsrv.api.operations.health import HealthRoutes
+from llmsrv.api.operations.models import ModelRoutes
 from llmsrv.api.operations.traffic import Traffic
 from llmsrv.api.operations.traffic import counted
 from llmsrv.asgi.cors import CORS
@@ -46,7 +47,8 @@ def build_app(
     router.add("POST", "/v1/chat/completions", ChatCompletions(models))
     router.add("POST", "/v1/completions", Completions(models))
     traffic = Traffic(connections)
-    Operations(models, traffic).add_to(router)
+    ModelRoutes(models).add_to(router)
+    HealthRoutes(models, traffic).add_to(router)
     origins = config.allow_origins or (["*"] if gate.has_keys else "loopback")
     decorated = CORS(
         Application(gate, router),

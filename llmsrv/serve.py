@@ -23,8 +23,8 @@ from llmsrv.api.gate import is_loopback
 from llmsrv.api.gate import read_keys
 from llmsrv.config import Config
 from llmsrv.errors import StartupError
+from llmsrv.registry.find_models import find_models
 from llmsrv.registry.models import Models
-from llmsrv.registry.models import find_models
 from llmsrv.server.listener import bind
 from llmsrv.server.server import Server
 from llmsrv.server.server import run

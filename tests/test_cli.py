@@ -16,7 +16,7 @@ from llmsrv.cli import parse
 from llmsrv.config import Config
 from llmsrv.config import engine_config
 from llmsrv.errors import StartupError
-from llmsrv.registry.models import find_models
+from llmsrv.registry.find_models import find_models
 from tests.support.gguf_writer import write_tiny_llama
 from tests.support.parameters import slow_but
 from tests.support.server import ROOT

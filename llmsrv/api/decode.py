@@ -1,17 +1,18 @@
-"""Request bodies from bytes to typed objects, and what is wrong with them in OpenAI's words.
+"""Decodes request bodies into typed objects, and says in OpenAI's words what is wrong with a body.
 
-msgspec decodes and validates in one pass.  Only when that fails is the body decoded once more
-without types, to name the value that was found.
+msgspec decodes and validates in one pass.  Only if that fails is the body decoded again without
+types, so that the error can quote the value.
 """
 
 import re
 from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
+from typing import Generic
 from typing import TypeVar
 
 import msgspec
 
-from llmsrv.api.openai.schema import UNSUPPORTED
 from llmsrv.asgi.request import Request
 from llmsrv.errors import ApiError
 from llmsrv.errors import missing
@@ -35,32 +36,47 @@ _SIDES = {
     "below_min_value": "below minimum value",
 }
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_SHOWN = 64  # characters of a bad value that a message repeats
-# What decodes in 15 ms as one text of eight million bytes takes a second as a million small parts,
-# for which the loop would stand still, and which no request needs.
+MAX_QUOTED_CHARS = 64  # of a bad value in an error message
+# A body of eight million bytes decodes in 15 ms as a single string, but takes a second as a million
+# small parts.  The event loop would stall for that second, and no real request needs that many.
 _MAX_STRINGS = 1 << 17
-_MAX_BRACKETS = 1 << 18  # those in strings too
+_MAX_BRACKETS = 1 << 18  # including those in strings
+
+# Field -> the values of it that change nothing, and so are accepted like null.
+UnsupportedFields = Mapping[str, Collection[Any]]
 
 
-async def read(request: Request, decoder: msgspec.json.Decoder[T], models: Models) -> T:
-    """The request's body as the type of `decoder`.
+class BodyDecoder(Generic[T]):
+    """Reads the request bodies of one route.
 
-    Raises ApiError 415 for what is not announced as JSON: a page may send a form to any origin
-    without asking, and must not reach a model with it.  413 for one that is too large or has too
-    many parts, 400 as decode_body().
+    unsupported  fields that the API defines but this server does not support; any other field that
+                 the type does not have is unknown
     """
-    _check_content_type(request)
-    body = await request.body(models.body_limit_bytes)
-    _check_parts(body)
-    decoded = decode_body(decoder, body)
-    models.num_unknown_fields += check_further_fields(
-        body, decoder.type.__struct_fields__, models.config.strict_fields
-    )
-    return decoded
+
+    def __init__(self, type: type[T], unsupported: UnsupportedFields = {}) -> None:
+        self._decoder = msgspec.json.Decoder(type)
+        self._fields = type.__struct_fields__
+        self._unsupported = unsupported
+
+    async def read(self, request: Request, models: Models) -> T:
+        """The request's body as the route's type.
+
+        Raises ApiError 415 unless the body is declared to be JSON: a web page may send a form to
+        any origin without a preflight, and must not reach a model that way.  413 for a body that is
+        too large or has too many parts, 400 as decode_body() and check_other_fields().
+        """
+        _check_content_type(request)
+        body = await request.body(models.body_limit_bytes)
+        _check_num_parts(body)
+        decoded = decode_body(self._decoder, body)
+        models.num_unknown_fields += check_other_fields(
+            body, self._fields, models.config.strict_fields, self._unsupported
+        )
+        return decoded
 
 
-def _check_parts(body: bytes) -> None:
-    """ApiError 413 for a body of too many parts, by what is quick to count."""
+def _check_num_parts(body: bytes) -> None:
+    """ApiError 413 for a body with too many parts, estimated by counts that are cheap."""
     if len(body) <= 2 * _MAX_STRINGS:
         return
     num_strings = (body.count(b'"') - body.count(b'\\"')) // 2
@@ -74,7 +90,7 @@ def _check_parts(body: bytes) -> None:
 
 
 def decode_body(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
-    """The request that `body` holds; ApiError 400 with `param` and `code` when it holds none."""
+    """The body as the decoder's type; ApiError 400 with `param` and `code` if it is invalid."""
     try:
         body.decode()
         return decoder.decode(body)
@@ -84,28 +100,32 @@ def decode_body(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
         raise _not_json(error) from None
 
 
-def check_further_fields(body: bytes, taken: Collection[str], is_strict: bool) -> int:
-    """How many fields of the object `body` are unknown, beside those that were taken.
+def check_other_fields(
+    body: bytes, supported: Collection[str], is_strict: bool, unsupported: UnsupportedFields = {}
+) -> int:
+    """The number of unknown fields in the JSON object `body`.
 
-    ApiError 400 for a known field that this server would have to ignore, and for an unknown one
-    where the server is strict.
+    Raises ApiError 400 for an unsupported field whose value matters, and for an unknown field if
+    is_strict.
     """
     fields = _FIELDS.decode(body)
     num_unknown = 0
-    for field in fields.keys() - taken:
-        if field in UNSUPPORTED:
-            _refuse_unsupported(field, msgspec.json.decode(fields[field]))
+    for field in fields.keys() - supported:
+        if field in unsupported:
+            value = msgspec.json.decode(fields[field])
+            _check_unsupported(field, value, harmless=unsupported[field])
         elif is_strict:
-            message = f"Unknown parameter: '{field[:_SHOWN]}'."
-            raise ApiError(400, message, param=field[:_SHOWN], code="unknown_parameter")
+            name = field[:MAX_QUOTED_CHARS]
+            message = f"Unknown parameter: '{name}'."
+            raise ApiError(400, message, param=name, code="unknown_parameter")
         else:
             num_unknown += 1
     return num_unknown
 
 
-def _refuse_unsupported(field: str, value: Any) -> None:
-    if value is not None and value not in UNSUPPORTED[field]:
-        message = f"'{field}' is not supported by this server, but got {_shown(value)}."
+def _check_unsupported(field: str, value: Any, harmless: Collection[Any]) -> None:
+    if value is not None and value not in harmless:
+        message = f"'{field}' is not supported by this server, but got {_quoted(value)}."
         raise ApiError(400, message, param=field, code="unsupported_parameter")
 
 
@@ -123,7 +143,7 @@ def _check_content_type(request: Request) -> None:
 
 
 def _unsupported_media(header: str, got: str, allowed: str) -> ApiError:
-    message = f"Unsupported {header}: expected {allowed}, but got {_shown(got)}."
+    message = f"Unsupported {header}: expected {allowed}, but got {_quoted(got)}."
     return ApiError(415, message, code="unsupported_media_type")
 
 
@@ -147,7 +167,7 @@ def _invalid_field(explanation: str, body: Any) -> ApiError:
     what, path = match["what"], (match["path"] or "").replace("[...]", "")
     if absent := _MISSING.match(what):
         return missing(f"{path}.{absent['field']}" if path else absent["field"])
-    got = _shown(_value_at(body, path))
+    got = _quoted(_value_at(body, path))
     if bound := _BOUND.match(what):
         return _out_of_bounds(path, bound, got)
     if what.startswith("Expected"):
@@ -178,6 +198,9 @@ def _value_at(body: Any, path: str) -> Any:
     return body
 
 
-def _shown(value: Any) -> str:
+def _quoted(value: Any) -> str:
+    """The value as JSON, truncated if it is long."""
     text = msgspec.json.encode(value).decode()
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
+    if len(text) <= MAX_QUOTED_CHARS:
+        return text
+    return f"{text[:MAX_QUOTED_CHARS]}... ({len(text)} characters)"

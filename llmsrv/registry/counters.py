@@ -1,7 +1,7 @@
-"""What the API counts of each model, in plain numbers; metrics.py turns them into Prometheus' text.
+"""The counters of each model, as plain numbers; api/operations/metrics.py exports them.
 
-Names, units and buckets are vLLM's, with finer buckets where small models are faster than those.
-A choice counts as a request of its own; what is a prompt's is counted once for each prompt.
+Names, units and buckets are vLLM's, with finer buckets added for small, fast models.  Each choice
+counts as a request; what belongs to a prompt is counted once per prompt.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 STEP_TOKENS = (1, *(2**power for power in range(3, 15)))
 CHOICES = (1, 2, 5, 10, 20)
 PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
-# Counters and where the engine's gauges have them, since it started.
+# Counter -> the engine's gauge that counts the same since the engine started.
 SINCE_START = {
     "prefix_cache_queries": "num_prefix_queries",
     "prefix_cache_hits": "num_prefix_hits",
@@ -43,11 +43,11 @@ SINCE_START = {
 
 
 class Histogram:
-    """How many values were at most each of `bounds`, and their sum."""
+    """Counts of values by bucket, and their sum; a value equal to a bound is in its bucket."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)  # between two bounds; the last above them all
+        self.counts = [0] * (len(bounds) + 1)  # the last one is for values above all bounds
         self.sum = 0.0
 
     def observe(self, value: float, times: int = 1) -> None:
@@ -67,8 +67,8 @@ def _histogram(bounds: Sequence[float], help: str) -> Any:
 
 @dataclasses.dataclass
 class Counters:
-    """Of one model since the server started, however often its engine was started.  A field with a
-    help text is exported as vllm:FIELD."""
+    """One model's counters since the server started; restarts of its engine do not reset them.
+    A field with a help text is exported as vllm:FIELD."""
 
     prompt_tokens: int = _number("Prompt tokens")
     generation_tokens: int = _number("Output tokens")
@@ -109,16 +109,16 @@ class Counters:
     request_params_max_tokens: Histogram = _histogram(TOKENS, "Output tokens asked for at most")
     iteration_tokens_total: Histogram = _histogram(STEP_TOKENS, "Tokens of a step of the engine")
 
-    finished: Counter[str] = dataclasses.field(default_factory=Counter)  # choices, by reason
+    finished: Counter[str] = dataclasses.field(default_factory=Counter)  # choices by finish reason
     gauges: Gauges = Gauges()  # of the last step
 
     def note_step(self, step: Step, num_prompt_tokens: int) -> None:
-        """num_prompt_tokens: of the requests that were admitted in it."""
-        drawn = (len(tokens.ids) for tokens in step.tokens if tokens.choice != PROMPT)
-        if num_tokens := num_prompt_tokens + sum(drawn):
+        """num_prompt_tokens: those of the requests that were admitted in this step."""
+        sampled = (len(tokens.ids) for tokens in step.tokens if tokens.choice != PROMPT)
+        if num_tokens := num_prompt_tokens + sum(sampled):
             self.iteration_tokens_total.observe(num_tokens)
         for name, gauge in SINCE_START.items():
-            growth = _grown(getattr(step.gauges, gauge), getattr(self.gauges, gauge))
+            growth = _increase(getattr(step.gauges, gauge), getattr(self.gauges, gauge))
             setattr(self, name, getattr(self, name) + growth)
         self.gauges = step.gauges
 
@@ -130,14 +130,13 @@ class Counters:
         self.request_max_num_generation_tokens.observe(longest)
 
 
-def _grown(now: int, before: int) -> int:
-    """By how much an engine's count has grown; one that is smaller is another engine's."""
+def _increase(now: int, before: int) -> int:
+    """The increase of an engine's count; a smaller count comes from a restarted engine."""
     return now - before if now >= before else now
 
 
 class ChoiceClock:
-    """Tells the counters when one choice's tokens came and what became of it.  Times are those of
-    time.monotonic."""
+    """Records one choice's token times and its end in the counters.  Times are time.monotonic's."""
 
     def __init__(self, counters: Counters) -> None:
         self._counters = counters

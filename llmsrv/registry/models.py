@@ -1,19 +1,17 @@
-"""The models of this server: found by a request's `model`, loaded and unloaded while it runs.
+"""The models of this server: looked up by a request's `model`, loaded and unloaded while it runs.
 
-Each loaded model has an engine process of its own.  Loads and unloads take turns, so that never
-more than --max-loaded-models are in memory; requests need no turn.  A model that is unloaded takes
-no new request, and gives those that run the grace that a shutdown gives them.
+Each loaded model has its own engine process.  Loads and unloads take turns, so that at most
+--max-loaded-models are in memory at any time; requests do not wait for a turn.  A model that is
+being unloaded takes no new requests, and its running ones get the same grace as at shutdown.
 
-The top imports little: the first engines start beside the import of tokenizers and templates.
+Module-level imports are kept light: the first engines start while tokenizers and templates are
+still being imported.
 """
 
 import asyncio
 import enum
 import glob
 import logging
-import os
-import re
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +24,6 @@ from llmsrv.engine.client import EngineClient
 from llmsrv.engine.client import RETRY
 from llmsrv.errors import ApiError
 from llmsrv.errors import StartupError
-from llmsrv.files.hub import PREFIX
-from llmsrv.files.source import resolve_model
 from llmsrv.registry.counters import Counters
 
 if TYPE_CHECKING:
@@ -47,11 +43,11 @@ class ModelState(enum.Enum):
 class Model:
     """One model, loaded or not.
 
-    names        ids that clients use, the first one canonical
-    path         its file or folder
-    draft_path   that of the small model that guesses for it
-    service      what answers requests, while it is LOADED
-    last_used_s  when a request asked for it last, monotonic
+    names        the ids that clients use, the canonical one first
+    path         the model's file or folder
+    draft_path   the file or folder of its draft model
+    service      answers requests while the model is LOADED
+    last_used_s  time of the last request for it, monotonic
     """
 
     def __init__(self, names: list[str], path: Path, draft_path: Path | None = None) -> None:
@@ -61,9 +57,9 @@ class Model:
         self.created = int(time.time())
         self.counters = Counters()
         self.last_used_s = 0.0
-        self._num_restarts = 0  # of the engines of earlier loads
+        self._num_restarts = 0  # of engines from earlier loads
 
-        # Of one load
+        # Set anew by each load
         self.state = ModelState.UNLOADED
         self.service: "Service | None" = None
         self.engine: EngineClient | None = None
@@ -71,7 +67,8 @@ class Model:
 
     @property
     def weight_bytes(self) -> int:
-        """What its weights take in memory, about: they are kept as the files have them."""
+        """Approximate size of the weights in memory: they are kept as they are stored in the
+        files."""
         return _file_bytes(self.path) + (_file_bytes(self.draft_path) if self.draft_path else 0)
 
     @property
@@ -84,13 +81,13 @@ class Model:
 
     @property
     def state_name(self) -> str:
-        """As /v1/models tells it: a loaded model is "ready", or its engine "restarting"."""
+        """The state in /v1/models: a loaded model is "ready", or "restarting" with its engine."""
         if self.state is ModelState.LOADED and self.engine is not None:
             return self.engine.state.value
         return self.state.value
 
     def unavailable(self) -> ApiError | None:
-        """Why a request would not be served now, or None."""
+        """The error that a request would get now, or None if it would be served."""
         if self.service is not None:
             return self.service.unavailable()
         if self.state is ModelState.LOADING:
@@ -105,7 +102,8 @@ class Model:
         )
 
     async def read_text(self, config: Config) -> None:
-        """The tokenizer and what else the file says about text; StartupError for a bad file."""
+        """Loads the tokenizer and the rest of the model's text half; StartupError for a bad
+        file."""
         from llmsrv.registry.service import load_text_model
 
         log.info("loading %s", self.path)
@@ -121,8 +119,11 @@ class Model:
         await self.engine.start()
 
     async def wait_loaded(self, config: Config, is_patient: bool) -> None:
-        """After the two before; StartupError when the engine refuses the model or, unless
-        is_patient, ends before it is ready."""
+        """Finishes a load; call it after read_text and start_engine.
+
+        Raises StartupError when the engine refuses the model.  Unless is_patient, it also raises
+        when the engine process ends before it is ready.
+        """
         from llmsrv.registry.service import Service
 
         assert self.engine is not None and self._text is not None
@@ -132,7 +133,7 @@ class Model:
         self.last_used_s = time.monotonic()
 
     async def unload(self, grace_s: float = 0.0) -> None:
-        """Takes no new request from now on; what runs gets grace_s, and then ends with an error."""
+        """Stops taking requests; running ones get grace_s to finish and then end with an error."""
         self.state, self.service = ModelState.UNLOADING, None
         if self.engine is not None:
             try:
@@ -145,7 +146,7 @@ class Model:
         self.state, self.engine, self._text = ModelState.UNLOADED, None, None
 
     async def close_text(self) -> None:
-        """Ends the process that checks grammars, if there is one."""
+        """Stops the grammar worker process, if it was started."""
         if self._text is not None:
             await self._text.grammars.close()
 
@@ -154,13 +155,13 @@ class Models:
     def __init__(self, config: Config, models: list[Model]) -> None:
         self.config = config
         self.is_draining = False
-        self.num_unknown_fields = 0  # of requests, ignored
+        self.num_unknown_fields = 0  # ignored request fields, in total
         self._models = models
         self._by_name = {name: model for model in models for name in model.names}
         self._max_loaded = min(config.max_loaded_models or len(models), len(models))
         self._first = models[: self._max_loaded]
-        self._is_starting = True  # until the first ones are loaded
-        self._turn = asyncio.Lock()  # of loads and unloads
+        self._is_starting = True  # until the first models are loaded
+        self._turn = asyncio.Lock()  # held by each load and unload
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self._models)
@@ -172,8 +173,11 @@ class Models:
     # ---- Requests
 
     def find(self, name: str, tenant: bytes) -> "Service":
-        """What serves the model that a request names; ApiError 404 for one that is not known, 503
-        or 429 while it cannot serve or has too much to do."""
+        """The service of the model that a request names.
+
+        Raises ApiError 404 for an unknown model, 503 while the model cannot serve, and 503 or 429
+        while it is overloaded.
+        """
         model = self._models[0] if self.config.any_model_name else self.get(name)
         if error := self._draining() or model.unavailable():
             raise error
@@ -184,7 +188,7 @@ class Models:
         return model.service
 
     def get(self, name: str) -> Model:
-        """ApiError 404 for a name that is not known."""
+        """The model with that name; ApiError 404 if there is none."""
         if name not in self._by_name:
             raise ApiError(
                 404,
@@ -195,8 +199,11 @@ class Models:
         return self._by_name[name]
 
     def unavailable(self) -> ApiError | None:
-        """Why no request would be served now, or None.  When the server starts all its models have
-        to be there; later one that fails must not take the others from its clients."""
+        """The reason why the server is not ready, or None.
+
+        At startup every first model must be loaded.  Later one served model is enough: a model
+        that fails must not make the others unavailable.
+        """
         if error := self._draining():
             return error
         models = self._first if self._is_starting else self._models
@@ -209,7 +216,7 @@ class Models:
         reason = "The server is shutting down."
         return ApiError(503, reason, code="server_shutting_down", headers=RETRY)
 
-    # ---- The server's start and end
+    # ---- Startup and shutdown
 
     async def start(self) -> None:
         """Starts the first engines; returns before they are ready."""
@@ -217,7 +224,7 @@ class Models:
             await model.start_engine(self._engine_config(model))
 
     async def wait_started(self) -> None:
-        """Returns when the first models are served; StartupError when one of them cannot be."""
+        """Returns once the first models are served; StartupError if one of them cannot be."""
         async with self._turn:
             await asyncio.gather(*(self._finish_start(model) for model in self._first))
         self._is_starting = False
@@ -227,19 +234,20 @@ class Models:
         await model.wait_loaded(self.config, is_patient=True)
 
     async def stop(self) -> None:
-        """Ends all engines and what still runs."""
+        """Stops all engines; requests that still run end with an error."""
         self.is_draining = True
         engines = [model.engine for model in self._models if model.engine is not None]
         await asyncio.gather(*(engine.stop() for engine in engines))
         for model in self._models:
             await model.close_text()
 
-    # ---- What its operator asks for
+    # ---- The operator's requests
 
     async def load(self, name: str) -> Model:
-        """Loads a model; where that is one too many, the least recently used one is unloaded.
+        """Loads a model, unloading the least recently used one first if the limit is reached.
 
-        ApiError 500 model_refused when it cannot be loaded, which changes nothing.
+        Raises ApiError 500 model_refused if it cannot be loaded; the loaded models are then the
+        same as before.
         """
         model = self.get(name)
         async with self._turn:
@@ -248,7 +256,7 @@ class Models:
         return model
 
     async def unload(self, name: str) -> Model:
-        """Unloads a model; ApiErrors end what it has not finished within --drain-timeout-s."""
+        """Unloads a model; requests that outlast --drain-timeout-s end with an ApiError."""
         model = self.get(name)
         async with self._turn:
             if model.state is ModelState.LOADED:
@@ -256,11 +264,12 @@ class Models:
         return model
 
     def _engine_config(self, model: Model) -> EngineConfig:
-        """With its part of the memory, where the largest that may be loaded beside it are."""
+        """The engine's options, with memory set aside for the largest models that may be loaded at
+        the same time."""
         sizes = [other.weight_bytes for other in self._models if other is not model]
-        beside = sum(sorted(sizes, reverse=True)[: self._max_loaded - 1])
+        others_bytes = sum(sorted(sizes, reverse=True)[: self._max_loaded - 1])
         paths = model.path, model.draft_path
-        return engine_config(self.config, *paths, self._max_loaded, beside)
+        return engine_config(self.config, *paths, self._max_loaded, others_bytes)
 
     async def _load(self, model: Model) -> None:
         unloaded = None
@@ -278,10 +287,10 @@ class Models:
             if not isinstance(error, StartupError):
                 raise
             log.error("%s", error)
-            raise self._draining() or _refused(model, error) from None
+            raise self._draining() or _refusal(model, error) from None
 
     async def _make_room(self) -> Model | None:
-        """Unloads a model where one more would be too many, and returns it."""
+        """Unloads a model if the limit is reached, and returns it."""
         loaded = [model for model in self._models if model.state is ModelState.LOADED]
         if len(loaded) < self._max_loaded:
             return None
@@ -290,61 +299,8 @@ class Models:
         return model
 
 
-def find_models(config: Config) -> list[Model]:
-    """The models of the options, each with its file, fetched where need be.
-
-    Raises StartupError when there is none or one is not there, two have the same name, or an option
-    that fits one model only comes with several.
-    """
-    if not config.model:
-        raise StartupError("--model names no model")
-    single = config.served_model_name or config.chat_template or config.any_model_name
-    if single and len(config.model) > 1:
-        raise StartupError(
-            "--served-model-name, --chat-template and --any-model-name are for one model, and "
-            f"there are {len(config.model)}; several are named by --model NAME=PATH"
-        )
-    models = [_find_model(config, text) for text in config.model]
-    names = [name for model in models for name in model.names]
-    for name in names:
-        if names.count(name) > 1:
-            raise StartupError(f"two models are called {name!r}; name them by --model NAME=PATH")
-    return models
-
-
-def _find_model(config: Config, text: str) -> Model:
-    name, equals, source = text.partition("=")
-    if not equals or os.path.exists(text):
-        name, source = name_of(text), text
-    path = resolve_model(source, config.cache_dir, sys.stderr, config.hf_token)
-    return Model(config.served_model_name or [name], path, _find_draft(config))
-
-
-def _find_draft(config: Config) -> Path | None:
-    wanted = int(config.speculative_mode == "small_draft")
-    if len(config.additional_models) != wanted:
-        raise StartupError(
-            f"--speculative-mode {config.speculative_mode} takes {wanted} of --additional-models, "
-            f"not {len(config.additional_models)}"
-        )
-    if not wanted:
-        return None
-    source = config.additional_models[0]
-    return resolve_model(source, config.cache_dir, sys.stderr, config.hf_token)
-
-
-def name_of(model: str) -> str:
-    """The last part of a path or of a name on the hub, without what only files have: "tiny" for
-    models/tiny.gguf, hf:org/tiny and hf:org/repository:tiny-00001-of-00002.gguf."""
-    if model.startswith(PREFIX):
-        last = re.split("[/:]", model)[-1]
-    else:
-        last = os.path.basename(os.path.abspath(model))
-    return re.sub(r"(-00001-of-\d{5})?\.gguf$", "", last)
-
-
 def _file_bytes(path: Path) -> int:
-    """Of a model's file, of all its parts, or of the weights in its folder."""
+    """Total size of a model: its file, all parts of a split file, or the weights in its folder."""
     if path.is_dir():
         files = path.glob("*.safetensors")
     else:
@@ -352,8 +308,8 @@ def _file_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _refused(model: Model, error: StartupError) -> ApiError:
-    """Clients know models by their names, so theirs stands where the error names the file."""
+def _refusal(model: Model, error: StartupError) -> ApiError:
+    """The client's error; it names the model where the StartupError names the file."""
     reason = str(error).replace(str(model.path), model.names[0])
     return ApiError(
         500,

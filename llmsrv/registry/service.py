@@ -1,4 +1,4 @@
-"""A model while it is loaded: how text becomes ids and back, and the engine that computes."""
+"""A loaded model: its text half, which turns text into ids and back, and its engine."""
 
 import hashlib
 from dataclasses import dataclass
@@ -21,15 +21,16 @@ from llmsrv.text.tokenizer import load_tokenizer
 from llmsrv.text.worker import GrammarWorker
 from llmsrv.version import __version__
 
-UNITS = "requests", "tokens of prompts"  # of Queued
+UNITS = "requests", "tokens of prompts"  # of the fields of Queued
 
 
 @dataclass(frozen=True)
 class TextModel:
-    """The half of the model that the server process needs: how text becomes ids and back.
+    """The half of a model that the server process needs to turn text into ids and back.
 
-    sampling_defaults   parameters that hold where a request does not say, by their names in it
-    grammars            checks what requests want their answers to follow
+    template            chat template, or None for a model without one
+    sampling_defaults   sampling parameters for requests that do not set them, by request field
+    grammars            checks the grammars of requests before the engine gets them
     """
 
     tokenizer: Tokenizer
@@ -39,9 +40,10 @@ class TextModel:
 
 
 def load_text_model(path: Path, template_file: str | None, cache_dir: Path) -> TextModel:
-    """Tokenizer, chat template (else the one in `template_file`) and defaults of a model.
+    """Loads a model's tokenizer, chat template and sampling defaults.
 
-    Raises StartupError (ModelError) naming the file when one of them cannot be used.
+    template_file  a chat template to use instead of the model's own
+    Raises StartupError (ModelError), which names the file, if one of them cannot be used.
     """
     model = open_model(path)
     tokenizer = load_tokenizer(model, cache_dir)
@@ -64,8 +66,8 @@ def _read_template(path: str) -> str:
 
 @dataclass(frozen=True)
 class Service:
-    """One loaded model, from its load to its unload.  Who has it keeps it: after the unload, what
-    is handed to its engine is refused."""
+    """One loaded model, from its load to its unload.  A request may keep it for longer: after the
+    unload its engine refuses new work."""
 
     config: Config
     names: list[str]
@@ -75,22 +77,25 @@ class Service:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the same seed may give other tokens: with our version, model or backend."""
+        """OpenAI's system_fingerprint.  It changes with the version, the model and the backend,
+        since the same seed may then give other tokens."""
         ready = self.engine.ready
         parts = (__version__, self.names[0], ready and ready.backend)
         return "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
 
     def unavailable(self) -> ApiError | None:
-        """Why a request would not be served now, or None."""
+        """The error that a request would get now, or None if it would be served."""
         if self.engine.state is EngineState.READY:
             return None
         reason = f"The model is not ready: {self.engine.reason}."
         return ApiError(503, reason, code="model_not_ready", headers=self.engine.retry)
 
     def overloaded(self, tenant: bytes) -> ApiError | None:
-        """Decided before any work on a request, so that refusing many costs little.
+        """The error for a request that the queue has no room for, or None.
 
-        A full queue takes no request of a tenant that has its equal share of it already."""
+        A full queue refuses tenants that already have their equal share of it.  This is decided
+        before any work on a request, so that refusing many is cheap.
+        """
         queued = self.engine.queued()
         num_sharing = len(queued.keys() | {tenant})
         own = queued.get(tenant, Queued(0, 0))
@@ -98,11 +103,11 @@ class Service:
         totals = Queued(*map(sum, zip(*queued.values()))) if queued else own
         for limit, total, mine, unit in zip(limits, totals, own, UNITS, strict=True):
             if total >= limit and mine * num_sharing >= limit:
-                return _full(f"{limit} {unit}", num_sharing)
+                return _queue_full(f"{limit} {unit}", num_sharing)
         return None
 
 
-def _full(waiting: str, num_sharing: int) -> ApiError:
+def _queue_full(waiting: str, num_sharing: int) -> ApiError:
     message = f"The server is overloaded: {waiting} are waiting. Please try again later."
     if num_sharing == 1:
         return ApiError(503, message, code="server_is_overloaded", headers=RETRY)

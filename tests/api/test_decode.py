@@ -1,20 +1,20 @@
-"""What is taken for JSON, as a value that is wanted and as one that nobody knows: RFC 8259."""
+"""What is accepted as JSON (RFC 8259), as the value of a known and of an unknown field."""
 
 import json
 
 import msgspec
 import pytest
 
-from llmsrv.api.decode import check_further_fields
+from llmsrv.api.decode import check_other_fields
 from llmsrv.api.decode import decode_body
 from llmsrv.errors import ApiError
 
 
-class Wanted(msgspec.Struct):
+class Body(msgspec.Struct):
     value: object = None
 
 
-DECODER = msgspec.json.Decoder(Wanted)
+DECODER = msgspec.json.Decoder(Body)
 WRONG_NUMBERS = (
     "- -1.0. ++1 +1 .123 0.1.2 0.3e+ 0.3e 0.e1 0E+ 0E 1.0e- 1eE2 -01 -1x -2. .2e-3 0x1 1. 012 -012 "
     "1+2 NaN -NaN Infinity -Infinity inf 2.e3 9.e+ 1ea \uff11 1_000 0b1 0o7 1f 1L"
@@ -40,29 +40,29 @@ RIGHT = [
 ]
 
 
-def is_taken(text: str, name: str) -> bool:
+def is_accepted(text: str, name: str) -> bool:
     body = b'{"%b":%b}' % (name.encode(), text.encode())
     try:
         decode_body(DECODER, body)
-        check_further_fields(body, ("value",), False)
+        check_other_fields(body, ("value",), False)
     except ApiError as error:
         assert (error.status, error.code) == (400, "invalid_json")
         return False
     return True
 
 
-@pytest.mark.parametrize("name", ["value", "nobody_knows_this"])
-def test_88_what_is_json_is_taken_and_nothing_else(name: str) -> None:
+@pytest.mark.parametrize("name", ["value", "unknown"])
+def test_88_json_is_accepted_and_nothing_else(name: str) -> None:
     for text in (*WRONG_NUMBERS, *WRONG_STRINGS, *WRONG_STRUCTURES):
-        assert not is_taken(text, name), text
+        assert not is_accepted(text, name), text
     for text in RIGHT:
-        assert is_taken(text, name), text
+        assert is_accepted(text, name), text
         assert decode_body(DECODER, b'{"value":%b}' % text.encode()).value == json.loads(text)
 
 
 @pytest.mark.parametrize("text", [b'"\xff"', b'"\xed\xa0\x80"', b'"\xc0\xaf"', b'"\xe5', b"\xe9"])
-def test_76_what_is_not_utf_8_is_not_json(text: bytes) -> None:
-    for name in (b"value", b"nobody_knows_this"):
+def test_76_bytes_that_are_not_utf_8_are_not_json(text: bytes) -> None:
+    for name in (b"value", b"unknown"):
         with pytest.raises(ApiError) as caught:
             decode_body(DECODER, b'{"%b":%b}' % (name, text))
         assert caught.value.code == "invalid_json"

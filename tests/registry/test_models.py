@@ -20,9 +20,9 @@ from llmsrv.config import Config
 from llmsrv.engine import process
 from llmsrv.errors import ApiError
 from llmsrv.errors import StartupError
+from llmsrv.registry.find_models import find_models
 from llmsrv.registry.models import Model
 from llmsrv.registry.models import Models
-from llmsrv.registry.models import find_models
 from tests.support.engines import in_loop
 from tests.support.engines import main_that_sends_garbage
 from tests.support.gguf_writer import write_tiny_llama

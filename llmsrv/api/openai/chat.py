@@ -7,10 +7,9 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
-import msgspec
 import orjson
 
-from llmsrv.api import decode
+from llmsrv.api.decode import BodyDecoder
 from llmsrv.api.generation import submit
 from llmsrv.api.generation.job import Job
 from llmsrv.api.generation.job import start
@@ -25,6 +24,7 @@ from llmsrv.api.generation.tools import tool_use
 from llmsrv.api.openai import logprobs
 from llmsrv.api.openai.reply import Reply
 from llmsrv.api.openai.schema import ChatCompletionRequest
+from llmsrv.api.openai.schema import UNSUPPORTED
 from llmsrv.asgi.request import Request
 from llmsrv.asgi.response import Response
 from llmsrv.asgi.sse import EventStream
@@ -37,10 +37,10 @@ from llmsrv.registry.service import Service
 class ChatCompletions:
     def __init__(self, models: Models) -> None:
         self._models = models
-        self._decoder = msgspec.json.Decoder(ChatCompletionRequest)
+        self._decoder = BodyDecoder(ChatCompletionRequest, UNSUPPORTED)
 
     async def __call__(self, request: Request) -> Response | EventStream:
-        asked = await decode.read(request, self._decoder, self._models)
+        asked = await self._decoder.read(request, self._models)
         _check(asked, self._models.config)
         service = self._models.find(asked.model, submit.tenant_of(request))
         tools = tool_use(service, asked)

@@ -11,10 +11,9 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
-import msgspec
 import orjson
 
-from llmsrv.api import decode
+from llmsrv.api.decode import BodyDecoder
 from llmsrv.api.generation import submit
 from llmsrv.api.generation.job import Job
 from llmsrv.api.generation.job import start
@@ -25,6 +24,7 @@ from llmsrv.api.openai import structured
 from llmsrv.api.openai.reply import Reply
 from llmsrv.api.openai.schema import CompletionRequest
 from llmsrv.api.openai.schema import MAX_PROMPTS
+from llmsrv.api.openai.schema import UNSUPPORTED
 from llmsrv.asgi.request import Request
 from llmsrv.asgi.response import Response
 from llmsrv.asgi.sse import EventStream
@@ -41,10 +41,10 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 class Completions:
     def __init__(self, models: Models) -> None:
         self._models = models
-        self._decoder = msgspec.json.Decoder(CompletionRequest)
+        self._decoder = BodyDecoder(CompletionRequest, UNSUPPORTED)
 
     async def __call__(self, request: Request) -> Response | EventStream:
-        asked = await decode.read(request, self._decoder, self._models)
+        asked = await self._decoder.read(request, self._models)
         _check(asked, self._models.config)
         service = self._models.find(asked.model, submit.tenant_of(request))
         prompts = await _prompt_ids(service, asked)

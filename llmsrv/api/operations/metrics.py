@@ -1,7 +1,7 @@
-"""GET /metrics in Prometheus' text format, under the names that vLLM's dashboards know.
+"""GET /metrics in Prometheus' text format, under the names that vLLM's dashboards use.
 
-The rest of the server counts in plain numbers; this module alone knows prometheus-client, and reads
-them when it is scraped.
+The rest of the server counts in plain numbers.  Only this module knows prometheus-client; it reads
+those numbers on each scrape.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LABELS = ["model_name", "engine"]
 CACHE_LABELS = "block_size num_gpu_blocks kv_cache_size_tokens kv_cache_max_concurrency".split()
 FINISH_REASONS = ("stop", "length", "abort", "error")
-# Names that newer releases of vLLM do without, and that many dashboards still ask for.
+# Names that newer releases of vLLM have dropped, but that many dashboards still query.
 OLD_NAMES = {"inter_token_latency_seconds": "time_per_output_token_seconds"}
 
 
@@ -50,7 +50,7 @@ class Metrics:
 
 
 class _ModelsCollector(Collector):
-    """Every family has samples of every model, loaded or not, labelled with its first name."""
+    """Each family has samples of every model, loaded or not, labelled with its first name."""
 
     def __init__(self, models: Models) -> None:
         self._models = models
@@ -66,9 +66,9 @@ class _ModelsCollector(Collector):
         yield self._restarts()
         for field in dataclasses.fields(Counters):
             if "help" in field.metadata:
-                yield self._counted(field.name, field.name, field.metadata["help"])
+                yield self._counter(field.name, field.name, field.metadata["help"])
                 if old_name := OLD_NAMES.get(field.name):
-                    yield self._counted(field.name, old_name, "The same under its old name")
+                    yield self._counter(field.name, old_name, "The same under its old name")
 
     def _gauge(self, name: str, help: str, value: Callable[[Gauges], float]) -> Metric:
         family = GaugeMetricFamily(f"vllm:{name}", help, labels=LABELS)
@@ -109,8 +109,8 @@ class _ModelsCollector(Collector):
             family.add_metric(_labels(model), model.num_restarts)
         return family
 
-    def _counted(self, field: str, name: str, help: str) -> Metric:
-        """One of the fields of Counters, of every model."""
+    def _counter(self, field: str, name: str, help: str) -> Metric:
+        """The family of one field of Counters."""
         family: Metric = CounterMetricFamily(f"vllm:{name}", help, labels=LABELS)
         if isinstance(getattr(Counters(), field), Histogram):
             family = HistogramMetricFamily(f"vllm:{name}", help, labels=LABELS)
@@ -181,6 +181,6 @@ def _kv_usage(gauges: Gauges) -> float:
 
 
 def _buckets(histogram: Histogram) -> tuple[list[tuple[str, float]], float]:
-    """As Prometheus wants them: how many values were at most each bound, and the sum."""
+    """A histogram as Prometheus expects it: cumulative counts by upper bound, and the sum."""
     bounds = map(floatToGoString, [*histogram.bounds, math.inf])
     return list(zip(bounds, accumulate(histogram.counts), strict=True)), histogram.sum

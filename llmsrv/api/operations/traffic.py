@@ -1,6 +1,6 @@
-"""What is counted of every request as HTTP sees it, whatever its route does.
+"""Counts every HTTP request: status, duration and sizes, whatever its route does.
 
-Names and buckets are those of prometheus-fastapi-instrumentator, which dashboards know.
+Names and buckets are those of prometheus-fastapi-instrumentator, so that existing dashboards work.
 """
 
 import time
@@ -26,14 +26,14 @@ ALL_S = (
 
 
 class Traffic:
-    """By route as it was added to the router; "none" for what came to none.
+    """The counters, by route as it was added to the router; "none" for requests without a route.
 
-    connections  what the HTTP server counts, its totals by name, with open_connections now
+    connections  returns the HTTP server's totals by name, and the current open_connections
     """
 
     def __init__(self, connections: Callable[[], Mapping[str, int]]) -> None:
         self.connections = connections
-        self.requests: Counter[tuple[str, str, str]] = Counter()  # by route, method, as "2xx"
+        self.requests: Counter[tuple[str, str, str]] = Counter()  # by route, method and "2xx"
         self.duration_s = defaultdict[tuple[str, str], Histogram](lambda: Histogram(ROUTE_S))
         self.all_duration_s = Histogram(ALL_S)
         self.request_bytes: Counter[str] = Counter()
@@ -55,7 +55,8 @@ class Traffic:
 
 
 def counted(app: ASGIApp, traffic: Traffic) -> ASGIApp:
-    """The application with each answer noted when it has ended; no answer, no note."""
+    """The application, with each response counted when it ends; a request that gets no response is
+    not counted."""
 
     async def counted_app(scope: Scope, receive: Receive, send: Send) -> None:
         begun_s = time.perf_counter()

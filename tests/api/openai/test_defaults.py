@@ -9,7 +9,7 @@ import pytest
 
 from llmsrv.api.generation.submit import sampling_of
 from llmsrv.api.openai.schema import ChatCompletionRequest
-from llmsrv.registry.models import name_of
+from llmsrv.registry.find_models import name_of
 from llmsrv.registry.service import load_text_model
 from tests.support.gguf_writer import write_tiny_llama
 from tests.support.sdk import openai_client

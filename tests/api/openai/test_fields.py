@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai import OpenAI
 
-from llmsrv.api.decode import check_further_fields
+from llmsrv.api.decode import check_other_fields
 from llmsrv.api.generation import submit as generate
 from llmsrv.api.openai.schema import ChatCompletionRequest
 from llmsrv.api.openai.schema import CompletionRequest
@@ -494,9 +494,9 @@ def test_unknown_fields_are_ignored_and_counted(
 
 
 def test_a_strict_server_refuses_unknown_fields() -> None:
-    assert check_further_fields(b'{"a": 1, "b": 2, "echo": null}', ["a"], False) == 1
+    assert check_other_fields(b'{"a": 1, "b": 2, "echo": null}', ["a"], False, UNSUPPORTED) == 1
     with pytest.raises(ApiError) as caught:
-        check_further_fields(b'{"a": 1, "b": 2}', ["a"], True)
+        check_other_fields(b'{"a": 1, "b": 2}', ["a"], True)
     assert (caught.value.param, caught.value.code) == ("b", "unknown_parameter")
 
 
