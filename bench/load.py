@@ -22,8 +22,7 @@ from typing import TypeVar
 from bench.machine import describe
 from bench.machine import rss_mb
 from bench.reference import LIMITS
-from llmsrv.backend.choose import lay_out
-from llmsrv.backend.cpu.backend import CPUOptions
+from llmsrv.backend.choose import run_on_backend
 from llmsrv.config import DEFAULT_MODEL
 from llmsrv.config import default_cache_dir
 from llmsrv.files.open import open_model
@@ -74,9 +73,13 @@ def in_server(path: Path, _backend: str) -> list[float]:
 
 def in_engine(path: Path, backend: str) -> list[float]:
     model, program_s = timed(lambda: load_model(path, lambda: None))
-    options = CPUOptions(cache_dir=default_cache_dir())
     plan, compile_s = timed(
-        lambda: lay_out(backend, options, model.program, LIMITS, lambda: None)
+        lambda: run_on_backend(
+            backend,
+            {},
+            default_cache_dir(),
+            lambda each: each.compile(model.program, LIMITS, lambda: None),
+        )
     )
     return [program_s, compile_s, rss_mb(os.getpid())]
 

@@ -14,7 +14,7 @@ from typing import Any
 from typing import NamedTuple
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
-BACKENDS = ("auto", "cpu", "reference")
+BACKENDS = ("auto", "cpu", "reference")  # those of backend/choose.py, which imports numpy
 SPECULATIVE_MODES = ("disable", "ngram", "small_draft")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -45,9 +45,8 @@ class EngineConfig:
     weights_beside_bytes: int = 0  # of the models of the others
     speculative_mode: str = "ngram"
     spec_draft_length: int = 0  # 0: what pays
-    threads: int = 0  # 0: one a physical core
-    activation_bits: int = 16
-    kv_cache_bits: int = 16
+    # Backend -> its own options by name; what is missing has the backend's default.
+    backend_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     cache_dir: str = field(default_factory=lambda: str(default_cache_dir()))
     log_level: str = "info"
 
@@ -68,7 +67,7 @@ def option(default: Any, group: str, help: str, **metadata: Any) -> Any:
 
     metadata  choices: the values allowed; metavar: the word in --help; least, most: a number's
               bounds; many: True when the flag may be repeated or take a JSON list or commas;
-              overrides: True when --overrides may set it
+              overrides: True when --overrides may set it; backend: the one whose own option it is
     """
     keep = {"group": group, "help": help, **metadata}
     if isinstance(default, list):
@@ -150,6 +149,7 @@ class Config:
         "threads that compute; 0 takes one for each physical core it may use",
         least=0,
         most=1024,
+        backend="cpu",
     )
     activation_bits: int = option(
         16,
@@ -157,6 +157,7 @@ class Config:
         "of what goes into products on the CPU: 8 is faster and less exact; always 16 with AMX",
         choices=(16, 8),
         least=8,
+        backend="cpu",
     )
     kv_cache_bits: int = option(
         16,
@@ -164,6 +165,7 @@ class Config:
         "of a key's or value's element on the CPU: 8 takes half the memory and is less exact",
         choices=(16, 8, 32),
         least=8,
+        backend="cpu",
     )
     context_window_size: int = option(
         0,
@@ -294,9 +296,19 @@ def engine_config(
     own: dict[str, Any] = {
         "model_path": str(model_path),
         "draft_model_path": str(draft_path or ""),
+        "backend_options": _backend_options(config),
         "cache_dir": str(config.cache_dir),
         "num_engines": num_engines,
         "weights_beside_bytes": weights_beside_bytes,
     }
     names = {field.name for field in fields(EngineConfig)} - own.keys()
     return EngineConfig(**own, **{name: getattr(config, name) for name in names})
+
+
+def _backend_options(config: Config) -> dict[str, dict[str, Any]]:
+    """The options that belong to one backend, by backend and name."""
+    options: dict[str, dict[str, Any]] = {}
+    for each in fields(config):
+        if backend := each.metadata.get("backend"):
+            options.setdefault(backend, {})[each.name] = getattr(config, each.name)
+    return options

@@ -100,7 +100,8 @@ def test_several_models_are_named_one_by_one_or_in_one_list() -> None:
 
 def test_an_engine_gets_the_options_that_concern_it() -> None:
     config = engine_config(parse(["--mode", "server", "--threads", "3"], {}), Path("a.gguf"), None)
-    assert (config.model_path, config.mode, config.threads) == ("a.gguf", "server", 3)
+    assert (config.model_path, config.mode) == ("a.gguf", "server")
+    assert config.backend_options["cpu"]["threads"] == 3
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,18 @@ Shapes: T rows in the batch, R of them sampled (logit rows), S sequences in the 
 from abc import ABC
 from abc import abstractmethod
 from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from typing import Literal
+from typing import Self
 
 import numpy.typing as npt
 
 from llmsrv.backend.sampling.contract import Samples
 from llmsrv.backend.sampling.table import SamplingTable
+from llmsrv.errors import StartupError
 
 BLOCK_SIZE = 16  # positions in one block of the KV cache
 
@@ -289,11 +293,67 @@ class Plan(ABC):
         """
 
 
+class CannotRun(StartupError):
+    """A backend cannot run here, or cannot run this program; another backend may.
+
+    Anything else that keeps an engine from starting, such as too little memory, is a plain
+    StartupError: another backend would not help.
+    """
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """The memory that a backend keeps weights and KV cache in.
+
+    num_bytes       all of it, whether in use or free
+    whose           what sets the limit, for messages: "the machine", "the cgroup"
+    overhead_bytes  what an engine needs of it besides weights and KV cache
+    """
+
+    num_bytes: int
+    whose: str
+    overhead_bytes: int
+
+
 class Backend(ABC):
-    name: str
+    """Something that runs programs: it has a name, options of its own, and memory.
+
+    An engine makes the backend first, chooses the size of its KV cache from `memory` and
+    `kv_position_bytes`, and then compiles its programs.  choose.py lists the backends.
+    """
+
+    name: str  # as --backend has it
+
+    @classmethod
+    @abstractmethod
+    def from_options(cls, options: Mapping[str, Any], cache_dir: Path) -> Self:
+        """Makes the backend ready to compile programs.
+
+        options    the backend's own options by the names of their fields in config.Config;
+                   an option that is missing has its default
+        cache_dir  where compiled kernels are kept
+        Raises CannotRun, with the reason, if the backend cannot run on this machine.
+        """
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """What it computes with, as a clause for the log: "AVX2, 2 threads, 16-bit activations"."""
+
+    @abstractmethod
+    def memory(self) -> MemoryLimit:
+        """The memory that weights and KV caches must fit in."""
+
+    @abstractmethod
+    def kv_position_bytes(self, program: Program) -> int:
+        """The bytes of one position in the KV cache: its keys and values in every layer."""
 
     @abstractmethod
     def compile(self, program: Program, limits: Limits, tick: Callable[[], None]) -> Plan:
-        """Lays the program out.  `tick` is called at least once a weight here and once an operation
-        in forward, so that a supervisor can tell long work from a hang.  Raises StartupError when
-        a weight's type is unknown to the backend or memory does not suffice."""
+        """Lays the program out.
+
+        tick  called at least once a weight here and once an operation in forward, so that a
+              supervisor can tell long work from a hang
+        Raises CannotRun if the backend does not support an operation, a shape or a weight's type,
+        and StartupError if memory does not suffice.
+        """

@@ -11,6 +11,7 @@ import numpy as np
 from llmsrv.backend.base import Attention
 from llmsrv.backend.base import Backend
 from llmsrv.backend.base import Batch
+from llmsrv.backend.base import CannotRun
 from llmsrv.backend.base import Embed
 from llmsrv.backend.base import GatedActivation
 from llmsrv.backend.base import Limits
@@ -24,7 +25,6 @@ from llmsrv.backend.base import Tensor
 from llmsrv.backend.cpu.library import FORMATS
 from llmsrv.backend.quants.types import TYPES
 from llmsrv.backend.reference.backend import ReferenceBackend
-from llmsrv.errors import StartupError
 
 HIDDEN, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, VOCAB = 256, 4, 2, 24, 40
 QKV = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
@@ -35,7 +35,7 @@ ALLOWED = {16: 2e-3, 8: 5e-2}
 
 
 def check_kernels(backend: Backend, tier: str, bits: int) -> None:
-    """Raises StartupError when the backend's results are not the reference's.
+    """Raises CannotRun if the backend's results are not the reference's.
 
     bits: the fewest that it computes or keeps something with, at most 16.
     """
@@ -52,7 +52,7 @@ def check_kernels(backend: Backend, tier: str, bits: int) -> None:
             ours = plans[0].buffers[name][: len(theirs), :width]  # type: ignore[attr-defined]
             error = np.abs(ours - theirs).mean() / np.abs(theirs).mean()
             if not error <= ALLOWED[bits]:
-                raise StartupError(
+                raise CannotRun(
                     f"the {tier} kernels are not used: in '{name}' they are off by {error:.1%}"
                 )
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from llmsrv.errors import StartupError
+from llmsrv.backend.base import CannotRun
 
 log = logging.getLogger("llmsrv.backend")
 
@@ -37,7 +37,7 @@ COMPILE_TIMEOUT_S = 50.0  # less than the supervisor waits for a sign of life wh
 INSTALL = "install a C compiler, or run: pip install 'llmsrv[cc]'"
 
 
-class CompileError(StartupError):
+class CompileError(CannotRun):
     """There is no compiler, or it did not do its work; without kernels numpy computes."""
 
 

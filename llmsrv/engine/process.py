@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmsrv import log
@@ -31,9 +32,13 @@ from llmsrv.engine.messages import ToEngine
 from llmsrv.errors import StartupError
 
 if TYPE_CHECKING:
+    from llmsrv.backend.base import Backend
+    from llmsrv.backend.base import Limits
+    from llmsrv.backend.base import Plan
     from llmsrv.backend.base import Program
     from llmsrv.engine.core import EngineCore
     from llmsrv.engine.queues import Receiver
+    from llmsrv.engine.sizes import Sizes
 
 logger = logging.getLogger("llmsrv.engine")
 
@@ -132,17 +137,10 @@ class _Tick:
 def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, Ready]":
     """Everything from the file to an engine that can make steps."""
     start_s = time.monotonic()
-    from pathlib import Path
-
     from llmsrv.backend.base import BLOCK_SIZE
-    from llmsrv.backend.base import Limits
-    from llmsrv.backend.choose import lay_out
-    from llmsrv.backend.cpu.backend import CPUOptions
+    from llmsrv.backend.choose import run_on_backend
     from llmsrv.engine.core import EngineCore
     from llmsrv.engine.grammar import GrammarCompiler
-    from llmsrv.engine.memory import memory_limit
-    from llmsrv.engine.sizes import choose_sizes
-    from llmsrv.engine.sizes import memory_of
     from llmsrv.model.load import load_model
     from llmsrv.text.grammar import read_vocabulary
 
@@ -152,24 +150,15 @@ def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, 
     if config.draft_model_path:
         programs.append(load_model(Path(config.draft_model_path), tick).program)
         _check_draft(config, *programs)
-    kv_bits = 32 if config.backend == "reference" else config.kv_cache_bits
-    memory = memory_of(programs, kv_bits // 8, *memory_limit())
-    sizes = choose_sizes(config, model.config.context_length, memory)
-    logger.info("%s", sizes.reason)
-    limits = Limits(
-        max_rows=max(sizes.prefill_chunk_size, sizes.max_num_sequence),
-        max_logit_rows=sizes.max_num_sequence + SPARE_LOGIT_ROWS,
-        max_slots=sizes.max_num_sequence,
-        num_blocks=sizes.num_blocks + 1,
+    backend, reason, (sizes, limits, plans) = run_on_backend(
+        config.backend,
+        config.backend_options,
+        Path(config.cache_dir),
+        lambda backend: _lay_out(config, model.config.context_length, programs, backend, tick),
     )
-    options = CPUOptions(
-        Path(config.cache_dir), config.threads, config.activation_bits, config.kv_cache_bits
-    )
-    plan, backend, reason = lay_out(config.backend, options, program, limits, tick)
-    drafts = [lay_out(config.backend, options, each, limits, tick)[0] for each in programs[1:]]
     ready = Ready(
         architecture=model.config.architecture,
-        backend=backend,
+        backend=backend.name,
         backend_reason=reason,
         vocab_size=program.vocab_size,
         context_length=sizes.context_length,
@@ -181,17 +170,40 @@ def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, 
     vocabulary = Path(config.model_path), Path(config.cache_dir), program.vocab_size
     grammars = GrammarCompiler(lambda: read_vocabulary(*vocabulary), program.vocab_size)
     core = EngineCore(
-        plan,
+        plans[0],
         limits,
         sizes.context_length,
         program.vocab_size,
         program.long_from,
         compile_grammar=grammars.compile,
         looks_up=config.speculative_mode == "ngram",
-        draft_plan=drafts[0] if drafts else None,
+        draft_plan=plans[1] if len(plans) > 1 else None,
         draft_length=config.spec_draft_length,
     )
     return core, ready
+
+
+def _lay_out(
+    config: EngineConfig,
+    trained_context: int,
+    programs: "list[Program]",
+    backend: "Backend",
+    tick: Callable[[], None],
+) -> "tuple[Sizes, Limits, list[Plan]]":
+    """The sizes that fit the backend's memory, and a plan of them for each program."""
+    from llmsrv.backend.base import Limits
+    from llmsrv.engine.sizes import choose_sizes
+    from llmsrv.engine.sizes import memory_budget
+
+    sizes = choose_sizes(config, trained_context, memory_budget(programs, backend))
+    logger.info("%s", sizes.reason)
+    limits = Limits(
+        max_rows=max(sizes.prefill_chunk_size, sizes.max_num_sequence),
+        max_logit_rows=sizes.max_num_sequence + SPARE_LOGIT_ROWS,
+        max_slots=sizes.max_num_sequence,
+        num_blocks=sizes.num_blocks + 1,
+    )
+    return sizes, limits, [backend.compile(each, limits, tick) for each in programs]
 
 
 def _check_draft(config: EngineConfig, program: "Program", draft: "Program") -> None:

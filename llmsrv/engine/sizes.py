@@ -9,42 +9,37 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llmsrv.backend.base import BLOCK_SIZE
+from llmsrv.backend.base import Backend
+from llmsrv.backend.base import MemoryLimit
 from llmsrv.backend.base import Program
 from llmsrv.backend.base import Tensor
 from llmsrv.config import EngineConfig
 from llmsrv.config import MODES
 from llmsrv.errors import StartupError
 
-# Both processes without weights and KV cache: the interpreters, numpy, buffers of a step.
-BASE_BYTES = 160 << 20
 PREFILL_CHUNK_SIZE = 256  # the buffers of more rows leave the caches, and make each row dearer
-SCALE_BYTES = 4  # of a key or a value of integers
 # An engine of less is of no use; so little memory is an error.
 LEAST_TOKENS = 512
 
 
 @dataclass(frozen=True)
-class Memory:
-    """What the sizes are cut from, in bytes.
+class MemoryBudget:
+    """What the sizes are cut from.
 
-    limit  of this process, and whose that is
-    weights  of the model
-    position  of the KV cache: keys and values of one token in every layer
+    limit           the backend's memory
+    weight_bytes    of the model, and of its draft model
+    position_bytes  of the KV cache: keys and values of one token in every layer of both
     """
 
-    limit: int
-    whose: str
-    weights: int
-    position: int
+    limit: MemoryLimit
+    weight_bytes: int
+    position_bytes: int
 
 
-def memory_of(programs: list[Program], value_bytes: int, limit: int, whose: str) -> Memory:
-    """value_bytes: of one value in the KV caches, which all programs have for the same tokens."""
-    position = sum(
-        2 * each.num_layers * each.num_kv_heads * (each.head_dim * value_bytes + SCALE_BYTES)
-        for each in programs
-    )
-    return Memory(limit, whose, sum(map(_weight_bytes, programs)), position)
+def memory_budget(programs: list[Program], backend: Backend) -> MemoryBudget:
+    """The programs keep keys and values for the same tokens, each in a KV cache of its own."""
+    position_bytes = sum(map(backend.kv_position_bytes, programs))
+    return MemoryBudget(backend.memory(), sum(map(_weight_bytes, programs)), position_bytes)
 
 
 def _weight_bytes(program: Program) -> int:
@@ -71,14 +66,15 @@ class Sizes:
     reason: str  # one line for the log
 
 
-def choose_sizes(config: EngineConfig, trained_context: int, memory: Memory) -> Sizes:
+def choose_sizes(config: EngineConfig, trained_context: int, memory: MemoryBudget) -> Sizes:
     """Raises StartupError, naming the values, where they cannot be had together."""
     mode = MODES[config.mode]
     num_sequences = config.max_num_sequence or mode.max_num_sequence
     context = _context(config, trained_context)
-    weights = memory.weights + config.weights_beside_bytes
-    left = int(config.gpu_memory_utilization * memory.limit) - weights
-    fitting = max(0, left // config.num_engines - BASE_BYTES) // memory.position
+    weights = memory.weight_bytes + config.weights_beside_bytes
+    left = int(config.gpu_memory_utilization * memory.limit.num_bytes) - weights
+    fitting = max(0, left // config.num_engines - memory.limit.overhead_bytes)
+    fitting //= memory.position_bytes
     if config.max_total_seq_length:
         total, why = config.max_total_seq_length, "as asked for"
         _check_total(config, total, fitting, memory)
@@ -91,7 +87,8 @@ def choose_sizes(config: EngineConfig, trained_context: int, memory: Memory) -> 
     num_blocks = -(-total // BLOCK_SIZE)
     context = min(context, num_blocks * BLOCK_SIZE)
     beyond = f" (the model was made for {trained_context})" if context > trained_context else ""
-    cache = f"{num_blocks * BLOCK_SIZE} tokens, {_mb(num_blocks * BLOCK_SIZE * memory.position)}"
+    num_tokens = num_blocks * BLOCK_SIZE
+    cache = f"{num_tokens} tokens, {_mb(num_tokens * memory.position_bytes)}"
     reason = (
         f"{num_sequences} sequences at once of at most {context} tokens{beyond}; "
         f"a KV cache of {cache} ({why})"
@@ -110,11 +107,11 @@ def _context(config: EngineConfig, trained: int) -> int:
     return asked or trained
 
 
-def _check_total(config: EngineConfig, total: int, fitting: int, memory: Memory) -> None:
+def _check_total(config: EngineConfig, total: int, fitting: int, memory: MemoryBudget) -> None:
     if total > fitting:
         raise StartupError(
-            f"--max-total-seq-length {total} needs {_mb(total * memory.position)} for the KV cache,"
-            f" but only {fitting} tokens fit in {_told(memory, config)}"
+            f"--max-total-seq-length {total} needs {_mb(total * memory.position_bytes)} for the KV "
+            f"cache, but only {fitting} tokens fit in {_told(memory, config)}"
         )
     if config.context_window_size > total:
         raise StartupError(
@@ -123,23 +120,23 @@ def _check_total(config: EngineConfig, total: int, fitting: int, memory: Memory)
         )
 
 
-def _check_fitting(config: EngineConfig, fitting: int, memory: Memory) -> None:
+def _check_fitting(config: EngineConfig, fitting: int, memory: MemoryBudget) -> None:
     least = max(LEAST_TOKENS, config.context_window_size)
     if fitting < least:
         raise StartupError(
             f"too little memory: a KV cache of {least} tokens takes "
-            f"{_mb(least * memory.position)}, but only {fitting} tokens fit in "
+            f"{_mb(least * memory.position_bytes)}, but only {fitting} tokens fit in "
             f"{_told(memory, config)}; take a smaller model or a smaller --context-window-size, "
             "or give --gpu-memory-utilization a larger share"
         )
 
 
-def _told(memory: Memory, config: EngineConfig) -> str:
-    weights = _mb(memory.weights + config.weights_beside_bytes)
+def _told(memory: MemoryBudget, config: EngineConfig) -> str:
+    weights = _mb(memory.weight_bytes + config.weights_beside_bytes)
     shared = f", shared by {config.num_engines} models" if config.num_engines > 1 else ""
     return (
-        f"{config.gpu_memory_utilization:.0%} of the {_mb(memory.limit)} of {memory.whose}, beside "
-        f"{weights} of weights{shared}"
+        f"{config.gpu_memory_utilization:.0%} of the {_mb(memory.limit.num_bytes)} of "
+        f"{memory.limit.whose}, beside {weights} of weights{shared}"
     )
 
 

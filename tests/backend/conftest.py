@@ -21,11 +21,11 @@ def tiers(bits):
 
 @pytest.fixture(scope="session", params=tiers(16))
 def cpu(request):
-    options = CPUOptions(default_cache_dir(), num_threads=2, tiers=(request.param,))
+    options = CPUOptions(default_cache_dir(), threads=2, tiers=(request.param,))
     return CPUBackend(options)
 
 
 @pytest.fixture(scope="session", params=tiers(8))
 def cpu8(request):
-    options = CPUOptions(default_cache_dir(), 3, 8, kv_bits=8, tiers=(request.param,))
+    options = CPUOptions(default_cache_dir(), 3, 8, kv_cache_bits=8, tiers=(request.param,))
     return CPUBackend(options)

@@ -1,13 +1,17 @@
-"""Which backend computes, and what happens where the fastest one cannot."""
+"""Which backend an engine runs on, and what happens if the fastest one cannot run."""
 
+import dataclasses
 import logging
 
 import pytest
 
+from llmsrv import config
+from llmsrv.backend import choose
 from llmsrv.backend.base import Embed
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Program
-from llmsrv.backend.choose import lay_out
+from llmsrv.backend.choose import BACKENDS
+from llmsrv.backend.choose import run_on_backend
 from llmsrv.backend.cpu.backend import CPUOptions
 from llmsrv.config import default_cache_dir
 from llmsrv.errors import StartupError
@@ -17,9 +21,16 @@ PROGRAM = Program((), {"logits": 12}, 1, 1, 1, 16, vocab_size=12)
 LIMITS = Limits(max_rows=8, max_logit_rows=8, max_slots=8, num_blocks=4)
 
 
-def chosen(name, program=PROGRAM, cache_dir=None):
-    options = CPUOptions(cache_dir or default_cache_dir(), num_threads=1)
-    return lay_out(name, options, program, LIMITS, lambda: None)[1:]
+def chosen(name, program=PROGRAM, cache_dir=None, prepare=lambda backend: None):
+    """The name of the backend that compiles the program, and why it was chosen."""
+
+    def compile(backend):
+        prepare(backend)
+        return backend.compile(program, LIMITS, lambda: None)
+
+    options = {"cpu": {"threads": 1}}
+    backend, reason, _ = run_on_backend(name, options, cache_dir or default_cache_dir(), compile)
+    return backend.name, reason
 
 
 def test_auto_takes_the_cpu_backend_and_says_why():
@@ -40,8 +51,9 @@ def test_an_unknown_backend_is_an_error_that_names_the_known():
 def test_without_a_compiler_numpy_computes_with_one_warning(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("CC", "no-such-compiler")
     with caplog.at_level(logging.WARNING):
-        name, reason = chosen("auto", cache_dir=tmp_path)
-    assert (name, reason) == ("reference", "none faster")
+        assert chosen("auto", cache_dir=tmp_path) == (
+            "reference", "the fastest here: numpy in float32"
+        )
     [record] = caplog.records
     assert "no-such-compiler" in record.message and "pip install 'llmsrv[cc]'" in record.message
     with pytest.raises(StartupError, match="no-such-compiler"):
@@ -51,14 +63,49 @@ def test_without_a_compiler_numpy_computes_with_one_warning(monkeypatch, tmp_pat
 def test_with_a_compiler_that_fails_numpy_computes(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("CC", "false")
     with caplog.at_level(logging.WARNING):
-        assert chosen("auto", cache_dir=tmp_path) == ("reference", "none faster")
+        assert chosen("auto", cache_dir=tmp_path)[0] == "reference"
     assert "false failed with 1" in caplog.records[-1].message
-    assert "numpy computes instead" in caplog.records[-1].message
+    assert "numpy computes instead, about ten times slower" in caplog.records[-1].message
 
 
 def test_a_program_that_the_cpu_backend_does_not_run_goes_to_numpy(caplog):
     table = random_tensor("t", "F32", (12, 4))
     late = Program((*PROGRAM.operations, Embed("x", table)), {"x": 4}, 1, 1, 1, 1024, 12)
+    prepared = []
     with caplog.at_level(logging.WARNING):
-        assert chosen("auto", late)[0] == "reference"
+        assert chosen("auto", late, prepare=prepared.append)[0] == "reference"
     assert "1024" in caplog.text
+    # Sizes are chosen anew for the backend that runs: its positions take another number of bytes.
+    assert [backend.name for backend in prepared] == ["cpu", "reference"]
+    cpu, reference = (backend.kv_position_bytes(late) for backend in prepared)
+    assert cpu < reference == 2 * 1024 * 4
+
+
+def test_an_error_that_no_other_backend_would_help_is_final(caplog):
+    def too_little_memory(backend):
+        raise StartupError("too little memory")
+
+    with pytest.raises(StartupError, match="too little memory"):
+        chosen("auto", prepare=too_little_memory)
+    assert not caplog.records
+
+
+def test_a_backend_is_imported_only_when_it_is_tried(monkeypatch):
+    def load_later():
+        raise AssertionError("imported")
+
+    entry = choose.Entry(load_later, "it computes instead")
+    monkeypatch.setattr(choose, "BACKENDS", {"cpu": BACKENDS["cpu"], "later": entry})
+    assert chosen("auto")[0] == "cpu"
+
+
+def test_the_option_backend_lists_the_backends_there_are():
+    assert config.BACKENDS == ("auto", *BACKENDS)
+
+
+def test_each_backend_option_belongs_to_a_backend_and_has_its_default():
+    given = config.engine_config(config.Config(), default_cache_dir(), None).backend_options
+    assert given.keys() <= BACKENDS.keys()
+    own = dataclasses.asdict(CPUOptions(default_cache_dir()))
+    assert given["cpu"] == {name: own[name] for name in given["cpu"]}
+    assert own.keys() - given["cpu"].keys() == {"cache_dir", "tiers"}

@@ -1,28 +1,28 @@
 """How large an engine is made: by its mode, what was asked for, and the memory there is."""
 
-from pathlib import Path
-
 import pytest
 
 from llmsrv.backend.base import Embed
 from llmsrv.backend.base import Linear
+from llmsrv.backend.base import MemoryLimit
 from llmsrv.backend.base import Program
+from llmsrv.backend.reference.backend import ReferenceBackend
 from llmsrv.config import EngineConfig
-from llmsrv.engine.memory import memory_limit
-from llmsrv.engine.sizes import BASE_BYTES
-from llmsrv.engine.sizes import Memory
+from llmsrv.engine.sizes import MemoryBudget
 from llmsrv.engine.sizes import choose_sizes
-from llmsrv.engine.sizes import memory_of
+from llmsrv.engine.sizes import memory_budget
 from llmsrv.errors import StartupError
 from tests.support.tensors import random_tensor
 
 GB = 10**9
+OVERHEAD_BYTES = 160 << 20
 
 
-def memory(num_tokens: int = 10**7) -> Memory:
-    """Room for so many tokens of 20 KB when 85 % are used."""
+def memory(num_tokens: int = 10**7) -> MemoryBudget:
+    """Room for `num_tokens` tokens of 20 KB when 85 % of the memory may be used."""
     left = num_tokens * 20_000
-    return Memory(round((left + GB + BASE_BYTES) / 0.85) + 1, "the machine", GB, 20_000)
+    total = round((left + GB + OVERHEAD_BYTES) / 0.85) + 1
+    return MemoryBudget(MemoryLimit(total, "the machine", OVERHEAD_BYTES), GB, 20_000)
 
 
 def config(**fields: object) -> EngineConfig:
@@ -96,54 +96,12 @@ def test_engines_divide_what_the_weights_of_all_of_them_leave() -> None:
     assert "9.00 GB of weights, shared by 2 models" in sizes.reason
 
 
-def write(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
-
-
-@pytest.mark.parametrize(
-    "files",
-    [
-        {"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/memory.max": "1000000\n"},
-        {
-            "proc/self/cgroup": "0::/a/b\n",
-            "sys/fs/cgroup/a/b/memory.max": "max\n",
-            "sys/fs/cgroup/a/memory.max": "1000000\n",
-        },
-        {"proc/self/cgroup": "0::/outside/of/it\n", "sys/fs/cgroup/memory.max": "1000000\n"},
-        {
-            "proc/self/cgroup": "5:cpu:/\n4:memory:/a\n0::/\n",
-            "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "1000000\n",
-            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
-        },
-    ],
-)
-def test_the_least_limit_of_the_cgroups_holds(tmp_path: Path, files: dict[str, str]) -> None:
-    assert memory_limit(write(tmp_path, files)) == (1_000_000, "the cgroup")
-
-
-@pytest.mark.parametrize(
-    "files",
-    [
-        {},
-        {"proc/self/cgroup": "0::/\n"},
-        {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"},
-        {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": f"{2**62}\n"},
-    ],
-)
-def test_without_a_limit_the_machine_is_the_limit(tmp_path: Path, files: dict[str, str]) -> None:
-    limit, whose = memory_limit(write(tmp_path, files))
-    assert whose == "the machine" and 2**28 < limit < 2**50
-
-
-def test_weights_are_counted_once_and_the_cache_by_layers_and_heads() -> None:
+def test_weights_are_counted_once_and_each_program_has_a_cache_of_its_own() -> None:
     table, other = (random_tensor(name, "F32", (4, 8)) for name in ("table", "other"))
     operations = Embed("x", table), Linear("logits", "x", (table, other))
     program = Program(operations, {}, 3, 8, 2, 64, vocab_size=100)
-    num_bytes, position = table.data.nbytes + other.data.nbytes, 2 * 3 * 2 * (64 * 2 + 4)
+    num_bytes, backend = table.data.nbytes + other.data.nbytes, ReferenceBackend()
     for num in (1, 2):
-        wanted = Memory(5, "the machine", num * num_bytes, num * position)
-        assert memory_of([program] * num, 2, 5, "the machine") == wanted
+        position_bytes = num * backend.kv_position_bytes(program)
+        wanted = MemoryBudget(backend.memory(), num * num_bytes, position_bytes)
+        assert memory_budget([program] * num, backend) == wanted

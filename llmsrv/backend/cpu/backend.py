@@ -9,8 +9,11 @@ import logging
 import os
 import weakref
 from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from typing import Self
 
 import numpy as np
 
@@ -18,7 +21,9 @@ from llmsrv.backend.base import Array
 from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Backend
 from llmsrv.backend.base import Batch
+from llmsrv.backend.base import CannotRun
 from llmsrv.backend.base import Limits
+from llmsrv.backend.base import MemoryLimit
 from llmsrv.backend.base import Plan
 from llmsrv.backend.base import Program
 from llmsrv.backend.check import check_kernels
@@ -34,6 +39,7 @@ from llmsrv.backend.cpu.library import address_of
 from llmsrv.backend.cpu.library import declare
 from llmsrv.backend.cpu.sampling import CPUSamplingTable
 from llmsrv.backend.cpu.sampling import Sampler
+from llmsrv.backend.host_memory import host_memory
 from llmsrv.backend.sampling.contract import Samples
 from llmsrv.backend.source import CompilerHangs
 from llmsrv.backend.source import cpu_features
@@ -101,23 +107,33 @@ TIERS = (
 
 @dataclass(frozen=True)
 class CPUOptions:
-    """cache_dir: where compiled kernels are kept; num_threads: 0 takes one a physical core;
-    kv_bits: 8, 16 or 32, of a key's or a value's element in the cache."""
+    """The backend's options, by their names in config.Config.
+
+    cache_dir        where compiled kernels are kept
+    threads          0: one for each physical core
+    activation_bits  16 or 8
+    kv_cache_bits    8, 16 or 32: the size of one element of a key or a value in the KV cache
+    tiers            the instruction sets to try, the fastest first
+    """
 
     cache_dir: Path
-    num_threads: int = 0
+    threads: int = 0
     activation_bits: int = 16
-    kv_bits: int = 16
+    kv_cache_bits: int = 16
     tiers: tuple[Tier, ...] = TIERS
 
 
 class CPUBackend(Backend):
     name = "cpu"
 
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], cache_dir: Path) -> Self:
+        return cls(CPUOptions(cache_dir, **options))
+
     def __init__(self, options: CPUOptions) -> None:
-        """Compiles the kernels of the best tier that the CPU, the compiler and the reference
-        backend agree on, or takes them from the cache; StartupError when there is none."""
-        self.num_threads = options.num_threads or default_threads()
+        """Compiles the kernels of the best tier that CPU and compiler support and that agrees with
+        the reference backend, or takes them from the cache.  Raises CannotRun if there is none."""
+        self.num_threads = options.threads or default_threads()
         find_compiler()
         features = cpu_features()
         tiers = [tier for tier in options.tiers if tier.needs <= features]
@@ -125,21 +141,33 @@ class CPUBackend(Backend):
             self.activation_bits = 16 if self.tier.always_16_bits else options.activation_bits
             try:
                 self._library = self._load(options)
-                bits = min(self.activation_bits, options.kv_bits)
+                bits = min(self.activation_bits, options.kv_cache_bits)
                 check_kernels(self, self.tier.name, bits)
                 return
-            except StartupError as error:
+            except CannotRun as error:
                 if self.tier is tiers[-1] or isinstance(error, CompilerHangs):
                     raise
                 log.warning("%s; the next slower ones are tried", error)
 
     def _load(self, options: CPUOptions) -> ctypes.CDLL:
-        bits = f"-DACTIVATION_BITS={self.activation_bits}", f"-DKV_BITS={options.kv_bits}"
+        bits = f"-DACTIVATION_BITS={self.activation_bits}", f"-DKV_BITS={options.kv_cache_bits}"
         flags = (*FLAGS, *bits, *self.tier.flags)
         library = declare(load_library(kernel_texts("cpu"), flags, options.cache_dir))
         if library.llmsrv_prepare() != 0:
-            raise StartupError(f"the system does not let this process use {self.tier.name}")
+            raise CannotRun(f"the system does not let this process use {self.tier.name}")
         return library
+
+    @property
+    def description(self) -> str:
+        threads = f"{self.num_threads} thread" + "s" * (self.num_threads > 1)
+        return f"{self.tier.name}, {threads}, {self.activation_bits}-bit activations"
+
+    def memory(self) -> MemoryLimit:
+        return host_memory()
+
+    def kv_position_bytes(self, program: Program) -> int:
+        num_heads = 2 * program.num_layers * program.num_kv_heads  # of keys and values
+        return num_heads * _kv_head_bytes(self._library, program) // BLOCK_SIZE
 
     def compile(self, program: Program, limits: Limits, tick: Callable[[], None]) -> Plan:
         layout = Layout(self._library, program, limits, self.num_threads, tick)
@@ -226,8 +254,8 @@ class CPUPlan(Plan):
 
     def _lay_out(self, limits: Limits, num_threads: int) -> PlanStruct:
         program, array = self.program, self._memory.array
-        padded_dim = -(-program.head_dim // 16) * 16
-        head_bytes = self._library.llmsrv_kv_head_bytes(padded_dim)
+        padded_dim = _padded_dim(program)
+        head_bytes = _kv_head_bytes(self._library, program)
         cache = limits.num_blocks, program.num_layers, program.num_kv_heads, head_bytes
         self.cache = CacheMemory(self._library, self._memory, cache)
         max_chunks = -(-limits.num_blocks * BLOCK_SIZE // CHUNK)
@@ -266,6 +294,16 @@ class CPUPlan(Plan):
             operations=ctypes.addressof(self._operations),
             pool=pool,
         )
+
+
+def _padded_dim(program: Program) -> int:
+    return -(-program.head_dim // 16) * 16
+
+
+def _kv_head_bytes(library: ctypes.CDLL, program: Program) -> int:
+    """The bytes that a block of the KV cache has for one head's keys, or its values."""
+    num_bytes: int = library.llmsrv_kv_head_bytes(_padded_dim(program))
+    return num_bytes
 
 
 NO_LOGITS = np.zeros((0, 1), np.float32)  # of single operations, as checks run them

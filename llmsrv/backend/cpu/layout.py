@@ -16,6 +16,7 @@ import numpy as np
 
 from llmsrv.backend.base import Array
 from llmsrv.backend.base import Attention
+from llmsrv.backend.base import CannotRun
 from llmsrv.backend.base import Embed
 from llmsrv.backend.base import Experts
 from llmsrv.backend.base import GatedActivation
@@ -56,7 +57,6 @@ from llmsrv.backend.cpu.weights import Weights
 from llmsrv.backend.cpu.weights import format_of
 from llmsrv.backend.quants.types import TYPES
 from llmsrv.backend.quants.types import dequantise
-from llmsrv.errors import StartupError
 
 LANES = 16
 # Operations that write tiles beside their floats.
@@ -391,27 +391,27 @@ def _written_after_select(program: Program) -> set[str]:
 
 
 def _check(program: Program) -> None:
-    """Raises StartupError for what the kernels do not do."""
+    """Raises CannotRun for what the kernels do not do."""
     known = Embed | Norm | Linear | RopeAndStore | Attention | GatedActivation
     known |= SelectLogitRows | Softcap | Pool | Experts
     is_first = True
     for operation in program.operations:
         if not isinstance(operation, known):
             name = type(operation).__name__
-            raise StartupError(f"the cpu backend does not run {name} yet; use --backend reference")
+            raise CannotRun(f"the cpu backend does not run {name} yet; use --backend reference")
         if isinstance(operation, Experts):
             _check_experts(operation)
         is_first &= isinstance(operation, Embed)
         if isinstance(operation, Embed) and not is_first:
-            raise StartupError("the cpu backend expects Embed before all other operations")
+            raise CannotRun("the cpu backend expects Embed before all other operations")
         for tensor in _tensors(operation):
             if tensor.type not in TYPES:
-                raise StartupError(
+                raise CannotRun(
                     f"tensor '{tensor.name}' has type {tensor.type}; the cpu backend runs "
                     + ", ".join(TYPES)
                 )
     if program.head_dim > MAX_HEAD_DIM:
-        raise StartupError(
+        raise CannotRun(
             f"heads of {program.head_dim} values are more than the cpu backend's {MAX_HEAD_DIM}"
         )
 
@@ -420,7 +420,7 @@ def _check_experts(experts: Experts) -> None:
     """All experts must be laid out alike."""
     stacks = [(*gate_up, down) for gate_up, down in zip(experts.gate_up, experts.down)]
     if len({tuple((format_of(t), t.shape) for t in stack) for stack in stacks}) > 1:
-        raise StartupError("the cpu backend runs experts of one storage type only")
+        raise CannotRun("the cpu backend runs experts of one storage type only")
 
 
 def _tensors(operation: Operation) -> list[Tensor]:

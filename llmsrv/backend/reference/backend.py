@@ -5,10 +5,13 @@ program is laid out; a buffer is whatever array the operation before left under 
 the same greedy tokens alone and in any batch, not the same bits.
 """
 
-import os
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from math import prod
+from pathlib import Path
+from typing import Any
+from typing import Self
 
 import numpy as np
 
@@ -17,11 +20,13 @@ from llmsrv.backend.base import Attention
 from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Backend
 from llmsrv.backend.base import Batch
+from llmsrv.backend.base import CannotRun
 from llmsrv.backend.base import Embed
 from llmsrv.backend.base import Experts
 from llmsrv.backend.base import GatedActivation
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Linear
+from llmsrv.backend.base import MemoryLimit
 from llmsrv.backend.base import Norm
 from llmsrv.backend.base import Operation
 from llmsrv.backend.base import Plan
@@ -31,6 +36,8 @@ from llmsrv.backend.base import RopeAndStore
 from llmsrv.backend.base import SelectLogitRows
 from llmsrv.backend.base import Softcap
 from llmsrv.backend.base import Tensor
+from llmsrv.backend.host_memory import host_memory
+from llmsrv.backend.host_memory import machine_bytes
 from llmsrv.backend.quants.packed import Floats
 from llmsrv.backend.quants.types import TYPES
 from llmsrv.backend.quants.types import dequantise
@@ -56,12 +63,23 @@ Stack = tuple[Tensor, ...]
 
 class ReferenceBackend(Backend):
     name = "reference"
+    description = "numpy in float32"
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], cache_dir: Path) -> Self:
+        return cls()
+
+    def memory(self) -> MemoryLimit:
+        return host_memory()
+
+    def kv_position_bytes(self, program: Program) -> int:
+        return 2 * program.num_layers * program.num_kv_heads * program.head_dim * 4
 
     def compile(self, program: Program, limits: Limits, tick: Callable[[], None]) -> Plan:
         _check_types(program)
         stacks = {_names(stack): stack for stack in _stacks(program)}
         size = 4 * sum(prod(tensor.shape) for stack in stacks.values() for tensor in stack)
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = machine_bytes()
         positions = limits.num_blocks * BLOCK_SIZE
         cannot = StartupError(
             f"the reference backend needs {size >> 20} MiB for float32 weights, and a KV cache of "
@@ -255,7 +273,7 @@ def _check_types(program: Program) -> None:
     tables = [operation.table for operation in program.operations if isinstance(operation, Embed)]
     for tensor in [*tables, *(tensor for stack in _stacks(program) for tensor in stack)]:
         if tensor.type not in TYPES:
-            raise StartupError(
+            raise CannotRun(
                 f"tensor '{tensor.name}' has type {tensor.type}; the reference backend runs "
                 + ", ".join(TYPES)
             )

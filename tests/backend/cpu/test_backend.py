@@ -258,7 +258,7 @@ def test_the_cache_takes_elements_of_eight_bits(cpu8):
 @pytest.mark.slow
 @pytest.mark.parametrize("bits, error", [(8, 2e-2), (32, 1e-5)])
 def test_the_cache_takes_elements_of_more_or_fewer_bits(cpu, bits, error):
-    backend = CPUBackend(CPUOptions(default_cache_dir(), 2, kv_bits=bits, tiers=(cpu.tier,)))
+    backend = CPUBackend(CPUOptions(default_cache_dir(), 2, kv_cache_bits=bits, tiers=(cpu.tier,)))
     check_attention_errors(backend, error)
 
 
@@ -510,6 +510,6 @@ def test_kernels_that_disagree_with_the_reference_are_refused(monkeypatch, caplo
 
     monkeypatch.setattr(cpu_module, "load_library", load_some_wrong)
     tiers = Tier("wrong", frozenset(), ("-DWRONG",)), *TIERS
-    backend = CPUBackend(CPUOptions(default_cache_dir(), num_threads=1, tiers=tiers))
+    backend = CPUBackend(CPUOptions(default_cache_dir(), threads=1, tiers=tiers))
     assert backend.tier.name != "wrong"
     assert "the wrong kernels are not used: in 'activated' they are off by" in caplog.text
