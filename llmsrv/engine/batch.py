@@ -1,19 +1,23 @@
-"""From the rows of a step to the arrays that a backend takes."""
+"""Builds the arrays of a backend's Batch from the rows of a step."""
 
 from typing import NamedTuple
 
 import numpy as np
 
 from llmsrv.backend.base import Array
-from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Batch
+from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.engine.kv_cache import num_blocks_for
 from llmsrv.engine.sequence import Sequence
 
 
 class Rows(NamedTuple):
-    """Neighbouring rows of one sequence: their ids from the position `first` on.  The last
-    num_logit_rows of them are logit rows."""
+    """Consecutive rows of one sequence.
+
+    first           position of the first row
+    ids             token ids, one per row
+    num_logit_rows  how many of the last rows are logit rows
+    """
 
     sequence: Sequence
     first: int
@@ -22,11 +26,11 @@ class Rows(NamedTuple):
 
 
 def build_batch(rows: list[Rows], block_tables: Array) -> Batch:
-    """The rows of several sequences, in their order.
+    """The rows of several sequences as one batch, in the same order.
 
-    block_tables  [max_num_sequence, max_blocks] int32, of every slot, as KVCache has them
+    block_tables  [max_num_sequence, max_blocks] int32, the block tables of all slots (KVCache)
     """
-    # Lists, not arrays: a decode step has few rows, and meets every function with a cold cache.
+    # Lists, not arrays: a decode step has few rows, and numpy calls are slow with a cold cache.
     ids: list[int] = []
     positions: list[int] = []
     sequences: list[int] = []
@@ -37,7 +41,7 @@ def build_batch(rows: list[Rows], block_tables: Array) -> Batch:
         ids += new_ids
         positions += range(first, end)
         sequences += [number] * len(new_ids)
-        slot_mapping += _lines(block_tables[sequence.slot], first, end)
+        slot_mapping += _slot_mapping(block_tables[sequence.slot], first, end)
         logit_rows += range(len(ids) - num_logit_rows, len(ids))
     slots = [each.sequence.slot for each in rows]
     return Batch(
@@ -51,8 +55,8 @@ def build_batch(rows: list[Rows], block_tables: Array) -> Batch:
     )
 
 
-def _lines(table: Array, first: int, end: int) -> list[int]:
-    """Where the positions [first, end) of a sequence are stored, by its line of block_tables."""
-    blocks: list[int] = table[first // BLOCK_SIZE : num_blocks_for(end)].tolist()
-    lines = [block * BLOCK_SIZE + offset for block in blocks for offset in range(BLOCK_SIZE)]
-    return lines[first % BLOCK_SIZE :][: end - first]
+def _slot_mapping(block_table: Array, first: int, end: int) -> list[int]:
+    """Where the keys and values of the positions [first, end) of a sequence are stored."""
+    blocks: list[int] = block_table[first // BLOCK_SIZE : num_blocks_for(end)].tolist()
+    mapping = [block * BLOCK_SIZE + offset for block in blocks for offset in range(BLOCK_SIZE)]
+    return mapping[first % BLOCK_SIZE :][: end - first]

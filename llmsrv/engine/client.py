@@ -314,7 +314,7 @@ class EngineClient:
         now_s = time.monotonic()
         ready_for_s = now_s - self._ready_s if self._ready_s else 0.0
         submits = [generation.submit for generation in self._generations.values()]
-        pause_s = self._crashes.note(now_s, ready_for_s, submits)
+        pause_s = self._crashes.record(now_s, ready_for_s, submits)
         self._restart_s = now_s + pause_s
         log.error("%s; it is started again in %g s", self._refusal or ended, pause_s)
         # Clients are told the reason, so it is not the refusal, which names the file.
@@ -325,7 +325,7 @@ class EngineClient:
         if self.state is EngineState.STOPPED:
             return
         if isinstance(message, Step):
-            self._take(message)
+            self._dispatch(message)
         elif isinstance(message, Ready):
             self.ready = message
             self._ready_s = time.monotonic()
@@ -333,7 +333,7 @@ class EngineClient:
         else:
             self._refusal = message.message
 
-    def _take(self, step: Step) -> None:
+    def _dispatch(self, step: Step) -> None:
         """Hands a step to its requests; one that is unknown here was aborted a moment ago."""
         generations = self._generations
         num_prompt_tokens = 0

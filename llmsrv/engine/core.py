@@ -24,8 +24,8 @@ from llmsrv.backend.sampling.contract import Samples
 from llmsrv.engine.batch import build_batch
 from llmsrv.engine.draft_model import DraftModel
 from llmsrv.engine.grammar import Grammar
+from llmsrv.engine.kv_cache import BlockHashes
 from llmsrv.engine.kv_cache import KVCache
-from llmsrv.engine.kv_cache import Pages
 from llmsrv.engine.messages import Abort
 from llmsrv.engine.messages import Admitted
 from llmsrv.engine.messages import Failed
@@ -38,7 +38,7 @@ from llmsrv.engine.messages import Tokens
 from llmsrv.engine.sampling import check_ids
 from llmsrv.engine.sampling import check_min_tokens
 from llmsrv.engine.sampling import check_sampling
-from llmsrv.engine.sampling import num_possible
+from llmsrv.engine.sampling import num_usable_masks
 from llmsrv.engine.sampling import write_sampling
 from llmsrv.engine.scheduler import Chunk
 from llmsrv.engine.scheduler import Scheduler
@@ -79,14 +79,14 @@ class EngineCore:
         long_from: int | None = None,
         clock: Callable[[], float] = time.monotonic,
         compile_grammar: Callable[[str], Future[Grammar]] | None = None,
-        looks_up: bool = False,
+        uses_prompt_lookup: bool = False,
         draft_plan: Plan | None = None,
         draft_length: int = 0,
     ) -> None:
         """limits are those that the plan was compiled for; its cache must hold one sequence of
         context_length.  long_from is the program's.  compile_grammar returns at once; None: no
-        request has one.  looks_up and draft_length are as Speculation has them, draft_plan is the
-        draft model's, compiled for the same limits."""
+        request has one.  uses_prompt_lookup and draft_length are as Speculation has them,
+        draft_plan is the draft model's, compiled for the same limits."""
         self._clock = clock
         self._plan = plan
         self._context_length = context_length
@@ -98,7 +98,7 @@ class EngineCore:
         draft_model = None
         if draft_plan is not None:
             draft_model = DraftModel(draft_plan, limits.max_rows, self._kv_cache, clock)
-        self._speculation = Speculation(self._costs, looks_up, draft_model, draft_length)
+        self._speculation = Speculation(self._costs, uses_prompt_lookup, draft_model, draft_length)
         self._scheduler = Scheduler(
             self._kv_cache,
             limits.max_slots,
@@ -135,7 +135,7 @@ class EngineCore:
             sequences: list[Sequence] = []
             for choice in range(submit.n):
                 leader = sequences[0] if sequences else None
-                sequence = Sequence(submit, choice, max_tokens, end_ids, now_s, Pages(salt))
+                sequence = Sequence(submit, choice, max_tokens, end_ids, now_s, BlockHashes(salt))
                 sequence.is_long, sequence.leader = is_long, leader
                 sequences.append(sequence)
         except Exception as error:
@@ -165,7 +165,7 @@ class EngineCore:
         if chunks := self._scheduler.schedule():
             for source, target in self._scheduler.copies:
                 self._plan.copy_block(source, target)
-            self._enter(self._scheduler.admitted, start_s)
+            self._prepare_admitted(self._scheduler.admitted, start_s)
             self._compute(chunks)
         elif self._compiling:
             wait(self._compiling.values(), GRAMMAR_WAIT_S, FIRST_COMPLETED)
@@ -211,14 +211,14 @@ class EngineCore:
         check_sampling(submit.sampling, self._vocab_size)
         check_min_tokens(submit)
 
-    def _enter(self, admitted: list[Sequence], now_s: float) -> None:
+    def _prepare_admitted(self, admitted: list[Sequence], now_s: float) -> None:
         """Prepares the sequences that have just been admitted, for the first time or again."""
         for sequence in admitted:
             if sequence.state is State.ENDED:
                 continue  # with another choice of its request
             try:
                 write_sampling(self._plan.sampling, sequence)
-                self._speculation.enter(sequence)
+                self._speculation.start(sequence)
             except Exception as error:
                 self._fail(sequence.submit.request, error)
                 continue
@@ -227,7 +227,7 @@ class EngineCore:
                 self._admitted.append(Admitted(sequence.submit.request, sequence.num_cached))
 
     def _compute(self, chunks: list[Chunk]) -> None:
-        chunks = [masked for chunk in chunks if (masked := self._maybe_mask(chunk))]
+        chunks = [masked for chunk in chunks if (masked := self._apply_grammar(chunk))]
         chunks = [chunk for chunk in chunks if chunk.sequence.state is not State.ENDED]
         if not chunks:
             return
@@ -238,16 +238,16 @@ class EngineCore:
         rows = [row for chunk in chunks for row in _logit_rows(chunk)]
         before = [chunk.sequence.num_tokens for chunk in chunks]
         for chunk in chunks:
-            self._scheduler.note_computed(chunk)
+            self._scheduler.mark_computed(chunk.sequence, chunk.num_tokens)
         if rows:
-            self._take(rows, self._sample(rows))
-        self._costs.note(work, self._clock() - start_s)
+            self._process_samples(rows, self._sample(rows))
+        self._costs.record(work, self._clock() - start_s)
         for chunk, num_tokens in zip(chunks, before, strict=True):
-            num_kept = chunk.sequence.num_tokens - num_tokens - 1
-            if chunk.draft and num_kept >= 0:  # else the row before the draft has failed
-                self._speculation.note(chunk.sequence, len(chunk.draft), num_kept)
+            num_accepted = chunk.sequence.num_tokens - num_tokens - 1
+            if chunk.draft and num_accepted >= 0:  # else the row before the draft has failed
+                self._speculation.record(chunk.sequence, len(chunk.draft), num_accepted)
 
-    def _maybe_mask(self, chunk: Chunk) -> Chunk | None:
+    def _apply_grammar(self, chunk: Chunk) -> Chunk | None:
         """Lets the chunk's rows draw what its grammar allows there, and cuts its draft at the first
         token that it does not; None where the sequence has ended, because its grammar fails or
         allows nothing that the request does."""
@@ -262,7 +262,7 @@ class EngineCore:
             self._fail(sequence.submit.request, error)
             return None
         if masks is not None:
-            masks = masks[: num_possible(self._plan.sampling, sequence, masks)]
+            masks = masks[: num_usable_masks(self._plan.sampling, sequence, masks)]
         if masks is None or not len(masks):
             self._finish(sequence, "stop" if sequence.grammar.may_end() else "length")
             return None
@@ -280,27 +280,27 @@ class EngineCore:
             np.array(drafts, np.int32) if max(drafts) > NONE else None,
         )
 
-    def _take(self, rows: list[LogitRow], samples: Samples) -> None:
+    def _process_samples(self, rows: list[LogitRow], samples: Samples) -> None:
         now_s = self._clock()
         for i, row in enumerate(rows):
             sequence = row.sequence
             if sequence.state is State.ENDED:
                 continue  # by a token, or by another row of the request in this very step
             try:
-                if row.target != NONE and row.at == sequence.num_told:
-                    self._tell_prompt(sequence, i, samples)
-                elif row.target == NONE and _stands(row):
-                    self._advance(row, i, samples, now_s)
+                if row.target != NONE and row.at == sequence.num_prompt_logprobs_sent + 1:
+                    self._send_prompt_logprobs(sequence, i, samples)
+                elif row.target == NONE and _is_draft_accepted(row):
+                    self._append_token(row, i, samples, now_s)
             except Exception as error:
                 self._fail(sequence.submit.request, error)
 
-    def _advance(self, row: LogitRow, index: int, samples: Samples, now_s: float) -> None:
+    def _append_token(self, row: LogitRow, index: int, samples: Samples, now_s: float) -> None:
         sequence = row.sequence
         tokens = _tokens(sequence, sequence.choice, index, samples)
         if row.draft == NONE:
             self._tokens.append(tokens)
         else:
-            self._scheduler.note_kept(sequence, 1)
+            self._scheduler.mark_computed(sequence, 1)
             last = self._tokens[-1]  # of the same sequence, whose rows lie together
             last.ids.extend(tokens.ids)
             last.logprobs.extend(tokens.logprobs)
@@ -308,9 +308,9 @@ class EngineCore:
         if reason := sequence.append(tokens.ids[0], now_s):
             self._finish(sequence, reason)
 
-    def _tell_prompt(self, sequence: Sequence, row: int, samples: Samples) -> None:
+    def _send_prompt_logprobs(self, sequence: Sequence, row: int, samples: Samples) -> None:
         self._tokens.append(_tokens(sequence, PROMPT, row, samples))
-        sequence.num_told += 1
+        sequence.num_prompt_logprobs_sent += 1
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         self._remove(sequence)
@@ -363,7 +363,7 @@ def _logit_rows(chunk: Chunk) -> list[LogitRow]:
     return rows
 
 
-def _stands(row: LogitRow) -> bool:
+def _is_draft_accepted(row: LogitRow) -> bool:
     """Whether every token before the row's is what the row was computed with."""
     if row.at != row.sequence.num_tokens:
         return False  # a draft before it was not kept

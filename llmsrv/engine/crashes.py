@@ -28,7 +28,7 @@ class Crashes:
         self._next_pause_s = FIRST_PAUSE_S
         self._by_hash: Counter[str] = Counter()
 
-    def note(self, now_s: float, ready_for_s: float, submits: Iterable[Submit]) -> float:
+    def record(self, now_s: float, ready_for_s: float, submits: Iterable[Submit]) -> float:
         """The engine has ended, after being ready for so long, with these requests in it; returns
         the pause before it is started again."""
         if ready_for_s > HEALTHY_S:

@@ -22,7 +22,7 @@ from llmsrv.engine.sequence import Sequence
 # So much work may overtake a sequence for each level of priority between: about a minute's.
 PRIORITY_TOKENS = 100_000
 # Clients ask for more tokens than they get, often for all that the context has.
-EXPECTED_OUTPUT = 256
+EXPECTED_OUTPUT_TOKENS = 256
 
 by_rank = attrgetter("rank")
 
@@ -49,7 +49,7 @@ class FairQueue:
         submit = sequence.submit
         flow = submit.tenant, submit.priority
         start = self._ends.get(flow, self._virtual_time)
-        cost = min(sequence.max_tokens, EXPECTED_OUTPUT)
+        cost = min(sequence.max_tokens, EXPECTED_OUTPUT_TOKENS)
         if sequence.leader is None:
             cost += len(submit.prompt_ids)  # which the other choices share
         self._ends[flow] = start + cost

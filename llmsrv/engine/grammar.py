@@ -17,8 +17,8 @@ import numpy as np
 
 from llmsrv.backend.sampling.table import Mask
 from llmsrv.errors import ApiError
-from llmsrv.text.grammar import GrammarError
 from llmsrv.text.grammar import compile_source
+from llmsrv.text.grammar import GrammarError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Well above what the worker allows: what compiled there must not overflow here.
 STACK_BYTES = 16 << 20
-MAX_KEPT = 16  # compiled ones, for requests that come with the same
+MAX_CACHED_GRAMMARS = 16  # compiled ones, for requests that come with the same
 
 
 class Grammar:
@@ -84,7 +84,7 @@ class GrammarCompiler:
         self._read_vocabulary = read_vocabulary
         self._vocab_size = vocab_size
         self._vocabulary: "LLTokenizer | None" = None
-        self._compiled = functools.lru_cache(MAX_KEPT)(self._compile)
+        self._compiled = functools.lru_cache(MAX_CACHED_GRAMMARS)(self._compile)
         self._thread = ThreadPoolExecutor(1, "grammars")
 
     def compile(self, source: str) -> "Future[Grammar]":

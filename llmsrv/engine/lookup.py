@@ -1,19 +1,19 @@
-"""Prompt look-up: what has followed the last tokens of a sequence when they were there before.
+"""Prompt lookup: drafts the tokens that followed the last time the latest n-gram occurred.
 
 Source: Saxena 2023, "Prompt Lookup Decoding".
 """
 
-from llmsrv.engine.hope import MANY
+from llmsrv.engine.acceptance import LONG_MATCH_TOKENS
 
-NGRAMS = (4, 2)  # tokens that have to be the same; the longer ones tell more
+NGRAM_LENGTHS = (4, 2)  # tried in this order: a longer match is a better predictor
 
 
 class Lookup:
-    """The runs of so many tokens of one sequence."""
+    """The n-grams of one sequence."""
 
     def __init__(self) -> None:
         self._ids: list[int] = []
-        self._next: dict[tuple[int, ...], int] = {}  # where the last one of each went on
+        self._next: dict[tuple[int, ...], int] = {}  # n-gram -> position after its last occurrence
 
     @property
     def num_tokens(self) -> int:
@@ -21,27 +21,30 @@ class Lookup:
 
     def extend(self, ids: list[int]) -> None:
         for id in ids:
-            for length in NGRAMS:
+            for length in NGRAM_LENGTHS:
                 self._next[tuple(self._ids[-length:])] = len(self._ids)
             self._ids.append(id)
 
-    def draft(self, most: int) -> tuple[list[int], int]:
-        """What may come next, and how many tokens before it are the same as then, of which MANY are
-        counted; nothing when the last tokens were never there before."""
-        for length in NGRAMS:
+    def draft(self, num_tokens: int) -> tuple[list[int], int]:
+        """Returns num_tokens drafted tokens and the length of the match before them.
+
+        The length is counted up to LONG_MATCH_TOKENS.  The draft is empty when the latest n-grams
+        have not occurred before.
+        """
+        for length in NGRAM_LENGTHS:
             start = self._next.get(tuple(self._ids[-length:]))
             if start is not None:
-                return self._from(start, most), self._num_same(start)
+                return self._continuation(start, num_tokens), self._match_length(start)
         return [], 0
 
-    def _from(self, start: int, most: int) -> list[int]:
-        draft = self._ids[start : start + most]
-        while len(draft) < most:  # they overlap: the text repeats itself
-            draft += draft[: most - len(draft)]
+    def _continuation(self, start: int, num_tokens: int) -> list[int]:
+        draft = self._ids[start : start + num_tokens]
+        while len(draft) < num_tokens:  # the match overlaps the end: the text is periodic
+            draft += draft[: num_tokens - len(draft)]
         return draft
 
-    def _num_same(self, start: int) -> int:
-        count = 0
-        while count < min(start, MANY) and self._ids[start - 1 - count] == self._ids[-1 - count]:
+    def _match_length(self, start: int) -> int:
+        count, limit = 0, min(start, LONG_MATCH_TOKENS)
+        while count < limit and self._ids[start - 1 - count] == self._ids[-1 - count]:
             count += 1
         return count

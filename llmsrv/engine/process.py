@@ -176,7 +176,7 @@ def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, 
         program.vocab_size,
         program.long_from,
         compile_grammar=grammars.compile,
-        looks_up=config.speculative_mode == "ngram",
+        uses_prompt_lookup=config.speculative_mode == "ngram",
         draft_plan=plans[1] if len(plans) > 1 else None,
         draft_length=config.spec_draft_length,
     )

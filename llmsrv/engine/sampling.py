@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 
 from llmsrv.backend.sampling.table import Mask
+from llmsrv.backend.sampling.table import mask_of
 from llmsrv.backend.sampling.table import SamplingParameters
 from llmsrv.backend.sampling.table import SamplingTable
-from llmsrv.backend.sampling.table import mask_of
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.messages import Submit
 from llmsrv.engine.sequence import Sequence
@@ -88,7 +88,7 @@ def write_sampling(table: SamplingTable, sequence: Sequence) -> None:
     )
 
 
-def num_possible(table: SamplingTable, sequence: Sequence, masks: Mask) -> int:
+def num_usable_masks(table: SamplingTable, sequence: Sequence, masks: Mask) -> int:
     """How many of a grammar's masks for the sequence's next rows come before the first one of which
     its allowed ids and its min_tokens leave nothing."""
     extras = table.extras.get(sequence.slot)

@@ -27,8 +27,8 @@ from typing import NamedTuple
 
 from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.engine.batch import Rows
-from llmsrv.engine.fair_queue import FairQueue
 from llmsrv.engine.fair_queue import by_rank
+from llmsrv.engine.fair_queue import FairQueue
 from llmsrv.engine.kv_cache import KVCache
 from llmsrv.engine.kv_cache import num_blocks_for
 from llmsrv.engine.sequence import NO_SLOT
@@ -38,27 +38,27 @@ from llmsrv.engine.speculation import Speculation
 from llmsrv.engine.step_costs import StepCosts
 
 # Whoever comes or leaves waits until a step has ended.
-LONGEST_STEP_S = 1.0
+MAX_STEP_S = 1.0
 # A step with streams takes so much longer for prompts, as a share of what it takes without.
-PROMPT_SHARE = 1.0
+MAX_PREFILL_SLOWDOWN = 1.0
 # A prompt of which more is to be computed is beside so many steps that streams would feel it: half
 # as long again on average, so that few take three times as long where others use the cores, too.
-LONG_PROMPT = 512
-LONG_PROMPT_SHARE = 0.5
+LONG_PROMPT_TOKENS = 512
+MAX_LONG_PREFILL_SLOWDOWN = 0.5
 # Beside prompts drafts make a step so much longer at most: streams feel the prompts as it is.
-DRAFT_SHARE = 0.25
+MAX_DRAFT_SLOWDOWN = 0.25
 # Where more prompts wait than streams run, each stream gives way to several, but up to here only.
 SMOOTH_STEP_S = 0.04
 # Where even decode alone takes that long, prompts get less of it.
-LEAST_PROMPT_SHARE = 0.5
+MIN_PREFILL_SLOWDOWN = 0.5
 # So that prompts get on in any case, beside streams and alone.  Four rows beside one stream make a
 # step more than twice as long where rows are dear (AVX2); alone two would not lead to larger steps.
-LEAST_ROWS_BESIDE, LEAST_ROWS_ALONE = 2, 4
+MIN_PREFILL_ROWS_WITH_DECODE, MIN_PREFILL_ROWS_ALONE = 2, 4
 # So many positions before a row of a prompt cost about what the row itself does: SmolLM2 on a CPU;
 # 300 or 2000 would do as well.  Without it the ends of long prompts make steps far too long.
-FAR_POSITION = 1000
+POSITIONS_PER_ROW_COST = 1000
 # So many that wait may overtake the first of them, beside a long prompt.
-MOST_LOOKED_AT = 8
+MAX_OVERTAKERS = 8
 
 
 class Chunk(NamedTuple):
@@ -75,11 +75,12 @@ class Chunk(NamedTuple):
     @property
     def work(self) -> int:
         """What it costs, in rows of decode, which are taken to be all the same."""
-        return self.num_rows + (self.num_tokens - 1) * self.sequence.num_computed // FAR_POSITION
+        num_pairs = (self.num_tokens - 1) * self.sequence.num_computed
+        return self.num_rows + num_pairs // POSITIONS_PER_ROW_COST
 
     @property
     def num_logit_rows(self) -> int:
-        if self.sequence.tells_prompt:
+        if self.sequence.wants_prompt_logprobs:
             return self.num_rows
         is_complete = self.num_tokens == self.sequence.num_uncomputed
         return is_complete + len(self.draft)
@@ -125,7 +126,7 @@ class Scheduler:
         """Ends a sequence wherever it is; its slot and blocks are free at once."""
         if sequence.state is State.RUNNING:
             self.running.remove(sequence)
-            self._release(sequence)
+            self._free_blocks(sequence)
         else:
             self.waiting.remove(sequence)
         sequence.move_to(State.ENDED)
@@ -142,57 +143,55 @@ class Scheduler:
 
         def prefill(sequence: Sequence, most: int) -> int:
             nonlocal budget, spare
-            most = min(most, 1 + spare) if sequence.tells_prompt else most
+            most = min(most, 1 + spare) if sequence.wants_prompt_logprobs else most
             chunk = Chunk(sequence, min(most, sequence.num_uncomputed))
             chunks.append(chunk)
             budget -= chunk.num_rows
             spare -= max(0, chunk.num_logit_rows - 1)
             return chunk.num_rows
 
-        overtaking, left = self._overtaking() if budget > 1 else [], budget // 2
-        for sequence in overtaking:
+        short_prompts, left = self._short_prompts() if budget > 1 else [], budget // 2
+        for sequence in short_prompts:
             if left:
                 left -= prefill(sequence, left)
         for sequence in self.running:
-            if budget and sequence.num_uncomputed > 1 and sequence not in overtaking:
+            if budget and sequence.num_uncomputed > 1 and sequence not in short_prompts:
                 prefill(sequence, budget)
         while budget and (head := self.waiting.head) and self._admit(head):
             prefill(head, budget)
         return chunks
 
-    def note_computed(self, chunk: Chunk) -> None:
-        """The chunk's tokens, without its draft, are in the cache; blocks that they filled are
-        known from now on."""
-        self.note_kept(chunk.sequence, chunk.num_tokens)
-
-    def note_kept(self, sequence: Sequence, num_tokens: int) -> None:
-        """The same for drafted tokens that have become the sequence's own."""
-        num_pages = sequence.num_computed // BLOCK_SIZE
+    def mark_computed(self, sequence: Sequence, num_tokens: int) -> None:
+        """Notes that the sequence's next num_tokens tokens are in the KV cache, and caches the
+        blocks that they fill."""
+        num_blocks = sequence.num_computed // BLOCK_SIZE
         sequence.num_computed += num_tokens
-        if sequence.num_computed // BLOCK_SIZE > num_pages:
-            pages = sequence.pages.upto(sequence.num_computed // BLOCK_SIZE, sequence.ids)
-            self._kv_cache.remember(sequence.slot, pages)
+        if sequence.num_computed // BLOCK_SIZE > num_blocks:
+            num_blocks = sequence.num_computed // BLOCK_SIZE
+            block_hashes = sequence.block_hashes.full(num_blocks, sequence.ids)
+            self._kv_cache.cache_blocks(sequence.slot, block_hashes)
 
     def _num_prefill_rows(self, num_streams: int, num_rows: int) -> int:
         """How many rows the step may have beside these, which are those of the streams."""
-        limit_s, least = LONGEST_STEP_S, float(LEAST_ROWS_ALONE)
+        limit_s, least = MAX_STEP_S, float(MIN_PREFILL_ROWS_ALONE)
         first = next((s for s in self.running if s.num_uncomputed > 1), self.waiting.head)
         position = first.num_computed if first else 0
 
         def rows_within(step_s: float) -> float:
-            return (self._costs.rows_within(step_s) - num_rows) / (1 + position / FAR_POSITION)
+            row_cost = 1 + position / POSITIONS_PER_ROW_COST
+            return (self._costs.rows_within(step_s) - num_rows) / row_cost
 
         if num_streams:
             decode_s = self._costs.of(num_rows)
             num_prompts = self._num_prompts(num_streams)
-            is_long = first is not None and first.num_tokens - first.num_cached > LONG_PROMPT
-            share = LONG_PROMPT_SHARE if is_long else PROMPT_SHARE
+            is_long = first is not None and first.num_tokens - first.num_cached > LONG_PROMPT_TOKENS
+            share = MAX_LONG_PREFILL_SLOWDOWN if is_long else MAX_PREFILL_SLOWDOWN
             prompts_s = decode_s * share * max(1.0, num_prompts / num_streams)
             prompts_s = min(prompts_s, SMOOTH_STEP_S - decode_s)
-            limit_s = decode_s + max(prompts_s, decode_s * LEAST_PROMPT_SHARE)
+            limit_s = decode_s + max(prompts_s, decode_s * MIN_PREFILL_SLOWDOWN)
             # Farther on the first row has to read so much of the cache that others are cheap.
-            far = LEAST_ROWS_BESIDE * position // FAR_POSITION
-            least = max(LEAST_ROWS_BESIDE, min(far, rows_within(SMOOTH_STEP_S)))
+            far = MIN_PREFILL_ROWS_WITH_DECODE * position // POSITIONS_PER_ROW_COST
+            least = max(MIN_PREFILL_ROWS_WITH_DECODE, min(far, rows_within(SMOOTH_STEP_S)))
         return int(min(self._max_rows - num_rows, max(rows_within(limit_s), least)))
 
     def _num_prompts(self, num_streams: int) -> int:
@@ -202,7 +201,7 @@ class Scheduler:
         """By rank; a preemption takes sequences from the end of the list that is walked."""
         chunks = []
         for sequence in self.running:
-            if sequence.num_uncomputed == 1 and self._make_room(sequence):
+            if sequence.num_uncomputed == 1 and self._allocate_or_preempt(sequence):
                 chunks.append(Chunk(sequence, 1))
         return chunks
 
@@ -210,24 +209,24 @@ class Scheduler:
         """The chunks of decode with drafts, as far as there is room that nobody else needs soon."""
         most = min(self._num_spare_logit_rows, self._max_rows - len(chunks))
         if chunks and self._num_prompts(len(chunks)):
-            longest_s = self._costs.of(len(chunks)) * (1 + DRAFT_SHARE)
+            longest_s = self._costs.of(len(chunks)) * (1 + MAX_DRAFT_SLOWDOWN)
             most = int(min(most, self._costs.rows_within(longest_s) - len(chunks)))
         if most <= 0 or self._kv_cache.num_free < 2 * len(chunks) + num_blocks_for(most):
             return chunks
         drafts = self._speculation.draft([chunk.sequence for chunk in chunks], most)
         with_drafts = []
         for chunk, draft in zip(chunks, drafts, strict=True):
-            self._kv_cache.grow(chunk.sequence.slot, chunk.sequence.num_tokens + len(draft))
+            self._kv_cache.allocate(chunk.sequence.slot, chunk.sequence.num_tokens + len(draft))
             with_drafts.append(Chunk(*chunk[:2], tuple(draft)))
         return with_drafts
 
-    def _overtaking(self) -> list[Sequence]:
+    def _short_prompts(self) -> list[Sequence]:
         """The prompts of which less than half as much is left as of the first one, the shortest
         first; of the queue one is admitted that is one of them."""
         prompts = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
         if not prompts:
             return []
-        waiting = list(islice(self.waiting, MOST_LOOKED_AT if self._free_slots else 0))
+        waiting = list(islice(self.waiting, MAX_OVERTAKERS if self._free_slots else 0))
         priority = min(sequence.submit.priority for sequence in prompts[:1] + waiting[:1])
         most_left = prompts[0].num_uncomputed / 2
 
@@ -235,23 +234,23 @@ class Scheduler:
             return sequence.submit.priority <= priority and num_left < most_left
 
         for sequence in waiting:
-            num_left = sequence.num_tokens - BLOCK_SIZE * len(self._find(sequence))
+            num_left = sequence.num_tokens - BLOCK_SIZE * len(self._find_cached_blocks(sequence))
             if is_short(sequence, num_left) and self._admit(sequence):
                 prompts.append(sequence)
                 break
         short = [sequence for sequence in prompts if is_short(sequence, sequence.num_uncomputed)]
         return sorted(short, key=lambda sequence: sequence.num_uncomputed)
 
-    def _make_room(self, sequence: Sequence) -> bool:
+    def _allocate_or_preempt(self, sequence: Sequence) -> bool:
         """Gets the block for the sequence's next token; False when it had to give way itself."""
-        while not self._kv_cache.grow(sequence.slot, sequence.num_tokens):
+        while not self._kv_cache.allocate(sequence.slot, sequence.num_tokens):
             if self._preempt_last() is sequence:
                 return False
         return True
 
     def _preempt_last(self) -> Sequence:
         sequence = self.running.pop()
-        self._release(sequence)
+        self._free_blocks(sequence)
         sequence.move_to(State.WAITING)
         self.waiting.put_back(sequence)
         sequence.num_preemptions += 1
@@ -262,18 +261,18 @@ class Scheduler:
         """Moves a sequence of the queue to running, when it and all that run have room to go on."""
         if sequence.awaits_leader or not self._free_slots:
             return False
-        known = self._find(sequence)
+        known = self._find_cached_blocks(sequence)
         # A block to grow into for each that runs already: admitting into the last free blocks
         # would only lead to a preemption, and to computing the same prompt again.
         needed = num_blocks_for(sequence.num_tokens) - len(known) + len(self.running)
-        if needed + self._kv_cache.num_taken_by(known) > self._kv_cache.num_free:
+        if needed + self._kv_cache.num_evictable(known) > self._kv_cache.num_free:
             return False
         self.waiting.take(sequence)
-        source, num_copied = self._find_beginning(sequence, len(known))
+        source, num_copied = self._find_partial_block(sequence, len(known))
         sequence.move_to(State.RUNNING)
         sequence.slot = self._free_slots.pop()
-        self._kv_cache.adopt(sequence.slot, known)
-        self._kv_cache.grow(sequence.slot, sequence.num_tokens)
+        self._kv_cache.attach_cached_blocks(sequence.slot, known)
+        self._kv_cache.allocate(sequence.slot, sequence.num_tokens)
         if num_copied:
             target = int(self._kv_cache.block_tables[sequence.slot, len(known)])
             self.copies.append((source, target))
@@ -284,32 +283,35 @@ class Scheduler:
         self.admitted.append(sequence)
         return True
 
-    def _find(self, sequence: Sequence) -> list[int]:
+    def _find_cached_blocks(self, sequence: Sequence) -> list[int]:
         """The known blocks that it may begin with."""
-        if sequence.tells_prompt:
+        if sequence.wants_prompt_logprobs:
             return []
-        pages = sequence.pages.upto((sequence.num_tokens - 1) // BLOCK_SIZE, sequence.ids)
-        return self._kv_cache.find(pages)
+        num_full = (sequence.num_tokens - 1) // BLOCK_SIZE
+        block_hashes = sequence.block_hashes.full(num_full, sequence.ids)
+        return self._kv_cache.find_cached_blocks(block_hashes)
 
-    def _find_beginning(self, sequence: Sequence, num_known: int) -> tuple[int, int]:
+    def _find_partial_block(self, sequence: Sequence, num_known: int) -> tuple[int, int]:
         """A block that begins with what comes behind the sequence's known blocks, and how many
         tokens of it, without the last of all."""
         start = num_known * BLOCK_SIZE
         stop = min(start + BLOCK_SIZE, sequence.num_tokens - 1)
-        if stop == start or sequence.tells_prompt:
+        if stop == start or sequence.wants_prompt_logprobs:
             return 0, 0
         leader, shared = sequence.leader, min(stop, len(sequence.submit.prompt_ids))
         if leader is not None and leader.state is State.RUNNING and shared > start:
             return int(self._kv_cache.block_tables[leader.slot, num_known]), shared - start
-        return self._kv_cache.find_beginning(sequence.pages.part(num_known, stop, sequence.ids))
+        block_hash = sequence.block_hashes.partial(num_known, stop, sequence.ids)
+        return self._kv_cache.find_partial_block(block_hash)
 
-    def _release(self, sequence: Sequence) -> None:
+    def _free_blocks(self, sequence: Sequence) -> None:
         num_full, num_left = divmod(sequence.num_computed, BLOCK_SIZE)
         if num_left:
-            pages = sequence.pages.upto(num_full, sequence.ids)
-            pages.append(sequence.pages.part(num_full, sequence.num_computed, sequence.ids))
-            self._kv_cache.remember(sequence.slot, pages)
-        self._kv_cache.release(sequence.slot)
+            hashes = sequence.block_hashes
+            partial = hashes.partial(num_full, sequence.num_computed, sequence.ids)
+            full = hashes.full(num_full, sequence.ids)
+            self._kv_cache.cache_blocks(sequence.slot, [*full, partial])
+        self._kv_cache.free(sequence.slot)
         self._free_slots.append(sequence.slot)
         sequence.slot = NO_SLOT
         sequence.num_computed = 0

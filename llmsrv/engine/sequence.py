@@ -1,17 +1,17 @@
-"""One sequence: a choice of a request, from the queue to its end.
+"""A sequence: one choice of a request, from the queue to its end.
 
-A request of n choices is n sequences; all share what the first computes of the prompt.  What a
-sequence has put out survives a preemption; what it has computed is likely to be found again.
+A request with n choices has n sequences; they share the prompt blocks that the first one computes.
+A preempted sequence keeps its output, and is likely to find its blocks in the prefix cache again.
 """
 
 import enum
 from dataclasses import dataclass
 from dataclasses import field
 
+from llmsrv.engine.acceptance import AcceptanceRates
+from llmsrv.engine.acceptance import DraftSource
 from llmsrv.engine.grammar import Grammar
-from llmsrv.engine.hope import Ground
-from llmsrv.engine.hope import Hopes
-from llmsrv.engine.kv_cache import Pages
+from llmsrv.engine.kv_cache import BlockHashes
 from llmsrv.engine.lookup import Lookup
 from llmsrv.engine.messages import Finished
 from llmsrv.engine.messages import Submit
@@ -20,8 +20,8 @@ NO_SLOT = -1
 
 
 class State(enum.Enum):
-    WAITING = "waiting"  # in the queue, never scheduled or preempted: holds no slot and no block
-    RUNNING = "running"  # has a slot, and rows in steps
+    WAITING = "waiting"  # in the queue, new or preempted: has no slot and no block
+    RUNNING = "running"  # has a slot, and rows in the steps
     ENDED = "ended"
 
 
@@ -35,10 +35,10 @@ TRANSITIONS = {
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """max_tokens  what the context leaves of what was asked for, at least 1
-    is_long     as in backend.base.Batch
-    leader      the first choice of its request, None for that one itself
-    rank        its place among all sequences, for life (fair_queue.py)
+    """max_tokens  of the request, limited by the context length; at least 1
+    is_long     see backend.base.Batch
+    leader      the first choice of the request; None for the first choice itself
+    rank        its place among all sequences, which never changes (fair_queue.py)
     """
 
     submit: Submit
@@ -46,7 +46,7 @@ class Sequence:
     max_tokens: int
     end_ids: frozenset[int]
     queued_s: float
-    pages: Pages
+    block_hashes: BlockHashes
     is_long: bool = False
     leader: "Sequence | None" = None
     rank: tuple[int, int] = (0, 0)
@@ -54,18 +54,18 @@ class Sequence:
 
     # While it runs
     slot: int = NO_SLOT
-    num_computed: int = 0  # positions whose keys and values are in the cache
-    num_cached: int = 0  # of these, how many were there when it was admitted last
-    num_seen: int = 0  # positions that the draft model has computed, and behind them
-    guesses: list[int] = field(default_factory=list)  # these, which may not be what has come
-    grounds: list[Ground] = field(default_factory=list)  # of its last draft, or of more than that
+    num_computed: int = 0  # positions whose keys and values are in the KV cache
+    num_cached: int = 0  # how many of them the prefix cache had at the last admission
+    num_draft_computed: int = 0  # positions that the draft model has computed, without its drafts
+    computed_draft_ids: list[int] = field(default_factory=list)  # drafts computed after them
+    draft_sources: list[DraftSource] = field(default_factory=list)  # of the last draft, or longer
 
     # Over its whole life
     grammar: Grammar | None = None
     lookup: Lookup = field(default_factory=Lookup)
-    hopes: Hopes = field(default_factory=Hopes)  # for its drafts
+    acceptance_rates: AcceptanceRates = field(default_factory=AcceptanceRates)
     output_ids: list[int] = field(default_factory=list)
-    num_told: int = 1  # tokens of the prompt that are told, as far as it tells them
+    num_prompt_logprobs_sent: int = 0
     scheduled_s: float = 0.0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
@@ -81,24 +81,27 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        """Rows until the next token can be sampled: 1 in decode, more in prefill."""
+        """Rows to compute before the next token can be sampled: 1 in decode, more in prefill."""
         return len(self.submit.prompt_ids) + len(self.output_ids) - self.num_computed
 
     @property
-    def tells_prompt(self) -> bool:
-        """Whether the log-probabilities of its prompt's tokens are still wanted."""
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether some log-probabilities of the prompt's tokens are wanted and not sent yet.
+
+        The first token of a prompt has none.
+        """
         wanted = self.submit.prompt_logprobs and self.leader is None
-        return wanted and self.num_told < len(self.submit.prompt_ids)
+        return wanted and self.num_prompt_logprobs_sent < len(self.submit.prompt_ids) - 1
 
     @property
     def awaits_leader(self) -> bool:
-        """Whether the first choice is computing the prompt that both begin with, or has to tell of
-        it before any choice goes on."""
+        """Whether the first choice must finish first: it is computing the shared prompt, or it has
+        prompt log-probabilities to send before any choice's tokens."""
         leader = self.leader
         if leader is None or leader.state is State.ENDED:
             return False
         is_computing = leader.num_computed < len(self.submit.prompt_ids)
-        return leader.tells_prompt or (leader.state is State.RUNNING and is_computing)
+        return leader.wants_prompt_logprobs or (leader.state is State.RUNNING and is_computing)
 
     def ids(self, start: int, stop: int) -> list[int]:
         """The tokens at positions [start, stop) of prompt and output."""
@@ -108,7 +111,7 @@ class Sequence:
         return self.submit.prompt_ids[start:stop] + self.output_ids[: max(0, stop - num_prompt)]
 
     def append(self, id: int, now_s: float) -> str | None:
-        """Adds a sampled token; the finish reason when it is the last."""
+        """Appends a sampled token; returns the finish reason if it is the last one."""
         if not self.output_ids:
             self.first_token_s = now_s
         self.last_token_s = now_s

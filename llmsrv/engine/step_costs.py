@@ -12,7 +12,7 @@ import math
 WEIGHT = 0.25  # of the last step in its average
 # A step that takes longer than so many times what was expected was held up by something else.
 OUTLIER = 2.0
-LEAST_S = 1e-6
+MIN_COST_S = 1e-6
 
 
 class StepCosts:
@@ -20,14 +20,14 @@ class StepCosts:
         self._rows = [0]  # what is known, ascending
         self._costs_s = [0.0]
 
-    def note(self, num_rows: int, elapsed_s: float) -> None:
+    def record(self, num_rows: int, elapsed_s: float) -> None:
         """A step of so many rows took so long."""
         shift = max(0, num_rows.bit_length() - 3)
         rows = num_rows >> shift << shift  # four kinds of steps from one power of two to the next
         i = bisect.bisect_left(self._rows, rows)
         if i == len(self._rows) or self._rows[i] != rows:
             self._rows.insert(i, rows)
-            self._costs_s.insert(i, max(LEAST_S, elapsed_s))
+            self._costs_s.insert(i, max(MIN_COST_S, elapsed_s))
         else:
             before_s = self._costs_s[i]
             self._costs_s[i] += WEIGHT * (min(elapsed_s, OUTLIER * before_s) - before_s)

@@ -29,12 +29,12 @@ from llmsrv.engine.messages import PROMPT
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.messages import Submit
 from llmsrv.engine.sampling import write_sampling
-from llmsrv.engine.scheduler import LEAST_ROWS_BESIDE
+from llmsrv.engine.scheduler import MIN_PREFILL_ROWS_WITH_DECODE
 from llmsrv.engine.sequence import Sequence
 from llmsrv.model.load import load_model
+from tests.support.cores import alone
 from tests.support.cores import Engine
 from tests.support.cores import GREEDY
-from tests.support.cores import alone
 from tests.support.cores import healthy_prompt
 from tests.support.fake_plan import FakePlan
 from tests.support.fake_plan import NAN_ID
@@ -148,14 +148,14 @@ def test_an_exception_for_one_request_inside_a_step_fails_it_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = Engine()
-    advance = engine.core._advance
+    advance = engine.core._append_token
 
     def faulty(row, *rest):  # type: ignore[no-untyped-def]
         if row.sequence.submit.request == 2:
             raise RuntimeError("a fault for this request")
         advance(row, *rest)
 
-    monkeypatch.setattr(engine.core, "_advance", faulty)
+    monkeypatch.setattr(engine.core, "_append_token", faulty)
     healthy = engine.submit(1, healthy_prompt(3))
     engine.submit(2, healthy_prompt(3), n=2)
     engine.run()
@@ -244,7 +244,7 @@ def test_running_streams_go_on_during_a_long_prefill() -> None:
     engine.submit(2, healthy_prompt(100))
     while 2 not in {request for request, _ in engine.outputs}:
         assert [t.request for t in engine.step().tokens][:1] == [1]
-    assert len(engine.outputs[1, 0]) <= 1 + 100 // LEAST_ROWS_BESIDE
+    assert len(engine.outputs[1, 0]) <= 1 + 100 // MIN_PREFILL_ROWS_WITH_DECODE
 
 
 def test_prompts_are_computed_in_the_order_of_arrival() -> None:
@@ -516,15 +516,15 @@ class Anything(RuleBasedStateMachine):
         self.check_ends()
 
     @invariant()
-    def every_block_is_free_held_or_remembered(self) -> None:
+    def every_block_is_free_used_or_evictable(self) -> None:
         cache = self.engine.core._kv_cache
         holders = Counter(cache.block_tables[cache.block_tables > 0].tolist())
         assert cache.num_free + cache.num_used == cache.num_total
-        blocks = [*holders, *cache._free, *cache._remembered]
+        blocks = [*holders, *cache._free, *cache._evictable]
         assert Counter(blocks) == Counter(range(1, cache.num_total + 1))
-        assert all(cache._num_holders[block] == holders[block] for block in blocks)
-        assert cache._remembered.keys() <= cache._page_of.keys()
-        assert {page.key: block for block, page in cache._page_of.items()} == cache._block_of
+        assert all(cache._ref_counts[block] == holders[block] for block in blocks)
+        assert cache._evictable.keys() <= cache._hash_of.keys()
+        assert {each.key: block for block, each in cache._hash_of.items()} == cache._block_of
 
     @invariant()
     def slots_and_order_are_kept(self) -> None:

@@ -14,30 +14,30 @@ def submit(request: int, *prompt: int, deadline_s: float = 9.0) -> Submit:
 
 def test_pauses_grow_to_half_a_minute_where_crashes_are_rare() -> None:
     crashes = Crashes()
-    pauses = [crashes.note(100.0 * i, 10.0, []) for i in range(8)]
+    pauses = [crashes.record(100.0 * i, 10.0, []) for i in range(8)]
     assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30]
 
 
 def test_five_crashes_within_a_minute_are_a_loop_and_four_are_not() -> None:
     crashes = Crashes()
-    assert [crashes.note(1000 + 14.9 * i, 1.0, []) for i in range(5)] == [0.5, 1, 2, 4, 60]
-    assert crashes.note(1000 + 14.9 * 4 + 62, 1.0, []) < 60
+    assert [crashes.record(1000 + 14.9 * i, 1.0, []) for i in range(5)] == [0.5, 1, 2, 4, 60]
+    assert crashes.record(1000 + 14.9 * 4 + 62, 1.0, []) < 60
 
 
 def test_an_engine_that_was_healthy_makes_a_new_beginning() -> None:
     crashes = Crashes()
     for time_s in range(3):
-        crashes.note(time_s, 1.0, [submit(1, 7)])
+        crashes.record(time_s, 1.0, [submit(1, 7)])
     assert crashes.is_poison(submit(1, 7))
-    assert crashes.note(200.0, 61.0, []) == 0.5
+    assert crashes.record(200.0, 61.0, []) == 0.5
     assert not crashes.is_poison(submit(1, 7))
 
 
 def test_a_request_is_known_by_what_it_asks_for() -> None:
     crashes = Crashes()
-    crashes.note(1.0, 1.0, [submit(1, 7), submit(2, 7), submit(3, 8)])
+    crashes.record(1.0, 1.0, [submit(1, 7), submit(2, 7), submit(3, 8)])
     assert not crashes.is_poison(submit(1, 7))  # one crash, although twice in it
-    crashes.note(2.0, 1.0, [submit(4, 7, deadline_s=1.0)])
+    crashes.record(2.0, 1.0, [submit(4, 7, deadline_s=1.0)])
     assert crashes.is_poison(submit(5, 7)) and not crashes.is_poison(submit(3, 8))
     assert hash_of(submit(1, 7)) != hash_of(submit(1, 8))
 
@@ -45,5 +45,5 @@ def test_a_request_is_known_by_what_it_asks_for() -> None:
 def test_hashes_do_not_pile_up() -> None:
     crashes = Crashes()
     for crash in range(30):
-        crashes.note(100.0 * crash, 1.0, [submit(1, crash, i) for i in range(500)])
+        crashes.record(100.0 * crash, 1.0, [submit(1, crash, i) for i in range(500)])
     assert len(crashes._by_hash) <= 10_500

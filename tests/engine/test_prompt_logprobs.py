@@ -10,8 +10,8 @@ from llmsrv.backend.sampling.contract import log_softmax
 from llmsrv.engine.messages import PROMPT
 from llmsrv.engine.messages import Sampling
 from llmsrv.model.load import load_model
-from tests.support.cores import Engine
 from tests.support.cores import alone
+from tests.support.cores import Engine
 from tests.support.cores import healthy_prompt
 from tests.support.gguf_writer import write_tiny_llama
 

@@ -283,45 +283,45 @@ def test_a_slow_model_gives_prompts_less_of_a_step_but_never_nothing() -> None:
 def test_unknown_costs_lie_between_those_of_fewer_and_of_more_rows() -> None:
     costs = StepCosts()
     assert costs.of(1) == 0 and costs.rows_within(1.0) == math.inf
-    costs.note(1, 0.005)
-    costs.note(64, 0.05)
+    costs.record(1, 0.005)
+    costs.record(64, 0.05)
     assert costs.of(1) == 0.005 and costs.of(8) == pytest.approx(0.01)
     assert costs.of(64) == 0.05 and costs.of(128) == 0.1
     assert costs.rows_within(0.01) == 2  # and then, when they were measured, more
-    costs.note(8, 0.012)
+    costs.record(8, 0.012)
     for limit_s in (0.005, 0.012, 0.015, 0.05, 0.2):
         assert costs.of(round(costs.rows_within(limit_s))) == pytest.approx(limit_s, rel=0.1)
 
 
 def test_steps_of_fewer_rows_than_any_cost_what_those_of_more_let_expect() -> None:
     costs = StepCosts()
-    costs.note(128, 0.07)
+    costs.record(128, 0.07)
     assert costs.of(1) == pytest.approx(0.07 / 128)  # at least
-    costs.note(8, 0.01)
+    costs.record(8, 0.01)
     assert costs.of(1) == pytest.approx(0.01 - 7 * 0.0005)
 
 
 def test_one_slow_step_changes_little_and_is_soon_forgotten() -> None:
     costs = StepCosts()
-    costs.note(16, 0.01)
-    costs.note(16, 3.0)
+    costs.record(16, 0.01)
+    costs.record(16, 3.0)
     assert costs.of(16) <= 0.0125
     costs = StepCosts()
-    costs.note(16, 3.0)
+    costs.record(16, 3.0)
     for _ in range(25):
-        costs.note(16, 0.01)
+        costs.record(16, 0.01)
     assert costs.of(16) < 0.015
 
 
 def test_what_a_step_took_bounds_what_others_take() -> None:
     costs = StepCosts()
     for rows, cost_s in ((1, 0.1), (8, 0.1), (64, 0.1)):
-        costs.note(rows, cost_s)
+        costs.record(rows, cost_s)
     for _ in range(100):
-        costs.note(8, 0.01)
+        costs.record(8, 0.01)
     assert [costs.of(rows) for rows in (1, 8, 64)] == pytest.approx([0.01, 0.01, 0.08])
     for _ in range(100):
-        costs.note(64, 0.4)
+        costs.record(64, 0.4)
     assert [costs.of(rows) for rows in (1, 8, 64)] == pytest.approx([0.01, 0.05, 0.4])
 
 

@@ -12,9 +12,9 @@ from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
 from llmsrv.backend.reference.backend import ReferenceBackend
 from llmsrv.backend.sampling.contract import Samples
-from llmsrv.engine.hope import Ground
-from llmsrv.engine.hope import Hopes
-from llmsrv.engine.hope import ground_of
+from llmsrv.engine.acceptance import AcceptanceRates
+from llmsrv.engine.acceptance import DraftSource
+from llmsrv.engine.acceptance import source_of_match
 from llmsrv.engine.lookup import Lookup
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.speculation import Speculation
@@ -22,9 +22,9 @@ from llmsrv.engine.step_costs import StepCosts
 from llmsrv.model.load import load_model
 from tests.engine.test_scheduler import Clock
 from tests.engine.test_scheduler import gaps_of
+from tests.support.cores import alone
 from tests.support.cores import Engine
 from tests.support.cores import GREEDY
-from tests.support.cores import alone
 from tests.support.cores import healthy_prompt
 from tests.support.fake_plan import FakePlan
 from tests.support.fake_plan import NAN_ID
@@ -160,8 +160,8 @@ def test_a_draft_is_cut_at_the_first_token_that_the_grammar_refuses() -> None:
 
 def test_what_a_grammar_forces_is_drafted_also_where_nothing_is_looked_up() -> None:
     engine = engine_of(None)
-    engine.core._costs.note(1, 0.01)
-    engine.core._costs.note(16, 0.011)
+    engine.core._costs.record(1, 0.01)
+    engine.core._costs.record(16, 0.011)
     submit = engine.submit(1, healthy_prompt(20, steps=30), max_tokens=30)
     expected = alone(submit, context=1000)[0]
     engine.step()
@@ -220,17 +220,17 @@ def test_drafts_beside_a_prompt_are_short() -> None:
 
 def test_the_most_likely_drafts_come_first_when_not_all_fit() -> None:
     costs = StepCosts()
-    costs.note(2, 0.01)
-    costs.note(40, 0.0101)
-    speculation = Speculation(costs, looks_up=True)
+    costs.record(2, 0.01)
+    costs.record(40, 0.0101)
+    speculation = Speculation(costs, uses_prompt_lookup=True)
     engine = engine_of(None)
     for request in range(2):
         engine.submit(request, [1, 2, 3, 4, 5] * 4, max_tokens=100)
     sequences = [engine.core._sequences[request][0] for request in range(2)]
-    for ground in Ground:
+    for source in DraftSource:
         for _ in range(50):
-            sequences[1].hopes.note(ground, True)
-            sequences[0].hopes.note(ground, False)
+            sequences[1].acceptance_rates.record(source, True)
+            sequences[0].acceptance_rates.record(source, False)
     lengths = [len(draft) for draft in speculation.draft(sequences, 12)]
     assert sum(lengths) == 12 and lengths[0] < 3 < lengths[1]
 
@@ -409,27 +409,28 @@ def test_what_repeats_itself_is_the_same_for_as_long_as_is_counted() -> None:
     assert lookup.draft(3) == ([5, 5, 5], 8)
 
 
-def test_the_more_is_the_same_the_more_is_hoped_for() -> None:
-    hopes = Hopes()
-    by_length = [hopes.of(ground_of(num_same)) for num_same in range(2, 30)]
+def test_longer_matches_have_higher_acceptance_rates() -> None:
+    rates = AcceptanceRates()
+    by_length = [rates.of(source_of_match(match_length)) for match_length in range(2, 30)]
     assert by_length == sorted(by_length) and by_length[0] < by_length[-1]
 
 
-@pytest.mark.parametrize("ground", Ground)
-def test_hope_follows_the_fate_of_drafts_and_comes_back(ground: Ground) -> None:
-    speculation = Speculation(StepCosts(), looks_up=False, draft_length=4)
+@pytest.mark.parametrize("source", DraftSource)
+def test_acceptance_rates_follow_outcomes_and_drift_back(source: DraftSource) -> None:
+    speculation = Speculation(StepCosts(), uses_prompt_lookup=False, draft_length=4)
     engine = engine_of(None)
     engine.submit(1, [1, 2, 3])
     sequence = engine.core._sequences[1][0]
-    first = {each: sequence.hopes.of(each) for each in Ground}
-    sequence.grounds = [ground] * 4
+    first = {each: sequence.acceptance_rates.of(each) for each in DraftSource}
+    sequence.draft_sources = [source] * 4
     for _ in range(30):
-        speculation.note(sequence, 4, 4)
-    assert sequence.hopes.of(ground) > 0.95
+        speculation.record(sequence, 4, 4)
+    assert sequence.acceptance_rates.of(source) > 0.95
     for _ in range(60):
-        speculation.note(sequence, 4, 0)
-    assert sequence.hopes.of(ground) < 0.05
+        speculation.record(sequence, 4, 0)
+    assert sequence.acceptance_rates.of(source) < 0.05
     for _ in range(500):
-        sequence.hopes.forgive(ground)
-    assert sequence.hopes.of(ground) > 0.8 * first[ground]
-    assert all(sequence.hopes.of(each) == first[each] for each in Ground if each != ground)
+        sequence.acceptance_rates.drift_to_initial(source)
+    assert sequence.acceptance_rates.of(source) > 0.8 * first[source]
+    others = [each for each in DraftSource if each != source]
+    assert all(sequence.acceptance_rates.of(each) == first[each] for each in others)

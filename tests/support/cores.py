@@ -48,7 +48,7 @@ class Engine:
             context_length,
             VOCAB_SIZE,
             clock=clock,
-            looks_up=draft_length is not None and make_draft_plan is None,
+            uses_prompt_lookup=draft_length is not None and make_draft_plan is None,
             draft_plan=make_draft_plan(limits) if make_draft_plan else None,
             draft_length=draft_length or 0,
         )

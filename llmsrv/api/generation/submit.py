@@ -48,7 +48,7 @@ def make_submits(
     *,
     n: int,
     num_logprobs: int,
-    tells_prompt: bool,
+    wants_prompt_logprobs: bool,
     tenant: bytes,
     grammar: str = "",
 ) -> list[Submit]:
@@ -57,7 +57,7 @@ def make_submits(
     num_logprobs  alternatives at each token that is told; -1 for no log-probabilities at all
     tenant        requests of different tenants share no prefix, so none can time another's
     """
-    check_budget(prompts, max_tokens, n, 1 + num_logprobs if tells_prompt else 0)
+    check_budget(prompts, max_tokens, n, 1 + num_logprobs if wants_prompt_logprobs else 0)
     sampling = sampling_of(request, service.text.sampling_defaults, num_logprobs)
     timeout_s = service.config.request_timeout_s
     deadline_s = time.monotonic() + timeout_s if timeout_s else math.inf
@@ -75,22 +75,29 @@ def make_submits(
             priority=request.priority or 0,
             tenant=tenant,
             deadline_s=deadline_s,
-            prompt_logprobs=tells_prompt,
+            prompt_logprobs=wants_prompt_logprobs,
         )
         for ids, limit in zip(prompts, max_tokens, strict=True)
     ]
 
 
-def check_budget(prompts: list[list[int]], max_tokens: list[int], n: int, num_told: int) -> None:
+def check_budget(
+    prompts: list[list[int]], max_tokens: list[int], n: int, num_prompt_logprobs: int
+) -> None:
     """ApiError 400 for more than one request may ask for.
 
-    num_told  log-probabilities of each token of the prompts
+    num_prompt_logprobs  log-probabilities of each token of the prompts
     """
-    num_told *= sum(map(len, prompts))
+    num_prompt_logprobs *= sum(map(len, prompts))
     for param, number, most, what in (
         ("n", len(prompts) * n, MAX_CHOICES, "choices"),
         ("max_tokens", sum(max_tokens) * n, MAX_OUTPUT_TOKENS, "tokens of output"),
-        ("prompt_logprobs", num_told, MAX_PROMPT_LOGPROBS, "log-probabilities of prompts"),
+        (
+            "prompt_logprobs",
+            num_prompt_logprobs,
+            MAX_PROMPT_LOGPROBS,
+            "log-probabilities of prompts",
+        ),
     ):
         if number > most:
             raise invalid(param, f"expected at most {most} {what} in all, but got {number}")

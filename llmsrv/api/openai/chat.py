@@ -53,7 +53,7 @@ class ChatCompletions:
             [submit.output_limit(service, len(ids), asked.max_tokens, None, "messages")],
             n=asked.n or 1,
             num_logprobs=_num_logprobs(asked),
-            tells_prompt=asked.prompt_logprobs is not None,
+            wants_prompt_logprobs=asked.prompt_logprobs is not None,
             tenant=submit.tenant_of(request),
             grammar=await grammar_of(service, asked, tools, is_thinking),
         )

@@ -59,7 +59,7 @@ class Completions:
             max_tokens,
             n=asked.best_of or asked.n or 1,
             num_logprobs=_num_logprobs(asked),
-            tells_prompt=_tells_prompt(asked),
+            wants_prompt_logprobs=_wants_prompt_logprobs(asked),
             tenant=submit.tenant_of(request),
             grammar=await structured.grammar_of(service, asked),
         )
@@ -94,7 +94,7 @@ class _Answer:
         deltas = await self._job.whole()
         if self._asked.best_of:
             deltas = _best(deltas, self._asked.best_of, self._asked.n or 1)
-        if self._asked.echo or _tells_prompt(self._asked):  # something for each of its tokens
+        if self._asked.echo or _wants_prompt_logprobs(self._asked):  # work for each prompt token
             return await asyncio.to_thread(self._body, deltas)
         return self._body(deltas)
 
@@ -260,7 +260,7 @@ def _check(asked: CompletionRequest, config: Config) -> None:
         raise invalid("best_of", "more than 'n' is not allowed when 'stream' is true")
 
 
-def _tells_prompt(asked: CompletionRequest) -> bool:
+def _wants_prompt_logprobs(asked: CompletionRequest) -> bool:
     """Whether the log-probabilities of the prompt are wanted."""
     return asked.prompt_logprobs is not None or bool(asked.echo and asked.logprobs is not None)
 

@@ -454,7 +454,7 @@ def test_every_further_field_of_vllm_and_mlc_is_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    "n, num_prompts, max_tokens, num_told, param",
+    "n, num_prompts, max_tokens, num_prompt_logprobs, param",
     [
         (2, 513, 1, 0, "n"),
         (128, 1, 40_000, 0, "max_tokens"),
@@ -463,10 +463,11 @@ def test_every_further_field_of_vllm_and_mlc_is_taken() -> None:
     ],
 )
 def test_94_a_request_has_a_budget_of_choices_and_of_tokens(
-    n: int, num_prompts: int, max_tokens: int, num_told: int, param: str
+    n: int, num_prompts: int, max_tokens: int, num_prompt_logprobs: int, param: str
 ) -> None:
     with pytest.raises(ApiError) as caught:
-        generate.check_budget([[1]] * num_prompts, [max_tokens] * num_prompts, n, num_told)
+        prompts, limits = [[1]] * num_prompts, [max_tokens] * num_prompts
+        generate.check_budget(prompts, limits, n, num_prompt_logprobs)
     assert (caught.value.status, caught.value.param) == (400, param)
 
 
