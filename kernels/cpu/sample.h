@@ -1,4 +1,4 @@
-/* The sampling contract of backend/sampling/contract.py, to the bit.  Mirrored by backend/cpu/sampling.py. */
+/* The sampling contract of backend/sampling/reference_sampler.py, to the bit.  Mirrored by backend/cpu/sampling.py. */
 #ifndef SAMPLE_H
 #define SAMPLE_H
 

@@ -20,7 +20,7 @@ from typing import Self
 
 import numpy.typing as npt
 
-from llmsrv.backend.sampling.contract import Samples
+from llmsrv.backend.sampling.samples import Samples
 from llmsrv.backend.sampling.table import SamplingTable
 from llmsrv.errors import StartupError
 
@@ -34,7 +34,7 @@ class Tensor:
     """A weight exactly as its file has it.
 
     name   the file's name for it, for messages
-    type   ggml's name of the storage type, as Q4_1 (quants.TYPES)
+    type   ggml's name of the storage type, as Q4_1 (quants/ggml_types.py)
     shape  (rows, columns) or (columns,); a matrix is row-major, quantised in blocks along columns
     data   uint8, one dimension, read-only: the mapped bytes
     """
@@ -289,7 +289,7 @@ class Plan(ABC):
         draft that was not drawn mean nothing, and what their rows stored in the KV cache is to be
         written again before it is read.  Where a grammar holds, set_grammar takes a mask a row.
 
-        A row that cannot be sampled has id FAILED (sampling/contract.py) and harms no other.
+        A row that cannot be sampled has id FAILED (sampling/samples.py) and harms no other.
         """
 
 

@@ -23,7 +23,7 @@ from llmsrv.backend.base import RopeAndStore
 from llmsrv.backend.base import SelectLogitRows
 from llmsrv.backend.base import Tensor
 from llmsrv.backend.cpu.library import FORMATS
-from llmsrv.backend.quants.types import TYPES
+from llmsrv.backend.quants.ggml_types import GGML_TYPES
 from llmsrv.backend.reference.backend import ReferenceBackend
 
 HIDDEN, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, VOCAB = 256, 4, 2, 24, 40
@@ -82,9 +82,9 @@ def _tensor(name: str, type: str, *shape: int) -> Tensor:
     values = int(np.prod(shape))
     if type == "F32":
         return Tensor(name, type, shape, rng.normal(size=values).astype(np.float32).view(np.uint8))
-    block_values, block_bytes = TYPES[type][:2]
+    block = GGML_TYPES[type]
     # Without its second bit a float16 or bfloat16 is below 2 in size, and so are the scales.
-    data = rng.integers(0, 256, values // block_values * block_bytes, np.uint8) & 0xBF
+    data = rng.integers(0, 256, values // block.block_values * block.block_bytes, np.uint8) & 0xBF
     return Tensor(name, type, shape, data)
 
 

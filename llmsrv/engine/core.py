@@ -20,7 +20,7 @@ import numpy as np
 
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
-from llmsrv.backend.sampling.contract import Samples
+from llmsrv.backend.sampling.samples import Samples
 from llmsrv.engine.batch import build_batch
 from llmsrv.engine.draft_model import DraftModel
 from llmsrv.engine.grammar import Grammar

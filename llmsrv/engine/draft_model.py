@@ -14,10 +14,10 @@ from collections.abc import Callable
 import numpy as np
 
 from llmsrv.backend.base import Plan
-from llmsrv.backend.sampling.contract import FAILED
+from llmsrv.backend.sampling.samples import FAILED
 from llmsrv.backend.sampling.table import SamplingParameters
-from llmsrv.engine.batch import build_batch
 from llmsrv.engine.batch import Rows
+from llmsrv.engine.batch import build_batch
 from llmsrv.engine.kv_cache import KVCache
 from llmsrv.engine.sequence import Sequence
 from llmsrv.engine.step_costs import StepCosts

@@ -10,8 +10,8 @@ import numpy as np
 
 from llmsrv.backend.base import Array
 from llmsrv.backend.base import Tensor
-from llmsrv.backend.quants.types import TYPES
-from llmsrv.backend.quants.types import dequantise
+from llmsrv.backend.quants.ggml_types import GGML_TYPES
+from llmsrv.backend.quants.ggml_types import dequantize
 from llmsrv.errors import ModelError
 from llmsrv.files.folder import ModelFolder
 from llmsrv.files.gguf import GGUFFile
@@ -70,8 +70,8 @@ class Tensors:
         where = f"{self.file.path}: tensor '{info.name}'"
         if info.shape != shape:
             raise ModelError(f"{where} has shape {info.shape}; expected {shape}")
-        if info.type not in TYPES:
-            known = ", ".join(TYPES)
+        if info.type not in GGML_TYPES:
+            known = ", ".join(GGML_TYPES)
             raise ModelError(f"{where} has type {info.type}; this version runs {known}")
         self.taken.add(info.name)
         self.tick()
@@ -165,5 +165,5 @@ class FolderTensors(Tensors):
 
 def _values(tensor: Tensor) -> Array:
     values = np.empty(prod(tensor.shape), np.float32)
-    dequantise(tensor.type, tensor.data, values)
+    dequantize(tensor.type, tensor.data, values)
     return values

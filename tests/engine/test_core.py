@@ -21,7 +21,7 @@ from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
 from llmsrv.backend.reference.backend import ReferenceBackend
-from llmsrv.backend.sampling.contract import Samples
+from llmsrv.backend.sampling.samples import Samples
 from llmsrv.backend.sampling.table import SamplingTable
 from llmsrv.engine.messages import Abort
 from llmsrv.engine.messages import Failed
@@ -32,9 +32,9 @@ from llmsrv.engine.sampling import write_sampling
 from llmsrv.engine.scheduler import MIN_PREFILL_ROWS_WITH_DECODE
 from llmsrv.engine.sequence import Sequence
 from llmsrv.model.load import load_model
-from tests.support.cores import alone
 from tests.support.cores import Engine
 from tests.support.cores import GREEDY
+from tests.support.cores import alone
 from tests.support.cores import healthy_prompt
 from tests.support.fake_plan import FakePlan
 from tests.support.fake_plan import NAN_ID

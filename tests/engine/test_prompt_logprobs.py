@@ -6,12 +6,12 @@ import pytest
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
 from llmsrv.backend.reference.backend import ReferenceBackend
-from llmsrv.backend.sampling.contract import log_softmax
+from llmsrv.backend.sampling.reference_sampler import log_softmax
 from llmsrv.engine.messages import PROMPT
 from llmsrv.engine.messages import Sampling
 from llmsrv.model.load import load_model
-from tests.support.cores import alone
 from tests.support.cores import Engine
+from tests.support.cores import alone
 from tests.support.cores import healthy_prompt
 from tests.support.gguf_writer import write_tiny_llama
 

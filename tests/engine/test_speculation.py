@@ -11,7 +11,7 @@ from llmsrv.backend.base import Batch
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
 from llmsrv.backend.reference.backend import ReferenceBackend
-from llmsrv.backend.sampling.contract import Samples
+from llmsrv.backend.sampling.samples import Samples
 from llmsrv.engine.acceptance import AcceptanceRates
 from llmsrv.engine.acceptance import DraftSource
 from llmsrv.engine.acceptance import source_of_match
@@ -22,9 +22,9 @@ from llmsrv.engine.step_costs import StepCosts
 from llmsrv.model.load import load_model
 from tests.engine.test_scheduler import Clock
 from tests.engine.test_scheduler import gaps_of
-from tests.support.cores import alone
 from tests.support.cores import Engine
 from tests.support.cores import GREEDY
+from tests.support.cores import alone
 from tests.support.cores import healthy_prompt
 from tests.support.fake_plan import FakePlan
 from tests.support.fake_plan import NAN_ID

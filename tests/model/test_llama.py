@@ -5,7 +5,7 @@ import pytest
 
 from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Limits
-from llmsrv.backend.quants.types import dequantise
+from llmsrv.backend.quants.ggml_types import dequantize
 from llmsrv.backend.reference.backend import ReferenceBackend
 from llmsrv.backend.sampling.table import SamplingParameters
 from llmsrv.files.gguf import open_gguf
@@ -42,7 +42,7 @@ class Llama64:
 
     def values(self, info):
         out = np.empty(info.shape, np.float32)
-        dequantise(info.type, np.frombuffer(self.gguf.data(info), np.uint8), out)
+        dequantize(info.type, np.frombuffer(self.gguf.data(info), np.uint8), out)
         return out.astype(np.float64)
 
     def number(self, key, default=None):

@@ -14,8 +14,8 @@ from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Batch
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
-from llmsrv.backend.sampling.contract import FAILED
-from llmsrv.backend.sampling.contract import Samples
+from llmsrv.backend.sampling.samples import FAILED
+from llmsrv.backend.sampling.samples import Samples
 from llmsrv.backend.sampling.table import SamplingTable
 
 VOCAB_SIZE = 50

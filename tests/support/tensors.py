@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from llmsrv.backend.base import Tensor
-from llmsrv.backend.quants.types import TYPES
+from llmsrv.backend.quants.ggml_types import GGML_TYPES
 
 # Where a block of the type has its float16 scales.
 HALVES = {
@@ -32,8 +32,8 @@ def random_tensor(
     count = int(np.prod(shape))
     if type not in HALVES:
         return Tensor(name, type, shape, _floats(type, rng.normal(size=count) * size))
-    values, bytes_ = TYPES[type][:2]
-    blocks = rng.integers(0, 256, (count // values, bytes_), np.uint8)
+    block_values, block_bytes = GGML_TYPES[type][:2]
+    blocks = rng.integers(0, 256, (count // block_values, block_bytes), np.uint8)
     for offset in HALVES[type]:
         scales = (size * rng.uniform(-0.02, 0.02, len(blocks))).astype(np.float16)
         blocks[:, offset : offset + 2] = scales[:, None].view(np.uint8)

@@ -40,7 +40,7 @@ from llmsrv.backend.cpu.library import declare
 from llmsrv.backend.cpu.sampling import CPUSamplingTable
 from llmsrv.backend.cpu.sampling import Sampler
 from llmsrv.backend.host_memory import host_memory
-from llmsrv.backend.sampling.contract import Samples
+from llmsrv.backend.sampling.samples import Samples
 from llmsrv.backend.source import CompilerHangs
 from llmsrv.backend.source import cpu_features
 from llmsrv.backend.source import find_compiler

@@ -15,7 +15,7 @@ from llmsrv.backend.cpu.library import address_of
 from llmsrv.backend.cpu.library import float32
 from llmsrv.backend.cpu.library import int32
 from llmsrv.backend.cpu.library import pointer
-from llmsrv.backend.quants.types import dequantise
+from llmsrv.backend.quants.ggml_types import dequantize
 
 
 class EmbeddingStruct(ctypes.Structure):
@@ -65,5 +65,5 @@ class Embedding:
         ids = self._ids[:num_rows]
         ids = np.where(ids < 0, np.maximum(self._sampled, 0)[np.maximum(-1 - ids, 0)], ids)
         values = np.empty((num_rows, self._out.shape[1]), np.float32)
-        dequantise(self._type, self._table[ids].reshape(-1), values)
+        dequantize(self._type, self._table[ids].reshape(-1), values)
         np.multiply(values, self._scale, out=self._out[:num_rows])

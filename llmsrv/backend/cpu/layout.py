@@ -55,8 +55,8 @@ from llmsrv.backend.cpu.library import drop_pages
 from llmsrv.backend.cpu.weights import Stack
 from llmsrv.backend.cpu.weights import Weights
 from llmsrv.backend.cpu.weights import format_of
-from llmsrv.backend.quants.types import TYPES
-from llmsrv.backend.quants.types import dequantise
+from llmsrv.backend.quants.ggml_types import GGML_TYPES
+from llmsrv.backend.quants.ggml_types import dequantize
 
 LANES = 16
 # Operations that write tiles beside their floats.
@@ -267,7 +267,7 @@ class Layout:
             start = 0
             for tensor in tensors:
                 size = prod(tensor.shape)
-                dequantise(tensor.type, tensor.data, values[start : start + size])
+                dequantize(tensor.type, tensor.data, values[start : start + size])
                 drop_pages(tensor.data)
                 start += size
             self._vectors[key] = values
@@ -405,10 +405,10 @@ def _check(program: Program) -> None:
         if isinstance(operation, Embed) and not is_first:
             raise CannotRun("the cpu backend expects Embed before all other operations")
         for tensor in _tensors(operation):
-            if tensor.type not in TYPES:
+            if tensor.type not in GGML_TYPES:
                 raise CannotRun(
                     f"tensor '{tensor.name}' has type {tensor.type}; the cpu backend runs "
-                    + ", ".join(TYPES)
+                    + ", ".join(GGML_TYPES)
                 )
     if program.head_dim > MAX_HEAD_DIM:
         raise CannotRun(

@@ -14,8 +14,8 @@ from llmsrv.backend.cpu.library import Memory
 from llmsrv.backend.cpu.library import address_of
 from llmsrv.backend.cpu.library import int32
 from llmsrv.backend.cpu.library import pointer
-from llmsrv.backend.sampling.contract import FAILED
-from llmsrv.backend.sampling.contract import Samples
+from llmsrv.backend.sampling.samples import FAILED
+from llmsrv.backend.sampling.samples import Samples
 from llmsrv.backend.sampling.table import Mask
 from llmsrv.backend.sampling.table import SamplingParameters
 from llmsrv.backend.sampling.table import SamplingTable

@@ -22,7 +22,7 @@ from llmsrv.backend.cpu.library import Part
 from llmsrv.backend.cpu.library import ROWS
 from llmsrv.backend.cpu.library import address_of
 from llmsrv.backend.cpu.library import drop_pages
-from llmsrv.backend.quants.types import dequantise
+from llmsrv.backend.quants.ggml_types import dequantize
 
 ALIGNMENT = 64
 # Products fetch this far ahead of what they read, and may run over the end of a stretch.
@@ -183,5 +183,5 @@ def _converted(type: str, data: Array, columns: int, format: str) -> Array:
     if type == format:
         return data
     values = np.empty((len(data), columns), np.float32)
-    dequantise(type, data.reshape(-1), values)
+    dequantize(type, data.reshape(-1), values)
     return values.view(np.uint8)

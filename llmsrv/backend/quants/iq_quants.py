@@ -31,12 +31,12 @@ from llmsrv.backend.quants.iq_grids import IQ2_XXS
 from llmsrv.backend.quants.iq_grids import IQ3_S
 from llmsrv.backend.quants.iq_grids import IQ3_XXS
 from llmsrv.backend.quants.iq_grids import IQ4_CURVE
-from llmsrv.backend.quants.packed import Bytes
-from llmsrv.backend.quants.packed import Floats
-from llmsrv.backend.quants.packed import bits_of
-from llmsrv.backend.quants.packed import fields
-from llmsrv.backend.quants.packed import half
-from llmsrv.backend.quants.packed import scaled
+from llmsrv.backend.quants.unpack import Bytes
+from llmsrv.backend.quants.unpack import Floats
+from llmsrv.backend.quants.unpack import bits_of
+from llmsrv.backend.quants.unpack import fields
+from llmsrv.backend.quants.unpack import half
+from llmsrv.backend.quants.unpack import scaled
 
 Numbers = npt.NDArray[np.integer[Any]]
 

@@ -14,11 +14,11 @@ Source: ggml-common.h (layouts) and dequantize_row_* of ggml-quants.c (float32 a
 
 import numpy as np
 
-from llmsrv.backend.quants.packed import Bytes
-from llmsrv.backend.quants.packed import Floats
-from llmsrv.backend.quants.packed import fields
-from llmsrv.backend.quants.packed import half
-from llmsrv.backend.quants.packed import scaled
+from llmsrv.backend.quants.unpack import Bytes
+from llmsrv.backend.quants.unpack import Floats
+from llmsrv.backend.quants.unpack import fields
+from llmsrv.backend.quants.unpack import half
+from llmsrv.backend.quants.unpack import scaled
 
 
 def q2_k(blocks: Bytes, out: Floats) -> None:

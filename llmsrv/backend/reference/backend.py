@@ -38,9 +38,9 @@ from llmsrv.backend.base import Softcap
 from llmsrv.backend.base import Tensor
 from llmsrv.backend.host_memory import host_memory
 from llmsrv.backend.host_memory import machine_bytes
-from llmsrv.backend.quants.packed import Floats
-from llmsrv.backend.quants.types import TYPES
-from llmsrv.backend.quants.types import dequantise
+from llmsrv.backend.quants.ggml_types import GGML_TYPES
+from llmsrv.backend.quants.ggml_types import dequantize
+from llmsrv.backend.quants.unpack import Floats
 from llmsrv.backend.reference.operations import attend
 from llmsrv.backend.reference.operations import gated
 from llmsrv.backend.reference.operations import norm
@@ -49,8 +49,8 @@ from llmsrv.backend.reference.operations import rotate_heads
 from llmsrv.backend.reference.operations import route
 from llmsrv.backend.reference.operations import softcapped
 from llmsrv.backend.reference.operations import spans
-from llmsrv.backend.sampling.contract import Samples
-from llmsrv.backend.sampling.contract import sample
+from llmsrv.backend.sampling.reference_sampler import sample
+from llmsrv.backend.sampling.samples import Samples
 from llmsrv.backend.sampling.table import SamplingTable
 from llmsrv.errors import StartupError
 
@@ -240,7 +240,7 @@ def _embedded(ids: Array, table: Tensor) -> Floats:
     """Rows of the table, made float32 one by one: no second copy of a large table."""
     packed = table.data.reshape(table.shape[0], -1)[ids]
     rows = np.empty((len(ids), table.shape[1]), np.float32)
-    dequantise(table.type, packed.reshape(-1), rows)
+    dequantize(table.type, packed.reshape(-1), rows)
     return rows
 
 
@@ -272,10 +272,10 @@ def _names(stack: Stack) -> tuple[str, ...]:
 def _check_types(program: Program) -> None:
     tables = [operation.table for operation in program.operations if isinstance(operation, Embed)]
     for tensor in [*tables, *(tensor for stack in _stacks(program) for tensor in stack)]:
-        if tensor.type not in TYPES:
+        if tensor.type not in GGML_TYPES:
             raise CannotRun(
                 f"tensor '{tensor.name}' has type {tensor.type}; the reference backend runs "
-                + ", ".join(TYPES)
+                + ", ".join(GGML_TYPES)
             )
 
 
@@ -286,7 +286,7 @@ def _stacked(stack: Stack, tick: Callable[[], None]) -> Floats:
     start = 0
     for tensor in stack:
         stop = start + tensor.shape[0]
-        dequantise(tensor.type, tensor.data, out[start:stop])
+        dequantize(tensor.type, tensor.data, out[start:stop])
         start = stop
         tick()
     return out

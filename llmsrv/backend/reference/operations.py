@@ -12,7 +12,7 @@ from llmsrv.backend.base import Array
 from llmsrv.backend.base import Attention
 from llmsrv.backend.base import Batch
 from llmsrv.backend.base import RopeAndStore
-from llmsrv.backend.quants.packed import Floats
+from llmsrv.backend.quants.unpack import Floats
 
 # Rows of a long chunk that attend together: few, since none looks beyond the last of them and their
 # scores should stay in the cache; not too few, since k and v are gathered for each span.

@@ -28,7 +28,7 @@ from llmsrv.backend.cpu.backend import TIERS
 from llmsrv.backend.cpu.backend import Tier
 from llmsrv.backend.cpu.library import FLOATS
 from llmsrv.backend.cpu.library import FORMATS
-from llmsrv.backend.quants.types import TYPES
+from llmsrv.backend.quants.ggml_types import GGML_TYPES
 from llmsrv.backend.reference.backend import ReferenceBackend
 from llmsrv.backend.sampling.table import SamplingParameters
 from llmsrv.config import default_cache_dir
@@ -43,8 +43,8 @@ from tests.support.tensors import random_tensor
 
 LIMITS = Limits(max_rows=300, max_logit_rows=40, max_slots=40, num_blocks=80)
 VOCAB = 97
-PACKED = [type for type in FORMATS if type in TYPES]
-OTHERS = [type for type in TYPES if type in HALVES and type not in FORMATS]
+PACKED = [type for type in FORMATS if type in GGML_TYPES]
+OTHERS = [type for type in GGML_TYPES if type in HALVES and type not in FORMATS]
 
 
 def random(*shape, seed=0):

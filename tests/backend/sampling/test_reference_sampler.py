@@ -6,11 +6,11 @@ import struct
 import numpy as np
 import pytest
 
-from llmsrv.backend.sampling.contract import FAILED
-from llmsrv.backend.sampling.contract import candidates
-from llmsrv.backend.sampling.contract import sample
-from llmsrv.backend.sampling.contract import weights_of
 from llmsrv.backend.sampling.philox import uniform_bits
+from llmsrv.backend.sampling.reference_sampler import candidates
+from llmsrv.backend.sampling.reference_sampler import sample
+from llmsrv.backend.sampling.reference_sampler import weights_of
+from llmsrv.backend.sampling.samples import FAILED
 from llmsrv.backend.sampling.table import SamplingParameters
 from llmsrv.backend.sampling.table import SamplingTable
 from llmsrv.backend.sampling.table import mask_of

@@ -32,13 +32,14 @@ there, as long as every draft before it is what its own row drew.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from llmsrv.backend.sampling.philox import uniform_bits
+from llmsrv.backend.sampling.samples import FAILED
+from llmsrv.backend.sampling.samples import Samples
 from llmsrv.backend.sampling.table import Extras
 from llmsrv.backend.sampling.table import FRACTION_BITS
 from llmsrv.backend.sampling.table import Floats
@@ -50,7 +51,6 @@ Integers = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 SURPRISE_BITS = 20
-FAILED = -1
 
 
 def float32(hexadecimal: str) -> np.float32:
@@ -73,20 +73,6 @@ EXP_COEFFICIENTS = (  # c6 first
     float32("0x1.0p+0"),
 )
 LEAST_X = np.float32(-28)  # below, exp(x) * 2**40 < 1: the weight is 0
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What one step sampled.
-
-    ids           [R] int32, FAILED where the row could not be sampled
-    logprobs      [R] float32, of the sampled id; NaN where not asked for or FAILED
-    alternatives  per row its largest (ids, logprobs), most likely first; empty where not asked for
-    """
-
-    ids: Ids
-    logprobs: Floats
-    alternatives: list[tuple[Ids, Floats]]
 
 
 @np.errstate(over="ignore")  # x may be -inf, and a bias may overflow: both are defined

@@ -1,4 +1,4 @@
-"""Dequantisers against blocks written by hand, and against PyPI's gguf."""
+"""Dequantizing, against blocks written by hand, and against PyPI's gguf."""
 
 import struct
 import zlib
@@ -6,19 +6,18 @@ import zlib
 import numpy as np
 import pytest
 
-from llmsrv.backend.quants import types as quants
-from llmsrv.backend.quants.types import TYPES
-from llmsrv.backend.quants.types import dequantise
+from llmsrv.backend.quants.ggml_types import GGML_TYPES
+from llmsrv.backend.quants.ggml_types import dequantize
 from llmsrv.files.gguf import TENSOR_TYPES
 
-# Of 16 bytes the low halves count up and the high halves down.
+# 16 bytes whose low halves count up and whose high halves count down.
 NIBBLES = bytes(low | high << 4 for low, high in zip(range(16), reversed(range(16))))
 UP, DOWN = np.arange(16), np.arange(15, -1, -1)
 UP_AND_DOWN = np.array([*UP, *DOWN])
 SIGNED = np.array([-128, -127, -1, 0, 1, 127, *range(26)])
 
-# The values of a block of 256, their groups of 32 and of 16; 0xE4 holds 0, 1, 2 and 3 in 2 bits
-# each, and 0xAA bits that are 0 and 1 in turn.
+# The values of a block of 256, and their groups of 32 and of 16.  0xE4 holds 0, 1, 2 and 3 in 2
+# bits each, 0xAA alternating bits.
 VALUE = np.arange(256)
 BY_32, BY_16 = VALUE // 32, VALUE // 16
 TWO_BITS, ONE_BIT = BY_32 % 4, BY_32 % 2
@@ -29,7 +28,7 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
 def six_bits(scales, minima):
-    """Eight scales and eight minima of 6 bits in 12 bytes, as Q4_K and Q5_K have them."""
+    """Eight scales and eight minima of 6 bits each in 12 bytes, as in Q4_K and Q5_K."""
     pairs = list(zip(scales, minima))
     return bytes(
         [s | pairs[j + 4][0] >> 4 << 6 for j, (s, _) in enumerate(pairs[:4])]
@@ -203,12 +202,13 @@ CHECKSUMS: dict[str, int] = {
 def values_of(type, data, size):
     out = np.full(size, np.nan, np.float32)
     with np.errstate(all="ignore"):
-        dequantise(type, np.frombuffer(data, np.uint8), out)
+        dequantize(type, np.frombuffer(data, np.uint8), out)
     return out
 
 
 def random_blocks(type, count):
-    return np.random.default_rng(1).integers(0, 256, (count, TYPES[type][1]), np.uint8)
+    size = count, GGML_TYPES[type].block_bytes
+    return np.random.default_rng(1).integers(0, 256, size, np.uint8)
 
 
 @pytest.mark.parametrize("type, data, values", HAND_MADE)
@@ -218,44 +218,46 @@ def test_a_block_means_what_the_specification_says(type, data, values):
 
 
 @pytest.mark.parametrize("type, data, values", HAND_MADE)
-def test_many_blocks_are_as_each_of_them_alone(type, data, values, monkeypatch):
-    monkeypatch.setattr(quants, "CHUNK_VALUES", 4 * TYPES[type][0])
+def test_many_blocks_give_the_same_values_as_each_alone(type, data, values, monkeypatch):
+    chunk_values = 4 * GGML_TYPES[type].block_values
+    monkeypatch.setattr("llmsrv.backend.quants.ggml_types.CHUNK_VALUES", chunk_values)
     many = values_of(type, data * 7, 7 * len(values))
     np.testing.assert_array_equal(many, np.tile(np.asarray(values, np.float32), 7))
 
 
-@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("type", GGML_TYPES)
 def test_random_blocks_keep_their_meaning(type):
-    values = values_of(type, random_blocks(type, 500).tobytes(), 500 * TYPES[type][0])
+    num_values = 500 * GGML_TYPES[type].block_values
+    values = values_of(type, random_blocks(type, 500).tobytes(), num_values)
     assert zlib.crc32(np.nan_to_num(values) + np.float32(0)) == CHECKSUMS[type]
 
 
 def test_every_type_is_tested_here():
-    assert {type for type, _, _ in HAND_MADE} == set(TYPES) == set(CHECKSUMS)
+    assert {type for type, _, _ in HAND_MADE} == set(GGML_TYPES) == set(CHECKSUMS)
 
 
-def test_blocks_are_of_the_sizes_that_the_file_reader_goes_by():
-    """The other types that it knows are none of weights: activations, and integers."""
+def test_block_sizes_are_those_of_the_file_reader():
+    """It knows more types, none of them for weights: activations, integers and doubles."""
     read = {name: (size, size_bytes) for name, size, size_bytes in TENSOR_TYPES.values()}
-    for type, (block_values, block_bytes, _) in TYPES.items():
+    for type, (block_values, block_bytes, _) in GGML_TYPES.items():
         assert read.pop(type) == (block_values, block_bytes), type
     assert set(read) == {"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"}
 
 
 @pytest.mark.parametrize("offset", [1, 2])
-@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("type", GGML_TYPES)
 def test_data_need_not_be_aligned(type, offset):
     data = random_blocks(type, 8).tobytes()
     shifted = np.frombuffer(bytes(offset) + data, np.uint8)[offset:]
-    out = np.empty(8 * TYPES[type][0], np.float32)
+    out = np.empty(8 * GGML_TYPES[type].block_values, np.float32)
     with np.errstate(all="ignore"):
-        dequantise(type, shifted, out)
+        dequantize(type, shifted, out)
     np.testing.assert_array_equal(out, values_of(type, data, out.size))
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize("type", [type for type in TYPES if type != "Q1_0"])  # gguf lacks it
-def test_random_bytes_mean_the_same_to_gguf(type):
+@pytest.mark.parametrize("type", [type for type in GGML_TYPES if type != "Q1_0"])  # gguf lacks it
+def test_gguf_dequantizes_random_bytes_to_the_same_values(type):
     gguf = pytest.importorskip("gguf")
     data = random_blocks(type, 2560).reshape(40, -1)
     with np.errstate(all="ignore"):
@@ -266,7 +268,7 @@ def test_random_bytes_mean_the_same_to_gguf(type):
 
 @pytest.mark.compat
 @pytest.mark.parametrize("type", ["Q5_0", "Q5_1", "TQ1_0", "TQ2_0", "MXFP4"])
-def test_what_gguf_quantises_is_close_to_what_it_was(type):
+def test_weights_that_gguf_quantizes_come_back_about_the_same(type):
     gguf = pytest.importorskip("gguf")
     weights = np.random.default_rng(2).normal(0, 1, (8, 512)).astype(np.float32)
     data = gguf.quantize(weights, gguf.GGMLQuantizationType[type])
