@@ -20,6 +20,7 @@ from llmsrv.asgi.request import Headers
 from llmsrv.asgi.request import Request
 from llmsrv.asgi.response import Answer
 from llmsrv.asgi.response import error_response
+from llmsrv.asgi.router import Route
 from llmsrv.asgi.router import Router
 from llmsrv.asgi.sse import EventStream
 from llmsrv.asgi.types import ASGIApp
@@ -62,7 +63,7 @@ def build_app(
 
 
 class Application:
-    """Answers each request by its route, or with the error object of what it raised."""
+    """Answers each request by its route; errors are encoded in the route's dialect."""
 
     def __init__(self, gate: Gate, router: Router) -> None:
         self._gate = gate
@@ -70,25 +71,28 @@ class Application:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        answer = await self._answer(request)
+        route = self._router.find(request)
+        answer = await self._answer(request, route)
         if isinstance(answer, EventStream):
             async with request.cancel_on_disconnect():
-                await answer(send)
+                await answer(send, route.dialect.error_event)
         else:
             await answer(send)
 
-    async def _answer(self, request: Request) -> Answer:
+    async def _answer(self, request: Request, route: Route) -> Answer:
         try:
-            self._gate.check(request)
-            return await self._router(request)
+            self._gate.check(request, route.access)
+            if route.path is not None:
+                request.scope["route"] = route.path  # for Traffic
+            return await route.handler(request)
         except ApiError as error:
-            return error_response(error)
+            return error_response(error, route.dialect)
         except ClientDisconnected:
             raise
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
             message = "The server had an error while processing your request."
-            return error_response(ApiError(500, message))
+            return error_response(ApiError(500, message), route.dialect)
 
 
 def identified(app: ASGIApp) -> ASGIApp:

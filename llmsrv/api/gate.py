@@ -1,6 +1,6 @@
-"""Who may come in: the Host header while bound to loopback, and API keys.
+"""Which requests are let in: checks API keys, and the Host header while bound to loopback.
 
-Without the Host check a web page could reach a server on its visitor's machine by a name that it
+Without the Host check, a web page could reach a server on its visitor's machine through a name that
 resolves to 127.0.0.1 (DNS rebinding).
 """
 
@@ -11,13 +11,12 @@ import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
+from llmsrv.asgi.request import Headers
 from llmsrv.asgi.request import Request
+from llmsrv.asgi.router import Access
 from llmsrv.errors import ApiError
 from llmsrv.errors import StartupError
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/live", "/", "/docs", "/openapi.json"})
-# For the operator: without keys, only who is on this machine counts as such.
-OPERATOR_PATHS = frozenset({"/models/load", "/models/unload"})
 LOOPBACK_NAMES = frozenset({"localhost", "host.docker.internal"})
 
 
@@ -25,7 +24,7 @@ class Gate:
     def __init__(self, host: str, allowed_hosts: Iterable[str], keys: Iterable[str]) -> None:
         self._checks_host = is_loopback(host)
         self._allowed_hosts = LOOPBACK_NAMES | {name.lower() for name in allowed_hosts}
-        # Keyed digests in a set: how long a look-up takes tells nothing of the keys.
+        # A set of keyed digests: the time of a look-up reveals nothing about the keys.
         self._secret = secrets.token_bytes(32)
         self.replace_keys(keys)
 
@@ -34,17 +33,19 @@ class Gate:
         return bool(self._digests)
 
     def replace_keys(self, keys: Iterable[str]) -> None:
-        """What came in before is not concerned; keys that stay keep their tenant."""
+        """Requests that are already running are not affected; keys that stay keep their tenant."""
         self._digests = {self._digest(key.encode()) for key in keys}
 
-    def check(self, request: Request) -> None:
-        """Raises ApiError 403 or 401 for a request that may not come in; notes whose it is as
-        request.state["tenant"], bytes that say nothing of the key."""
+    def check(self, request: Request, access: Access) -> None:
+        """Raises ApiError 403 or 401 for a request that is not let in; access: of its route.
+
+        Sets request.state["tenant"] to bytes that identify the client but do not reveal its key.
+        """
         if self._checks_host:
             self._check_host(request.headers.get("host"))
-        if self.has_keys and request.path not in OPEN_PATHS:
-            request.state["tenant"] = self._check_key(request.headers.get("authorization"))
-        elif request.path in OPERATOR_PATHS and not self._checks_host:
+        if self.has_keys and access is not Access.OPEN:
+            request.state["tenant"] = self._check_key(request.headers)
+        elif access is Access.OPERATOR and not self._checks_host:
             raise ApiError(
                 403,
                 f"{request.path} needs an API key while the server listens beyond this machine; "
@@ -53,7 +54,7 @@ class Gate:
             )
 
     def _check_host(self, host: str | None) -> None:
-        name = host_name(host or "localhost")  # HTTP/1.0 may come without
+        name = host_name(host or "localhost")  # HTTP/1.0 does not require it
         if not _is_address(name) and name not in self._allowed_hosts:
             raise ApiError(
                 403,
@@ -62,13 +63,14 @@ class Gate:
                 code="host_not_allowed",
             )
 
-    def _check_key(self, authorization: str | None) -> bytes:
-        scheme, _, key = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
+    def _check_key(self, headers: Headers) -> bytes:
+        """The digest of the request's key; ApiError 401 if it has none or a wrong one."""
+        key = _sent_key(headers)
+        if not key:
             raise _unauthorized(
                 "You didn't provide an API key. Send it as 'Authorization: Bearer KEY'.", None
             )
-        digest = self._digest(key.strip().encode("latin-1", "replace"))
+        digest = self._digest(key.encode("latin-1", "replace"))
         if digest not in self._digests:
             raise _unauthorized("Incorrect API key provided.", "invalid_api_key")
         return digest
@@ -77,8 +79,25 @@ class Gate:
         return hmac.digest(self._secret, key, hashlib.sha256)
 
 
+def _sent_key(headers: Headers) -> str:
+    """The key in `Authorization: Bearer KEY`, else in `x-api-key: KEY`; "" if there is none.
+
+    Authorization wins even if it holds no usable key: a proxy that checks or replaces it must not
+    be bypassed by a second header.
+    """
+    authorization = headers.get("authorization")
+    if authorization is None:
+        return (headers.get("x-api-key") or "").strip()
+    scheme, _, key = authorization.partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
+
+
 def read_keys(keys: Iterable[str], path: str | None) -> list[str]:
-    """The keys given directly and those in a file, one a line; StartupError when there are none."""
+    """The given keys and those in the file, one per line.
+
+    Raises StartupError if the file cannot be read or holds no key, or if a key cannot be sent in a
+    header.
+    """
     found = list(keys)
     if path is not None:
         try:
@@ -100,7 +119,7 @@ def is_loopback(host: str) -> bool:
 
 
 def host_name(host: str) -> str:
-    """The name of a Host header, without port and IPv6 brackets, in lower case."""
+    """The name in a Host header, in lower case, without the port and IPv6 brackets."""
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].rstrip(".").lower()

@@ -1,8 +1,9 @@
 """Cross-origin resource sharing (WHATWG Fetch section 3.2): which web pages may call this server.
 
-Wraps an application: answers preflights, and decorates every other response, errors too, since a
-page cannot read an undecorated error.  It refuses no plain request: the browser keeps the answer
-from a page of another origin.  What does not depend on the request is computed once.
+It wraps an application.  It answers preflights and adds headers to every other response, including
+errors, which a page cannot read without them.  It never refuses an actual request: the browser
+withholds the response from pages of other origins.  Headers that do not depend on the request are
+computed once.
 """
 
 import re
@@ -22,7 +23,7 @@ from llmsrv.errors import ApiError
 
 LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?")
 ALL_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
-# Fetch allows these unasked, but Content-Type only with the values of an HTML form.
+# Fetch allows these without a preflight, but Content-Type only with the values of an HTML form.
 SAFE_HEADERS = ("Accept", "Accept-Language", "Content-Language", "Content-Type")
 PREFLIGHT_MAX_AGE_S = 600
 
@@ -30,12 +31,12 @@ Fields = list[tuple[bytes, bytes]]
 
 
 class CORS:
-    """An application with CORS around it.
+    """An application wrapped in CORS.
 
     allow_origins      ["*"] for any, a list of origins, or "loopback": http and https on
                        localhost, 127.0.0.1 and [::1] with any port
     allow_methods      methods that preflights allow, ["*"] for all
-    allow_headers      request headers that preflights allow, ["*"] for whatever is asked
+    allow_headers      request headers that preflights allow, ["*"] for all
     allow_credentials  whether pages may send cookies and HTTP authentication
     expose_headers     response headers that pages may read
     """
@@ -53,7 +54,7 @@ class CORS:
         self._loopback = allow_origins == "loopback"
         self._any_origin = not self._loopback and "*" in allow_origins
         self._origins = frozenset(() if self._loopback else allow_origins)
-        # The Fetch standard ignores a `*` that comes with credentials, so the origin is named then.
+        # Fetch ignores `*` when credentials are allowed, so the origin must then be named.
         self._star = self._any_origin and not allow_credentials
         self._methods = ALL_METHODS if "*" in allow_methods else tuple(allow_methods)
         self._any_header = "*" in allow_headers
@@ -86,50 +87,50 @@ class CORS:
             if method is not None:
                 await self._answer_preflight(origin, method, headers)(send)
                 return
-        extra = self._decoration(origin)
-        await self._app(scope, receive, _decorate(send, extra) if extra else send)
+        extra = self._response_fields(origin)
+        await self._app(scope, receive, _with_fields(send, extra) if extra else send)
 
     def is_allowed(self, origin: str) -> bool:
-        """Whether pages of that origin may read our answers."""
+        """Whether pages of that origin may read our responses."""
         if self._loopback:
             return LOOPBACK_ORIGIN.fullmatch(origin) is not None
         return self._any_origin or origin in self._origins
 
-    def _decoration(self, origin: str | None) -> Fields:
+    def _response_fields(self, origin: str | None) -> Fields:
         if origin is None or not self.is_allowed(origin):
             return self._not_allowed
-        return [*self._allowed, *self._named(origin)]
+        return [*self._allowed, *self._named_origin(origin)]
 
-    def _named(self, origin: str) -> Fields:
+    def _named_origin(self, origin: str) -> Fields:
         return [] if self._star else [(b"access-control-allow-origin", origin.encode("latin-1"))]
 
     def _answer_preflight(self, origin: str, method: str, headers: Headers) -> Response:
-        asked = headers.get("access-control-request-headers") or ""
-        if refused := self._refused(origin, method, asked):
+        requested = headers.get("access-control-request-headers") or ""
+        if refused := self._refused_part(origin, method, requested):
             response = error_response(ApiError(400, f"CORS does not allow {refused}."))
             response.headers.append(self._preflight[0])
             return response
-        fields = [*self._preflight, *self._named(origin)]
-        if self._any_header and asked:
-            # Not `*`: that would leave out Authorization (Fetch section 3.2.2).
-            fields.append((b"access-control-allow-headers", asked.encode("latin-1")))
+        fields = [*self._preflight, *self._named_origin(origin)]
+        if self._any_header and requested:
+            # Not `*`: that would exclude Authorization (Fetch section 3.2.2).
+            fields.append((b"access-control-allow-headers", requested.encode("latin-1")))
         return Response(204, headers=fields)
 
-    def _refused(self, origin: str, method: str, asked: str) -> str:
-        """What of a preflight is not allowed, in words; empty when all of it is."""
+    def _refused_part(self, origin: str, method: str, requested: str) -> str:
+        """The part of a preflight that is not allowed, in words; empty if all of it is."""
         if not self.is_allowed(origin):
             return f"the origin {origin[:200]}"
         if method not in self._methods:
             return f"the method {method[:32]}"
-        names = [name.strip().lower() for name in asked.split(",") if name.strip()]
+        names = [name.strip().lower() for name in requested.split(",") if name.strip()]
         unknown = [] if self._any_header else [n for n in names if n not in self._headers]
         return f"the header {unknown[0][:200]}" if unknown else ""
 
 
-def _decorate(send: Send, extra: Fields) -> Send:
-    def decorated(message: Message) -> Awaitable[None]:
+def _with_fields(send: Send, extra: Fields) -> Send:
+    def send_with_fields(message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":
             message["headers"] = [*message.get("headers", ()), *extra]
         return send(message)
 
-    return decorated
+    return send_with_fields

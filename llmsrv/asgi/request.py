@@ -1,4 +1,4 @@
-"""A request as its handler sees it.  Knows nothing of sockets, routes or JSON."""
+"""A request as its handler sees it.  Knows nothing about sockets, routes or JSON."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -13,18 +13,18 @@ from llmsrv.errors import ApiError
 
 
 class Headers:
-    """The fields of a request by name; names in any case, values decoded as latin-1."""
+    """A request's header fields by name, in any case; values are decoded as latin-1."""
 
     def __init__(self, raw: RawHeaders) -> None:
         self._raw = raw
 
     def get(self, name: str) -> str | None:
-        """The first field of that name, None where there is none."""
+        """The first field with that name, or None."""
         key = name.lower().encode("latin-1")
         return next((value.decode("latin-1") for field, value in self._raw if field == key), None)
 
     def getlist(self, name: str) -> list[str]:
-        """Every field of that name, in the order they were sent."""
+        """All fields with that name, in the order they were sent."""
         key = name.lower().encode("latin-1")
         return [value.decode("latin-1") for field, value in self._raw if field == key]
 
@@ -33,9 +33,9 @@ class Request:
     """One request.
 
     raw_path     the path as sent, still percent-encoded, without the query
-    client       the peer's address and port, None where it has none
-    state        notes of the application about this request
-    path_params  what the router took from the path, decoded
+    client       the peer's address and port, None if it has none
+    state        the application's own data about this request
+    path_params  the route's parameters from the path, decoded
     """
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
@@ -51,10 +51,10 @@ class Request:
         self._body: bytes | None = None
 
     async def body(self, limit_bytes: int) -> bytes:
-        """The whole body, read once.
+        """The whole body; it is read only once.
 
-        Raises ApiError 413 as soon as it is known to be over limit_bytes, and ClientDisconnected
-        when the client goes away first.
+        Raises ApiError 413 as soon as the body is known to exceed limit_bytes, and
+        ClientDisconnected if the client goes away first.
         """
         if self._body is None:
             self._body = await self._read_body(limit_bytes)
@@ -79,9 +79,9 @@ class Request:
 
     @asynccontextmanager
     async def cancel_on_disconnect(self) -> AsyncIterator[None]:
-        """Cancels its block when the client goes away, and raises ClientDisconnected out of it.
+        """Cancels the block when the client goes away; ClientDisconnected is then raised from it.
 
-        To be entered after body(): what is left of a body is discarded by it.
+        Enter it after body(): it discards the rest of the body.
         """
         task = asyncio.current_task()
         assert task is not None
@@ -91,7 +91,7 @@ class Request:
             nonlocal is_gone
             while (await self._receive())["type"] != "http.disconnect":
                 pass
-            # Here and not in a done callback: that could run when the block has been left.
+            # Not in a done callback: that could run after the block has been left.
             is_gone = True
             task.cancel()
 
@@ -99,7 +99,8 @@ class Request:
         try:
             yield
         except asyncio.CancelledError:
-            # Cancelled from elsewhere as well: that one must go on (as in asyncio.timeout).
+            # If the task was also cancelled from elsewhere, that must propagate (as in
+            # asyncio.timeout).
             if not is_gone or task.uncancel() > 0:
                 raise
             raise ClientDisconnected from None

@@ -1,7 +1,9 @@
-"""Answers whose whole body is known.  Streams are in sse.py."""
+"""Responses whose whole body is known.  Streams are in sse.py."""
 
 from typing import Protocol
 
+from llmsrv.asgi.dialect import Dialect
+from llmsrv.asgi.dialect import OPENAI
 from llmsrv.asgi.types import RawHeaders
 from llmsrv.asgi.types import Send
 from llmsrv.errors import ApiError
@@ -14,8 +16,8 @@ class Answer(Protocol):
 
 
 class Response:
-    """A status and a body; Content-Type and Content-Length are left out where there is no body
-    to describe (204, 304)."""
+    """A status, headers and a body.  Statuses without a body (204, 304) get no Content-Type or
+    Content-Length."""
 
     def __init__(
         self,
@@ -37,7 +39,7 @@ class Response:
         await send({"type": "http.response.body", "body": self.body, "more_body": False})
 
 
-def error_response(error: ApiError) -> Response:
-    """OpenAI's error object with the headers that the error asks for."""
+def error_response(error: ApiError, dialect: Dialect = OPENAI) -> Response:
+    """The error in the dialect's shape, with the error's own headers."""
     headers = [(k.lower().encode("latin-1"), v.encode("latin-1")) for k, v in error.headers.items()]
-    return Response(error.status, error.body(), headers=headers)
+    return Response(error.status, dialect.error_body(error), dialect.content_type, headers)

@@ -1,12 +1,14 @@
-"""Server-sent events (WHATWG HTML section 9.2) as OpenAI's clients read them.
+"""Server-sent events (WHATWG HTML section 9.2).
 
-Only `data:` fields and comments are ever sent: a client that meets an `event:`, `id:` or `retry:`
-field without data makes an empty event of it and fails to parse that as JSON.
+A plain payload is sent as a `data:` field alone, as OpenAI's clients expect: one that meets an
+`event:`, `id:` or `retry:` field without data makes an empty event of it and fails to parse that as
+JSON.  An Event can also have an `event:` field, for the dialects whose clients read it.
 """
 
 import asyncio
 from collections.abc import AsyncIterator
 from collections.abc import Callable
+from typing import NamedTuple
 
 from llmsrv.asgi.types import ClientDisconnected
 from llmsrv.asgi.types import Message
@@ -20,25 +22,32 @@ PING = b": ping\n\n"
 HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    # nginx would otherwise collect the events and deliver them in one piece.
+    # nginx would otherwise buffer the events and deliver them all at once.
     (b"x-accel-buffering", b"no"),
 )
 
 
-class EventStream:
-    """An answer that sends each item of `events`, one JSON payload, as one event.
+class Event(NamedTuple):
+    """data: JSON on one line; event: the value of the `event:` field, None to send none."""
 
-    The status and headers go out at once, not with the first event.  After ping_s quiet seconds a
-    comment keeps proxies and the client's read timeout from ending the connection.  When `events`
-    raises, the error is the last event and the connection breaks off without the final chunk:
-    after the status only this tells a client that the answer is not complete.  However the stream
-    ends, `events` is closed (aclose), and on_end called: a generator that was never begun does not
-    come to its own `finally`.
+    data: bytes
+    event: str | None = None
+
+
+class EventStream:
+    """A response that sends each item of `events` as one event; plain bytes are its data.
+
+    The status and headers go out at once, not with the first event.  After ping_s seconds of
+    silence a comment keeps proxies and the client's read timeout from ending the connection.  When
+    `events` raises, the error is the last event, and the connection closes without the final chunk:
+    after the status, only this shows a client that the response is incomplete.  However the stream
+    ends, it closes `events` (aclose) and calls on_end: a generator that was never started does not
+    run its own `finally`.
     """
 
     def __init__(
         self,
-        events: AsyncIterator[bytes],
+        events: AsyncIterator[bytes] | AsyncIterator[bytes | Event],
         ping_s: float = 10.0,
         headers: RawHeaders = (),
         on_end: Callable[[], None] = lambda: None,
@@ -49,22 +58,25 @@ class EventStream:
         self._on_end = on_end
         self._last_sent_at = 0.0
 
-    async def __call__(self, send: Send) -> None:
+    async def __call__(
+        self, send: Send, error_event: Callable[[ApiError], bytes | Event] = ApiError.body
+    ) -> None:
+        """error_event encodes the event of an error: see dialect.py."""
         pinger: asyncio.Task[None] | None = None
         try:
             start = {"type": "http.response.start", "status": 200, "headers": self.headers}
             await send({**start, "ping": PING})
             await self._send(send, b"")
             pinger = asyncio.create_task(self._send_pings(send))
-            async for payload in self._events:
-                await self._send(send, frame(payload))
+            async for event in self._events:
+                await self._send(send, frame(event))
         except ApiError as error:
-            await self._send(send, frame(error.body()))
+            await self._send(send, frame(error_event(error)))
             raise StreamBroken from error
         except ClientDisconnected:
             raise
         except Exception:
-            await self._send(send, frame(ApiError(500, "The server failed.").body()))
+            await self._send(send, frame(error_event(ApiError(500, "The server failed."))))
             raise
         finally:
             if pinger:
@@ -88,10 +100,15 @@ class EventStream:
                 await self._send(send, PING)
 
 
-def frame(payload: bytes) -> bytes:
-    """One event.  A raw line end would split it, so the payload must be JSON on one line."""
-    assert b"\n" not in payload and b"\r" not in payload
-    return b"data: %b\n\n" % payload
+def frame(event: bytes | Event) -> bytes:
+    """The bytes of one event.  A line end inside a field would split it, so data must be JSON on
+    one line."""
+    data, name = event if isinstance(event, Event) else (event, None)
+    assert b"\n" not in data and b"\r" not in data
+    if name is None:
+        return b"data: %b\n\n" % data
+    assert "\n" not in name and "\r" not in name
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), data)
 
 
 def _body(data: bytes, more_body: bool) -> Message:

@@ -1,9 +1,11 @@
-"""The words that an ASGI 3 server and application share.
+"""The vocabulary that an ASGI 3 server and application share.
 
-Beside the names of the specification there are two exceptions by which our applications tell the
-server how a request ended; under another ASGI server they are ordinary exceptions.  And an
-http.response.start may have "ping", a part of the body that says nothing: the server sends it when
-the client has closed its half, since one that is gone answers that with a reset.
+Two exceptions extend the specification: with them our applications report to the server how a
+request ended.  Other ASGI servers treat them as ordinary exceptions.
+
+An http.response.start may also have a "ping", a part of the body without meaning to the client.
+The server sends it when the client has closed its half of the connection: a client that is gone
+answers with a reset.
 """
 
 from collections.abc import Awaitable
@@ -22,12 +24,12 @@ RawHeaders = Sequence[tuple[bytes, bytes]]
 
 
 class ClientDisconnected(Exception):
-    """The client went away before its answer was complete: nobody's fault, and nothing to log."""
+    """The client went away before its response was complete: no one's fault, and not logged."""
 
 
 class StreamBroken(Exception):
-    """The application told the client inside the body that the stream failed.
+    """The stream failed, and the application has sent an error event in the body.
 
-    The server closes the connection without the final chunk, so that a client which overlooks the
-    error event still does not take the body for complete.
+    The server closes the connection without the final chunk, so that a client that overlooks the
+    error event does not mistake the body for a complete one.
     """

@@ -1,4 +1,4 @@
-"""API keys that change while the server runs."""
+"""API keys: which header they come in, which routes need them, and how they change at runtime."""
 
 import signal
 import urllib.error
@@ -10,6 +10,7 @@ import pytest
 
 from llmsrv.api.gate import Gate
 from llmsrv.asgi.request import Request
+from llmsrv.asgi.router import Access
 from llmsrv.errors import ApiError
 from tests.support.gguf_writer import write_tiny_llama
 from tests.support.server import RunningServer
@@ -17,22 +18,93 @@ from tests.support.server import eventually
 from tests.support.server import run_server
 
 
-def tenant(gate: Gate, key: str) -> bytes | None:
-    """Whose a request with this key is; None when it may not come in."""
+Fields = list[tuple[bytes, bytes]]
 
+
+def make_request(headers: Fields) -> Request:
     async def receive() -> Any: ...
 
-    headers = [(b"authorization", f"Bearer {key}".encode())]
-    request = Request({"method": "GET", "path": "/v1/models", "headers": headers}, receive)
+    return Request({"method": "GET", "path": "/v1/models", "headers": headers}, receive)
+
+
+def tenant(gate: Gate, key: str, name: bytes = b"authorization") -> bytes | None:
+    """The tenant of a request with this key; None if it is not let in."""
+    value = key if name == b"x-api-key" else f"Bearer {key}"
+    request = make_request([(name, value.encode())])
     try:
-        gate.check(request)
+        gate.check(request, Access.KEY)
     except ApiError as error:
         assert error.status == 401
         return None
     return bytes(request.state["tenant"])
 
 
-def test_a_key_that_is_gone_is_refused_and_one_that_stays_is_the_same_client_s() -> None:
+@pytest.mark.parametrize(
+    "headers, is_let_in",
+    [
+        ([(b"x-api-key", b"one")], True),
+        ([(b"x-api-key", b" two ")], True),
+        ([(b"x-api-key", b"three")], False),
+        ([(b"x-api-key", b"")], False),
+        ([(b"x-api-key", b"\xff\xfe")], False),
+        ([(b"x-api-key", b"Bearer one")], False),
+        ([], False),
+        # Authorization wins, whatever it holds.
+        ([(b"authorization", b"Bearer one"), (b"x-api-key", b"wrong")], True),
+        ([(b"x-api-key", b"wrong"), (b"authorization", b"Bearer one")], True),
+        ([(b"authorization", b"Bearer wrong"), (b"x-api-key", b"one")], False),
+        ([(b"authorization", b"Basic one"), (b"x-api-key", b"one")], False),
+        ([(b"authorization", b""), (b"x-api-key", b"one")], False),
+    ],
+)
+def test_a_key_comes_in_authorization_or_else_in_x_api_key(
+    headers: Fields, is_let_in: bool
+) -> None:
+    gate = Gate("0.0.0.0", [], ["one", "two"])
+    request = make_request(headers)
+    if is_let_in:
+        gate.check(request, Access.KEY)
+    else:
+        with pytest.raises(ApiError) as caught:
+            gate.check(request, Access.KEY)
+        assert caught.value.status == 401
+        assert caught.value.headers == {"WWW-Authenticate": "Bearer"}
+
+
+def test_a_key_has_the_same_tenant_in_either_header() -> None:
+    gate = Gate("0.0.0.0", [], ["one", "two"])
+    assert tenant(gate, "one") == tenant(gate, "one", b"x-api-key") is not None
+    assert tenant(gate, "two", b"x-api-key") != tenant(gate, "one", b"x-api-key")
+
+
+@pytest.mark.parametrize(
+    "access, host, keys, headers, status",
+    [
+        (Access.OPEN, "0.0.0.0", ["k"], [], None),
+        (Access.OPEN, "0.0.0.0", [], [], None),
+        (Access.KEY, "0.0.0.0", ["k"], [], 401),
+        (Access.KEY, "127.0.0.1", ["k"], [], 401),
+        (Access.KEY, "0.0.0.0", ["k"], [(b"x-api-key", b"k")], None),
+        (Access.KEY, "0.0.0.0", [], [], None),
+        (Access.OPERATOR, "127.0.0.1", ["k"], [], 401),
+        (Access.OPERATOR, "0.0.0.0", ["k"], [(b"x-api-key", b"k")], None),
+        (Access.OPERATOR, "0.0.0.0", [], [], 403),
+        (Access.OPERATOR, "127.0.0.1", [], [], None),
+    ],
+)
+def test_the_access_of_a_route_decides_who_is_let_in(
+    access: Access, host: str, keys: list[str], headers: Fields, status: int | None
+) -> None:
+    gate = Gate(host, [], keys)
+    if status is None:
+        gate.check(make_request(headers), access)
+    else:
+        with pytest.raises(ApiError) as caught:
+            gate.check(make_request(headers), access)
+        assert caught.value.status == status
+
+
+def test_a_removed_key_is_refused_and_a_kept_one_stays_the_same_tenant() -> None:
     gate = Gate("0.0.0.0", [], ["stays", "goes"])
     before = tenant(gate, "stays")
     gate.replace_keys(["stays", "comes"])
@@ -52,7 +124,7 @@ def status(server: RunningServer, key: str) -> int:
 
 
 @pytest.mark.slow
-def test_sighup_has_the_file_of_keys_read_again(tmp_path: Path) -> None:
+def test_sighup_reloads_the_key_file(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("old\n")
     model = write_tiny_llama(tmp_path / "tiny.gguf")

@@ -1,4 +1,4 @@
-"""CORS: a table of who may read what."""
+"""CORS: a table of which pages may read what."""
 
 import asyncio
 from typing import Any
@@ -95,14 +95,15 @@ def test_pages_may_read_the_exposed_headers() -> None:
     assert ask(cors, "GET", origin=A)[1]["expose-headers"] == "x-request-id, retry-after"
 
 
-def test_a_preflight_is_answered_without_the_application() -> None:
-    status, fields = preflight(CORS(app, ["*"]), A, headers="authorization,content-type")
+@pytest.mark.parametrize("requested", ["authorization,content-type", "x-api-key, content-type"])
+def test_a_preflight_is_answered_without_the_application(requested: str) -> None:
+    status, fields = preflight(CORS(app, ["*"]), A, headers=requested)
     assert status == 204
     assert fields == {
         "vary": "Origin, Access-Control-Request-Method, Access-Control-Request-Headers",
         "allow-origin": "*",
         "allow-methods": "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT",
-        "allow-headers": "authorization,content-type",
+        "allow-headers": requested,
         "max-age": "600",
     }
 
@@ -121,7 +122,7 @@ def test_a_preflight_with_lists_names_them() -> None:
     ("origin", "method", "headers"),
     [("https://b.example", "GET", ""), (A, "PUT", ""), (A, "GET", "x-secret")],
 )
-def test_a_preflight_that_is_refused_allows_nothing(
+def test_a_refused_preflight_allows_nothing(
     origin: str, method: str, headers: str
 ) -> None:
     cors = CORS(app, [A], ["GET"], ["Authorization"])
@@ -129,6 +130,6 @@ def test_a_preflight_that_is_refused_allows_nothing(
     assert status == 400 and set(fields) == {"vary"}
 
 
-def test_options_without_a_requested_method_is_for_the_application() -> None:
+def test_options_without_a_requested_method_goes_to_the_application() -> None:
     assert ask(CORS(app, ["*"]), "OPTIONS", origin=A)[0] == 404
     assert ask(CORS(app, ["*"]), "OPTIONS", access_control_request_method="GET")[0] == 404

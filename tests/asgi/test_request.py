@@ -1,4 +1,4 @@
-"""Requests as handlers see them."""
+"""Requests as their handlers see them."""
 
 import asyncio
 from collections.abc import Sequence
@@ -36,13 +36,13 @@ def make_request(inbox: Inbox, *headers: tuple[bytes, bytes]) -> Request:
     return Request({"method": "POST", "path": "/", "headers": list(headers)}, inbox)
 
 
-def test_headers_are_found_in_any_case_and_as_often_as_sent() -> None:
+def test_headers_match_in_any_case_and_may_repeat() -> None:
     headers = make_request(Inbox(), (b"x-a", b"1"), (b"b", b"\xe9"), (b"x-a", b"2")).headers
     assert headers.get("X-A") == "1" and headers.getlist("x-a") == ["1", "2"]
     assert headers.get("B") == "é" and headers.get("c") is None and headers.getlist("c") == []
 
 
-def test_a_body_in_parts_is_joined_and_can_be_had_again() -> None:
+def test_a_body_in_parts_is_joined_and_can_be_read_again() -> None:
     async def main() -> None:
         request = make_request(Inbox([body(b"a", True), body(b"", True), body(b"b")]))
         assert await request.body(2) == b"ab"
@@ -72,7 +72,7 @@ async def make_request_and_read_half() -> None:
     await make_request(Inbox([body(b"a", True), DISCONNECT])).body(9)
 
 
-def test_a_disconnect_cancels_the_block_that_it_guards() -> None:
+def test_a_disconnect_cancels_the_guarded_block() -> None:
     async def main() -> None:
         inbox = Inbox()
         cleaned_up = False
@@ -84,12 +84,12 @@ def test_a_disconnect_cancels_the_block_that_it_guards() -> None:
                 finally:
                     cleaned_up = True
         assert cleaned_up
-        await asyncio.sleep(0)  # the cancellation is used up: this goes through
+        await asyncio.sleep(0)  # the cancellation has been consumed, so this succeeds
 
     asyncio.run(main())
 
 
-def test_a_block_that_ends_first_is_left_alone() -> None:
+def test_a_block_that_ends_before_a_disconnect_is_not_cancelled() -> None:
     async def main() -> None:
         inbox = Inbox()
         async with make_request(inbox).cancel_on_disconnect():
@@ -111,7 +111,7 @@ def test_an_error_of_the_block_passes_through() -> None:
         asyncio.run(main())
 
 
-def test_a_cancellation_from_elsewhere_stays_one() -> None:
+def test_a_cancellation_from_elsewhere_stays_a_cancellation() -> None:
     async def main() -> None:
         async def guarded() -> None:
             async with make_request(Inbox()).cancel_on_disconnect():

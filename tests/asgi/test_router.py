@@ -1,4 +1,4 @@
-"""Routes: a table of requests and what becomes of them."""
+"""Routes: a table of requests and where they lead."""
 
 import asyncio
 from typing import Any
@@ -9,6 +9,7 @@ import pytest
 from llmsrv.asgi.request import Request
 from llmsrv.asgi.response import Answer
 from llmsrv.asgi.response import Response
+from llmsrv.asgi.router import Access
 from llmsrv.asgi.router import Router
 from llmsrv.asgi.types import Message
 from llmsrv.errors import ApiError
@@ -41,7 +42,7 @@ def ask(method: str, raw_path: bytes) -> Response:
 
 
 async def ask_router(request: Request) -> Answer:
-    return await make_router()(request)
+    return await make_router().find(request).handler(request)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_a_route_is_found(method: str, raw_path: bytes, body: str) -> None:
         ("BREW", b"/nowhere", 501, None),
     ],
 )
-def test_what_is_not_routed_is_an_error(
+def test_a_request_without_a_route_is_an_error(
     method: str, raw_path: bytes, status: int, allow: str | None
 ) -> None:
     with pytest.raises(ApiError) as raised:
@@ -90,7 +91,7 @@ def test_what_is_not_routed_is_an_error(
     assert (raised.value.status, raised.value.headers.get("Allow")) == (status, allow)
 
 
-def test_an_unknown_url_is_told_as_openai_does() -> None:
+def test_the_error_of_an_unknown_url_is_openai_s() -> None:
     with pytest.raises(ApiError, match="^Unknown request URL: GET /x. Please check the URL") as e:
         ask("GET", b"/x")
     assert e.value.code == "unknown_url" and e.value.type == "invalid_request_error"
@@ -103,3 +104,32 @@ def test_an_unknown_url_is_told_as_openai_does() -> None:
 def test_options_is_answered(raw_path: bytes, allow: bytes) -> None:
     response = ask("OPTIONS", raw_path)
     assert (response.status, response.headers) == (204, [(b"allow", allow)])
+
+
+@pytest.mark.parametrize(
+    ("method", "raw_path", "path", "access"),
+    [
+        ("GET", b"/health", "/health", Access.OPEN),
+        ("HEAD", b"/health", "/health", Access.OPEN),
+        ("POST", b"/health", "/health", Access.OPEN),
+        ("OPTIONS", b"/health", "/health", Access.OPEN),
+        ("GET", b"/health/", None, Access.KEY),
+        ("GET", b"/he%61lth", None, Access.KEY),
+        ("GET", b"/a/b%2Fc", "/a/{id}", Access.KEY),
+        ("GET", b"/admin", "/admin", Access.OPEN),
+        ("POST", b"/admin", "/admin", Access.OPERATOR),
+        ("PUT", b"/admin", "/admin", Access.OPERATOR),
+        ("OPTIONS", b"*", None, Access.KEY),
+    ],
+)
+def test_every_request_has_a_path_and_an_access_and_unrouted_ones_the_strictest(
+    method: str, raw_path: bytes, path: str | None, access: Access
+) -> None:
+    router = Router()
+    router.add("GET", "/health", handler("health"), Access.OPEN)
+    router.add("GET", "/a/{id}", handler("a"))
+    router.add("GET", "/admin", handler("admin"), Access.OPEN)
+    router.add("POST", "/admin", handler("admin"), Access.OPERATOR)
+    scope = {"method": method, "path": "/", "raw_path": raw_path, "headers": []}
+    route = router.find(Request(scope, receive))
+    assert (route.path, route.access) == (path, access)

@@ -1,4 +1,4 @@
-"""Event streams, read back as the clients of the field read them."""
+"""Event streams, read back with the parser of OpenAI's client."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 from openai._streaming import SSEDecoder
 
+from llmsrv.asgi.sse import Event
 from llmsrv.asgi.sse import EventStream
 from llmsrv.asgi.sse import PING
 from llmsrv.asgi.sse import frame
@@ -65,7 +66,7 @@ def test_an_api_error_is_the_last_event_of_a_broken_stream() -> None:
     assert not outbox.is_complete
 
 
-def test_a_fault_of_ours_is_told_without_its_text_and_raised() -> None:
+def test_a_bug_is_reported_without_its_details_and_raised() -> None:
     outbox = Outbox()
     with pytest.raises(KeyError):
         asyncio.run(EventStream(iterate(KeyError("secret")))(outbox))
@@ -73,7 +74,7 @@ def test_a_fault_of_ours_is_told_without_its_text_and_raised() -> None:
     assert not outbox.is_complete
 
 
-def test_nothing_is_told_to_a_client_that_is_gone() -> None:
+def test_nothing_is_sent_to_a_client_that_is_gone() -> None:
     outbox = Outbox()
     with pytest.raises(ClientDisconnected):
         asyncio.run(EventStream(iterate(ClientDisconnected()))(outbox))
@@ -131,7 +132,7 @@ def test_a_cancelled_stream_closes_its_events(where: str) -> None:
     asyncio.run(main())
 
 
-def test_a_stream_that_is_cut_before_its_first_event_still_says_that_it_ended() -> None:
+def test_a_stream_that_breaks_before_its_first_event_still_calls_on_end() -> None:
     async def send_to_nobody(message: Message) -> None:
         raise ClientDisconnected
 
@@ -142,7 +143,7 @@ def test_a_stream_that_is_cut_before_its_first_event_still_says_that_it_ended() 
     assert ends == ["ended"]
 
 
-def test_the_openai_client_reads_every_event_and_no_other() -> None:
+def test_the_openai_client_reads_every_event_and_nothing_else() -> None:
     outbox = Outbox()
     payloads = ['{"a":"\\n\u2028é"}'.encode(), b"[DONE]"]
     asyncio.run(EventStream(iterate(*payloads))(outbox))
@@ -152,7 +153,15 @@ def test_the_openai_client_reads_every_event_and_no_other() -> None:
     assert {(event.event, event.id, event.retry) for event in events} == {(None, None, None)}
 
 
-@pytest.mark.parametrize("payload", [b"a\nb", b"a\rb"])
-def test_a_payload_must_be_one_line(payload: bytes) -> None:
+def test_a_named_event_is_read_back_with_its_name() -> None:
+    data = frame(Event(b'{"a":1}', "message_start")) + frame(Event(b"{}")) + frame(b"[]")
+    events = [(e.event, e.data) for e in SSEDecoder().iter_bytes(iter([data]))]
+    assert events == [("message_start", '{"a":1}'), (None, "{}"), (None, "[]")]
+
+
+@pytest.mark.parametrize(
+    "event", [b"a\nb", b"a\rb", Event(b"a\nb", "x"), Event(b"a", "x\ny"), Event(b"a", "x\ry")]
+)
+def test_every_field_of_an_event_must_be_one_line(event: bytes | Event) -> None:
     with pytest.raises(AssertionError):
-        frame(payload)
+        frame(event)

@@ -1,6 +1,7 @@
 """Several models at once: each request goes to the one it names, and what becomes of one model is
 nothing to the others."""
 
+import asyncio
 import dataclasses
 import http.client
 import json
@@ -15,7 +16,7 @@ import openai
 import pytest
 
 from llmsrv.api.gate import Gate
-from llmsrv.asgi.request import Request
+from llmsrv.app import build_app
 from llmsrv.config import Config
 from llmsrv.engine import process
 from llmsrv.errors import ApiError
@@ -23,6 +24,7 @@ from llmsrv.errors import StartupError
 from llmsrv.registry.find_models import find_models
 from llmsrv.registry.models import Model
 from llmsrv.registry.models import Models
+from tests.support.application import ask
 from tests.support.engines import in_loop
 from tests.support.engines import main_that_sends_garbage
 from tests.support.gguf_writer import write_tiny_llama
@@ -295,26 +297,19 @@ def test_one_model_may_answer_to_any_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "host, keys, headers, status",
     [
-        ("127.0.0.1", [], [], None),
-        ("0.0.0.0", [], [], 403),
-        ("0.0.0.0", ["k"], [], 401),
-        ("0.0.0.0", ["k"], [(b"authorization", b"Bearer k")], None),
+        ("127.0.0.1", [], {}, 404),
+        ("0.0.0.0", [], {}, 403),
+        ("0.0.0.0", ["k"], {}, 401),
+        ("0.0.0.0", ["k"], {"authorization": "Bearer k"}, 404),
     ],
 )
-def test_models_are_loaded_by_whoever_has_a_key_or_is_on_this_machine(
-    host: str, keys: list[str], headers: list[tuple[bytes, bytes]], status: int | None
+@pytest.mark.parametrize("path", ["/models/load", "/models/unload"])
+def test_models_are_loaded_by_clients_with_a_key_or_on_this_machine(
+    path: str, host: str, keys: list[str], headers: dict[str, str], status: int
 ) -> None:
-    scope = {"method": "POST", "path": "/models/load", "headers": headers}
-
-    async def receive() -> Any: ...
-
-    gate = Gate(host, [], keys)
-    if status is None:
-        gate.check(Request(scope, receive))
-    else:
-        with pytest.raises(ApiError) as caught:
-            gate.check(Request(scope, receive))
-        assert caught.value.status == status
+    app = build_app(Models(Config(), []), Gate(host, [], keys), lambda: {})
+    answer = asyncio.run(ask(app, "POST", path, headers, b'{"model": "none"}'))
+    assert answer.status == status
 
 
 def config(*models: str, **options: Any) -> Config:

@@ -7,6 +7,7 @@ from llmsrv.api.operations.metrics import Metrics
 from llmsrv.api.operations.traffic import Traffic
 from llmsrv.asgi.request import Request
 from llmsrv.asgi.response import Response
+from llmsrv.asgi.router import Access
 from llmsrv.asgi.router import Router
 from llmsrv.registry.models import Models
 from llmsrv.version import __version__
@@ -21,9 +22,9 @@ class HealthRoutes:
         self._metrics = Metrics(models, traffic)
 
     def add_to(self, router: Router) -> None:
-        router.add("GET", "/health", self.health)
-        router.add("GET", "/ready", self.health)
-        router.add("GET", "/live", self.live)
+        router.add("GET", "/health", self.health, Access.OPEN)
+        router.add("GET", "/ready", self.health, Access.OPEN)
+        router.add("GET", "/live", self.live, Access.OPEN)
         router.add("GET", "/version", self.version)
         router.add("GET", "/metrics", self.metrics)
 

@@ -9,6 +9,7 @@ from llmsrv.api.decode import BodyDecoder
 from llmsrv.api.openai.schema import Name
 from llmsrv.asgi.request import Request
 from llmsrv.asgi.response import Response
+from llmsrv.asgi.router import Access
 from llmsrv.asgi.router import Router
 from llmsrv.registry.models import Model
 from llmsrv.registry.models import Models
@@ -28,8 +29,8 @@ class ModelRoutes:
     def add_to(self, router: Router) -> None:
         router.add("GET", "/v1/models", self.list)
         router.add("GET", "/v1/models/{id}", self.retrieve)
-        router.add("POST", "/models/load", self.load)
-        router.add("POST", "/models/unload", self.unload)
+        router.add("POST", "/models/load", self.load, Access.OPERATOR)
+        router.add("POST", "/models/unload", self.unload, Access.OPERATOR)
 
     async def list(self, request: Request) -> Response:
         data = [_model_object(model, name) for model in self._models for name in model.names]
