@@ -1,7 +1,11 @@
+/* ACTIVATE: out = silu(gate) * up or gelu(gate) * up; x is [gate, up]. */
 #ifndef ACTIVATION_H
 #define ACTIVATION_H
 
+#include "plan.h"
 #include "simd.h"
+
+void run_activate(const Operation *operation, int first, int end);
 
 /* silu: x / (1 + exp(-x)).  gelu by tanh: x / 2 (1 + tanh(u)) = x / (1 + exp(-2 u)) with
  * u = sqrt(2 / pi) (x + 0.044715 x^3). */

@@ -1,5 +1,5 @@
 /* Attention in integers, of up to sixteen queries, in matrix registers. */
-#include "attention_integers.h"
+#include "attention_int8.h"
 
 #if defined(TIER_AMX) && KV_INTEGERS
 #include "amx_tiles.h"

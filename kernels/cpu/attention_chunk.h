@@ -1,5 +1,5 @@
-/* Attention of a few queries over one chunk of positions, in floats (attention_floats.c) or, where there
- * are products of bytes, in integers (attention_integers.h). */
+/* Attention of a few queries over one chunk of positions, in floats (attention_f32.c) or, where there
+ * are products of bytes, in integers (attention_int8.h). */
 #ifndef ATTENTION_CHUNK_H
 #define ATTENTION_CHUNK_H
 

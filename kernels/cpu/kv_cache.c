@@ -2,8 +2,6 @@
 #include "kv_cache.h"
 #include "simd.h"
 
-INLINE int lanes_left(int dim, int i) { return dim - i < LANES ? dim - i : LANES; }
-
 /* The scale of integers up to `most`, and what to multiply by for them. */
 static float scale_of(const float *x, int dim, float most, float *inverse)
 {

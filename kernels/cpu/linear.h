@@ -13,4 +13,7 @@ int linear_pairs(const Operation *operation, int queue);
 void linear_run_row(
     const Operation *operation, const Part *parts, int queue, int pair, int x_row, int out_row);
 
+/* QUANTIZE: rows of x to tiles. */
+void run_quantize(const Operation *operation, int first, int end);
+
 #endif

@@ -21,33 +21,10 @@
 #include "linear_unpack.h"
 
 enum {
-    STEP = 64,         /* columns of a matrix register */
-    STRETCH = 640,     /* columns with one scale, at most */
-    FEW = 4,           /* rows for which weights are not made planes */
     AHEAD = 10240, NEAR = 2048, /* as in linear_products.c */
 };
 
 /* ---- Activations to tiles */
-
-/* A tile of R rows is
- *     int8   planes[step][2][R][64]  high and low bytes, both signed: 256 high + low
- *     int32  sums[half block][R]     of 16 columns; only where R <= FEW
- *     float  scales[stretch][R]
- * Columns beyond the width, in the last step, are 0. */
-static int num_steps(int width) { return (width + STEP - 1) / STEP; }
-static int num_stretches(int width) { return (width + STRETCH - 1) / STRETCH; }
-
-/* All but the last are equally long. */
-static int stretch_steps(int width)
-{
-    int stretches = num_stretches(width);
-    return (num_steps(width) + stretches - 1) / stretches;
-}
-
-static int sums_at(int width, int R) { return num_steps(width) * STEP / 2 * R; }
-static int scales_at(int width, int R) { return sums_at(width, R) + width / 16 * R; }
-
-int tile_words(int width) { return scales_at(width, 1) + num_stretches(width); }
 
 /* The largest size of x[0..count-1], a multiple of 32; infinity and NaN are larger than all. */
 INLINE float largest_of(const float *x, int count)

@@ -8,9 +8,7 @@
 #ifndef BLOCKS_H
 #define BLOCKS_H
 
-#include "linear_formats.h"
-#include "plan.h"
-#include "simd.h"
+#include "linear_tiles.h"
 
 /* Few rows read each weight once, at the speed of memory.  It is fetched to the second-level cache far
  * ahead, where more requests fit than in the first, and from there a little ahead of the product:

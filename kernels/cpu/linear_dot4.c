@@ -10,18 +10,7 @@
 #include "linear_blocks.h"
 
 #if HAS_DOT4 && !defined(TIER_AMX)
-#include "linear_products.h"
 #include "linear_unpack.h"
-
-/* A tile of R rows is cut into blocks of 32 columns, each of
- *     int32  high[8][R]    four columns each, signed bytes
- *     int32  low[8][R]     with 16 bits only: the value is d (256 high + low)
- *     float  d[R]
- *     float  sum[R]        of the 32 values
- *     int32  negative[R]   minus the sum of the 32 integers, and
- *     int32  second[R]     of the last 16 of them
- * 16 bits are exact to 2e-5 of a block's largest value; products with them cost two of 8 bits. */
-enum { BLOCK_WORDS = 8 * PLANES + 4 /* a row and block */ };
 
 /* ---- Activations to tiles */
 
@@ -45,8 +34,6 @@ INLINE void split_block(const float *x, int R, int32_t *words)
     words[(8 * PLANES + 2) * R] = negative;
     words[(8 * PLANES + 3) * R] = second;
 }
-
-int tile_words(int width) { return width / COLUMNS * BLOCK_WORDS; }
 
 void split_tile(const float *x, int stride, int width, int R, int32_t *tile)
 {

@@ -11,16 +11,7 @@
 #include "linear_blocks.h"
 
 #if !HAS_DOT4
-#include "linear_products.h"
 #include "linear_unpack.h"
-
-/* A tile of R rows is cut into blocks of 32 columns, and each of these into stripes of STRIPE rows, of
- * which the last has what is left.  A stripe of S rows is
- *     int32  words[8][PLANES][S]  pairs of a word, 4 j and 4 j + 2 and the others, or its bytes
- *     float  d[S]                 what 1 of these integers is worth
- *     float  sum[S]               of the 32 values
- *     int32  sums[2][S]           with 8 bits only: of the integers of each half */
-enum { WORDS = 8 * PLANES, BLOCK_WORDS = WORDS + (PLANES == 2 ? 2 : 4) /* a row and block */ };
 
 /* ---- Activations to tiles */
 
@@ -44,8 +35,6 @@ INLINE void split_block(const float *x, int S, int32_t *words)
         words[3 * S] = sums[1];
     }
 }
-
-int tile_words(int width) { return width / COLUMNS * BLOCK_WORDS; }
 
 void split_tile(const float *x, int stride, int width, int R, int32_t *tile)
 {

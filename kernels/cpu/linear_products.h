@@ -4,7 +4,7 @@
 #define PRODUCTS_H
 
 #include "linear_formats.h"
-#include "plan.h"
+#include "linear_tiles.h"
 
 /* A unit of work takes so many tiles at most, and so many bytes of them. */
 #ifdef TIER_AMX
@@ -12,12 +12,6 @@ enum { MAX_CHUNK_TILES = 32, CHUNK_BYTES = 1 << 20 };
 #else
 enum { MAX_CHUNK_TILES = 1 << 16, CHUNK_BYTES = 512 << 10 };
 #endif
-
-/* 32-bit words that one row takes in a tile of `width` columns. */
-int tile_words(int width);
-
-/* Floats of scaled rows to the tile at `tile`; R rows of `width` floats, `stride` apart. */
-void split_tile(const float *x, int stride, int width, int R, int32_t *tile);
 
 /* Weights at w: neighbours, of which `group` is the first in its part. */
 typedef struct {
@@ -42,18 +36,5 @@ void multiply_tiles(const Operation *operation, Groups groups, int num_rows, int
 
 /* A pair times one row, which is a tile by itself. */
 void multiply_row(const Operation *operation, Groups pair, int x_row, int out_row);
-
-/* The rows of a step are cut into as few tiles as possible, of nearly equal size. */
-static inline int num_tiles(int num_rows) { return (num_rows + TILE - 1) / TILE; }
-
-static inline int tile_start(int num_rows, int tile)
-{
-    return num_rows == 0 ? 0 : (int)((int64_t)num_rows * tile / num_tiles(num_rows));
-}
-
-static inline int32_t *tile_at(const Operation *operation, int row)
-{
-    return operation->tiles + (int64_t)tile_words(operation->width) * row;
-}
 
 #endif

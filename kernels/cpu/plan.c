@@ -5,14 +5,17 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "activation.h"
 #include "attention.h"
 #include "experts.h"
-#include "linear_formats.h"
 #include "kv_cache.h"
 #include "linear.h"
+#include "linear_formats.h"
+#include "linear_tiles.h"
+#include "logit_rows.h"
+#include "norm.h"
+#include "rope.h"
 #include "threads.h"
-#include "linear_products.h"
-#include "rows.h"
 
 #if defined(__linux__) && !defined(MADV_POPULATE_WRITE)
 #define MADV_POPULATE_WRITE 23 /* since 5.14; older C libraries do not name it */
@@ -83,7 +86,7 @@ static void run_rows(const Plan *plan, const Operation *operation, int first, in
     switch (operation->kind) {
     case ANGLES: run_angles(plan, operation, first, end); break;
     case NORM: run_norm(operation, first, end); break;
-    case SPLIT: run_split(operation, first, end); break;
+    case QUANTIZE: run_quantize(operation, first, end); break;
     case ROPE: run_rope(plan, operation, first, end); break;
     case COMBINE: combine_run(plan, operation, first, end); break;
     case ACTIVATE: run_activate(operation, first, end); break;

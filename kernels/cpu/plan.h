@@ -7,27 +7,8 @@
 
 enum { BLOCK_SIZE = 16, CHUNK = 256 }; /* positions: of a cache block, of a step of attention */
 
-#ifndef ACTIVATION_BITS
-#define ACTIVATION_BITS 16
-#endif
-#define PLANES (ACTIVATION_BITS / 8)
-
-/* A tile is the activations of so many rows at most; its form is its products' own (linear_products.h). */
-enum {
-#if defined(TIER_AMX)
-    TILE = 16, /* rows of a matrix register */
-#elif defined(TIER_AVX512)
-    TILE = 6, /* rows by two groups of weights: as many sums as registers hold */
-#elif defined(TIER_NEON)
-    TILE = 4, /* rows by one group */
-#else
-    STRIPE = 4, /* rows by one group; the group is taken apart once for a tile */
-    TILE = 8 * STRIPE,
-#endif
-};
-
 enum Kind {
-    ANGLES, NORM, SPLIT, LINEAR, ROPE, ATTEND, COMBINE, ACTIVATE, SELECT, SOFTCAP, POOL, ROUTE, EXPERTS,
+    ANGLES, NORM, QUANTIZE, LINEAR, ROPE, ATTEND, COMBINE, ACTIVATE, SELECT, SOFTCAP, POOL, ROUTE, EXPERTS,
     WEIGH
 };
 
@@ -51,14 +32,14 @@ typedef struct {
     int32_t num_parts;  /* of EXPERTS, of each expert */
     int32_t half;       /* rotary_dim / 2 */
     int32_t norms_all;  /* ROPE: 1 where q_norm, + 2 where k_norm, is of all heads together */
-    int32_t by_row;     /* SPLIT, ACTIVATE: tiles of one row; EXPERTS: x has a row for all choices */
+    int32_t by_row;     /* QUANTIZE, ACTIVATE: tiles of one row; EXPERTS: x has a row for all choices */
     int32_t num_experts, num_chosen; /* with experts; ACTIVATE: num_chosen rows a row, 0 is 1 */
     int32_t max_choices;
     int32_t gate;       /* LINEAR: groups are pairs of gate and up; 1 silu(gate) * up, 2 gelu */
     float eps, scale, cap, magnitude;
     const float *x;
     float *out;         /* null where only the tiles are wanted */
-    int32_t *tiles;     /* of NORM, SPLIT, ACTIVATE: written; of LINEAR: read */
+    int32_t *tiles;     /* of NORM, QUANTIZE, ACTIVATE: written; of LINEAR: read */
     const float *weight, *second_weight;
     float *angles;      /* [T][2][half] cos, sin */
     const Part *parts;

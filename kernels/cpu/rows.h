@@ -1,16 +1,23 @@
-/* The operations that treat each row by itself; first .. end are rows. */
+/* What operations that take each row by itself have in common. */
 #ifndef ROWS_H
 #define ROWS_H
 
 #include "plan.h"
+#include "simd.h"
 
-void run_angles(const Plan *plan, const Operation *operation, int first, int end);
-void run_norm(const Operation *operation, int first, int end);
-void run_split(const Operation *operation, int first, int end);
-void run_rope(const Plan *plan, const Operation *operation, int first, int end);
-void run_activate(const Operation *operation, int first, int end);
-void run_select(const Plan *plan, const Operation *operation, int first, int end);
-void run_softcap(const Operation *operation, int first, int end);
-void run_pool(const Plan *plan, const Operation *operation, int first, int end);
+#define FOR_VECTORS(i, width) for (int i = 0; i < (width); i += LANES)
+
+static inline float *out_row(const Operation *operation, int row)
+{
+    return operation->out + (int64_t)row * operation->out_stride;
+}
+
+static inline const float *x_row(const Operation *operation, int row)
+{
+    return operation->x + (int64_t)row * operation->x_stride;
+}
+
+/* Rows first .. end - 1 to the operation's tiles, if it has any; x is row `first`. */
+void quantize_rows(const Operation *operation, const float *x, int stride, int first, int end);
 
 #endif

@@ -1,6 +1,8 @@
 /* AVX-512 with VNNI. */
 #include <immintrin.h>
 
+#include "simd_types.h"
+
 INLINE f32v splat(float x) { return (f32v)_mm512_set1_ps(x); }
 INLINE i32v splat_int(int32_t x) { return (i32v)_mm512_set1_epi32(x); }
 

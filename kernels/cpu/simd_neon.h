@@ -1,6 +1,8 @@
 /* NEON with dot products, and with those of unsigned by signed bytes where TIER_I8MM says so. */
 #include <arm_neon.h>
 
+#include "simd_types.h"
+
 INLINE f32v splat(float x) { return (f32v)vdupq_n_f32(x); }
 INLINE i32v splat_int(int32_t x) { return (i32v)vdupq_n_s32(x); }
 

@@ -1,4 +1,5 @@
 /* Any CPU: GNU vector extensions, in the registers that nearly all of them have. */
+#include "simd_types.h"
 
 INLINE f32v splat(float x) { return (f32v){x, x, x, x}; }
 INLINE i32v splat_int(int32_t x) { return (i32v){x, x, x, x}; }

@@ -1,7 +1,7 @@
 """From a program to the list of operations that the C library runs: buffers, tiles, weights.
 
 Where products with quantised weights read a buffer, whatever writes it also leaves it as tiles of
-integers (linear_products.h), or a SPLIT after it does.  Cosines and sines are made once a step for
+integers (linear_tiles.h), or a QUANTIZE after it does.  Cosines and sines are made once a step for
 each set of frequencies, not once a layer.
 """
 
@@ -48,7 +48,7 @@ from llmsrv.backend.cpu.library import ROUTE
 from llmsrv.backend.cpu.library import ROWS
 from llmsrv.backend.cpu.library import SELECT
 from llmsrv.backend.cpu.library import SOFTCAP
-from llmsrv.backend.cpu.library import SPLIT
+from llmsrv.backend.cpu.library import QUANTIZE
 from llmsrv.backend.cpu.library import WEIGH
 from llmsrv.backend.cpu.library import address_of
 from llmsrv.backend.cpu.library import drop_pages
@@ -159,7 +159,7 @@ class Layout:
         step = Step(kind=kind, selected=self._is_selected, scale=1)
         step.x, step.out = address_of(self.buffers[x]), address_of(self.buffers[out])
         step.x_stride, step.out_stride = self.buffers[x].shape[1], self.buffers[out].shape[1]
-        of_x = kind in (LINEAR, SPLIT, EXPERTS)
+        of_x = kind in (LINEAR, QUANTIZE, EXPERTS)
         step.width = self._widths[x if of_x else out]
         self.steps.append(step)
         self._written = out
@@ -175,7 +175,7 @@ class Layout:
 
     def _split_if_tiled(self, name: str) -> None:
         if name in self._tiles:
-            self._step(SPLIT, name, name).tiles = address_of(self._tiles[name])
+            self._step(QUANTIZE, name, name).tiles = address_of(self._tiles[name])
 
     def _add_linear(self, linear: Linear) -> None:
         step = self._step(LINEAR, linear.x, linear.out)
@@ -219,7 +219,7 @@ class Layout:
 
         self._add_linear(Linear(LOGITS, experts.x, (experts.router,)))
         step(ROUTE, LOGITS, LOGITS).option = experts.normalise
-        tiles(step(SPLIT, experts.x, experts.x), experts.x, experts.gate_up[0])
+        tiles(step(QUANTIZE, experts.x, experts.x), experts.x, experts.gate_up[0])
         products(experts.x, GATE_UP, list(experts.gate_up)).by_row = 1
         activation = step(ACTIVATE, GATE_UP, ACTIVATED)
         activation.option = experts.function == "gelu"

@@ -32,7 +32,7 @@ FORMATS = {
 FLOATS = ("F32", "F16", "BF16")
 
 # enum Kind
-ANGLES, NORM, SPLIT, LINEAR, ROPE, ATTEND, COMBINE, ACTIVATE, SELECT, SOFTCAP, POOL = range(11)
+ANGLES, NORM, QUANTIZE, LINEAR, ROPE, ATTEND, COMBINE, ACTIVATE, SELECT, SOFTCAP, POOL = range(11)
 ROUTE, EXPERTS, WEIGH = range(11, 14)
 
 int32, float32, pointer = ctypes.c_int32, ctypes.c_float, ctypes.c_void_p

@@ -1,13 +1,9 @@
-/* Attention in integers: queries and shares split into bytes, and all of it in vectors. */
-#include "attention_integers.h"
+/* Attention in int8: queries and attention weights quantized to planes of int8. */
+#include "attention_int8.h"
 
 #if KV_INTEGERS
 
-enum {
-    SOME = 8, /* queries whose sums fit the vector registers */
-    WORD = 4, /* bytes that a product sums up */
-    MOST_QUERY = 127 * 128, MOST_SHARE = 127 * 256,
-};
+enum { MOST_QUERY = 127 * 128, MOST_SHARE = 127 * 256 };
 
 /* x . w for bytes of w that are 0, where x and its high bytes sum up to so much; unsigned, for what is
  * not a number may overflow. */
@@ -15,13 +11,6 @@ INLINE int32_t offset_of(int32_t sum, int32_t high_sum)
 {
     int32_t low_sum = (int32_t)((uint32_t)sum - 256u * (uint32_t)high_sum);
     return (int32_t)(128u * (uint32_t)sum - (uint32_t)(KV_BITS == 16 ? low_sum / 2 : 0));
-}
-
-INLINE i32v word_at(const int8_t *bytes)
-{
-    int32_t word;
-    memcpy(&word, bytes, sizeof word);
-    return splat_int(word);
 }
 
 /* ---- Queries: planes [high, low][rows][padded_dim]; scales [rows]; offsets [rows] */
@@ -68,8 +57,6 @@ void put_query(const Queries *queries, int i, const float *x)
     split.offsets[i] = offset_of(sum_int(sum), sum_int(high_sum));
 }
 
-/* ---- Scores */
-
 Scoring scoring_of(const Queries *queries, int first, int N, float (*scores)[CHUNK])
 {
     Split split = split_of(queries);
@@ -83,42 +70,6 @@ Scoring scoring_of(const Queries *queries, int first, int N, float (*scores)[CHU
         scoring.lasts[n] = last_of(queries, first + n);
     }
     return scoring;
-}
-
-INLINE void add_products(Sums *sums, u32v high, u32v low, i32v x_high, i32v x_low)
-{
-    sums->top = dot4(sums->top, high, x_high);
-    sums->middle = dot4(sums->middle, high, x_low);
-    if (KV_BITS == 16)
-        sums->other = dot4(sums->other, low, x_high);
-}
-
-/* Meanwhile the values of this block and the keys of the next one are fetched, for blocks lie scattered,
- * and line by line, for the CPU itself fetches what seems to come next. */
-INLINE void score_in_vectors(const int N, const Scoring *scoring, const Range *range, int dim)
-{
-    const int plane = dim * BLOCK_SIZE;
-    for (int position = range->begin; position < range->end; position += BLOCK_SIZE) {
-        int next = position + BLOCK_SIZE < range->end ? position + BLOCK_SIZE : position;
-        const uint8_t *high = block_of(range, range->k, position);
-        const uint8_t *values = block_of(range, range->v, position);
-        const uint8_t *keys = block_of(range, range->k, next);
-        Sums sums[SOME];
-        UNROLL for (int n = 0; n < N; n++) sums[n] = no_sums();
-        for (int i = 0; i < dim; i += WORD, high += 64) {
-            UNROLL for (int u = 0; u < KV_BYTES; u++, values += 64, keys += 64) {
-                prefetch(values);
-                prefetch(keys);
-            }
-            u32v low = KV_BITS == 16 ? load_bytes(high + plane) : (u32v){0};
-            UNROLL for (int n = 0; n < N; n++) add_products(
-                &sums[n], load_bytes(high), low, word_at(scoring->high + n * dim + i),
-                word_at(scoring->low + n * dim + i));
-        }
-        f32v k_scales = load(range->scales[0] + in_chunk(position));
-        int all = all_see(scoring, position);
-        UNROLL for (int n = 0; n < N; n++) put_scores(scoring, n, position, all, k_scales, &sums[n]);
-    }
 }
 
 /* ---- Shares */
@@ -216,88 +167,6 @@ void share_out(
                 scores[n] + at, inverse, shares->high[n] + at, shares->low[n] + at, &sum, &high_sum);
         shares->offsets[n] = offset_of(sum_int((i32v)sum), sum_int((i32v)high_sum));
         shares->scales[n] = is_finite ? largest[n] / MOST_SHARE : NAN;
-    }
-}
-
-/* ---- Values */
-
-INLINE void weigh_in_vectors(
-    const int N, const Range *range, int dim, const Shares *shares, float *o)
-{
-    const int plane = dim * BLOCK_SIZE;
-    for (int i = 0; i < dim; i += 16) {
-        Sums sums[SOME];
-        UNROLL for (int n = 0; n < N; n++) sums[n] = no_sums();
-        for (int position = range->begin; position < range->end; position += BLOCK_SIZE) {
-            const uint8_t *v = block_of(range, range->v, position) + i * BLOCK_SIZE;
-            for (int u = 0; u < BLOCK_SIZE; u += WORD, v += 64) {
-                int at = in_chunk(position + u);
-                u32v low = KV_BITS == 16 ? load_bytes(v + plane) : (u32v){0};
-                UNROLL for (int n = 0; n < N; n++) add_products(
-                    &sums[n], load_bytes(v), low, word_at(shares->high[n] + at),
-                    word_at(shares->low[n] + at));
-            }
-        }
-        UNROLL for (int n = 0; n < N; n++) store(
-            o + n * dim + i, value_of(&sums[n], shares->offsets[n]) * splat(shares->scales[n]));
-    }
-}
-
-INLINE void attend_in_vectors(
-    const int N, const Queries *queries, int first, const Range *range, float *m, float *l, float *o)
-{
-    const int dim = queries->plan->padded_dim;
-    float scores[SOME][CHUNK] __attribute__((aligned(64)));
-    Shares shares __attribute__((aligned(64)));
-    Scoring scoring = scoring_of(queries, first, N, scores);
-    score_in_vectors(N, &scoring, range, dim);
-    share_out(N, range, scores, m, l, &shares);
-    weigh_in_vectors(N, range, dim, &shares, o);
-}
-
-/* ---- What calls share: scales of keys and of values [CHUNK], gathered values */
-
-int64_t shared_floats(int padded_dim) { return 2 * CHUNK + gathered_bytes(padded_dim) / 4; }
-
-void share_range(const Queries *queries, float *memory, Range *range)
-{
-    const int dim = queries->plan->padded_dim;
-    range->scales[0] = memory;
-    range->scales[1] = memory + CHUNK;
-    range->gathered = (uint8_t *)(memory + 2 * CHUNK);
-    for (int position = range->begin; position < range->end; position += BLOCK_SIZE) {
-        int at = in_chunk(position), left = range->end - position;
-        store(memory + at, load(kv_scales(block_of(range, range->k, position), dim)));
-        /* What lies behind the last position is of others, who may have left NaN there. */
-        const float *scales = kv_scales(block_of(range, range->v, position), dim);
-        store(memory + CHUNK + at, load_first(scales, left));
-    }
-    if (takes_many(queries, queries->count))
-        gather_values(range, dim);
-}
-
-int queries_taken(const Queries *queries, int left)
-{
-    if (takes_many(queries, left))
-        return left < MOST_QUERIES ? left : MOST_QUERIES;
-    return left >= SOME ? SOME : left < FEW ? left : FEW;
-}
-
-void attend_chunk(
-    const Queries *queries, int first, int N, const Range *range, float *m, float *l, float *o)
-{
-#ifdef TIER_AMX
-    if (takes_many(queries, N)) {
-        attend_many(N, queries, first, range, m, l, o);
-        return;
-    }
-#endif
-    switch (N) {
-    case 1: attend_in_vectors(1, queries, first, range, m, l, o); break;
-    case 2: attend_in_vectors(2, queries, first, range, m, l, o); break;
-    case 3: attend_in_vectors(3, queries, first, range, m, l, o); break;
-    case 4: attend_in_vectors(4, queries, first, range, m, l, o); break;
-    default: attend_in_vectors(SOME, queries, first, range, m, l, o);
     }
 }
 

@@ -1,5 +1,5 @@
 /* Attention in integers, as products of bytes take them: what vectors, for few queries
- * (attention_integers.c), and matrix registers, for many (attention_amx.c), have in common.
+ * (attention_dot4.c), and matrix registers, for many (attention_amx.c), have in common.
  *
  * Keys and values have 16 or 8 bits and a scale for each position, queries 15 bits and one scale, and
  * the shares exp(score - m) of a chunk, times the scales of the values, 15 bits and one scale.  What
@@ -12,12 +12,13 @@
  *     top = sum(high high), middle = sum(high low) + sum(low high)
  * where the products of two low bytes are taken as if w's were all 127.5, which is off by less than
  * keys of 14 bits would be.  Scores are in units of ln 2, so that exp is 2^score. */
-#ifndef ATTENTION_INTEGERS_H
-#define ATTENTION_INTEGERS_H
+#ifndef ATTENTION_INT8_H
+#define ATTENTION_INT8_H
 
 #include "attention_chunk.h"
 
 enum {
+    SOME = 8,  /* queries whose sums fit the vector registers */
     FEW = 4,   /* queries that vectors take, where there are matrix registers */
     STEP = 64, /* positions whose shares are made at once; bytes of a row of a matrix register */
 };
@@ -87,7 +88,17 @@ typedef struct {
 void share_out(
     int N, const Range *range, float (*scores)[CHUNK], float *m, float *l, Shares *shares);
 
+/* ---- Few queries, in vectors */
+
+/* As attend_chunk, of 1 to 4 queries or SOME. */
+void attend_dot4(
+    int N, const Queries *queries, int first, const Range *range, float *m, float *l, float *o);
+
 /* ---- Many queries, in matrix registers */
+
+/* As attend_chunk, of at most MOST_QUERIES. */
+void attend_many(
+    int N, const Queries *queries, int first, const Range *range, float *m, float *l, float *o);
 
 #ifdef TIER_AMX
 /* Whether `left` queries are many. */
@@ -96,10 +107,6 @@ int takes_many(const Queries *queries, int left);
 /* Bytes of a chunk's gathered values, and these themselves. */
 int gathered_bytes(int padded_dim);
 void gather_values(const Range *range, int padded_dim);
-
-/* As attend_chunk, of at most MOST_QUERIES. */
-void attend_many(
-    int N, const Queries *queries, int first, const Range *range, float *m, float *l, float *o);
 #else
 static inline int takes_many(const Queries *queries, int left) { return (void)queries, 0 * left; }
 static inline int gathered_bytes(int padded_dim) { return 0 * padded_dim; }

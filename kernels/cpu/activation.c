@@ -1,0 +1,17 @@
+#include "activation.h"
+#include "rows.h"
+
+void run_activate(const Operation *operation, int first, int end)
+{
+    int width = operation->width;
+    for (int row = first; row < end; row++) {
+        const float *gate = x_row(operation, row), *up = gate + width;
+        float *out = out_row(operation, row);
+        FOR_VECTORS(i, width) {
+            int n = lanes_left(width, i);
+            f32v v = activated(load_first(gate + i, n), operation->option);
+            store_first(out + i, v * load_first(up + i, n), n);
+        }
+    }
+    quantize_rows(operation, out_row(operation, first), operation->out_stride, first, end);
+}

@@ -1,0 +1,75 @@
+#include "rope.h"
+#include "kv_cache.h"
+#include "norm.h"
+#include "rows.h"
+
+/* cos and sin of positions times frequencies, which are `weight`, of long sequences
+ * `second_weight`. */
+void run_angles(const Plan *plan, const Operation *operation, int first, int end)
+{
+    const Batch *batch = &plan->batch;
+    for (int row = first; row < end; row++) {
+        int is_long = operation->second_weight && batch->is_long[batch->sequences[row]];
+        const float *frequencies = is_long ? operation->second_weight : operation->weight;
+        float *out = operation->angles + (int64_t)row * 2 * operation->half;
+        for (int i = 0; i < operation->half; i++) {
+            float angle = (float)batch->positions[row] * frequencies[i];
+            out[i] = cosf(angle) * operation->magnitude;
+            out[operation->half + i] = sinf(angle) * operation->magnitude;
+        }
+    }
+}
+
+/* The pairs of one head, turned in place. */
+static void rotate(float *x, const float *cosines, int half, int is_interleaved)
+{
+    const float *sines = cosines + half;
+    if (is_interleaved) {
+        for (int i = 0; i < half; i++) {
+            float a = x[2 * i], b = x[2 * i + 1];
+            x[2 * i] = a * cosines[i] - b * sines[i];
+            x[2 * i + 1] = b * cosines[i] + a * sines[i];
+        }
+        return;
+    }
+    FOR_VECTORS(i, half) {
+        int n = lanes_left(half, i);
+        f32v a = load_first(x + i, n), b = load_first(x + half + i, n);
+        f32v cosine = load_first(cosines + i, n), sine = load_first(sines + i, n);
+        store_first(x + i, a * cosine - b * sine, n);
+        store_first(x + half + i, b * cosine + a * sine, n);
+    }
+}
+
+static void norm_heads(float *x, int heads, int dim, const float *weight, float eps, int all)
+{
+    if (all) {
+        norm_row(x, weight, heads * dim, eps, x, 0);
+        return;
+    }
+    for (int h = 0; h < heads; h++)
+        norm_row(x + h * dim, weight, dim, eps, x + h * dim, 0);
+}
+
+/* x is [q heads, k heads, v heads] side by side. */
+void run_rope(const Plan *plan, const Operation *operation, int first, int end)
+{
+    int dim = plan->head_dim, heads = plan->num_heads, kv_heads = plan->num_kv_heads;
+    const int64_t *slots = plan->batch.slot_mapping;
+    for (int row = first; row < end; row++) {
+        if (row + 1 < plan->batch.num_rows && slots[row + 1] / BLOCK_SIZE != slots[row] / BLOCK_SIZE)
+            fetch_kv(plan, operation->layer, slots[row + 1]);
+        float *q = out_row(operation, row), *k = q + heads * dim;
+        if (operation->weight)
+            norm_heads(q, heads, dim, operation->weight, operation->eps, operation->norms_all & 1);
+        if (operation->second_weight)
+            norm_heads(k, kv_heads, dim, operation->second_weight, operation->eps,
+                       operation->norms_all & 2);
+        if (operation->angles) {
+            const float *cosines = operation->angles + (int64_t)row * 2 * operation->half;
+            for (int h = 0; h < heads + kv_heads; h++)
+                rotate(q + h * dim, cosines, operation->half, operation->option);
+        }
+        store_kv(plan, operation->layer, slots[row], k, k + kv_heads * dim);
+    }
+}

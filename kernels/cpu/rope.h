@@ -1,0 +1,10 @@
+/* ROPE: norm and turn q and k of each row, and store k and v in the paged cache. */
+#ifndef ROPE_H
+#define ROPE_H
+
+#include "plan.h"
+
+void run_angles(const Plan *plan, const Operation *operation, int first, int end);
+void run_rope(const Plan *plan, const Operation *operation, int first, int end);
+
+#endif
