@@ -30,7 +30,7 @@ def logits_of(plan, ids):
     """[vocab_size], of the last id."""
     blocks = range(1, 2 + len(ids) // BLOCK_SIZE)
     plan.forward(batch_of([Piece(ids, 0, blocks)]))
-    return plan.buffers["logits"][0]
+    return plan.read("logits")[0]
 
 
 class Llama64:
@@ -219,4 +219,4 @@ def test_a_nan_in_one_sequence_fails_that_sequence_alone(tiny, greedy):
 def test_a_step_inside_a_prompt_wants_no_logits(tiny):
     plan = plan_of(tiny)
     plan.forward(batch_of([Piece(PROMPTS[2], 0, [1, 2, 3, 4], wants_logits=False)]))
-    assert plan.buffers["logits"].shape[0] == 0
+    assert plan.read("logits").shape[0] == 0

@@ -14,6 +14,7 @@ from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Batch
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
+from llmsrv.backend.kv_blocks import check_blocks
 from llmsrv.backend.sampling.samples import FAILED
 from llmsrv.backend.sampling.samples import Samples
 from llmsrv.backend.sampling.table import SamplingTable
@@ -37,6 +38,7 @@ class FakePlan(Plan):
 
     def __init__(self, limits: Limits) -> None:
         self.sampling = SamplingTable(limits.max_slots, VOCAB_SIZE)
+        self.kv_layout = "fake: token ids"
         self.num_forwards = 0
         self._limits = limits
         self._cache = np.full(limits.num_blocks * BLOCK_SIZE, -1, np.int32)
@@ -57,6 +59,16 @@ class FakePlan(Plan):
             assert batch.slot_mapping[row] == block * BLOCK_SIZE + position % BLOCK_SIZE
         self._cache[batch.slot_mapping] = batch.ids
         self._logit_ids = [self._ids_up_to(batch, row) for row in batch.logit_rows.tolist()]
+
+    def read(self, name: str) -> Array:
+        raise KeyError(f"a fake plan has no buffer {name}")
+
+    def read_blocks(self, blocks: Sequence[int]) -> Array:
+        return self._cache.reshape(-1, BLOCK_SIZE)[list(blocks)].view(np.uint8)
+
+    def write_blocks(self, blocks: Sequence[int], data: Array) -> None:
+        check_blocks(data, len(blocks), BLOCK_SIZE * 4)
+        self._cache.reshape(-1, BLOCK_SIZE)[list(blocks)] = data.view(np.int32)
 
     def copy_block(self, source: int, target: int) -> None:
         assert 0 < source < self._limits.num_blocks and 0 < target < self._limits.num_blocks

@@ -10,6 +10,7 @@ import os
 import weakref
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ from llmsrv.backend.base import Limits
 from llmsrv.backend.base import MemoryLimit
 from llmsrv.backend.base import Plan
 from llmsrv.backend.base import Program
-from llmsrv.backend.check import check_kernels
+from llmsrv.backend.check import check_backend
 from llmsrv.backend.cpu.cache_memory import CacheMemory
 from llmsrv.backend.cpu.embed import Embedding
 from llmsrv.backend.cpu.layout import Layout
 from llmsrv.backend.cpu.library import CHUNK
+from llmsrv.backend.cpu.library import FORMATS
 from llmsrv.backend.cpu.library import Memory
 from llmsrv.backend.cpu.library import Operation
 from llmsrv.backend.cpu.library import PlanStruct
@@ -40,6 +42,8 @@ from llmsrv.backend.cpu.library import declare
 from llmsrv.backend.cpu.sampling import CPUSamplingTable
 from llmsrv.backend.cpu.sampling import Sampler
 from llmsrv.backend.host_memory import host_memory
+from llmsrv.backend.kv_blocks import read_blocks
+from llmsrv.backend.kv_blocks import write_blocks
 from llmsrv.backend.sampling.samples import Samples
 from llmsrv.backend.source import CompilerHangs
 from llmsrv.backend.source import cpu_features
@@ -51,21 +55,26 @@ from llmsrv.errors import StartupError
 log = logging.getLogger("llmsrv.backend")
 
 FLAGS = ("-std=gnu11", "-O2", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-pthread")
+# By the fewest bits that activations or KV cache have: several times what sound kernels measure.
+MAX_ERRORS = {16: 2e-3, 8: 5e-2}
 # Up to so many rows the chunks of one row's attention may be shared among the threads.
 MAX_SPLIT_ROWS = 32
 
 
 @dataclass(frozen=True)
 class Tier:
-    """An instruction set: what of cpu_features() it needs, and the flags that use it.
+    """An instruction set, and how to compile the kernels for it.
 
-    always_16_bits: its products have activations of 16 bits, faster than others those of 8
+    needs              the cpu_features() it takes
+    always_16_bits     its kernels have activations of 16 bits only, faster than others with 8
+    has_integer_cache  its KV cache stores integers, unless of 32 bits (KV_INTEGERS in kv_cache.h)
     """
 
     name: str
     needs: frozenset[str]
     flags: tuple[str, ...]
     always_16_bits: bool = False
+    has_integer_cache: bool = False
 
 
 AVX512 = Tier(
@@ -76,6 +85,7 @@ AVX512 = Tier(
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
         *("-mfma", "-mf16c"),
     ),
+    has_integer_cache=True,
 )
 TIERS = (
     Tier(
@@ -83,6 +93,7 @@ TIERS = (
         AVX512.needs | {"amx_tile", "amx_int8"},
         (*AVX512.flags, "-DTIER_AMX", "-mamx-tile", "-mamx-int8"),
         always_16_bits=True,
+        has_integer_cache=True,
     ),
     AVX512,
     Tier(
@@ -134,6 +145,7 @@ class CPUBackend(Backend):
         """Compiles the kernels of the best tier that CPU and compiler support and that agrees with
         the reference backend, or takes them from the cache.  Raises CannotRun if there is none."""
         self.num_threads = options.threads or default_threads()
+        self.kv_cache_bits = options.kv_cache_bits
         find_compiler()
         features = cpu_features()
         tiers = [tier for tier in options.tiers if tier.needs <= features]
@@ -141,8 +153,8 @@ class CPUBackend(Backend):
             self.activation_bits = 16 if self.tier.always_16_bits else options.activation_bits
             try:
                 self._library = self._load(options)
-                bits = min(self.activation_bits, options.kv_cache_bits)
-                check_kernels(self, self.tier.name, bits)
+                bits = min(self.activation_bits, self.kv_cache_bits, 16)
+                check_backend(self, f"the {self.tier.name} kernels", FORMATS, MAX_ERRORS[bits])
                 return
             except CannotRun as error:
                 if self.tier is tiers[-1] or isinstance(error, CompilerHangs):
@@ -171,7 +183,16 @@ class CPUBackend(Backend):
 
     def compile(self, program: Program, limits: Limits, tick: Callable[[], None]) -> Plan:
         layout = Layout(self._library, program, limits, self.num_threads, tick)
-        return CPUPlan(self._library, layout, program, limits, self.num_threads, tick)
+        plan = CPUPlan(self._library, layout, program, limits, self.num_threads, tick)
+        plan.kv_layout = self._kv_layout(program)
+        return plan
+
+    def _kv_layout(self, program: Program) -> str:
+        """Names what the bytes of a block depend on (kernels/cpu/kv_cache.h)."""
+        has_integers = self.tier.has_integer_cache and self.kv_cache_bits != 32
+        elements = f"{'integers' if has_integers else 'floats'} of {self.kv_cache_bits} bits"
+        shape = f"{program.num_layers} layers, {program.num_kv_heads} heads, {_padded_dim(program)}"
+        return f"cpu: {elements}, {shape}, blocks of {BLOCK_SIZE}"
 
 
 class CPUPlan(Plan):
@@ -188,6 +209,7 @@ class CPUPlan(Plan):
     ) -> None:
         self.program = program
         self.buffers = layout.buffers
+        self._logit_row_buffers = program.logit_row_buffers()
         self.sampling = CPUSamplingTable(limits.max_slots, program.vocab_size)
         self._library = library
         self._layout = layout
@@ -238,11 +260,6 @@ class CPUPlan(Plan):
         self._forward(*self._at)
         self._tick()
 
-    def copy_block(self, source: int, target: int) -> None:
-        self.cache.will_use(target)
-        for array in (self.cache.keys, self.cache.values):
-            array[target] = array[source]
-
     def sample(
         self,
         slots: Array,
@@ -251,6 +268,27 @@ class CPUPlan(Plan):
         drafts: Array | None = None,
     ) -> Samples:
         return self._sampler.sample(slots, output_positions, targets, drafts)
+
+    def read(self, name: str) -> Array:
+        has_logit_rows = name in self._logit_row_buffers
+        num_rows = self._rows.num_logit_rows if has_logit_rows else self._rows.num_rows
+        return self.buffers[name][:num_rows, : self.program.buffers[name]].copy()
+
+    def copy_block(self, source: int, target: int) -> None:
+        self.cache.will_use(target)
+        for array in (self.cache.keys, self.cache.values):
+            array[target] = array[source]
+
+    def read_blocks(self, blocks: Sequence[int]) -> Array:
+        return read_blocks(*self._block_bytes(), blocks)
+
+    def write_blocks(self, blocks: Sequence[int], data: Array) -> None:
+        self.cache.will_use(max(blocks, default=0))
+        write_blocks(*self._block_bytes(), blocks, data)
+
+    def _block_bytes(self) -> tuple[Array, Array]:
+        num_blocks = len(self.cache.keys)
+        return self.cache.keys.reshape(num_blocks, -1), self.cache.values.reshape(num_blocks, -1)
 
     def _lay_out(self, limits: Limits, num_threads: int) -> PlanStruct:
         program, array = self.program, self._memory.array

@@ -30,6 +30,7 @@ from llmsrv.backend.base import RopeAndStore
 from llmsrv.backend.base import SelectLogitRows
 from llmsrv.backend.base import Softcap
 from llmsrv.backend.base import Tensor
+from llmsrv.backend.base import output_of
 from llmsrv.backend.cpu.library import ACTIVATE
 from llmsrv.backend.cpu.library import ANGLES
 from llmsrv.backend.cpu.library import ATTEND
@@ -364,18 +365,8 @@ def _given(program: Program) -> set[str]:
     """The buffers that hold something before the first step: what is embedded, or written by no
     operation."""
     embedded = {op.out for op in program.operations if isinstance(op, Embed)}
-    written = {_out_of(op) for op in program.operations if not isinstance(op, Embed)}
+    written = {output_of(op) for op in program.operations if not isinstance(op, Embed)}
     return embedded | (program.buffers.keys() - written)
-
-
-def _out_of(operation: Operation) -> str:
-    match operation:
-        case Softcap():
-            return operation.x
-        case RopeAndStore():
-            return operation.qkv
-        case _:
-            return operation.out
 
 
 def _written_after_select(program: Program) -> set[str]:
@@ -386,7 +377,7 @@ def _written_after_select(program: Program) -> set[str]:
     for operation in program.operations:
         if isinstance(operation, SelectLogitRows | Pool):
             written = after
-        written.add(_out_of(operation))
+        written.add(output_of(operation))
     return after - before
 
 

@@ -8,6 +8,7 @@ the same greedy tokens alone and in any batch, not the same bits.
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from llmsrv.backend.base import Softcap
 from llmsrv.backend.base import Tensor
 from llmsrv.backend.host_memory import host_memory
 from llmsrv.backend.host_memory import machine_bytes
+from llmsrv.backend.kv_blocks import read_blocks
+from llmsrv.backend.kv_blocks import write_blocks
 from llmsrv.backend.quants.ggml_types import GGML_TYPES
 from llmsrv.backend.quants.ggml_types import dequantize
 from llmsrv.backend.quants.unpack import Floats
@@ -108,6 +111,13 @@ class ReferencePlan(Plan):
         shape = limits.num_blocks, program.num_layers, BLOCK_SIZE
         self.k_cache = np.zeros((*shape, program.num_kv_heads, program.head_dim), np.float32)
         self.v_cache = np.zeros((*shape, program.num_kv_heads, program.head_dim), np.float32)
+        self._block_bytes = (
+            self.k_cache.reshape(limits.num_blocks, -1).view(np.uint8),
+            self.v_cache.reshape(limits.num_blocks, -1).view(np.uint8),
+        )
+        self.kv_layout = "reference: {} layers, {} positions, {} heads, {} floats".format(
+            *self.k_cache.shape[1:]
+        )
         self.sampling = SamplingTable(limits.max_slots, program.vocab_size)
         # Of the last step.
         self.buffers: dict[str, Floats] = {}
@@ -118,10 +128,6 @@ class ReferencePlan(Plan):
         for operation in self.program.operations:
             self._run(operation, batch)
             self.tick()
-
-    def copy_block(self, source: int, target: int) -> None:
-        for array in (self.k_cache, self.v_cache):
-            array[target] = array[source]
 
     def sample(
         self,
@@ -134,6 +140,19 @@ class ReferencePlan(Plan):
         samples = sample(logits, table, slots, output_positions, targets, drafts)
         self.sampled[: len(samples.ids)] = np.maximum(samples.ids, 0)
         return samples
+
+    def read(self, name: str) -> Array:
+        return self.buffers[name].copy()
+
+    def copy_block(self, source: int, target: int) -> None:
+        for array in (self.k_cache, self.v_cache):
+            array[target] = array[source]
+
+    def read_blocks(self, blocks: Sequence[int]) -> Array:
+        return read_blocks(*self._block_bytes, blocks)
+
+    def write_blocks(self, blocks: Sequence[int], data: Array) -> None:
+        write_blocks(*self._block_bytes, blocks, data)
 
     def _run(self, operation: Operation, batch: Batch) -> None:
         buffers = self.buffers

@@ -71,11 +71,7 @@ def both(backend, operations, widths, pieces, heads=(4, 2, 16), **inputs):
                 plan.buffers[name] = values.copy()
         plan.forward(batch)
     ours, theirs = plans
-    return {
-        name: (ours.buffers[name][: len(theirs.buffers[name]), :width], theirs.buffers[name])
-        for name, width in widths.items()
-        if name in theirs.buffers
-    }
+    return {name: (ours.read(name), theirs.read(name)) for name in widths if name in theirs.buffers}
 
 
 def rows(count):
@@ -122,7 +118,7 @@ def test_a_row_has_the_same_bits_however_many_there_are(cpu, type, columns):
     def multiplied(some):
         plan.buffers["x"][: len(some), :columns] = some
         plan.forward(batch_of(rows(len(some))))
-        return plan.buffers["out"][: len(some), :100].tobytes()
+        return plan.read("out").tobytes()
 
     alone = b"".join(multiplied(x[i : i + 1]) for i in range(50))
     for count in (2, 3, 4, 5, 17, 33, 50):
@@ -294,8 +290,7 @@ def attention_errors(backend, heads, kv_heads, head_dim, window, softcap, interl
         plans[1].buffers["qkv"] = qkv.copy()
         for plan in plans:
             plan.forward(batch)
-        theirs = plans[1].buffers["out"]
-        ours = plans[0].buffers["out"][: len(theirs), : widths["out"]]
+        ours, theirs = (plan.read("out") for plan in plans)
         errors.append(np.abs(ours - theirs).ravel())
     return np.concatenate(errors)
 
@@ -382,7 +377,7 @@ def logits_of(plan, run, chunk):
 
     def noted(batch):
         forward(batch)
-        rows.extend(plan.buffers["logits"][: len(batch.logit_rows), :VOCAB].copy())
+        rows.extend(plan.read("logits"))
 
     plan.forward = noted
     generate(plan, [run], chunk)
@@ -411,11 +406,11 @@ def check_a_copied_block_gives_the_same(backend, tolerance=0):
     plan = backend.compile(program, LIMITS, lambda: None)
     ids = np.random.default_rng(5).integers(0, VOCAB, 40).tolist()
     plan.forward(batch_of([Piece(ids, 0, [1, 2, 3])]))
-    expected = plan.buffers["logits"][0, :VOCAB].copy()
+    expected = plan.read("logits")[0]
     plan.forward(batch_of([Piece(ids[:30] + [5], 0, [4, 6])]))
     plan.copy_block(6, 7)
     plan.forward(batch_of([Piece(ids[30:], 30, [4, 7, 8])]))
-    np.testing.assert_allclose(plan.buffers["logits"][0, :VOCAB], expected, tolerance, tolerance)
+    np.testing.assert_allclose(plan.read("logits")[0], expected, tolerance, tolerance)
 
 
 def check_logits_do_not_depend_on_the_batch(backend):
@@ -434,7 +429,7 @@ def check_logits_do_not_depend_on_the_batch(backend):
     def noted(batch):
         forward(batch)
         if 0 in batch.sequences[batch.logit_rows] and len(runs[0].ids) < 5:
-            seen.append(plan.buffers["logits"][0, :VOCAB].copy())
+            seen.append(plan.read("logits")[0])
 
     plan.forward = noted
     generate(plan, runs, chunk=20)

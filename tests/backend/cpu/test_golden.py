@@ -28,7 +28,7 @@ def measured(model, golden, bits):
     program = load_model(model, lambda: None).program
     plan = backend.compile(program, LIMITS, lambda: None)
     cases = json.loads(golden.read_text())["cases"]
-    return [step for case in cases for step in steps(plan, case, program.vocab_size)]
+    return [step for case in cases for step in steps(plan, program, case)]
 
 
 def mean(values):
