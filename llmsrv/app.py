@@ -50,6 +50,8 @@ def build_app(
     traffic = Traffic(connections)
     ModelRoutes(models).add_to(router)
     HealthRoutes(models, traffic).add_to(router)
+    for path in ("/", "/docs", "/openapi.json"):  # where browsers look
+        router.open(path)
     origins = config.allow_origins or (["*"] if gate.has_keys else "loopback")
     decorated = CORS(
         Application(gate, router),

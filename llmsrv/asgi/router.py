@@ -49,6 +49,7 @@ class Router:
     def __init__(self) -> None:
         self._exact: dict[bytes, dict[str, Route]] = {}  # by path, then by method
         self._tails: dict[tuple[bytes, str], dict[str, Route]] = {}  # by prefix and parameter
+        self._open_paths: set[bytes] = set()  # without routes
 
     def add(
         self,
@@ -71,22 +72,28 @@ class Router:
             routes = self._exact.setdefault(path.encode(), {})
         routes[method] = Route(path, handler, access, dialect)
 
+    def open(self, path: str) -> None:
+        """Makes a path without routes 404 for everyone, not 401 for clients without a key."""
+        self._open_paths.add(path.encode())
+
     def find(self, request: Request) -> Route:
         """The route of a request, for every request.
 
         Without a matching route, the handler raises ApiError: 404 for an unknown path, 405 for a
         known path without that method, 501 for a method that HTTP does not define.  Such a route
-        has the strictest access of its path, and KEY if the path is unknown.
+        has the strictest access of its path; for an unknown path that is KEY, unless it is open.
         """
         routes = self._routes(request)
         method = "GET" if request.method == "HEAD" else request.method
         if route := routes.get(method):
             return route
         if not routes:
-            return Route(None, self._answer_unrouted)
+            is_open = request.raw_path in self._open_paths
+            return Route(None, self._answer_unrouted, Access.OPEN if is_open else Access.KEY)
         first = next(iter(routes.values()))
+        path = first.path if request.method in METHODS else None
         access = max(route.access for route in routes.values())
-        return Route(first.path, self._answer_unrouted, access, first.dialect)
+        return Route(path, self._answer_unrouted, access, first.dialect)
 
     def _routes(self, request: Request) -> dict[str, Route]:
         """The routes of the request's path by method; empty for an unknown path."""

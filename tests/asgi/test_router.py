@@ -119,7 +119,10 @@ def test_options_is_answered(raw_path: bytes, allow: bytes) -> None:
         ("GET", b"/admin", "/admin", Access.OPEN),
         ("POST", b"/admin", "/admin", Access.OPERATOR),
         ("PUT", b"/admin", "/admin", Access.OPERATOR),
+        ("BREW", b"/admin", None, Access.OPERATOR),
         ("OPTIONS", b"*", None, Access.KEY),
+        ("GET", b"/docs", None, Access.OPEN),
+        ("GET", b"/docs/", None, Access.KEY),
     ],
 )
 def test_every_request_has_a_path_and_an_access_and_unrouted_ones_the_strictest(
@@ -128,6 +131,7 @@ def test_every_request_has_a_path_and_an_access_and_unrouted_ones_the_strictest(
     router = Router()
     router.add("GET", "/health", handler("health"), Access.OPEN)
     router.add("GET", "/a/{id}", handler("a"))
+    router.open("/docs")
     router.add("GET", "/admin", handler("admin"), Access.OPEN)
     router.add("POST", "/admin", handler("admin"), Access.OPERATOR)
     scope = {"method": method, "path": "/", "raw_path": raw_path, "headers": []}
