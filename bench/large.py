@@ -18,10 +18,10 @@ from bench.cpu import Roofs
 from bench.cpu import decode
 from bench.cpu import prefill
 from bench.machine import describe
-from llmsrv.backend.base import Linear
-from llmsrv.backend.base import Program
 from llmsrv.backend.cpu.backend import CPUBackend
 from llmsrv.backend.cpu.backend import CPUOptions
+from llmsrv.backend.program import Linear
+from llmsrv.backend.program import Program
 from llmsrv.config import default_cache_dir
 from llmsrv.model.load import load_model
 from tests.support.gguf_writer import RawTensor

@@ -9,20 +9,20 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from llmsrv.backend.base import Attention
 from llmsrv.backend.base import Backend
 from llmsrv.backend.base import Batch
 from llmsrv.backend.base import CannotRun
-from llmsrv.backend.base import Embed
-from llmsrv.backend.base import GatedActivation
 from llmsrv.backend.base import Limits
-from llmsrv.backend.base import Linear
-from llmsrv.backend.base import Norm
-from llmsrv.backend.base import Operation
-from llmsrv.backend.base import Program
-from llmsrv.backend.base import RopeAndStore
-from llmsrv.backend.base import SelectLogitRows
-from llmsrv.backend.base import Tensor
+from llmsrv.backend.program import Attention
+from llmsrv.backend.program import Embed
+from llmsrv.backend.program import GatedActivation
+from llmsrv.backend.program import Linear
+from llmsrv.backend.program import Norm
+from llmsrv.backend.program import Operation
+from llmsrv.backend.program import Program
+from llmsrv.backend.program import RopeAndStore
+from llmsrv.backend.program import SelectLogitRows
+from llmsrv.backend.program import Tensor
 from llmsrv.backend.quants.ggml_types import GGML_TYPES
 from llmsrv.backend.reference.backend import ReferenceBackend
 

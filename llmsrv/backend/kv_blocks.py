@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llmsrv.backend.base import Array
+from llmsrv.backend.arrays import Array
 
 
 def read_blocks(k: Array, v: Array, blocks: Sequence[int]) -> Array:

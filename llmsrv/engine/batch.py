@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmsrv.backend.base import Array
-from llmsrv.backend.base import Batch
+from llmsrv.backend.arrays import Array
 from llmsrv.backend.base import BLOCK_SIZE
+from llmsrv.backend.base import Batch
 from llmsrv.engine.kv_cache import num_blocks_for
 from llmsrv.engine.sequence import Sequence
 

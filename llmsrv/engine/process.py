@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from llmsrv.backend.base import Backend
     from llmsrv.backend.base import Limits
     from llmsrv.backend.base import Plan
-    from llmsrv.backend.base import Program
+    from llmsrv.backend.program import Program
     from llmsrv.engine.core import EngineCore
     from llmsrv.engine.queues import Receiver
     from llmsrv.engine.sizes import Sizes

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Backend
 from llmsrv.backend.base import MemoryLimit
-from llmsrv.backend.base import Program
-from llmsrv.backend.base import Tensor
+from llmsrv.backend.program import Program
+from llmsrv.backend.program import Tensor
 from llmsrv.config import EngineConfig
 from llmsrv.config import MODES
 from llmsrv.errors import StartupError

@@ -6,18 +6,18 @@ Source: Vaswani et al. 2017; what families change in it is in families/.
 
 from collections.abc import Iterator
 
-from llmsrv.backend.base import Attention
-from llmsrv.backend.base import Embed
-from llmsrv.backend.base import Experts
-from llmsrv.backend.base import GatedActivation
-from llmsrv.backend.base import Linear
-from llmsrv.backend.base import Norm
-from llmsrv.backend.base import Operation
-from llmsrv.backend.base import Program
-from llmsrv.backend.base import RopeAndStore
-from llmsrv.backend.base import SelectLogitRows
-from llmsrv.backend.base import Softcap
-from llmsrv.backend.base import Tensor
+from llmsrv.backend.program import Attention
+from llmsrv.backend.program import Embed
+from llmsrv.backend.program import Experts
+from llmsrv.backend.program import GatedActivation
+from llmsrv.backend.program import Linear
+from llmsrv.backend.program import Norm
+from llmsrv.backend.program import Operation
+from llmsrv.backend.program import Program
+from llmsrv.backend.program import RopeAndStore
+from llmsrv.backend.program import SelectLogitRows
+from llmsrv.backend.program import Softcap
+from llmsrv.backend.program import Tensor
 from llmsrv.model.architecture import Architecture
 from llmsrv.model.config import ExpertsConfig
 from llmsrv.model.config import ModelConfig

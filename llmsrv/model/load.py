@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmsrv.backend.base import Program
+from llmsrv.backend.program import Program
 from llmsrv.errors import ModelError
 from llmsrv.files.folder import ModelFolder
 from llmsrv.files.gguf import GGUFFile

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmsrv.backend.base import Array
+from llmsrv.backend.arrays import Array
 from llmsrv.model.keys import GGUFKeys
 from llmsrv.model.keys import Keys
 from llmsrv.model.tensors import Tensors
@@ -22,7 +22,7 @@ MOST_POSITIONS = 1 << 28
 
 @dataclass(frozen=True, eq=False)
 class Rope:
-    """As in backend.base.RopeAndStore; long_from as in Program."""
+    """As in RopeAndStore in backend/program.py; long_from as in Program."""
 
     frequencies: Array
     long_frequencies: Array | None = None

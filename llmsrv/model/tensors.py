@@ -8,8 +8,8 @@ from math import prod
 
 import numpy as np
 
-from llmsrv.backend.base import Array
-from llmsrv.backend.base import Tensor
+from llmsrv.backend.arrays import Array
+from llmsrv.backend.program import Tensor
 from llmsrv.backend.quants.ggml_types import GGML_TYPES
 from llmsrv.backend.quants.ggml_types import dequantize
 from llmsrv.errors import ModelError

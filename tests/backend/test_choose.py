@@ -7,12 +7,12 @@ import pytest
 
 from llmsrv import config
 from llmsrv.backend import choose
-from llmsrv.backend.base import Embed
 from llmsrv.backend.base import Limits
-from llmsrv.backend.base import Program
 from llmsrv.backend.choose import BACKENDS
 from llmsrv.backend.choose import run_on_backend
 from llmsrv.backend.cpu.backend import CPUOptions
+from llmsrv.backend.program import Embed
+from llmsrv.backend.program import Program
 from llmsrv.config import default_cache_dir
 from llmsrv.errors import StartupError
 from tests.support.tensors import random_tensor

@@ -16,7 +16,7 @@ from hypothesis.stateful import invariant
 from hypothesis.stateful import precondition
 from hypothesis.stateful import rule
 
-from llmsrv.backend.base import Array
+from llmsrv.backend.arrays import Array
 from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan

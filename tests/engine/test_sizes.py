@@ -2,10 +2,10 @@
 
 import pytest
 
-from llmsrv.backend.base import Embed
-from llmsrv.backend.base import Linear
 from llmsrv.backend.base import MemoryLimit
-from llmsrv.backend.base import Program
+from llmsrv.backend.program import Embed
+from llmsrv.backend.program import Linear
+from llmsrv.backend.program import Program
 from llmsrv.backend.reference.backend import ReferenceBackend
 from llmsrv.config import EngineConfig
 from llmsrv.engine.sizes import MemoryBudget

@@ -6,9 +6,9 @@ from math import nan
 import numpy as np
 import pytest
 
-from llmsrv.backend.base import Embed
-from llmsrv.backend.base import Linear
-from llmsrv.backend.base import RopeAndStore
+from llmsrv.backend.program import Embed
+from llmsrv.backend.program import Linear
+from llmsrv.backend.program import RopeAndStore
 from llmsrv.errors import ModelError
 from llmsrv.model.load import load_model
 from tests.support.gguf_writer import Typed

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmsrv.backend.base import Attention
-from llmsrv.backend.base import RopeAndStore
+from llmsrv.backend.program import Attention
+from llmsrv.backend.program import RopeAndStore
 from llmsrv.errors import ModelError
 from llmsrv.model.load import load_model
 from tests.support.hf_to_gguf import read_safetensors

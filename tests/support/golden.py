@@ -10,7 +10,7 @@ import numpy as np
 
 from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Plan
-from llmsrv.backend.base import Program
+from llmsrv.backend.program import Program
 from llmsrv.backend.sampling.reference_sampler import log_softmax
 from tests.support.plans import Piece
 from tests.support.plans import batch_of

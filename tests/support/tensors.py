@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from llmsrv.backend.base import Tensor
+from llmsrv.backend.program import Tensor
 from llmsrv.backend.quants.ggml_types import GGML_TYPES
 
 # Where a block of the type has its float16 scales.

@@ -18,7 +18,7 @@ from typing import Self
 
 import numpy as np
 
-from llmsrv.backend.base import Array
+from llmsrv.backend.arrays import Array
 from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Backend
 from llmsrv.backend.base import Batch
@@ -26,7 +26,6 @@ from llmsrv.backend.base import CannotRun
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import MemoryLimit
 from llmsrv.backend.base import Plan
-from llmsrv.backend.base import Program
 from llmsrv.backend.check import check_backend
 from llmsrv.backend.cpu.cache_memory import CacheMemory
 from llmsrv.backend.cpu.embed import Embedding
@@ -44,6 +43,7 @@ from llmsrv.backend.cpu.sampling import Sampler
 from llmsrv.backend.host_memory import host_memory
 from llmsrv.backend.kv_blocks import read_blocks
 from llmsrv.backend.kv_blocks import write_blocks
+from llmsrv.backend.program import Program
 from llmsrv.backend.sampling.samples import Samples
 from llmsrv.backend.source import CompilerHangs
 from llmsrv.backend.source import cpu_features

@@ -12,7 +12,7 @@ import threading
 
 import numpy as np
 
-from llmsrv.backend.base import Array
+from llmsrv.backend.arrays import Array
 from llmsrv.backend.cpu.library import Memory
 from llmsrv.backend.cpu.library import address_of
 

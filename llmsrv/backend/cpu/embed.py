@@ -8,13 +8,13 @@ import ctypes
 
 import numpy as np
 
-from llmsrv.backend.base import Array
-from llmsrv.backend.base import Embed
+from llmsrv.backend.arrays import Array
 from llmsrv.backend.cpu.library import FORMATS
 from llmsrv.backend.cpu.library import address_of
 from llmsrv.backend.cpu.library import float32
 from llmsrv.backend.cpu.library import int32
 from llmsrv.backend.cpu.library import pointer
+from llmsrv.backend.program import Embed
 from llmsrv.backend.quants.ggml_types import dequantize
 
 

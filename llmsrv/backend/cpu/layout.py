@@ -14,23 +14,9 @@ from math import prod
 
 import numpy as np
 
-from llmsrv.backend.base import Array
-from llmsrv.backend.base import Attention
+from llmsrv.backend.arrays import Array
 from llmsrv.backend.base import CannotRun
-from llmsrv.backend.base import Embed
-from llmsrv.backend.base import Experts
-from llmsrv.backend.base import GatedActivation
 from llmsrv.backend.base import Limits
-from llmsrv.backend.base import Linear
-from llmsrv.backend.base import Norm
-from llmsrv.backend.base import Operation
-from llmsrv.backend.base import Pool
-from llmsrv.backend.base import Program
-from llmsrv.backend.base import RopeAndStore
-from llmsrv.backend.base import SelectLogitRows
-from llmsrv.backend.base import Softcap
-from llmsrv.backend.base import Tensor
-from llmsrv.backend.base import output_of
 from llmsrv.backend.cpu.library import ACTIVATE
 from llmsrv.backend.cpu.library import ANGLES
 from llmsrv.backend.cpu.library import ATTEND
@@ -44,18 +30,32 @@ from llmsrv.backend.cpu.library import NORM
 from llmsrv.backend.cpu.library import Operation as Step
 from llmsrv.backend.cpu.library import POOL
 from llmsrv.backend.cpu.library import Part
+from llmsrv.backend.cpu.library import QUANTIZE
 from llmsrv.backend.cpu.library import ROPE
 from llmsrv.backend.cpu.library import ROUTE
 from llmsrv.backend.cpu.library import ROWS
 from llmsrv.backend.cpu.library import SELECT
 from llmsrv.backend.cpu.library import SOFTCAP
-from llmsrv.backend.cpu.library import QUANTIZE
 from llmsrv.backend.cpu.library import WEIGH
 from llmsrv.backend.cpu.library import address_of
 from llmsrv.backend.cpu.library import drop_pages
 from llmsrv.backend.cpu.weights import Stack
 from llmsrv.backend.cpu.weights import Weights
 from llmsrv.backend.cpu.weights import format_of
+from llmsrv.backend.program import Attention
+from llmsrv.backend.program import Embed
+from llmsrv.backend.program import Experts
+from llmsrv.backend.program import GatedActivation
+from llmsrv.backend.program import Linear
+from llmsrv.backend.program import Norm
+from llmsrv.backend.program import Operation
+from llmsrv.backend.program import Pool
+from llmsrv.backend.program import Program
+from llmsrv.backend.program import RopeAndStore
+from llmsrv.backend.program import SelectLogitRows
+from llmsrv.backend.program import Softcap
+from llmsrv.backend.program import Tensor
+from llmsrv.backend.program import output_of
 from llmsrv.backend.quants.ggml_types import GGML_TYPES
 from llmsrv.backend.quants.ggml_types import dequantize
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llmsrv.backend.base import Array
+from llmsrv.backend.arrays import Array
 from llmsrv.backend.base import Limits
 from llmsrv.backend.cpu.library import Memory
 from llmsrv.backend.cpu.library import address_of

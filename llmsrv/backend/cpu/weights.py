@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmsrv.backend.base import Array
-from llmsrv.backend.base import Tensor
+from llmsrv.backend.arrays import Array
 from llmsrv.backend.cpu.library import FORMATS
 from llmsrv.backend.cpu.library import Memory
 from llmsrv.backend.cpu.library import Part
 from llmsrv.backend.cpu.library import ROWS
 from llmsrv.backend.cpu.library import address_of
 from llmsrv.backend.cpu.library import drop_pages
+from llmsrv.backend.program import Tensor
 from llmsrv.backend.quants.ggml_types import dequantize
 
 ALIGNMENT = 64

@@ -19,8 +19,8 @@ Source: ggml-common.h (layouts) and dequantize_row_* of ggml-quants.c (float32 a
 
 import numpy as np
 
-from llmsrv.backend.quants.unpack import Bytes
-from llmsrv.backend.quants.unpack import Floats
+from llmsrv.backend.arrays import Bytes
+from llmsrv.backend.arrays import Floats
 from llmsrv.backend.quants.unpack import bits_of
 from llmsrv.backend.quants.unpack import fields
 from llmsrv.backend.quants.unpack import half

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from llmsrv.backend.arrays import Bytes
+from llmsrv.backend.arrays import Floats
 from llmsrv.backend.quants import block_quants
 from llmsrv.backend.quants import iq_quants
 from llmsrv.backend.quants import k_quants
-from llmsrv.backend.quants.unpack import Bytes
-from llmsrv.backend.quants.unpack import Floats
 
 # Values dequantized at a time: few enough for input and temporaries to stay in the cache.
 CHUNK_VALUES = 1 << 17

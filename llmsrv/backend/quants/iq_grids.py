@@ -12,7 +12,7 @@ import base64
 
 import numpy as np
 
-from llmsrv.backend.quants.unpack import Floats
+from llmsrv.backend.arrays import Floats
 
 
 def _grid(coordinates: tuple[int, ...], dimensions: int, bits: str) -> Floats:

@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llmsrv.backend.arrays import Bytes
+from llmsrv.backend.arrays import Floats
 from llmsrv.backend.quants.iq_grids import IQ1
 from llmsrv.backend.quants.iq_grids import IQ2_S
 from llmsrv.backend.quants.iq_grids import IQ2_XS
@@ -31,8 +33,6 @@ from llmsrv.backend.quants.iq_grids import IQ2_XXS
 from llmsrv.backend.quants.iq_grids import IQ3_S
 from llmsrv.backend.quants.iq_grids import IQ3_XXS
 from llmsrv.backend.quants.iq_grids import IQ4_CURVE
-from llmsrv.backend.quants.unpack import Bytes
-from llmsrv.backend.quants.unpack import Floats
 from llmsrv.backend.quants.unpack import bits_of
 from llmsrv.backend.quants.unpack import fields
 from llmsrv.backend.quants.unpack import half

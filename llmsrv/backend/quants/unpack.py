@@ -3,8 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
-Bytes = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
+from llmsrv.backend.arrays import Bytes
+from llmsrv.backend.arrays import Floats
 
 
 def half(blocks: Bytes, at: int) -> Floats:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmsrv.backend.base import Array
-from llmsrv.backend.base import Attention
+from llmsrv.backend.arrays import Array
+from llmsrv.backend.arrays import Floats
 from llmsrv.backend.base import Batch
-from llmsrv.backend.base import RopeAndStore
-from llmsrv.backend.quants.unpack import Floats
+from llmsrv.backend.program import Attention
+from llmsrv.backend.program import RopeAndStore
 
 # Rows of a long chunk that attend together: few, since none looks beyond the last of them and their
 # scores should stay in the cache; not too few, since k and v are gathered for each span.

@@ -37,12 +37,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llmsrv.backend.arrays import Floats
 from llmsrv.backend.sampling.philox import uniform_bits
 from llmsrv.backend.sampling.samples import FAILED
 from llmsrv.backend.sampling.samples import Samples
 from llmsrv.backend.sampling.table import Extras
 from llmsrv.backend.sampling.table import FRACTION_BITS
-from llmsrv.backend.sampling.table import Floats
 from llmsrv.backend.sampling.table import Ids
 from llmsrv.backend.sampling.table import SamplingTable
 from llmsrv.backend.sampling.table import WEIGHT_BITS

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llmsrv.backend.sampling.table import Floats
+from llmsrv.backend.arrays import Floats
 from llmsrv.backend.sampling.table import Ids
 
 FAILED = -1  # in place of an id: the row could not be sampled

@@ -12,7 +12,8 @@ from dataclasses import field
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float32]
+from llmsrv.backend.arrays import Floats
+
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.uint32]
 

@@ -9,18 +9,7 @@ from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from llmsrv.backend.base import Attention
-from llmsrv.backend.base import Embed
-from llmsrv.backend.base import Experts
-from llmsrv.backend.base import GatedActivation
 from llmsrv.backend.base import Limits
-from llmsrv.backend.base import Linear
-from llmsrv.backend.base import Norm
-from llmsrv.backend.base import Pool
-from llmsrv.backend.base import Program
-from llmsrv.backend.base import RopeAndStore
-from llmsrv.backend.base import SelectLogitRows
-from llmsrv.backend.base import Softcap
 from llmsrv.backend.cpu import backend as cpu_module
 from llmsrv.backend.cpu.backend import CPUBackend
 from llmsrv.backend.cpu.backend import CPUOptions
@@ -28,6 +17,17 @@ from llmsrv.backend.cpu.backend import TIERS
 from llmsrv.backend.cpu.backend import Tier
 from llmsrv.backend.cpu.library import FLOATS
 from llmsrv.backend.cpu.library import FORMATS
+from llmsrv.backend.program import Attention
+from llmsrv.backend.program import Embed
+from llmsrv.backend.program import Experts
+from llmsrv.backend.program import GatedActivation
+from llmsrv.backend.program import Linear
+from llmsrv.backend.program import Norm
+from llmsrv.backend.program import Pool
+from llmsrv.backend.program import Program
+from llmsrv.backend.program import RopeAndStore
+from llmsrv.backend.program import SelectLogitRows
+from llmsrv.backend.program import Softcap
 from llmsrv.backend.quants.ggml_types import GGML_TYPES
 from llmsrv.backend.reference.backend import ReferenceBackend
 from llmsrv.backend.sampling.table import SamplingParameters

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmsrv.backend.base import Array
+from llmsrv.backend.arrays import Array
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
 from llmsrv.backend.cpu.backend import CPUBackend

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from llmsrv.backend.base import Limits
-from llmsrv.backend.base import Program
+from llmsrv.backend.program import Program
 from llmsrv.backend.sampling.reference_sampler import sample
 from llmsrv.backend.sampling.table import SamplingParameters
 from llmsrv.backend.sampling.table import SamplingTable

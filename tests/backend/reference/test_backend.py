@@ -5,20 +5,20 @@ import math
 import numpy as np
 import pytest
 
-from llmsrv.backend.base import Attention
 from llmsrv.backend.base import BLOCK_SIZE
-from llmsrv.backend.base import Embed
-from llmsrv.backend.base import Experts
-from llmsrv.backend.base import GatedActivation
 from llmsrv.backend.base import Limits
-from llmsrv.backend.base import Linear
-from llmsrv.backend.base import Norm
-from llmsrv.backend.base import Pool
-from llmsrv.backend.base import Program
-from llmsrv.backend.base import RopeAndStore
-from llmsrv.backend.base import SelectLogitRows
-from llmsrv.backend.base import Softcap
-from llmsrv.backend.base import Tensor
+from llmsrv.backend.program import Attention
+from llmsrv.backend.program import Embed
+from llmsrv.backend.program import Experts
+from llmsrv.backend.program import GatedActivation
+from llmsrv.backend.program import Linear
+from llmsrv.backend.program import Norm
+from llmsrv.backend.program import Pool
+from llmsrv.backend.program import Program
+from llmsrv.backend.program import RopeAndStore
+from llmsrv.backend.program import SelectLogitRows
+from llmsrv.backend.program import Softcap
+from llmsrv.backend.program import Tensor
 from llmsrv.backend.reference.backend import ReferenceBackend
 from llmsrv.backend.sampling.table import SamplingParameters
 from llmsrv.errors import StartupError
