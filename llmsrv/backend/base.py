@@ -60,16 +60,30 @@ class Batch:
     logit_rows: Array
 
 
+@dataclass(frozen=True)
+class PendingSamples:
+    """Samples that the device may still be computing.
+
+    read  waits for them and returns them; call it once
+    """
+
+    read: Callable[[], Samples]
+
+
 class Plan(ABC):
     """A compiled program with its weights, buffers, KV cache and sampling table.
 
-    sampling   parameters of each slot; written between steps
-    kv_layout  how a block of the KV cache is stored.  Plans with equal kv_layout can exchange
-               blocks by read_blocks and write_blocks.
+    sampling         parameters of each slot; written between steps
+    kv_layout        how a block of the KV cache is stored.  Plans with equal kv_layout can exchange
+                     blocks by read_blocks and write_blocks.
+    is_asynchronous  whether calls return before the device has finished.  If so, everything takes
+                     effect in the order of the calls, including writes to `sampling`, and the host
+                     waits only in PendingSamples.read.
     """
 
     sampling: SamplingTable
     kv_layout: str
+    is_asynchronous: bool = False
 
     @abstractmethod
     def forward(self, batch: Batch) -> None:
@@ -104,6 +118,22 @@ class Plan(ABC):
 
         A row that cannot be sampled gets the id FAILED (sampling/samples.py); no other row suffers.
         """
+
+    def enqueue_sample(
+        self,
+        slots: Array,
+        output_positions: Array,
+        targets: Array | None = None,
+        drafts: Array | None = None,
+    ) -> PendingSamples:
+        """Like sample(), but does not wait for the result.
+
+        An asynchronous plan overrides this.  It must support two unread results at a time: the
+        engine enqueues the next step before it reads this one.  Results are read in order.  It must
+        also accept R = 0; then read() only waits for the forward pass.
+        """
+        samples = self.sample(slots, output_positions, targets, drafts)
+        return PendingSamples(lambda: samples)
 
     @abstractmethod
     def read(self, name: str) -> Array:

@@ -1,8 +1,11 @@
-"""The engine without its process: requests in, and one step after the other out.
+"""The engine without its process: takes requests, and computes one step after the other.
 
 A step schedules rows, runs the model over them, samples the sequences whose rows are complete, and
-reports what came of it in one message.  What goes wrong for one request fails that request; what
-goes wrong in the model's own computation is raised, and ends the engine.
+reports all results in one message.  With an asynchronous backend the core runs one step ahead of
+the tokens that it has read (pipeline.py).
+
+An error that concerns one request fails that request.  An error in the model's own computation is
+raised, and ends the engine.
 """
 
 import logging
@@ -14,11 +17,11 @@ from concurrent.futures import Future
 from concurrent.futures import wait
 from heapq import heappop
 from heapq import heappush
-from typing import NamedTuple
 
 import numpy as np
 
 from llmsrv.backend.base import Limits
+from llmsrv.backend.base import PendingSamples
 from llmsrv.backend.base import Plan
 from llmsrv.backend.sampling.samples import Samples
 from llmsrv.engine.batch import build_batch
@@ -35,9 +38,13 @@ from llmsrv.engine.messages import PROMPT
 from llmsrv.engine.messages import Step
 from llmsrv.engine.messages import Submit
 from llmsrv.engine.messages import Tokens
-from llmsrv.engine.sampling import check_ids
-from llmsrv.engine.sampling import check_min_tokens
-from llmsrv.engine.sampling import check_sampling
+from llmsrv.engine.pipeline import LogitRow
+from llmsrv.engine.pipeline import NO_ID
+from llmsrv.engine.pipeline import PendingStep
+from llmsrv.engine.pipeline import append_placeholders
+from llmsrv.engine.pipeline import logit_rows_of
+from llmsrv.engine.pipeline import may_run_ahead
+from llmsrv.engine.pipeline import remove_placeholders
 from llmsrv.engine.sampling import num_usable_masks
 from llmsrv.engine.sampling import write_sampling
 from llmsrv.engine.scheduler import Chunk
@@ -46,27 +53,13 @@ from llmsrv.engine.sequence import Sequence
 from llmsrv.engine.sequence import State
 from llmsrv.engine.speculation import Speculation
 from llmsrv.engine.step_costs import StepCosts
+from llmsrv.engine.validation import check_submit
 from llmsrv.errors import ApiError
 
 log = logging.getLogger("llmsrv.engine")
 
-NONE = -1  # in place of an id
-GRAMMAR_WAIT_S = 0.005  # where there is nothing to do but to wait for a grammar
+GRAMMAR_WAIT_S = 0.005  # when all requests wait for their grammars
 TIMED_OUT = "The request was not finished within the time that this server gives to one."
-
-
-class LogitRow(NamedTuple):
-    """A row whose logits are wanted.
-
-    at      index in its sequence of the token that it tells of, or draws
-    target  the prompt's token there, else NONE
-    draft   the drafted token that the row stands on, else NONE
-    """
-
-    sequence: Sequence
-    at: int
-    target: int
-    draft: int
 
 
 class EngineCore:
@@ -82,13 +75,18 @@ class EngineCore:
         uses_prompt_lookup: bool = False,
         draft_plan: Plan | None = None,
         draft_length: int = 0,
+        is_pipelined: bool | None = None,
     ) -> None:
-        """limits are those that the plan was compiled for; its cache must hold one sequence of
-        context_length.  long_from is the program's.  compile_grammar returns at once; None: no
-        request has one.  uses_prompt_lookup and draft_length are as Speculation has them,
-        draft_plan is the draft model's, compiled for the same limits."""
+        """limits              of the compiled plan; its KV cache must hold a full context_length
+        long_from           of the program; None: no sequence is long
+        compile_grammar     returns at once; None: no request has a grammar
+        uses_prompt_lookup, draft_length  see Speculation
+        draft_plan          of the draft model, compiled for the same limits
+        is_pipelined        whether to run ahead (pipeline.py); None: if the plan is asynchronous
+        """
         self._clock = clock
         self._plan = plan
+        self._is_pipelined = is_pipelined if is_pipelined is not None else plan.is_asynchronous
         self._context_length = context_length
         self._vocab_size = vocab_size
         self._long_from = context_length if long_from is None else long_from
@@ -107,11 +105,13 @@ class EngineCore:
             self._speculation,
             limits.max_logit_rows - limits.max_slots,
         )
-        self._sequences: dict[int, list[Sequence]] = {}  # by request, what has not ended
-        self._compiling: dict[int, Future[Grammar]] = {}  # of those that are not queued yet
-        self._deadlines: list[tuple[float, int]] = []  # a heap, with requests that have ended
+        self._sequences: dict[int, list[Sequence]] = {}  # by request, those that have not ended
+        self._compiling: dict[int, Future[Grammar]] = {}  # by request, not queued yet
+        self._deadlines: list[tuple[float, int]] = []  # a heap; may hold ended requests
+        self._pending: PendingStep | None = None  # only if pipelined
+        self._last_read_s = 0.0  # when the last step was read
 
-        # Since the last report
+        # Results since the last report
         self._admitted: list[Admitted] = []
         self._tokens: list[Tokens] = []
         self._finished: list[Finished] = []
@@ -119,15 +119,15 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would compute or report anything."""
-        return bool(self._sequences or self._finished or self._failed)
+        """Whether a step would compute, read or report anything."""
+        return bool(self._sequences or self._finished or self._failed or self._pending)
 
     def submit(self, submit: Submit) -> None:
-        """Queues a request, or fails it."""
-        assert submit.request not in self._sequences, f"request {submit.request} came twice"
+        """Queues a request, or fails it if it is invalid."""
+        assert submit.request not in self._sequences, f"request {submit.request} is in use"
         now_s = self._clock()
         try:
-            self._check(submit)
+            check_submit(submit, self._context_length, self._vocab_size)
             num_prompt, end_ids = len(submit.prompt_ids), frozenset(submit.end_ids)
             max_tokens = min(submit.max_tokens, self._context_length - num_prompt)
             is_long = num_prompt + max_tokens > self._long_from
@@ -152,27 +152,45 @@ class EngineCore:
             heappush(self._deadlines, (submit.deadline_s, submit.request))
 
     def abort(self, abort: Abort) -> None:
-        """Ends the choices at once; the next step reports it."""
+        """Ends one choice or all choices at once; the next step reports it."""
         for sequence in list(self._sequences.get(abort.request, ())):
             if abort.choice in (None, sequence.choice):
                 self._finish(sequence, "abort")
 
     def step(self) -> Step:
-        """Computes one step and returns what it brought, with what ended since the last one."""
-        start_s = self._clock()
-        self._expire(start_s)
+        """Enqueues one step, reads one, and reports everything since the last report.
+
+        Without pipelining they are the same step.
+        """
+        self._expire(self._clock())
         self._queue_compiled()
-        if chunks := self._scheduler.schedule():
-            for source, target in self._scheduler.copies:
-                self._plan.copy_block(source, target)
-            self._prepare_admitted(self._scheduler.admitted, start_s)
-            self._compute(chunks)
-        elif self._compiling:
-            wait(self._compiling.values(), GRAMMAR_WAIT_S, FIRST_COMPLETED)
+        if self._pending and not may_run_ahead(self._pending, self._scheduler, self._speculation):
+            self._read(self._pending)
+            self._pending = None
+        pending, self._pending = self._pending, self._enqueue_behind(self._pending)
+        if pending:
+            remove_placeholders(pending)
+            self._read(pending)
+        if self._pending and not self._is_pipelined:
+            self._read(self._pending)
+            self._pending = None
         return self._report()
 
+    def _enqueue_behind(self, pending: PendingStep | None) -> PendingStep | None:
+        """Schedules and enqueues the next step; None if there is nothing to compute."""
+        if pending:
+            append_placeholders(pending)
+        start_s = self._clock()
+        chunks = self._scheduler.schedule()
+        if not chunks and not pending and self._compiling:
+            wait(self._compiling.values(), GRAMMAR_WAIT_S, FIRST_COMPLETED)
+        for source, target in self._scheduler.copies:
+            self._plan.copy_block(source, target)
+        self._prepare_admitted(self._scheduler.admitted, start_s)
+        return self._enqueue(chunks)
+
     def _queue_compiled(self) -> None:
-        """Queues the requests whose grammars have been compiled by now."""
+        """Queues the requests whose grammars are ready."""
         for request in [r for r, compiled in self._compiling.items() if compiled.done()]:
             try:
                 grammar = self._compiling[request].result()
@@ -185,37 +203,17 @@ class EngineCore:
                 self._scheduler.add(sequence)
 
     def _expire(self, now_s: float) -> None:
-        """Fails the requests whose deadline has come."""
+        """Fails the requests whose deadline has passed."""
         while self._deadlines and self._deadlines[0][0] <= now_s:
             request = heappop(self._deadlines)[1]
             if request in self._sequences:
                 self._fail(request, ApiError(504, TIMED_OUT, code="request_timeout"))
 
-    def _check(self, submit: Submit) -> None:
-        """Raises ApiError when the request can never be computed."""
-        num_prompt = len(submit.prompt_ids)
-        if num_prompt >= self._context_length:
-            raise ApiError(
-                400,
-                f"This model's maximum context length is {self._context_length} tokens. However, "
-                f"the prompt has {num_prompt} tokens, and one is needed for the completion.",
-                code="context_length_exceeded",
-            )
-        if num_prompt == 0:
-            raise ApiError(400, "the prompt is empty; expected at least 1 token")
-        if not 0 <= min(submit.prompt_ids) <= max(submit.prompt_ids) < self._vocab_size:
-            raise ApiError(400, f"a token id of the prompt is not in [0, {self._vocab_size})")
-        if submit.max_tokens < 1 or submit.n < 1:
-            raise ApiError(400, "max_tokens and n must be at least 1")
-        check_ids("stop_token_ids", submit.end_ids, self._vocab_size)
-        check_sampling(submit.sampling, self._vocab_size)
-        check_min_tokens(submit)
-
     def _prepare_admitted(self, admitted: list[Sequence], now_s: float) -> None:
-        """Prepares the sequences that have just been admitted, for the first time or again."""
+        """Writes the sampling parameters of newly admitted sequences into their slots."""
         for sequence in admitted:
             if sequence.state is State.ENDED:
-                continue  # with another choice of its request
+                continue  # another choice failed the request
             try:
                 write_sampling(self._plan.sampling, sequence)
                 self._speculation.start(sequence)
@@ -226,36 +224,38 @@ class EngineCore:
                 sequence.scheduled_s = now_s
                 self._admitted.append(Admitted(sequence.submit.request, sequence.num_cached))
 
-    def _compute(self, chunks: list[Chunk]) -> None:
+    def _enqueue(self, chunks: list[Chunk]) -> PendingStep | None:
+        """Runs the model over the chunks, and samples their logit rows."""
         chunks = [masked for chunk in chunks if (masked := self._apply_grammar(chunk))]
         chunks = [chunk for chunk in chunks if chunk.sequence.state is not State.ENDED]
         if not chunks:
-            return
+            return None
         start_s = self._clock()
         work = sum(chunk.work for chunk in chunks)
         batch = build_batch([chunk.rows for chunk in chunks], self._kv_cache.block_tables)
         self._plan.forward(batch)
-        rows = [row for chunk in chunks for row in _logit_rows(chunk)]
-        before = [chunk.sequence.num_tokens for chunk in chunks]
+        rows = [row for chunk in chunks for row in logit_rows_of(chunk)]
+        drafts = [
+            (chunk.sequence, chunk.sequence.num_tokens, len(chunk.draft))
+            for chunk in chunks
+            if chunk.draft
+        ]
         for chunk in chunks:
             self._scheduler.mark_computed(chunk.sequence, chunk.num_tokens)
-        if rows:
-            self._process_samples(rows, self._sample(rows))
-        self._costs.record(work, self._clock() - start_s)
-        for chunk, num_tokens in zip(chunks, before, strict=True):
-            num_accepted = chunk.sequence.num_tokens - num_tokens - 1
-            if chunk.draft and num_accepted >= 0:  # else the row before the draft has failed
-                self._speculation.record(chunk.sequence, len(chunk.draft), num_accepted)
+        return PendingStep(rows, self._enqueue_sample(rows), drafts, work, start_s)
 
     def _apply_grammar(self, chunk: Chunk) -> Chunk | None:
-        """Lets the chunk's rows draw what its grammar allows there, and cuts its draft at the first
-        token that it does not; None where the sequence has ended, because its grammar fails or
-        allows nothing that the request does."""
+        """Sets the grammar's masks for the chunk's logit rows, and cuts its draft before the first
+        token that the grammar forbids.
+
+        Returns None if the sequence has ended, because its grammar failed or because no token is
+        allowed by both the grammar and the request.
+        """
         sequence = chunk.sequence
         if sequence.grammar is None or chunk.num_tokens < sequence.num_uncomputed:
             return chunk
         if sequence.state is State.ENDED:
-            return None  # with another choice of its request
+            return None  # another choice failed the request
         try:
             masks = sequence.grammar.masks(chunk.draft)
         except Exception as error:
@@ -269,48 +269,69 @@ class EngineCore:
         self._plan.sampling.set_grammar(sequence.slot, masks)
         return chunk._replace(draft=chunk.draft[: len(masks) - 1])
 
-    def _sample(self, rows: list[LogitRow]) -> Samples:
+    def _enqueue_sample(self, rows: list[LogitRow]) -> PendingSamples | None:
+        if not rows and not self._plan.is_asynchronous:
+            return None
         slots = [row.sequence.slot for row in rows]
-        positions = [max(0, row.at - len(row.sequence.submit.prompt_ids)) for row in rows]
+        num_prompts = [len(row.sequence.submit.prompt_ids) for row in rows]
+        positions = [max(0, row.token_index - n) for row, n in zip(rows, num_prompts, strict=True)]
         targets, drafts = [row.target for row in rows], [row.draft for row in rows]
-        return self._plan.sample(
+        return self._plan.enqueue_sample(
             np.array(slots, np.int32),
             np.array(positions, np.int64),
-            np.array(targets, np.int32) if max(targets) > NONE else None,
-            np.array(drafts, np.int32) if max(drafts) > NONE else None,
+            np.array(targets, np.int32) if max(targets, default=NO_ID) > NO_ID else None,
+            np.array(drafts, np.int32) if max(drafts, default=NO_ID) > NO_ID else None,
         )
+
+    def _read(self, step: PendingStep) -> None:
+        """Waits for the step, and processes what it sampled."""
+        if step.samples is not None:
+            self._process_samples(step.rows, step.samples.read())
+        now_s = self._clock()
+        # A step that ran ahead began when the device was done with the step before.
+        self._costs.record(step.work, now_s - max(step.enqueued_s, self._last_read_s))
+        self._last_read_s = now_s
+        for sequence, num_tokens, num_drafted in step.drafts:
+            num_accepted = sequence.num_tokens - num_tokens - 1
+            if num_accepted >= 0:  # else it got no token: it has failed, or was aborted
+                self._speculation.record(sequence, num_drafted, num_accepted)
 
     def _process_samples(self, rows: list[LogitRow], samples: Samples) -> None:
         now_s = self._clock()
         for i, row in enumerate(rows):
             sequence = row.sequence
-            if sequence.state is State.ENDED:
-                continue  # by a token, or by another row of the request in this very step
+            if sequence.state is not State.RUNNING:
+                continue  # it ended or was preempted since, perhaps by another row of this step
             try:
-                if row.target != NONE and row.at == sequence.num_prompt_logprobs_sent + 1:
-                    self._send_prompt_logprobs(sequence, i, samples)
-                elif row.target == NONE and _is_draft_accepted(row):
+                if row.target == NO_ID and row.is_valid:
                     self._append_token(row, i, samples, now_s)
+                elif row.target != NO_ID:
+                    self._send_prompt_logprobs(row, i, samples)
             except Exception as error:
                 self._fail(sequence.submit.request, error)
 
     def _append_token(self, row: LogitRow, index: int, samples: Samples, now_s: float) -> None:
         sequence = row.sequence
-        tokens = _tokens(sequence, sequence.choice, index, samples)
-        if row.draft == NONE:
+        tokens = _tokens_of_row(sequence, sequence.choice, index, samples)
+        if row.draft == NO_ID:
             self._tokens.append(tokens)
         else:
             self._scheduler.mark_computed(sequence, 1)
-            last = self._tokens[-1]  # of the same sequence, whose rows lie together
+            last = self._tokens[-1]  # of the same sequence: its rows are adjacent
             last.ids.extend(tokens.ids)
             last.logprobs.extend(tokens.logprobs)
             last.alternatives.extend(tokens.alternatives)
-        if reason := sequence.append(tokens.ids[0], now_s):
+        reason = sequence.append(tokens.ids[0], now_s)
+        self._scheduler.cache_last_block(sequence)
+        if reason:
             self._finish(sequence, reason)
 
-    def _send_prompt_logprobs(self, sequence: Sequence, row: int, samples: Samples) -> None:
-        self._tokens.append(_tokens(sequence, PROMPT, row, samples))
-        sequence.num_prompt_logprobs_sent += 1
+    def _send_prompt_logprobs(self, row: LogitRow, index: int, samples: Samples) -> None:
+        sequence = row.sequence
+        # After a preemption, rows that were sent before are computed again.
+        if row.token_index == sequence.num_prompt_logprobs_sent + 1:
+            self._tokens.append(_tokens_of_row(sequence, PROMPT, index, samples))
+            sequence.num_prompt_logprobs_sent += 1
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         self._remove(sequence)
@@ -351,27 +372,8 @@ class EngineCore:
         return step
 
 
-def _logit_rows(chunk: Chunk) -> list[LogitRow]:
-    """The chunk's rows whose logits are wanted: the last ones."""
-    sequence, prompt_ids = chunk.sequence, chunk.sequence.submit.prompt_ids
-    rows = []
-    for i in range(chunk.num_rows - chunk.num_logit_rows, chunk.num_rows):
-        at = sequence.num_computed + i + 1
-        target = prompt_ids[at] if at < len(prompt_ids) else NONE
-        draft = chunk.draft[i - chunk.num_tokens] if i >= chunk.num_tokens else NONE
-        rows.append(LogitRow(sequence, at, target, draft))
-    return rows
-
-
-def _is_draft_accepted(row: LogitRow) -> bool:
-    """Whether every token before the row's is what the row was computed with."""
-    if row.at != row.sequence.num_tokens:
-        return False  # a draft before it was not kept
-    return row.draft == NONE or row.draft == row.sequence.output_ids[-1]
-
-
-def _tokens(sequence: Sequence, choice: int, row: int, samples: Samples) -> Tokens:
-    """What one row has brought; ApiError where it could not be sampled."""
+def _tokens_of_row(sequence: Sequence, choice: int, row: int, samples: Samples) -> Tokens:
+    """The token of one row.  Raises ApiError if the row could not be sampled."""
     id = int(samples.ids[row])
     if id < 0:
         raise ApiError(500, "The model's output is not a number; nothing can be sampled.")
@@ -385,7 +387,7 @@ def _tokens(sequence: Sequence, choice: int, row: int, samples: Samples) -> Toke
 
 
 def _failed(request: int, error: Exception) -> Failed:
-    """What the client is told; an error that is ours is logged, and told in general words."""
+    """The message for the client.  An internal error is logged, and the client gets no details."""
     if not isinstance(error, ApiError):
         log.error("request %d failed", request, exc_info=error)
         error = ApiError(500, "The server had an error while processing your request.")

@@ -164,12 +164,25 @@ class Scheduler:
     def mark_computed(self, sequence: Sequence, num_tokens: int) -> None:
         """Notes that the sequence's next num_tokens tokens are in the KV cache, and caches the
         blocks that they fill."""
-        num_blocks = sequence.num_computed // BLOCK_SIZE
+        num_blocks = sequence.num_cacheable // BLOCK_SIZE
         sequence.num_computed += num_tokens
-        if sequence.num_computed // BLOCK_SIZE > num_blocks:
-            num_blocks = sequence.num_computed // BLOCK_SIZE
-            block_hashes = sequence.block_hashes.full(num_blocks, sequence.ids)
-            self._kv_cache.cache_blocks(sequence.slot, block_hashes)
+        if sequence.num_cacheable // BLOCK_SIZE > num_blocks:
+            self._cache_full_blocks(sequence)
+
+    def cache_last_block(self, sequence: Sequence) -> None:
+        """Caches the block that the last token fills, if that was computed before it was known."""
+        if sequence.num_computed == sequence.num_tokens and not sequence.num_tokens % BLOCK_SIZE:
+            self._cache_full_blocks(sequence)
+
+    def can_grow_all(self) -> bool:
+        """Whether every running sequence can get one more token without a preemption."""
+        num_blocks = sum(sequence.num_tokens % BLOCK_SIZE == 0 for sequence in self.running)
+        return num_blocks <= self._kv_cache.num_free
+
+    def _cache_full_blocks(self, sequence: Sequence) -> None:
+        num_blocks = sequence.num_cacheable // BLOCK_SIZE
+        block_hashes = sequence.block_hashes.full(num_blocks, sequence.ids)
+        self._kv_cache.cache_blocks(sequence.slot, block_hashes)
 
     def _num_prefill_rows(self, num_streams: int, num_rows: int) -> int:
         """How many rows the step may have beside these, which are those of the streams."""
@@ -183,7 +196,7 @@ class Scheduler:
 
         if num_streams:
             decode_s = self._costs.of(num_rows)
-            num_prompts = self._num_prompts(num_streams)
+            num_prompts = self._num_prompts()
             is_long = first is not None and first.num_tokens - first.num_cached > LONG_PROMPT_TOKENS
             share = MAX_LONG_PREFILL_SLOWDOWN if is_long else MAX_PREFILL_SLOWDOWN
             prompts_s = decode_s * share * max(1.0, num_prompts / num_streams)
@@ -194,8 +207,8 @@ class Scheduler:
             least = max(MIN_PREFILL_ROWS_WITH_DECODE, min(far, rows_within(SMOOTH_STEP_S)))
         return int(min(self._max_rows - num_rows, max(rows_within(limit_s), least)))
 
-    def _num_prompts(self, num_streams: int) -> int:
-        return len(self.running) - num_streams + len(self.waiting)
+    def _num_prompts(self) -> int:
+        return sum(each.num_uncomputed > 1 for each in self.running) + len(self.waiting)
 
     def _schedule_decode(self) -> list[Chunk]:
         """By rank; a preemption takes sequences from the end of the list that is walked."""
@@ -208,7 +221,7 @@ class Scheduler:
     def _with_drafts(self, chunks: list[Chunk]) -> list[Chunk]:
         """The chunks of decode with drafts, as far as there is room that nobody else needs soon."""
         most = min(self._num_spare_logit_rows, self._max_rows - len(chunks))
-        if chunks and self._num_prompts(len(chunks)):
+        if chunks and self._num_prompts():
             longest_s = self._costs.of(len(chunks)) * (1 + MAX_DRAFT_SLOWDOWN)
             most = int(min(most, self._costs.rows_within(longest_s) - len(chunks)))
         if most <= 0 or self._kv_cache.num_free < 2 * len(chunks) + num_blocks_for(most):
@@ -305,10 +318,10 @@ class Scheduler:
         return self._kv_cache.find_partial_block(block_hash)
 
     def _free_blocks(self, sequence: Sequence) -> None:
-        num_full, num_left = divmod(sequence.num_computed, BLOCK_SIZE)
+        num_full, num_left = divmod(sequence.num_cacheable, BLOCK_SIZE)
         if num_left:
             hashes = sequence.block_hashes
-            partial = hashes.partial(num_full, sequence.num_computed, sequence.ids)
+            partial = hashes.partial(num_full, sequence.num_cacheable, sequence.ids)
             full = hashes.full(num_full, sequence.ids)
             self._kv_cache.cache_blocks(sequence.slot, [*full, partial])
         self._kv_cache.free(sequence.slot)

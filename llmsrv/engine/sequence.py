@@ -85,6 +85,16 @@ class Sequence:
         return len(self.submit.prompt_ids) + len(self.output_ids) - self.num_computed
 
     @property
+    def has_placeholder(self) -> bool:
+        """Whether the last token stands for one that is not known yet (pipeline.py)."""
+        return bool(self.output_ids) and self.output_ids[-1] < 0
+
+    @property
+    def num_cacheable(self) -> int:
+        """Leading tokens that are computed and known, so that the prefix cache may hold them."""
+        return min(self.num_computed, self.num_tokens - self.has_placeholder)
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
         """Whether some log-probabilities of the prompt's tokens are wanted and not sent yet.
 

@@ -52,6 +52,11 @@ class Speculation:
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0
 
+    @property
+    def is_enabled(self) -> bool:
+        """Whether there may be drafts that no grammar forces."""
+        return self._uses_prompt_lookup or self._model is not None
+
     def start(self, sequence: Sequence) -> None:
         """Prepares a sequence that has just been given a slot."""
         if self._model is not None:

@@ -31,7 +31,9 @@ from llmsrv.engine.messages import Submit
 from llmsrv.engine.sampling import write_sampling
 from llmsrv.engine.scheduler import MIN_PREFILL_ROWS_WITH_DECODE
 from llmsrv.engine.sequence import Sequence
+from llmsrv.engine.validation import check_submit
 from llmsrv.model.load import load_model
+from tests.support.async_plan import AsyncFakePlan
 from tests.support.cores import Engine
 from tests.support.cores import GREEDY
 from tests.support.cores import alone
@@ -169,14 +171,13 @@ def test_an_exception_at_admission_fails_that_request_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = Engine()
-    check = engine.core._check
 
-    def faulty(submit: Submit) -> None:
+    def faulty(submit: Submit, context_length: int, vocab_size: int) -> None:
         if submit.request == 2:
             raise MemoryError
-        check(submit)
+        check_submit(submit, context_length, vocab_size)
 
-    monkeypatch.setattr(engine.core, "_check", faulty)
+    monkeypatch.setattr("llmsrv.engine.core.check_submit", faulty)
     engine.submit(2, [1, 2])
     engine.submit(1, healthy_prompt(3))
     engine.run()
@@ -569,8 +570,30 @@ class Anything(RuleBasedStateMachine):
         self.check_ends()
 
 
+class AnythingPipelined(Anything):
+    """The same on an asynchronous plan, without drafts, so that the core runs ahead."""
+
+    def new_engine(self) -> Engine:
+        return Engine(
+            max_sequences=5,
+            blocks=6,
+            max_rows=9,
+            context=80,
+            clock=lambda: self.now_s,
+            spare_logit_rows=7,
+            make_plan=AsyncFakePlan,
+        )
+
+    @invariant()
+    def no_placeholder_is_left(self) -> None:
+        for sequences in self.engine.core._sequences.values():
+            assert not any(sequence.has_placeholder for sequence in sequences)
+
+
 TestAnything = Anything.TestCase
-TestAnything.settings = settings(max_examples=15, stateful_step_count=25)
+TestAnythingPipelined = AnythingPipelined.TestCase
+for case in (TestAnything, TestAnythingPipelined):
+    case.settings = settings(max_examples=15, stateful_step_count=25)
 
 
 def test_the_arrays_of_a_step_keep_their_types_when_sequences_differ_in_length() -> None:

@@ -36,6 +36,7 @@ class Engine:
         spare_logit_rows: int = 0,
         draft_length: int | None = None,
         make_draft_plan: Callable[[Limits], Plan] | None = None,
+        is_pipelined: bool | None = None,
     ) -> None:
         """draft_length: as Speculation has it; None without look-up.  make_draft_plan: the draft
         model's, in place of look-up."""
@@ -51,6 +52,7 @@ class Engine:
             uses_prompt_lookup=draft_length is not None and make_draft_plan is None,
             draft_plan=make_draft_plan(limits) if make_draft_plan else None,
             draft_length=draft_length or 0,
+            is_pipelined=is_pipelined,
         )
         self.admitted: list[int] = []
         self.num_cached: list[int] = []  # of each admission
