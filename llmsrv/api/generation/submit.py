@@ -7,11 +7,9 @@ import secrets
 import time
 from collections.abc import Mapping
 
+from llmsrv.api.generation.options import GenerationOptions
 from llmsrv.api.generation.output import TextRules
-from llmsrv.api.openai.schema import DebugConfig
-from llmsrv.api.openai.schema import GenerationRequest
 from llmsrv.asgi.request import Request
-from llmsrv.config import Config
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.messages import Submit
 from llmsrv.errors import ApiError
@@ -30,19 +28,9 @@ def tenant_of(request: Request) -> bytes:
     return tenant
 
 
-def check(request: GenerationRequest, config: Config) -> None:
-    """ApiError 400 for fields that do not go together, or not with the server's options."""
-    if request.stream_options is not None and not request.stream:
-        raise invalid("stream_options", "it is only allowed when 'stream' is true")
-    if request.prompt_logprobs is not None and request.stream:
-        raise invalid("prompt_logprobs", "it is not allowed when 'stream' is true")
-    if request.debug_config is not None and not config.enable_debug:
-        raise invalid("debug_config", "it is only allowed when the server has --enable-debug")
-
-
 def make_submits(
     service: Service,
-    request: GenerationRequest,
+    request: GenerationOptions,
     prompts: list[list[int]],
     max_tokens: list[int],
     *,
@@ -104,7 +92,7 @@ def check_budget(
 
 
 def text_rules(
-    request: GenerationRequest,
+    request: GenerationOptions,
     tokenizer: Tokenizer,
     shown: frozenset[int] = frozenset(),
     is_thinking: bool | None = None,
@@ -112,7 +100,7 @@ def text_rules(
     """shown, is_thinking: as in TextRules."""
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
     return TextRules(
-        stops=[] if _ignores_end(request.debug_config) else stops,
+        stops=stops,
         keeps_stop=bool(request.include_stop_str_in_output),
         end_ids=frozenset(_end_ids(request, tokenizer)),
         min_tokens=request.min_tokens or 0,
@@ -122,13 +110,9 @@ def text_rules(
     )
 
 
-def _end_ids(request: GenerationRequest, tokenizer: Tokenizer) -> list[int]:
-    ignored = request.ignore_eos or _ignores_end(request.debug_config)
-    return [*(() if ignored else sorted(tokenizer.end_ids)), *(request.stop_token_ids or ())]
-
-
-def _ignores_end(debug_config: DebugConfig | None) -> bool:
-    return bool(debug_config and debug_config.ignore_eos)
+def _end_ids(request: GenerationOptions, tokenizer: Tokenizer) -> list[int]:
+    end_ids = [] if request.ignore_eos else sorted(tokenizer.end_ids)
+    return end_ids + (request.stop_token_ids or [])
 
 
 def _salt(tenant: bytes, cache_salt: str | None) -> bytes:
@@ -138,7 +122,7 @@ def _salt(tenant: bytes, cache_salt: str | None) -> bytes:
 
 
 def sampling_of(
-    request: GenerationRequest, defaults: Mapping[str, float], num_logprobs: int
+    request: GenerationOptions, defaults: Mapping[str, float], num_logprobs: int
 ) -> Sampling:
     """The request's parameters as the engine takes them, with the model's defaults for those that
     it leaves out; without a seed, with a random one."""
@@ -186,7 +170,7 @@ def output_limit(
     return asked or min(left, default or left)
 
 
-def truncated(service: Service, request: GenerationRequest, ids: list[int]) -> list[int]:
+def truncated(service: Service, request: GenerationOptions, ids: list[int]) -> list[int]:
     """The end of a prompt, as long as truncate_prompt_tokens says; -1: as the context allows."""
     asked = request.truncate_prompt_tokens
     if asked is None:

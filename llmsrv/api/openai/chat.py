@@ -22,6 +22,7 @@ from llmsrv.api.generation.tools import ToolUse
 from llmsrv.api.generation.tools import grammar_of
 from llmsrv.api.generation.tools import tool_use
 from llmsrv.api.openai import logprobs
+from llmsrv.api.openai.checks import check_shared_fields
 from llmsrv.api.openai.reply import Reply
 from llmsrv.api.openai.schema import ChatCompletionRequest
 from llmsrv.api.openai.schema import UNSUPPORTED
@@ -150,7 +151,7 @@ class _Answer:
 
 
 def _check(asked: ChatCompletionRequest, config: Config) -> None:
-    submit.check(asked, config)
+    check_shared_fields(asked, config)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise invalid("top_logprobs", "it is only allowed when 'logprobs' is true")
     asked.max_tokens = asked.max_completion_tokens or asked.max_tokens

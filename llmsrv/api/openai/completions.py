@@ -21,6 +21,7 @@ from llmsrv.api.generation.output import Delta
 from llmsrv.api.generation.output import TokenEntry
 from llmsrv.api.openai import logprobs
 from llmsrv.api.openai import structured
+from llmsrv.api.openai.checks import check_shared_fields
 from llmsrv.api.openai.reply import Reply
 from llmsrv.api.openai.schema import CompletionRequest
 from llmsrv.api.openai.schema import MAX_PROMPTS
@@ -253,7 +254,7 @@ def _echo_of(
 
 
 def _check(asked: CompletionRequest, config: Config) -> None:
-    submit.check(asked, config)
+    check_shared_fields(asked, config)
     if asked.best_of is not None and asked.best_of < (asked.n or 1):
         raise invalid("best_of", f"expected at least 'n', {asked.n}, but got {asked.best_of}")
     if asked.stream and (asked.best_of or 1) > (asked.n or 1):

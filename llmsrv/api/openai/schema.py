@@ -1,7 +1,7 @@
 """What clients may send, as types: the bounds in these annotations are the one table of limits.
 
-Only fields and their bounds; what needs the model (context, vocabulary) is checked in generate.py.
-Fields of vLLM and MLC that OpenAI does not have keep the names they have there.
+Options that every dialect shares are in api/generation/options.py.  Fields of vLLM and MLC that
+OpenAI does not have keep the names they have there.
 """
 
 from typing import Annotated
@@ -11,15 +11,12 @@ from typing import Literal
 import msgspec
 from msgspec import Meta
 
-INT64 = 2**63
+from llmsrv.api.generation.options import GenerationOptions
+from llmsrv.api.generation.options import NumAlternatives
+from llmsrv.api.generation.options import TokenCount
+from llmsrv.api.generation.options import TokenId
 
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
-StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
-TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-Penalty = Annotated[float, Meta(ge=-2, le=2)]
-Bias = Annotated[float, Meta(ge=-100, le=100)]
-NumAlternatives = Annotated[int, Meta(ge=0, le=20)]
 FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 MAX_PROMPTS = 128
 # Of a schema, which stays the text that it came as: it may be large, and is for grammars alone.
@@ -150,37 +147,14 @@ class StructuredOutputs(msgspec.Struct):
     disable_additional_properties: Literal[False] | None = None
 
 
-class GenerationRequest(msgspec.Struct, kw_only=True):
-    """What chat and completions have in common; null means the default, as with OpenAI."""
+class GenerationRequest(GenerationOptions, kw_only=True):
+    """The fields that chat and completions share."""
 
     model: Name
-    max_tokens: Count | None = None
-    n: Annotated[int, Meta(ge=1, le=128)] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
-    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    typical_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[TokenId, Bias], Meta(max_length=1024)] | None = None
-    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=2**18)] | None = None
-    seed: Annotated[int, Meta(ge=-INT64, le=INT64 - 1)] | None = None
-    stop: StopString | Annotated[list[StopString], Meta(max_length=4)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Meta(max_length=128)] | None = None
-    include_stop_str_in_output: bool | None = None
-    min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    prompt_logprobs: NumAlternatives | None = None
     return_tokens_as_token_ids: bool | None = None
     return_token_ids: bool | None = None
-    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
-    priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
-    cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
     debug_config: DebugConfig | None = None
 
     # Grammars, each in its own language: see structured.py.
@@ -204,7 +178,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
 
 class ChatCompletionRequest(GenerationRequest, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1, max_length=4096)]
-    max_completion_tokens: Count | None = None
+    max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: NumAlternatives | None = None
     tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
