@@ -1,9 +1,9 @@
-"""The engine process: started by supervisor.py, told what to do through a pipe, and gone when its
-parent is.
+"""The engine process: supervisor.py starts it, messages through a pipe drive it, and it ends with
+its parent.
 
-The top of this module imports only the standard library and messages: what the engine needs is
-imported in main(), after the environment is set, and the server process, which imports this module
-for its name, never loads numpy.
+The top of this module imports only the standard library and messages.  The server process imports
+this module to start main() and must never load numpy.  main() imports the rest, after it has set up
+the environment.
 """
 
 import contextlib
@@ -42,24 +42,26 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llmsrv.engine")
 
-# A step makes many small products, for which OpenBLAS's threads cost more than they bring, and its
-# threads spin on the cores that the server needs.
+# A step computes many small products.  OpenBLAS's threads slow those down, and they spin on cores
+# that the server needs.
 OPENBLAS_NUM_THREADS = "1"
-IDLE_TURN_S = 0.5  # how often an idle engine shows that it lives
-# With so much unread by the server no further step is made; a step of 128 streams sends 2 KB, with
-# 20 alternatives to each token 40 KB.
+IDLE_TURN_S = 0.5  # how often an idle engine raises its heartbeat
+# The engine pauses while the server has this much left to read.  A step of 128 streams sends 2 KB,
+# or 40 KB with 20 alternatives for each token.
 MAX_UNREAD_BYTES = 8 << 20
-# Added to the kernel's own figure, out of 1000: of all that use memory, the engine goes first, and
-# the server tells its clients and starts it again.
+# Added to the kernel's score, out of 1000: short of memory, the kernel kills the engine first.  The
+# server then reports errors to its clients and starts a new one.
 OOM_SCORE_ADJ = "500"
-# For the log-probabilities of prompts, so many of their tokens in a step; 4 MB for 32,000 tokens.
+# Prompt tokens per step whose log-probabilities are computed; logits of 4 MB for a vocabulary of
+# 32,000 tokens.
 SPARE_LOGIT_ROWS = 32
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# Of sched_setattr, by machine.  Its struct: size, policy, flags, nice, priority, runtime, deadline,
-# period; since Linux 6.12 the runtime of a thread without real-time needs is its time slice.
+# The number of the system call sched_setattr, by machine, and the fields of its struct: size,
+# policy, flags, nice, priority, runtime, deadline, period.  Since Linux 6.12, runtime is the time
+# slice of a thread that is not real-time.
 SYS_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
 SCHED_ATTR = struct.Struct("IIQiIQQQ")
-LONGEST_SLICE_NS = 100_000_000  # that Linux takes
+LONGEST_SLICE_NS = 100_000_000  # the longest that Linux accepts
 
 
 def main(
@@ -69,13 +71,14 @@ def main(
     generation: int,
     heartbeat: ctypes.c_ulonglong,
 ) -> None:
-    """Loads the model, says Ready or Refused, and makes steps until Stop or the parent's end.
+    """Loads the model, sends Ready or Refused, and runs steps until Stop or the end of the parent.
 
     receive, send  this process's ends of the two pipes (queues.py)
-    heartbeat      a counter in shared memory that grows while the engine gets on: with each weight
-                   loaded, each operation of a plan, each turn of the loop
+    heartbeat      a counter in shared memory that grows as long as the engine makes progress: with
+                   each weight loaded, each operation of a plan, each turn of the loop
     """
-    # Ctrl-C, and what a service manager sends to all of us, is for the server, which tells us.
+    # Ctrl-C, or a service manager, may signal the whole process group.  The server handles that and
+    # sends Stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _die_with_parent()
@@ -88,7 +91,7 @@ def main(
     except EOFError:
         pass  # the server is gone
     except Exception:
-        logger.critical("the engine ends by an error", exc_info=True)
+        logger.critical("the engine failed", exc_info=True)
         sys.exit(1)
     finally:
         listener.stop()
@@ -109,9 +112,9 @@ def _run(
     try:
         core, ready = _load(config, tick)
     except Exception as error:
-        sender.send(Refused(_told(error)))  # into an empty pipe: it fits
+        sender.send(Refused(_refusal(error)))  # the pipe is empty: it fits
         return
-    gc.freeze()  # a collection of all that was loaded would hold a step up by 8 ms
+    gc.freeze()  # collecting everything that was loaded would delay a step by 8 ms
     sender.send(ready)
     wait = _Waiter(receive_fd, send_fd)
     while _take(receiver, core):
@@ -124,7 +127,7 @@ def _run(
 
 
 class _Tick:
-    """Raises the heartbeat; compiled code raises it at its address."""
+    """Raises the heartbeat; compiled code does so through its address."""
 
     def __init__(self, heartbeat: ctypes.c_ulonglong) -> None:
         self._heartbeat = heartbeat
@@ -135,7 +138,7 @@ class _Tick:
 
 
 def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, Ready]":
-    """Everything from the file to an engine that can make steps."""
+    """Loads the model and its draft model, and makes an engine that is ready to run steps."""
     start_s = time.monotonic()
     from llmsrv.backend.base import BLOCK_SIZE
     from llmsrv.backend.choose import run_on_backend
@@ -190,7 +193,7 @@ def _lay_out(
     backend: "Backend",
     tick: Callable[[], None],
 ) -> "tuple[Sizes, Limits, list[Plan]]":
-    """The sizes that fit the backend's memory, and a plan of them for each program."""
+    """Sizes that fit the backend's memory, and a plan of these sizes for each program."""
     from llmsrv.backend.base import Limits
     from llmsrv.engine.sizes import choose_sizes
     from llmsrv.engine.sizes import memory_budget
@@ -214,8 +217,8 @@ def _check_draft(config: EngineConfig, program: "Program", draft: "Program") -> 
         )
 
 
-def _told(error: Exception) -> str:
-    """What is said to whoever started the server."""
+def _refusal(error: Exception) -> str:
+    """The message for the person who started the server."""
     if isinstance(error, StartupError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and error.name:
@@ -228,7 +231,7 @@ def _told(error: Exception) -> str:
 
 
 def _take(receiver: "Receiver[ToEngine]", core: "EngineCore") -> bool:
-    """Hands what has come to the core; False when that was Stop."""
+    """Passes received messages on to the core; False after Stop."""
     for message in receiver.receive():
         if isinstance(message, Submit):
             core.submit(message)
@@ -240,7 +243,7 @@ def _take(receiver: "Receiver[ToEngine]", core: "EngineCore") -> bool:
 
 
 class _Waiter:
-    """Sleeps until there is something to read, or room to write."""
+    """Sleeps until there is something to read, or room to write if that is wanted."""
 
     def __init__(self, receive_fd: int, send_fd: int) -> None:
         self._send_fd = send_fd
@@ -256,13 +259,14 @@ class _Waiter:
 
 
 def _die_with_parent() -> None:
-    """Where the kernel can, have it end us with the server; elsewhere the pipe's end tells us."""
+    """On Linux, the kernel kills this process when the server ends.  Elsewhere the end of the pipe
+    ends it."""
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() != parent.pid:
-        os._exit(1)  # it was gone before we asked
+        os._exit(1)  # the server ended before prctl took effect
 
 
 def _offer_to_oom_killer() -> None:
@@ -270,19 +274,20 @@ def _offer_to_oom_killer() -> None:
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write(OOM_SCORE_ADJ)
     except OSError:
-        pass  # not Linux, or a container that forbids it
+        pass  # not Linux, or forbidden in this container
 
 
 def _let_others_preempt() -> None:
-    """Asks Linux for a long time slice, for this thread and all that it starts.
+    """Asks Linux for a long time slice, for this thread and all threads that it starts.
 
-    Who wakes up with a shorter one has the core at once, and the server, which has tokens to send,
-    need not wait until a thread that computes has used up its own.  The share of the time that
-    each gets stays the same."""
+    A thread that wakes with a shorter slice preempts at once.  So the server can send tokens
+    immediately, instead of waiting until a computing thread has used up its slice.  Each thread's
+    share of the CPU time stays the same.
+    """
     number = SYS_SCHED_SETATTR.get(os.uname().machine) if sys.platform == "linux" else None
     if number is None:
         return
-    with contextlib.suppress(OSError):  # a sandbox may refuse; then nothing is lost
+    with contextlib.suppress(OSError):  # a sandbox may refuse it; the engine works without
         if os.sched_getscheduler(0) == os.SCHED_OTHER:
             nice = os.getpriority(os.PRIO_PROCESS, 0)
             size, policy = SCHED_ATTR.size, os.SCHED_OTHER

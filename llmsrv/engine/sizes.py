@@ -1,5 +1,5 @@
-"""How many sequences an engine takes at once, how long they may be, and how many positions its KV
-cache has: from the mode, what was asked for beside it, the model, and the memory.
+"""Chooses how many sequences an engine runs at once, how long they may be, and the size of its KV
+cache, from the mode, the options, the model and the memory.
 
 Names and modes are those of MLC LLM's engine configuration.
 """
@@ -17,18 +17,17 @@ from llmsrv.config import EngineConfig
 from llmsrv.config import MODES
 from llmsrv.errors import StartupError
 
-PREFILL_CHUNK_SIZE = 256  # the buffers of more rows leave the caches, and make each row dearer
-# An engine of less is of no use; so little memory is an error.
-LEAST_TOKENS = 512
+PREFILL_CHUNK_SIZE = 256  # buffers of more rows outgrow the CPU's caches, which slows each row down
+MIN_CACHE_TOKENS = 512  # with memory for less, an engine is of no use and refuses to start
 
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """What the sizes are cut from.
+    """The memory there is, and what the programs take of it.
 
     limit           the backend's memory
-    weight_bytes    of the model, and of its draft model
-    position_bytes  of the KV cache: keys and values of one token in every layer of both
+    weight_bytes    the weights of the model and of its draft model
+    position_bytes  one position of the KV cache: keys and values in every layer of both models
     """
 
     limit: MemoryLimit
@@ -37,7 +36,7 @@ class MemoryBudget:
 
 
 def memory_budget(programs: list[Program], backend: Backend) -> MemoryBudget:
-    """The programs keep keys and values for the same tokens, each in a KV cache of its own."""
+    """The budget of a model and its draft model; each has a KV cache for the same positions."""
     position_bytes = sum(map(backend.kv_position_bytes, programs))
     return MemoryBudget(backend.memory(), sum(map(_weight_bytes, programs)), position_bytes)
 
@@ -67,31 +66,31 @@ class Sizes:
 
 
 def choose_sizes(config: EngineConfig, trained_context: int, memory: MemoryBudget) -> Sizes:
-    """Raises StartupError, naming the values, where they cannot be had together."""
+    """Raises StartupError, with the values, if the options contradict each other or do not fit."""
     mode = MODES[config.mode]
     num_sequences = config.max_num_sequence or mode.max_num_sequence
     context = _context(config, trained_context)
-    weights = memory.weight_bytes + config.weights_beside_bytes
+    weights = memory.weight_bytes + config.other_weight_bytes
     left = int(config.gpu_memory_utilization * memory.limit.num_bytes) - weights
     fitting = max(0, left // config.num_engines - memory.limit.overhead_bytes)
     fitting //= memory.position_bytes
     if config.max_total_seq_length:
-        total, why = config.max_total_seq_length, "as asked for"
+        total, why = config.max_total_seq_length, "as requested"
         _check_total(config, total, fitting, memory)
     else:
         wanted = min(num_sequences * context, mode.max_total_seq_length or num_sequences * context)
         total, why = max(wanted, config.context_window_size), f"mode {config.mode}"
         if total > fitting:
-            total, why = fitting, f"all that fits in {_told(memory, config)}"
+            total, why = fitting, f"all that fits in {_memory_share(memory, config)}"
             _check_fitting(config, fitting, memory)
     num_blocks = -(-total // BLOCK_SIZE)
     context = min(context, num_blocks * BLOCK_SIZE)
-    beyond = f" (the model was made for {trained_context})" if context > trained_context else ""
+    beyond = f" (the model was trained for {trained_context})" if context > trained_context else ""
     num_tokens = num_blocks * BLOCK_SIZE
     cache = f"{num_tokens} tokens, {_mb(num_tokens * memory.position_bytes)}"
     reason = (
-        f"{num_sequences} sequences at once of at most {context} tokens{beyond}; "
-        f"a KV cache of {cache} ({why})"
+        f"up to {num_sequences} sequences at once, each of at most {context} tokens{beyond}; "
+        f"KV cache of {cache} ({why})"
     )
     prefill_chunk_size = config.prefill_chunk_size or PREFILL_CHUNK_SIZE
     return Sizes(num_sequences, num_blocks, context, prefill_chunk_size, reason)
@@ -101,8 +100,8 @@ def _context(config: EngineConfig, trained: int) -> int:
     asked = config.context_window_size
     if asked > trained and not config.extend_context:
         raise StartupError(
-            f"--context-window-size {asked} is beyond the {trained} that the model was made for; "
-            "add --extend-context to try it all the same"
+            f"--context-window-size {asked} is beyond the {trained} tokens that the model was "
+            "trained for; add --extend-context to try it anyway"
         )
     return asked or trained
 
@@ -111,32 +110,32 @@ def _check_total(config: EngineConfig, total: int, fitting: int, memory: MemoryB
     if total > fitting:
         raise StartupError(
             f"--max-total-seq-length {total} needs {_mb(total * memory.position_bytes)} for the KV "
-            f"cache, but only {fitting} tokens fit in {_told(memory, config)}"
+            f"cache, but only {fitting} tokens fit in {_memory_share(memory, config)}"
         )
     if config.context_window_size > total:
         raise StartupError(
             f"--context-window-size {config.context_window_size} does not fit in "
-            f"--max-total-seq-length {total}, the tokens of all sequences together"
+            f"--max-total-seq-length {total}, which all sequences share"
         )
 
 
 def _check_fitting(config: EngineConfig, fitting: int, memory: MemoryBudget) -> None:
-    least = max(LEAST_TOKENS, config.context_window_size)
-    if fitting < least:
+    needed = max(MIN_CACHE_TOKENS, config.context_window_size)
+    if fitting < needed:
         raise StartupError(
-            f"too little memory: a KV cache of {least} tokens takes "
-            f"{_mb(least * memory.position_bytes)}, but only {fitting} tokens fit in "
-            f"{_told(memory, config)}; take a smaller model or a smaller --context-window-size, "
-            "or give --gpu-memory-utilization a larger share"
+            f"too little memory: a KV cache of {needed} tokens takes "
+            f"{_mb(needed * memory.position_bytes)}, but only {fitting} tokens fit in "
+            f"{_memory_share(memory, config)}; use a smaller model, a smaller "
+            "--context-window-size or a larger --gpu-memory-utilization"
         )
 
 
-def _told(memory: MemoryBudget, config: EngineConfig) -> str:
-    weights = _mb(memory.weight_bytes + config.weights_beside_bytes)
+def _memory_share(memory: MemoryBudget, config: EngineConfig) -> str:
+    weights = _mb(memory.weight_bytes + config.other_weight_bytes)
     shared = f", shared by {config.num_engines} models" if config.num_engines > 1 else ""
     return (
         f"{config.gpu_memory_utilization:.0%} of the {_mb(memory.limit.num_bytes)} of "
-        f"{memory.limit.whose}, beside {weights} of weights{shared}"
+        f"{memory.limit.whose}, next to {weights} of weights{shared}"
     )
 
 

@@ -22,7 +22,7 @@ async def ready_on(backend: str, model: Path, cache_dir: Path) -> Ready:
         backend=backend,
         cache_dir=str(cache_dir),
         gpu_memory_utilization=1.0,
-        weights_beside_bytes=limit.num_bytes - limit.overhead_bytes - SPARE_BYTES,
+        other_weight_bytes=limit.num_bytes - limit.overhead_bytes - SPARE_BYTES,
     )
     client = EngineClient(config)
     await client.start()

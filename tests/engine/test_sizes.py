@@ -90,7 +90,7 @@ def test_a_larger_share_of_the_memory_holds_more() -> None:
 
 
 def test_engines_divide_what_the_weights_of_all_of_them_leave() -> None:
-    both = config(mode="server", num_engines=2, weights_beside_bytes=400_000 * 20_000)
+    both = config(mode="server", num_engines=2, other_weight_bytes=400_000 * 20_000)
     sizes = choose_sizes(both, 10**6, memory(10**6))
     assert 0.98 * 300_000 < sizes.num_blocks * 16 <= 300_000
     assert "9.00 GB of weights, shared by 2 models" in sizes.reason

@@ -347,7 +347,7 @@ def test_a_model_leaves_room_for_the_largest_that_may_be_loaded_beside_it(tmp_pa
         options = dataclasses.replace(options, max_loaded_models=num_loaded)
         models = Models(options, find_models(options))
         engines = [models._engine_config(model) for model in models]
-        assert [engine.weights_beside_bytes for engine in engines] == beside
+        assert [engine.other_weight_bytes for engine in engines] == beside
         assert {engine.num_engines for engine in engines} == {num_loaded or 3}
 
 
