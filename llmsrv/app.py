@@ -1,120 +1,115 @@
-"""The ASGI application: request number, CORS, gate, routes, and the one place where errors become
-answers."""
+"""The ASGI application for any server: `uvicorn --factory llmsrv.app:build`.
 
+Its lifespan starts and stops the engines, so one process of the ASGI server serves one set of
+models.  It translates between other ASGI servers and the HTTP application: it removes root_path,
+and ends the requests of clients that are gone without an error.  `python llmsrv.py` does not use
+it: serve.py runs the HTTP application on our own server.
+
+Module-level imports are kept light: the engines start before the routes are imported.
+"""
+
+import asyncio
 import logging
-import re
-import secrets
-import time
-from collections.abc import Callable
-from collections.abc import Mapping
+import os
+from urllib.parse import quote
 
-from llmsrv.api.gate import Gate
-from llmsrv.api.openai.chat import ChatCompletions
-from llmsrv.api.openai.completions import Completions
-from llmsrv.api.operations.health import HealthRoutes
-from llmsrv.api.operations.models import ModelRoutes
-from llmsrv.api.operations.traffic import Traffic
-from llmsrv.api.operations.traffic import counted
-from llmsrv.asgi.cors import CORS
-from llmsrv.asgi.request import Headers
-from llmsrv.asgi.request import Request
-from llmsrv.asgi.response import Answer
-from llmsrv.asgi.response import error_response
-from llmsrv.asgi.router import Route
-from llmsrv.asgi.router import Router
-from llmsrv.asgi.sse import EventStream
+from llmsrv import log as logs
 from llmsrv.asgi.types import ASGIApp
 from llmsrv.asgi.types import ClientDisconnected
-from llmsrv.asgi.types import Message
 from llmsrv.asgi.types import Receive
 from llmsrv.asgi.types import Scope
 from llmsrv.asgi.types import Send
-from llmsrv.errors import ApiError
-from llmsrv.registry.models import Models
+from llmsrv.asgi.types import StreamBroken
+from llmsrv.config import Config
+from llmsrv.errors import StartupError
+from llmsrv.options import config_from_environment
+from llmsrv.runtime import Runtime
 
-log = logging.getLogger(__name__)
-
-# A client's own number is taken over when it cannot harm a log or a header.
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-EXPOSED_HEADERS = ("x-request-id", "retry-after", "openai-processing-ms")
-
-
-def build_app(
-    models: Models, gate: Gate, connections: Callable[[], Mapping[str, int]]
-) -> ASGIApp:
-    """connections: as in Traffic."""
-    config = models.config
-    router = Router()
-    router.add("POST", "/v1/chat/completions", ChatCompletions(models))
-    router.add("POST", "/v1/completions", Completions(models))
-    traffic = Traffic(connections)
-    ModelRoutes(models).add_to(router)
-    HealthRoutes(models, traffic).add_to(router)
-    for path in ("/", "/docs", "/openapi.json"):  # where browsers look
-        router.open(path)
-    origins = config.allow_origins or (["*"] if gate.has_keys else "loopback")
-    decorated = CORS(
-        Application(gate, router),
-        allow_origins=origins,
-        allow_methods=config.allow_methods,
-        allow_headers=config.allow_headers,
-        allow_credentials=config.allow_credentials,
-        expose_headers=EXPOSED_HEADERS,
-    )
-    return counted(identified(decorated), traffic)
+log = logging.getLogger("llmsrv")
 
 
-class Application:
-    """Answers each request by its route; errors are encoded in the route's dialect."""
+def build(config: Config | None = None) -> ASGIApp:
+    """The application, which starts when the ASGI server sends lifespan.startup.
 
-    def __init__(self, gate: Gate, router: Router) -> None:
-        self._gate = gate
-        self._router = router
+    Without a config, the options come from the LLMSRV_ variables; those about the HTTP server, such
+    as LLMSRV_PORT, have no effect.  Raises StartupError for a variable that cannot be used.
+    """
+    return App(config_from_environment(os.environ) if config is None else config)
+
+
+class App:
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._http_app: ASGIApp | None = None  # from startup to shutdown
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive)
-        route = self._router.find(request)
-        answer = await self._answer(request, route)
-        if isinstance(answer, EventStream):
-            async with request.cancel_on_disconnect():
-                await answer(send, route.dialect.error_event)
+        if scope["type"] == "lifespan":
+            await self._run_lifespan(receive, send)
+        elif scope["type"] == "http":
+            await self._answer(scope, receive, send)
         else:
-            await answer(send)
+            await receive()
+            await send({"type": "websocket.close"})
 
-    async def _answer(self, request: Request, route: Route) -> Answer:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._http_app is None:
+            raise RuntimeError("llmsrv has not started: the ASGI server must support lifespan")
         try:
-            self._gate.check(request, route.access)
-            if route.path is not None:
-                request.scope["route"] = route.path  # for Traffic
-            return await route.handler(request)
-        except ApiError as error:
-            return error_response(error, route.dialect)
-        except ClientDisconnected:
+            await self._http_app(_without_root_path(scope), receive, send)
+        except (ClientDisconnected, StreamBroken):
+            pass  # other servers would log them as bugs; that the body is incomplete is enough
+
+    async def _run_lifespan(self, receive: Receive, send: Send) -> None:
+        listener = None if logs.is_set_up() else logs.set_up(self._config.log_level)
+        try:
+            await receive()  # lifespan.startup
+            try:
+                runtime = await self._start()
+            except Exception as error:
+                if not isinstance(error, StartupError):
+                    log.exception("startup failed")
+                await send({"type": "lifespan.startup.failed", "message": str(error)})
+                return
+            try:
+                await send({"type": "lifespan.startup.complete"})
+                await receive()  # lifespan.shutdown
+                await runtime.drain(self._config.drain_timeout_s)
+            finally:
+                self._http_app = None
+                await runtime.stop()
+            await send({"type": "lifespan.shutdown.complete"})
+        finally:
+            if listener is not None:
+                logs.tear_down(listener)
+
+    async def _start(self) -> Runtime:
+        """Returns once the first models are served."""
+        # In a thread, since it may have to download a model.
+        runtime = await asyncio.to_thread(Runtime, self._config)
+        try:
+            self._http_app = await runtime.start()
+            await runtime.ready()
+        except BaseException:
+            self._http_app = None
+            await runtime.stop()
             raise
-        except Exception:
-            log.exception("%s %s failed", request.method, request.path)
-            message = "The server had an error while processing your request."
-            return error_response(ApiError(500, message), route.dialect)
+        return runtime
 
 
-def identified(app: ASGIApp) -> ASGIApp:
-    """The application with x-request-id and openai-processing-ms on the head of every response."""
+def _without_root_path(scope: Scope) -> Scope:
+    """The scope with the paths below root_path, which is where the application is mounted.
 
-    async def identified_app(scope: Scope, receive: Receive, send: Send) -> None:
-        given = Headers(scope["headers"]).get("x-request-id") or ""
-        request_id = given if REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"
-        begun_s = time.perf_counter()
-
-        async def send_identified(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                milliseconds = int((time.perf_counter() - begun_s) * 1000)
-                message["headers"] = [
-                    *message["headers"],
-                    (b"x-request-id", request_id.encode()),
-                    (b"openai-processing-ms", b"%d" % milliseconds),
-                ]
-            await send(message)
-
-        await app(scope, receive, send_identified)
-
-    return identified_app
+    By the ASGI specification path begins with root_path, but not all servers follow it.  In
+    raw_path the prefix may be percent-encoded or not.
+    """
+    root = scope.get("root_path", "").rstrip("/")
+    if not root:
+        return scope
+    path, raw_path = scope["path"], scope.get("raw_path")
+    if f"{path}/".startswith(f"{root}/"):
+        path = path[len(root) :] or "/"
+    for prefix in (root.encode(), quote(root).encode()):
+        if raw_path and (raw_path + b"/").startswith(prefix + b"/"):
+            raw_path = raw_path[len(prefix) :] or b"/"
+            break
+    return {**scope, "path": path, "raw_path": raw_path}

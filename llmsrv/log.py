@@ -1,7 +1,7 @@
-"""Logging that never blocks the loop and never lets a client write into the terminal.
+"""Logging that never blocks the event loop and never lets a client write to the terminal.
 
-Records go through a bounded queue to a thread; when the sink is blocked they are dropped and
-counted.  Control characters in messages are escaped.
+Records go through a bounded queue to a thread.  While the sink is blocked, further records are
+dropped and counted.  Control characters in messages are escaped.
 """
 
 import logging
@@ -14,12 +14,12 @@ QUEUE_LENGTH = 1000
 
 
 class _DroppingHandler(logging.handlers.QueueHandler):
-    """Counts what it cannot hand over, and says so with the next record that it can."""
+    """Counts the records that it has to drop, and adds the number to the next one it can queue."""
 
     dropped = 0
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        return record  # the queue stays in this process, so nothing needs to be pickled
+        return record  # the queue stays in this process, so nothing is pickled
 
     def enqueue(self, record: logging.LogRecord) -> None:
         try:
@@ -32,7 +32,7 @@ class _DroppingHandler(logging.handlers.QueueHandler):
 
 
 class _EscapingFormatter(logging.Formatter):
-    """What a client sent can neither break lines nor colour them; tracebacks keep their lines."""
+    """Keeps clients from breaking or colouring log lines; tracebacks keep their line breaks."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = _escaped(record.message)
@@ -46,8 +46,13 @@ def _escaped(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def is_set_up() -> bool:
+    """Whether our log messages have a handler, be it ours or the host program's."""
+    return logging.getLogger("llmsrv").hasHandlers()
+
+
 def set_up(level: str) -> logging.handlers.QueueListener:
-    """Starts logging to stderr at `level`; stop() of the listener writes what is left."""
+    """Starts logging to stderr at `level`, until tear_down()."""
     sink = logging.StreamHandler(sys.stderr)
     sink.setFormatter(_EscapingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     records: queue.Queue[logging.LogRecord] = queue.Queue(QUEUE_LENGTH)
@@ -58,3 +63,12 @@ def set_up(level: str) -> logging.handlers.QueueListener:
     listener = logging.handlers.QueueListener(records, sink)
     listener.start()
     return listener
+
+
+def tear_down(listener: logging.handlers.QueueListener) -> None:
+    """Writes the records that are left, and undoes set_up()."""
+    listener.stop()
+    root = logging.getLogger("llmsrv")
+    root.setLevel(logging.NOTSET)
+    root.handlers = []
+    root.propagate = True

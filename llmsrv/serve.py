@@ -1,14 +1,12 @@
-"""A server from its start to its end: port, models, engine processes, application, signals.
+"""`python llmsrv.py`: the runtime on our own HTTP server, with its port and its signals.
 
-The port is bound before anything slow, so that a port in use is told at once; clients get 503 with
-the reason until the models are loaded.  A first signal lets what runs finish within its grace, a
-second one ends it at once; either way each request gets its last word before the process ends.
-SIGHUP has the file of API keys read again.
+The port is bound before anything slow, so that a port in use is reported at once.  Clients get 503
+with the reason until the models are loaded.  On the first signal, running requests get a grace
+period to finish; a second signal ends them at once.  Either way each request gets its final event
+before the process exits.  SIGHUP reloads the file of API keys.
 """
 
 import asyncio
-import functools
-import gc
 import logging
 import os
 import signal
@@ -18,13 +16,9 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 from llmsrv import log as logs
-from llmsrv.api.gate import Gate
 from llmsrv.api.gate import is_loopback
-from llmsrv.api.gate import read_keys
 from llmsrv.config import Config
-from llmsrv.errors import StartupError
-from llmsrv.registry.find_models import find_models
-from llmsrv.registry.models import Models
+from llmsrv.runtime import Runtime
 from llmsrv.server.listener import bind
 from llmsrv.server.server import Server
 from llmsrv.server.server import run
@@ -36,65 +30,59 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llmsrv")
 
-CTRL_C_GRACE_S = 2.0  # what streams get after the first Ctrl-C; SIGTERM gives --drain-timeout-s
-LAST_WORDS_S = 0.5  # what error events get to reach their clients
+CTRL_C_GRACE_S = 2.0  # for running requests after the first Ctrl-C; SIGTERM: --drain-timeout-s
+LAST_WORDS_S = 0.5  # for error events to reach their clients
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
 def serve(config: Config) -> int:
-    """Serves until a signal; the exit code.  Raises StartupError when it cannot begin."""
-    signal.signal(signal.SIGTERM, _exit)  # until the loop has handlers of its own
+    """Serves until a signal and returns the exit code; StartupError if it cannot start."""
+    signal.signal(signal.SIGTERM, _exit)  # until the event loop has its own handlers
     listener = logs.set_up(config.log_level)
     try:
-        keys = read_keys(config.api_key, config.api_key_file)
-        _warn(config, keys)
+        _warn_about_keys(config)
         sockets = bind(config.host, config.port)
-        models = Models(config, find_models(config))
-        return run(_serve(models, Gate(config.host, config.allowed_hosts, keys), sockets))
+        runtime = Runtime(config, config.host)
+        return run(_serve(runtime, sockets))
     finally:
-        listener.stop()
+        logs.tear_down(listener)
 
 
-async def _serve(models: Models, gate: Gate, sockets: list[socket.socket]) -> int:
+async def _serve(runtime: Runtime, sockets: list[socket.socket]) -> int:
+    config = runtime.config
     signals = _Signals()
-    if models.config.api_key_file:  # else a hang-up of the terminal ends us, as it does others
-        reload = functools.partial(_reload_keys, gate, models.config)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
-    await models.start()
-    await asyncio.sleep(0)  # the engine processes start now, beside the imports
-    from llmsrv.app import build_app
-
-    app = build_app(models, gate, lambda: vars(server.counters))
-    settings = ServerSettings(body_limit_bytes=models.body_limit_bytes)
+    if config.api_key_file:  # otherwise SIGHUP keeps its default effect: the process ends
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, runtime.reload_keys)
+    app = await runtime.start(lambda: vars(server.counters))
+    settings = ServerSettings(body_limit_bytes=runtime.models.body_limit_bytes)
     server = Server(app, sockets, settings)
     await server.start()
-    loading = asyncio.create_task(models.wait_started())
+    loading = asyncio.create_task(runtime.ready())
     grace_s = 0.0
     try:
         await _first_of(loading, signals.first)
         if loading.done():
             loading.result()  # StartupError: a model cannot be served
-            _tell_ready(models, sockets[0].getsockname(), gate.has_keys)
-            gc.freeze()  # a collection of all that was loaded would hold streams up by 20 ms
+            _print_unless_closed(_ready_message(runtime, sockets[0].getsockname()))
         number = await signals.first
-        grace_s = CTRL_C_GRACE_S if number == signal.SIGINT else models.config.drain_timeout_s
+        grace_s = CTRL_C_GRACE_S if number == signal.SIGINT else config.drain_timeout_s
     finally:
         loading.cancel()
-        models.is_draining = True
-        await _shut_down(server, models, grace_s, signals)
+        await _shut_down(server, runtime, grace_s, signals)
     return 0
 
 
 async def _shut_down(
-    server: Server, models: Models, grace_s: float, signals: "_Signals"
+    server: Server, runtime: Runtime, grace_s: float, signals: "_Signals"
 ) -> None:
-    """Lets what runs end within grace_s or until a second signal; the rest ends with an error."""
+    """Lets requests finish within grace_s or until a second signal; the rest end with an error."""
+    runtime.refuse_requests()
     draining = asyncio.ensure_future(server.drain(grace_s + LAST_WORDS_S))
     await _first_of(draining, signals.second, timeout_s=grace_s)
-    stopping = asyncio.ensure_future(models.stop())
-    # An engine that is still in a step does not hold a hurried user up: it is killed with us.
-    hurried_s = LAST_WORDS_S if signals.second.done() else None
-    await asyncio.wait({draining, stopping}, timeout=hurried_s)
+    stopping = asyncio.ensure_future(runtime.stop())
+    # After a second signal, do not wait for an engine's current step: it is killed with us.
+    timeout_s = LAST_WORDS_S if signals.second.done() else None
+    await asyncio.wait({draining, stopping}, timeout=timeout_s)
 
 
 async def _first_of(*futures: "asyncio.Future[Any]", timeout_s: float | None = None) -> None:
@@ -118,50 +106,48 @@ class _Signals:
             self.second.set_result(number)
 
 
-def _reload_keys(gate: Gate, config: Config) -> None:
-    try:
-        keys = read_keys(config.api_key, config.api_key_file)
-    except StartupError as error:
-        log.error("the API keys stay as they were: %s", error)
-    else:
-        gate.replace_keys(keys)
-        log.info("%d API keys are taken from now on", len(keys))
-
-
 def _exit(number: int, frame: FrameType | None) -> None:
     raise SystemExit(EXIT_TERMINATED)
 
 
-def _warn(config: Config, keys: list[str]) -> None:
+# ---- Messages to the operator
+
+
+def _warn_about_keys(config: Config) -> None:
     if config.api_key and "LLMSRV_API_KEY" not in os.environ:
         log.warning(
-            "--api-key shows in the list of processes; --api-key-file and LLMSRV_API_KEY do not"
+            "--api-key is visible in the process list; --api-key-file and LLMSRV_API_KEY are not"
         )
-    if not keys and not is_loopback(config.host):
-        log.warning("anyone who can reach %s can use this server: no API key is set", config.host)
+    if not (config.api_key or config.api_key_file) and not is_loopback(config.host):
+        log.warning(
+            "no API key is set: anyone who can reach %s can use this server", config.host
+        )
 
 
-def _tell_ready(models: Models, address: tuple[object, ...], has_key: bool) -> None:
-    """Says where, with what and how the server answers."""
+def _ready_message(runtime: Runtime, address: tuple[object, ...]) -> str:
+    """The server's URL and models, and a first request to try."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(str(address[0]), str(address[0]))
     url = f"http://[{host}]:{address[1]}" if ":" in host else f"http://{host}:{address[1]}"
-    key = ' -H "Authorization: Bearer $KEY"' if has_key else ""
-    path, ask = "/v1/completions", '"prompt": "Once upon a time"'
-    services = [model.service for model in models if model.service]
+    key = ' -H "Authorization: Bearer $KEY"' if runtime.gate.has_keys else ""
+    path, field = "/v1/completions", '"prompt": "Once upon a time"'
+    services = [model.service for model in runtime.models if model.service]
     if services[0].text.template:
-        path, ask = "/v1/chat/completions", '"messages": [{"role": "user", "content": "Hello!"}]'
-    lines = (
-        f"llmsrv {__version__} is ready at {url} with {' and '.join(map(_told, services))}\n"
+        path, field = "/v1/chat/completions", '"messages": [{"role": "user", "content": "Hello!"}]'
+    return (
+        f"llmsrv {__version__} is ready at {url} with {' and '.join(map(_description, services))}\n"
         f"Try: curl {url}{path} -H 'Content-Type: application/json'{key} "
-        f"-d '{{\"model\": \"{services[0].names[0]}\", {ask}}}'"
+        f"-d '{{\"model\": \"{services[0].names[0]}\", {field}}}'"
     )
-    try:
-        print(lines, flush=True)
-    except OSError:  # nobody reads our output; the server serves all the same
-        pass
 
 
-def _told(service: "Service") -> str:
+def _description(service: "Service") -> str:
     ready = service.engine.ready
     assert ready is not None
     return f"{service.names[0]} on the {ready.backend} backend ({ready.backend_reason})"
+
+
+def _print_unless_closed(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except OSError:  # stdout is closed; the server still serves
+        pass

@@ -21,8 +21,12 @@ LOOPBACK_NAMES = frozenset({"localhost", "host.docker.internal"})
 
 
 class Gate:
-    def __init__(self, host: str, allowed_hosts: Iterable[str], keys: Iterable[str]) -> None:
-        self._checks_host = is_loopback(host)
+    def __init__(
+        self, host: str | None, allowed_hosts: Iterable[str], keys: Iterable[str]
+    ) -> None:
+        """host: the address that the server listens on; None if another program decides that, and
+        the address that each request came to counts."""
+        self._is_on_loopback = None if host is None else is_loopback(host)
         self._allowed_hosts = LOOPBACK_NAMES | {name.lower() for name in allowed_hosts}
         # A set of keyed digests: the time of a look-up reveals nothing about the keys.
         self._secret = secrets.token_bytes(32)
@@ -41,11 +45,15 @@ class Gate:
 
         Sets request.state["tenant"] to bytes that identify the client but do not reveal its key.
         """
-        if self._checks_host:
+        is_on_loopback = self._is_on_loopback
+        if is_on_loopback is None:
+            server = request.scope.get("server")
+            is_on_loopback = server is not None and is_loopback(server[0])
+        if is_on_loopback:
             self._check_host(request.headers.get("host"))
         if self.has_keys and access is not Access.OPEN:
             request.state["tenant"] = self._check_key(request.headers)
-        elif access is Access.OPERATOR and not self._checks_host:
+        elif access is Access.OPERATOR and not is_on_loopback:
             raise ApiError(
                 403,
                 f"{request.path} needs an API key while the server listens beyond this machine; "

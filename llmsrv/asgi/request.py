@@ -4,12 +4,16 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import quote
 
 from llmsrv.asgi.types import ClientDisconnected
 from llmsrv.asgi.types import RawHeaders
 from llmsrv.asgi.types import Receive
 from llmsrv.asgi.types import Scope
 from llmsrv.errors import ApiError
+
+
+PATH_CHARS = "/!$&'()*+,:;=@"  # need no percent-encoding in a path, RFC 3986 section 3.3
 
 
 class Headers:
@@ -42,7 +46,7 @@ class Request:
         self.scope = scope
         self.method: str = scope["method"]
         self.path: str = scope["path"]
-        self.raw_path: bytes = scope.get("raw_path") or self.path.encode()
+        self.raw_path: bytes = scope.get("raw_path") or quote(self.path, PATH_CHARS).encode()
         self.headers = Headers(scope["headers"])
         self.client: tuple[str, int] | None = scope.get("client")
         self.state: dict[str, Any] = {}

@@ -233,6 +233,11 @@ class Models:
         await model.read_text(self.config)
         await model.wait_loaded(self.config, is_patient=True)
 
+    async def idle(self) -> None:
+        """Returns once no engine has a request."""
+        engines = [model.engine for model in self._models if model.engine is not None]
+        await asyncio.gather(*(engine.idle() for engine in engines))
+
     async def stop(self) -> None:
         """Stops all engines; requests that still run end with an error."""
         self.is_draining = True

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 import pytest
 
 from llmsrv.api.gate import Gate
-from llmsrv.app import Application
 from llmsrv.asgi.dialect import Dialect
 from llmsrv.asgi.request import Request
 from llmsrv.asgi.response import Answer
@@ -17,6 +16,7 @@ from llmsrv.asgi.sse import Event
 from llmsrv.asgi.sse import EventStream
 from llmsrv.asgi.types import Message
 from llmsrv.errors import ApiError
+from llmsrv.http_app import Application
 from tests.support.application import Answer as Received
 from tests.support.application import ask
 

@@ -16,11 +16,11 @@ import openai
 import pytest
 
 from llmsrv.api.gate import Gate
-from llmsrv.app import build_app
 from llmsrv.config import Config
 from llmsrv.engine import process
 from llmsrv.errors import ApiError
 from llmsrv.errors import StartupError
+from llmsrv.http_app import build_http_app
 from llmsrv.registry.find_models import find_models
 from llmsrv.registry.models import Model
 from llmsrv.registry.models import Models
@@ -307,7 +307,7 @@ def test_one_model_may_answer_to_any_name(tmp_path: Path) -> None:
 def test_models_are_loaded_by_clients_with_a_key_or_on_this_machine(
     path: str, host: str, keys: list[str], headers: dict[str, str], status: int
 ) -> None:
-    app = build_app(Models(Config(), []), Gate(host, [], keys), lambda: {})
+    app = build_http_app(Models(Config(), []), Gate(host, [], keys), lambda: {})
     answer = asyncio.run(ask(app, "POST", path, headers, b'{"model": "none"}'))
     assert answer.status == status
 

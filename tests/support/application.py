@@ -1,8 +1,10 @@
-"""An ASGI application asked in memory, as the server would ask it."""
+"""Runs an ASGI application in memory, as a server would."""
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from collections.abc import Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,7 @@ from llmsrv.asgi.types import StreamBroken
 
 @dataclass
 class Answer:
-    """status is 0 where none was sent; is_whole: the stream or body came to its end."""
+    """status: 0 if none was sent; is_whole: whether the body or stream came to its end."""
 
     status: int
     headers: dict[str, str]
@@ -23,7 +25,7 @@ class Answer:
 
     @property
     def events(self) -> list[Any]:
-        """The payloads of a stream's events, parsed, but for [DONE]."""
+        """The parsed payloads of a stream's events; [DONE] stays as it is."""
         events = [event.removeprefix("data: ") for event in self.body.decode().split("\n\n")]
         assert events.pop() == ""
         return [event if event == "[DONE]" else json.loads(event) for event in events]
@@ -36,8 +38,13 @@ async def ask(
     headers: dict[str, str],
     body: bytes = b"",
     leaves_after: Callable[[bytes], bool] = lambda sent: False,
+    **further: Any,
 ) -> Answer:
-    """leaves_after: whether the client goes away now that so much of the body has come."""
+    """Sends one request.
+
+    leaves_after  gets the body so far, and returns whether the client goes away now
+    further       more fields of the scope
+    """
     gone = asyncio.Event()
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
     answer = Answer(0, {}, b"", False)
@@ -59,9 +66,31 @@ async def ask(
             gone.set()
 
     fields = [(name.encode(), value.encode()) for name, value in headers.items()]
-    scope = {"type": "http", "method": method, "path": path, "headers": fields}
+    scope = {"type": "http", "method": method, "path": path, "headers": fields, **further}
     try:
         await app(scope, receive, send)
     except (ClientDisconnected, StreamBroken):
         pass
     return answer
+
+
+class StartupFailed(Exception):
+    """The message of lifespan.startup.failed."""
+
+
+@asynccontextmanager
+async def lifespan(app: ASGIApp) -> AsyncIterator[None]:
+    """Starts the application before the block and stops it afterwards."""
+    inbox: asyncio.Queue[Message] = asyncio.Queue()
+    outbox: asyncio.Queue[Message] = asyncio.Queue()
+    task = asyncio.create_task(app({"type": "lifespan"}, inbox.get, outbox.put))
+    await inbox.put({"type": "lifespan.startup"})
+    answer = await outbox.get()
+    if answer["type"] == "lifespan.startup.failed":
+        await task
+        raise StartupFailed(answer["message"])
+    assert answer == {"type": "lifespan.startup.complete"}
+    yield
+    await inbox.put({"type": "lifespan.shutdown"})
+    assert await outbox.get() == {"type": "lifespan.shutdown.complete"}
+    await task

@@ -1,4 +1,4 @@
-"""A real server in a process of its own, as a user starts it, for tests that talk HTTP to it."""
+"""A real server in its own process, started as a user would, for tests that use HTTP."""
 
 import os
 import re
@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-READY = re.compile(r"ready at (http://\S+)")
+READY = re.compile(r"(?:ready at|Uvicorn running on) (http://\S+)")
 
 
 class RunningServer:
-    """url: where it answers; pid: the server process; output: what it printed so far."""
+    """url: where it answers; pid: of the server process; output: what it has printed so far."""
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self.process = process
@@ -30,7 +30,7 @@ class RunningServer:
         threading.Thread(target=self._read, daemon=True).start()
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
-        """Returns when the ready line came; fails with the output when the server ended first."""
+        """Returns after the ready line; fails with the output if the server ends first."""
         assert self._ready.wait(timeout_s), f"not ready after {timeout_s} s:\n{self.output}"
         assert self.url, f"the server ended with {self.process.wait()}:\n{self.output}"
 
@@ -71,7 +71,7 @@ def run_server(
     environment: dict[str, str] | None = None,
     wait: bool = True,
 ) -> Iterator[RunningServer]:
-    """Starts `command` on a free port of 127.0.0.1 and ends it by its id."""
+    """Runs `command` on a free port of 127.0.0.1 during the block."""
     process = subprocess.Popen(
         [*command, "--port", "0", *options],
         cwd=cwd,
@@ -97,7 +97,7 @@ def run_server(
 
 
 def gauges(server: RunningServer, key: str | None = None) -> dict[str, float]:
-    """The values of /metrics by metric name, labels left out."""
+    """The values of /metrics by metric name, without labels."""
     request = urllib.request.Request(f"{server.url}/metrics")
     if key:
         request.add_header("Authorization", f"Bearer {key}")
@@ -108,14 +108,14 @@ def gauges(server: RunningServer, key: str | None = None) -> dict[str, float]:
 
 
 def is_idle(server: RunningServer, key: str | None = None) -> bool:
-    """Nothing runs, nothing waits, no KV block is held."""
+    """Whether no request runs or waits and no KV block is in use."""
     names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
     values = gauges(server, key)
     return all(values[f"vllm:{name}"] == 0 for name in names)
 
 
 def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Returns when the condition holds; fails when it does not within the time."""
+    """Returns once the condition holds; fails if it does not hold in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout_s} s"

@@ -9,9 +9,9 @@ from typing import cast
 import pytest
 
 from llmsrv.api.gate import Gate
-from llmsrv.app import build_app
 from llmsrv.config import Config
 from llmsrv.errors import ApiError
+from llmsrv.http_app import build_http_app
 from llmsrv.registry.models import Model
 from llmsrv.registry.models import Models
 from llmsrv.registry.service import Service
@@ -63,7 +63,7 @@ def refusal(
     """The answer to a request with the key and as JSON, unless headers say else."""
     model = Model(["tiny"], Path("tiny.gguf"))
     model.service = cast(Service, state)
-    app = build_app(Models(Config(), [model]), Gate("127.0.0.1", [], [KEY]), lambda: {})
+    app = build_http_app(Models(Config(), [model]), Gate("127.0.0.1", [], [KEY]), lambda: {})
     fields = {"host": "localhost", "authorization": f"Bearer {KEY}"}
     fields |= {"content_type": "application/json"} | headers
     fields = {name.replace("_", "-"): value for name, value in fields.items()}
@@ -150,7 +150,7 @@ def test_what_the_server_cannot_do_is_told_without_its_reasons(
 
 @pytest.mark.parametrize("path", ["/models/load", "/models/unload"])
 def test_33_nobody_becomes_the_operator_by_a_header_of_a_proxy(path: str) -> None:
-    app = build_app(Models(Config(), []), Gate("0.0.0.0", [], []), lambda: {})
+    app = build_http_app(Models(Config(), []), Gate("0.0.0.0", [], []), lambda: {})
     headers = {"x-forwarded-for": "127.0.0.1", "forwarded": "for=127.0.0.1", "host": "localhost"}
     answer = asyncio.run(ask(app, "POST", path, headers))
     assert told(answer) == (403, "invalid_request_error", "api_key_required")

@@ -15,7 +15,6 @@ import pytest
 from llmsrv.api.gate import Gate
 from llmsrv.api.generation.output import ChoiceOutput
 from llmsrv.api.generation.output import TextRules
-from llmsrv.app import build_app
 from llmsrv.config import Config
 from llmsrv.engine.client import EngineClient
 from llmsrv.engine.client import EngineState
@@ -26,6 +25,7 @@ from llmsrv.engine.messages import Ready
 from llmsrv.engine.messages import Submit
 from llmsrv.engine.messages import Tokens
 from llmsrv.errors import ApiError
+from llmsrv.http_app import build_http_app
 from llmsrv.registry.models import Model
 from llmsrv.registry.models import Models
 from llmsrv.registry.service import Service
@@ -84,7 +84,7 @@ def run(text_model: Any, tiny_model: Path) -> Run:
         config = Config()
         client = cast(EngineClient, engine)
         model.service = Service(config, model.names, client, text_model, model.counters)
-        app = build_app(Models(config, [model]), Gate("127.0.0.1", [], []), lambda: {})
+        app = build_http_app(Models(config, [model]), Gate("127.0.0.1", [], []), lambda: {})
         path = "/v1/completions" if "prompt" in fields else "/v1/chat/completions"
         given = {} if "prompt" in fields else {"messages": MESSAGES}
         body = json.dumps({"model": "tiny", **given, **fields}).encode()
