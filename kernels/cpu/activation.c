@@ -9,8 +9,8 @@ void run_activate(const Operation *operation, int first, int end)
         float *out = out_row(operation, row);
         FOR_VECTORS(i, width) {
             int n = lanes_left(width, i);
-            f32v v = activated(load_first(gate + i, n), operation->option);
-            store_first(out + i, v * load_first(up + i, n), n);
+            f32v v = activate(load_partial(gate + i, n), operation->option);
+            store_partial(out + i, v * load_partial(up + i, n), n);
         }
     }
     quantize_rows(operation, out_row(operation, first), operation->out_stride, first, end);

@@ -6,13 +6,13 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-int matrix_registers_denied(void)
+int request_amx(void)
 {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) != 0;
 }
 
-void use_matrix_registers(int rows)
+void configure_amx_tiles(int rows)
 {
     struct {
         uint8_t palette, start_row, reserved[14];

@@ -1,4 +1,4 @@
-/* ATTEND and COMBINE: causal attention over the paged KV cache. */
+/* ATTENTION and COMBINE: causal attention over the paged KV cache. */
 #ifndef ATTENTION_H
 #define ATTENTION_H
 
@@ -7,8 +7,8 @@
 /* Cuts the step into spans; called once a step, before its operations. */
 void attention_prepare(Plan *plan);
 int attention_units(const Plan *plan);
-void attention_run(const Plan *plan, const Operation *operation, int first, int end, int thread);
-void combine_run(const Plan *plan, const Operation *operation, int first, int end);
+void run_attention(const Plan *plan, const Operation *operation, int first, int end, int thread);
+void run_combine(const Plan *plan, const Operation *operation, int first, int end);
 
 /* Floats of scratch a thread needs. */
 int64_t attention_scratch(int num_heads, int num_kv_heads, int padded_dim);

@@ -1,29 +1,29 @@
 /* Attention in integers, of up to sixteen queries, in matrix registers. */
 #include "attention_int8.h"
 
-#if defined(TIER_AMX) && KV_INTEGERS
+#if defined(TIER_AMX) && KV_INT8
 #include "amx_tiles.h"
 
-enum { TILE_BYTES = 16 * STEP };
+enum { TILE_BYTES = 16 * STEP_POSITIONS };
 
 /* Sixty-four positions of gathered values: [padded_dim / 16][plane][16][64]. */
-static int gathered_step(int dim) { return dim / 16 * KV_BYTES * TILE_BYTES; }
+static int repacked_step(int dim) { return dim / 16 * KV_BYTES * TILE_BYTES; }
 
-int gathered_bytes(int dim) { return CHUNK / STEP * gathered_step(dim); }
+int repacked_v_bytes(int dim) { return KV_CHUNK / STEP_POSITIONS * repacked_step(dim); }
 
-int takes_many(const Queries *queries, int left)
+int uses_amx(const QueryTile *queries, int left)
 {
-    return left > FEW && queries->plan->padded_dim % STEP == 0;
+    return left > SMALL_PASS && queries->plan->padded_dim % STEP_POSITIONS == 0;
 }
 
 /* Values of four blocks side by side, as a matrix register takes them. */
-void gather_values(const Range *range, int dim)
+void repack_values(const KVRange *range, int dim)
 {
     const int piece = TILE_BYTES / 4;
     for (int position = range->begin; position < range->end; position += BLOCK_SIZE) {
-        const uint8_t *v = block_of(range, range->v, position);
-        uint8_t *out = range->gathered + in_chunk(position) / STEP * gathered_step(dim);
-        out += position % STEP / BLOCK_SIZE * piece;
+        const uint8_t *v = kv_block(range, range->v, position);
+        uint8_t *out = range->repacked_v + chunk_offset(position) / STEP_POSITIONS * repacked_step(dim);
+        out += position % STEP_POSITIONS / BLOCK_SIZE * piece;
         for (int i = 0; i < dim; i += 16)
             for (int plane = 0; plane < KV_BYTES; plane++, out += TILE_BYTES)
                 memcpy(out, v + (plane * dim + i) * BLOCK_SIZE, (size_t)piece);
@@ -33,16 +33,16 @@ void gather_values(const Range *range, int dim)
 /* Of sixteen queries with sixteen keys, or columns of values. */
 typedef int32_t TileSums[3][16][16];
 
-INLINE void multiply_tiles(
+INLINE void dot_tiles(
     const int8_t *x_high, const int8_t *x_low, int stride, const uint8_t *w, int64_t plane)
 {
     _tile_loadd(4, x_high, stride);
-    _tile_loadd(6, w, STEP);
+    _tile_loadd(6, w, STEP_POSITIONS);
     _tile_loadd(5, x_low, stride);
     _tile_dpbsud(0, 4, 6);
     _tile_dpbsud(1, 5, 6);
     if (KV_BITS == 16) {
-        _tile_loadd(7, w + plane, STEP);
+        _tile_loadd(7, w + plane, STEP_POSITIONS);
         _tile_dpbsud(2, 4, 7);
     }
 }
@@ -56,63 +56,63 @@ INLINE void clear_sums(void)
 
 INLINE void store_sums(TileSums sums)
 {
-    _tile_stored(0, sums[0], STEP);
-    _tile_stored(1, sums[1], STEP);
+    _tile_stored(0, sums[0], STEP_POSITIONS);
+    _tile_stored(1, sums[1], STEP_POSITIONS);
     if (KV_BITS == 16)
-        _tile_stored(2, sums[2], STEP);
+        _tile_stored(2, sums[2], STEP_POSITIONS);
 }
 
-INLINE Sums sums_of(TileSums tile, int n)
+INLINE DotSums load_sums(TileSums tile, int n)
 {
-    Sums sums = no_sums();
-    memcpy(&sums.top, tile[0][n], 64);
-    memcpy(&sums.middle, tile[1][n], 64);
+    DotSums sums = zero_sums();
+    memcpy(&sums.high_high, tile[0][n], 64);
+    memcpy(&sums.high_low, tile[1][n], 64);
     if (KV_BITS == 16)
-        memcpy(&sums.other, tile[2][n], 64);
+        memcpy(&sums.low_high, tile[2][n], 64);
     return sums;
 }
 
 /* A block's products are made while those of the one before it become scores. */
-static void score_many(const Scoring *scoring, const Range *range, const int dim)
+static void scores_amx(const ScorePass *pass, const KVRange *range, const int dim)
 {
     TileSums sums[2] __attribute__((aligned(64)));
-    const Scoring s = *scoring; /* what is stored below is none of it */
+    const ScorePass s = *pass; /* what is stored below is none of it */
     const int bytes = dim * BLOCK_SIZE * KV_BYTES;
     for (int position = range->begin; position < range->end + BLOCK_SIZE; position += BLOCK_SIZE) {
         int i = position / BLOCK_SIZE % 2, before = position - BLOCK_SIZE;
         if (position < range->end) {
-            const uint8_t *k = block_of(range, range->k, position);
+            const uint8_t *k = kv_block(range, range->k, position);
             clear_sums();
-            for (int c = 0; c < dim; c += STEP)
-                multiply_tiles(s.high + c, s.low + c, dim, k + c * BLOCK_SIZE, dim * BLOCK_SIZE);
+            for (int c = 0; c < dim; c += STEP_POSITIONS)
+                dot_tiles(s.high + c, s.low + c, dim, k + c * BLOCK_SIZE, dim * BLOCK_SIZE);
             store_sums(sums[i]);
         }
         if (position + BLOCK_SIZE < range->end)
             for (int u = 0; u < bytes; u += 64)
-                prefetch(block_of(range, range->k, position + BLOCK_SIZE) + u);
+                prefetch(kv_block(range, range->k, position + BLOCK_SIZE) + u);
         if (before < range->begin)
             continue;
-        f32v k_scales = load(range->scales[0] + in_chunk(before));
-        int all = all_see(&s, before);
+        f32v k_scales = load(range->scales[0] + chunk_offset(before));
+        int all = is_unmasked_block(&s, before);
         for (int n = 0; n < s.N; n++) {
-            Sums row = sums_of(sums[1 - i], n);
-            put_scores(&s, n, before, all, k_scales, &row);
+            DotSums row = load_sums(sums[1 - i], n);
+            store_scores(&s, n, before, all, k_scales, &row);
         }
     }
 }
 
 /* Sixteen columns' products are made while those of the ones before them are scaled. */
-static void weigh_many(int N, const Range *range, int dim, const Shares *shares, float *o)
+static void weighted_values_amx(int N, const KVRange *range, int dim, const AttentionWeights *weights, float *o)
 {
     TileSums sums[2] __attribute__((aligned(64)));
-    const int first = in_chunk(range->begin) / STEP, end = in_chunk(range->end - 1) / STEP + 1;
-    const int step_bytes = gathered_step(dim), columns_bytes = KV_BYTES * TILE_BYTES;
+    const int first = chunk_offset(range->begin) / STEP_POSITIONS, end = chunk_offset(range->end - 1) / STEP_POSITIONS + 1;
+    const int step_bytes = repacked_step(dim), columns_bytes = KV_BYTES * TILE_BYTES;
     for (int i = 0; i <= dim / 16; i++) {
-        const uint8_t *values = range->gathered + i * columns_bytes;
+        const uint8_t *values = range->repacked_v + i * columns_bytes;
         if (i < dim / 16) {
             clear_sums();
             for (int step = first; step < end; step++)
-                multiply_tiles(shares->high[0] + step * STEP, shares->low[0] + step * STEP, CHUNK,
+                dot_tiles(weights->high[0] + step * STEP_POSITIONS, weights->low[0] + step * STEP_POSITIONS, KV_CHUNK,
                                values + step * step_bytes, TILE_BYTES);
             store_sums(sums[i % 2]);
         }
@@ -120,25 +120,25 @@ static void weigh_many(int N, const Range *range, int dim, const Shares *shares,
             for (int step = first; step < end; step++)
                 for (int u = 0; u < KV_BYTES; u++)
                     prefetch(values + columns_bytes + step * step_bytes + 64 * (KV_BYTES * n + u));
-            Sums row = sums_of(sums[1 - i % 2], n);
+            DotSums row = load_sums(sums[1 - i % 2], n);
             store(o + n * dim + 16 * (i - 1),
-                  value_of(&row, shares->offsets[n]) * splat(shares->scales[n]));
+                  combine_sums(&row, weights->compensation[n]) * splat(weights->scales[n]));
         }
     }
 }
 
-void attend_many(
-    int N, const Queries *queries, int first, const Range *range, float *m, float *l, float *o)
+void attend_amx(
+    int N, const QueryTile *queries, int first, const KVRange *range, float *m, float *l, float *o)
 {
     const int dim = queries->plan->padded_dim;
-    float scores[MOST_QUERIES][CHUNK] __attribute__((aligned(64)));
-    Shares shares __attribute__((aligned(64)));
-    Scoring scoring = scoring_of(queries, first, N, scores);
-    use_matrix_registers(MOST_QUERIES);
-    score_many(&scoring, range, dim);
-    share_out(N, range, scores, m, l, &shares);
+    float scores[MAX_PASS_QUERIES][KV_CHUNK] __attribute__((aligned(64)));
+    AttentionWeights weights __attribute__((aligned(64)));
+    ScorePass pass = make_score_pass(queries, first, N, scores);
+    configure_amx_tiles(MAX_PASS_QUERIES);
+    scores_amx(&pass, range, dim);
+    softmax_weights(N, range, scores, m, l, &weights);
     __asm__ volatile("" ::: "memory"); /* loads of matrix registers name no memory to gcc */
-    weigh_many(N, range, dim, &shares, o);
+    weighted_values_amx(N, range, dim, &weights, o);
     _tile_release();
 }
 

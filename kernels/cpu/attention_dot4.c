@@ -1,11 +1,11 @@
 /* Attention in int8, of up to eight queries, by dot products of four bytes. */
 #include "attention_int8.h"
 
-#if KV_INTEGERS
+#if KV_INT8
 
-enum { WORD = 4 /* bytes that a product sums up */ };
+enum { WORD_BYTES = 4 /* bytes that a product sums up */ };
 
-INLINE i32v word_at(const int8_t *bytes)
+INLINE i32v broadcast_word(const int8_t *bytes)
 {
     int32_t word;
     memcpy(&word, bytes, sizeof word);
@@ -14,87 +14,87 @@ INLINE i32v word_at(const int8_t *bytes)
 
 /* ---- Scores */
 
-INLINE void add_products(Sums *sums, u32v high, u32v low, i32v x_high, i32v x_low)
+INLINE void add_dots(DotSums *sums, u32v high, u32v low, i32v x_high, i32v x_low)
 {
-    sums->top = dot4(sums->top, high, x_high);
-    sums->middle = dot4(sums->middle, high, x_low);
+    sums->high_high = dot4(sums->high_high, high, x_high);
+    sums->high_low = dot4(sums->high_low, high, x_low);
     if (KV_BITS == 16)
-        sums->other = dot4(sums->other, low, x_high);
+        sums->low_high = dot4(sums->low_high, low, x_high);
 }
 
 /* Meanwhile the values of this block and the keys of the next one are fetched, for blocks lie scattered,
  * and line by line, for the CPU itself fetches what seems to come next. */
-INLINE void score_in_vectors(const int N, const Scoring *scoring, const Range *range, int dim)
+INLINE void scores_dot4(const int N, const ScorePass *pass, const KVRange *range, int dim)
 {
     const int plane = dim * BLOCK_SIZE;
     for (int position = range->begin; position < range->end; position += BLOCK_SIZE) {
         int next = position + BLOCK_SIZE < range->end ? position + BLOCK_SIZE : position;
-        const uint8_t *high = block_of(range, range->k, position);
-        const uint8_t *values = block_of(range, range->v, position);
-        const uint8_t *keys = block_of(range, range->k, next);
-        Sums sums[SOME];
-        UNROLL for (int n = 0; n < N; n++) sums[n] = no_sums();
-        for (int i = 0; i < dim; i += WORD, high += 64) {
+        const uint8_t *high = kv_block(range, range->k, position);
+        const uint8_t *values = kv_block(range, range->v, position);
+        const uint8_t *keys = kv_block(range, range->k, next);
+        DotSums sums[LARGE_PASS];
+        UNROLL for (int n = 0; n < N; n++) sums[n] = zero_sums();
+        for (int i = 0; i < dim; i += WORD_BYTES, high += 64) {
             UNROLL for (int u = 0; u < KV_BYTES; u++, values += 64, keys += 64) {
                 prefetch(values);
                 prefetch(keys);
             }
             u32v low = KV_BITS == 16 ? load_bytes(high + plane) : (u32v){0};
-            UNROLL for (int n = 0; n < N; n++) add_products(
-                &sums[n], load_bytes(high), low, word_at(scoring->high + n * dim + i),
-                word_at(scoring->low + n * dim + i));
+            UNROLL for (int n = 0; n < N; n++) add_dots(
+                &sums[n], load_bytes(high), low, broadcast_word(pass->high + n * dim + i),
+                broadcast_word(pass->low + n * dim + i));
         }
-        f32v k_scales = load(range->scales[0] + in_chunk(position));
-        int all = all_see(scoring, position);
-        UNROLL for (int n = 0; n < N; n++) put_scores(scoring, n, position, all, k_scales, &sums[n]);
+        f32v k_scales = load(range->scales[0] + chunk_offset(position));
+        int all = is_unmasked_block(pass, position);
+        UNROLL for (int n = 0; n < N; n++) store_scores(pass, n, position, all, k_scales, &sums[n]);
     }
 }
 
 /* ---- Values */
 
-INLINE void weigh_in_vectors(
-    const int N, const Range *range, int dim, const Shares *shares, float *o)
+INLINE void weighted_values_dot4(
+    const int N, const KVRange *range, int dim, const AttentionWeights *weights, float *o)
 {
     const int plane = dim * BLOCK_SIZE;
     for (int i = 0; i < dim; i += 16) {
-        Sums sums[SOME];
-        UNROLL for (int n = 0; n < N; n++) sums[n] = no_sums();
+        DotSums sums[LARGE_PASS];
+        UNROLL for (int n = 0; n < N; n++) sums[n] = zero_sums();
         for (int position = range->begin; position < range->end; position += BLOCK_SIZE) {
-            const uint8_t *v = block_of(range, range->v, position) + i * BLOCK_SIZE;
-            for (int u = 0; u < BLOCK_SIZE; u += WORD, v += 64) {
-                int at = in_chunk(position + u);
+            const uint8_t *v = kv_block(range, range->v, position) + i * BLOCK_SIZE;
+            for (int u = 0; u < BLOCK_SIZE; u += WORD_BYTES, v += 64) {
+                int at = chunk_offset(position + u);
                 u32v low = KV_BITS == 16 ? load_bytes(v + plane) : (u32v){0};
-                UNROLL for (int n = 0; n < N; n++) add_products(
-                    &sums[n], load_bytes(v), low, word_at(shares->high[n] + at),
-                    word_at(shares->low[n] + at));
+                UNROLL for (int n = 0; n < N; n++) add_dots(
+                    &sums[n], load_bytes(v), low, broadcast_word(weights->high[n] + at),
+                    broadcast_word(weights->low[n] + at));
             }
         }
         UNROLL for (int n = 0; n < N; n++) store(
-            o + n * dim + i, value_of(&sums[n], shares->offsets[n]) * splat(shares->scales[n]));
+            o + n * dim + i, combine_sums(&sums[n], weights->compensation[n]) * splat(weights->scales[n]));
     }
 }
 
-INLINE void attend_in_vectors(
-    const int N, const Queries *queries, int first, const Range *range, float *m, float *l, float *o)
+INLINE void attend_pass(
+    const int N, const QueryTile *queries, int first, const KVRange *range, float *m, float *l, float *o)
 {
     const int dim = queries->plan->padded_dim;
-    float scores[SOME][CHUNK] __attribute__((aligned(64)));
-    Shares shares __attribute__((aligned(64)));
-    Scoring scoring = scoring_of(queries, first, N, scores);
-    score_in_vectors(N, &scoring, range, dim);
-    share_out(N, range, scores, m, l, &shares);
-    weigh_in_vectors(N, range, dim, &shares, o);
+    float scores[LARGE_PASS][KV_CHUNK] __attribute__((aligned(64)));
+    AttentionWeights weights __attribute__((aligned(64)));
+    ScorePass pass = make_score_pass(queries, first, N, scores);
+    scores_dot4(N, &pass, range, dim);
+    softmax_weights(N, range, scores, m, l, &weights);
+    weighted_values_dot4(N, range, dim, &weights, o);
 }
 
 void attend_dot4(
-    int N, const Queries *queries, int first, const Range *range, float *m, float *l, float *o)
+    int N, const QueryTile *queries, int first, const KVRange *range, float *m, float *l, float *o)
 {
     switch (N) {
-    case 1: attend_in_vectors(1, queries, first, range, m, l, o); break;
-    case 2: attend_in_vectors(2, queries, first, range, m, l, o); break;
-    case 3: attend_in_vectors(3, queries, first, range, m, l, o); break;
-    case 4: attend_in_vectors(4, queries, first, range, m, l, o); break;
-    default: attend_in_vectors(SOME, queries, first, range, m, l, o);
+    case 1: attend_pass(1, queries, first, range, m, l, o); break;
+    case 2: attend_pass(2, queries, first, range, m, l, o); break;
+    case 3: attend_pass(3, queries, first, range, m, l, o); break;
+    case 4: attend_pass(4, queries, first, range, m, l, o); break;
+    default: attend_pass(LARGE_PASS, queries, first, range, m, l, o);
     }
 }
 

@@ -1,41 +1,41 @@
 /* Attention in int8: chooses between dot products of four bytes, for few queries, and AMX tiles. */
 #include "attention_int8.h"
 
-#if KV_INTEGERS
+#if KV_INT8
 
-/* ---- What calls share: scales of keys and of values [CHUNK], gathered values */
+/* ---- What calls share: scales of keys and of values [KV_CHUNK], gathered values */
 
-int64_t shared_floats(int padded_dim) { return 2 * CHUNK + gathered_bytes(padded_dim) / 4; }
+int64_t kv_range_floats(int padded_dim) { return 2 * KV_CHUNK + repacked_v_bytes(padded_dim) / 4; }
 
-void share_range(const Queries *queries, float *memory, Range *range)
+void prepare_kv_range(const QueryTile *queries, float *memory, KVRange *range)
 {
     const int dim = queries->plan->padded_dim;
     range->scales[0] = memory;
-    range->scales[1] = memory + CHUNK;
-    range->gathered = (uint8_t *)(memory + 2 * CHUNK);
+    range->scales[1] = memory + KV_CHUNK;
+    range->repacked_v = (uint8_t *)(memory + 2 * KV_CHUNK);
     for (int position = range->begin; position < range->end; position += BLOCK_SIZE) {
-        int at = in_chunk(position), left = range->end - position;
-        store(memory + at, load(kv_scales(block_of(range, range->k, position), dim)));
+        int at = chunk_offset(position), left = range->end - position;
+        store(memory + at, load(kv_scales(kv_block(range, range->k, position), dim)));
         /* What lies behind the last position is of others, who may have left NaN there. */
-        const float *scales = kv_scales(block_of(range, range->v, position), dim);
-        store(memory + CHUNK + at, load_first(scales, left));
+        const float *scales = kv_scales(kv_block(range, range->v, position), dim);
+        store(memory + KV_CHUNK + at, load_partial(scales, left));
     }
-    if (takes_many(queries, queries->count))
-        gather_values(range, dim);
+    if (uses_amx(queries, queries->count))
+        repack_values(range, dim);
 }
 
-int queries_taken(const Queries *queries, int left)
+int pass_size(const QueryTile *queries, int left)
 {
-    if (takes_many(queries, left))
-        return left < MOST_QUERIES ? left : MOST_QUERIES;
-    return left >= SOME ? SOME : left < FEW ? left : FEW;
+    if (uses_amx(queries, left))
+        return left < MAX_PASS_QUERIES ? left : MAX_PASS_QUERIES;
+    return left >= LARGE_PASS ? LARGE_PASS : left < SMALL_PASS ? left : SMALL_PASS;
 }
 
-void attend_chunk(
-    const Queries *queries, int first, int N, const Range *range, float *m, float *l, float *o)
+void attention_chunk(
+    const QueryTile *queries, int first, int N, const KVRange *range, float *m, float *l, float *o)
 {
-    if (takes_many(queries, N))
-        attend_many(N, queries, first, range, m, l, o);
+    if (uses_amx(queries, N))
+        attend_amx(N, queries, first, range, m, l, o);
     else
         attend_dot4(N, queries, first, range, m, l, o);
 }

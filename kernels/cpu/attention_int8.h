@@ -18,99 +18,99 @@
 #include "attention_chunk.h"
 
 enum {
-    SOME = 8,  /* queries whose sums fit the vector registers */
-    FEW = 4,   /* queries that vectors take, where there are matrix registers */
-    STEP = 64, /* positions whose shares are made at once; bytes of a row of a matrix register */
+    LARGE_PASS = 8,  /* queries whose sums fit the vector registers */
+    SMALL_PASS = 4,   /* queries that vectors take, where there are matrix registers */
+    STEP_POSITIONS = 64, /* positions whose shares are made at once; bytes of a row of a matrix register */
 };
 
 static const float LOG2_E = 0x1.715476p+0f;
 
 static inline int rounded_up(int count, int to) { return (count + to - 1) / to * to; }
 
-/* ---- Sums */
+/* ---- DotSums */
 
 typedef struct {
-    i32v top, middle, other; /* `other` is another part of the middle */
-} Sums;
+    i32v high_high, high_low, low_high; /* `other` is another part of the middle */
+} DotSums;
 
-INLINE Sums no_sums(void) { return (Sums){splat_int(0), splat_int(0), splat_int(0)}; }
+INLINE DotSums zero_sums(void) { return (DotSums){splat_int(0), splat_int(0), splat_int(0)}; }
 
 /* x . w */
-INLINE f32v value_of(const Sums *sums, int32_t offset)
+INLINE f32v combine_sums(const DotSums *sums, int32_t compensation)
 {
-    u32v value = ((u32v)sums->top << 8) + (u32v)sums->middle - (u32v)splat_int(offset);
-    return to_float((i32v)(KV_BITS == 16 ? value + (u32v)sums->other : value));
+    u32v value = ((u32v)sums->high_high << 8) + (u32v)sums->high_low - (u32v)splat_int(compensation);
+    return to_float((i32v)(KV_BITS == 16 ? value + (u32v)sums->low_high : value));
 }
 
 /* ---- Scores */
 
-/* Queries first .. first + N - 1, and where their scores go. */
+/* QueryTile first .. first + N - 1, and where their scores go. */
 typedef struct {
     const int8_t *high, *low;
     const float *scales;
-    const int32_t *offsets;
-    int firsts[MOST_QUERIES], lasts[MOST_QUERIES]; /* ascending */
+    const int32_t *compensation;
+    int firsts[MAX_PASS_QUERIES], lasts[MAX_PASS_QUERIES]; /* ascending */
     int N;
     float cap;
-    float (*scores)[CHUNK];
-} Scoring;
+    float (*scores)[KV_CHUNK];
+} ScorePass;
 
-Scoring scoring_of(const Queries *queries, int first, int N, float (*scores)[CHUNK]);
+ScorePass make_score_pass(const QueryTile *queries, int first, int N, float (*scores)[KV_CHUNK]);
 
-INLINE int all_see(const Scoring *scoring, int position)
+INLINE int is_unmasked_block(const ScorePass *pass, int position)
 {
-    return scoring->firsts[scoring->N - 1] <= position
-           && position + BLOCK_SIZE - 1 <= scoring->lasts[0];
+    return pass->firsts[pass->N - 1] <= position
+           && position + BLOCK_SIZE - 1 <= pass->lasts[0];
 }
 
 /* Sixteen scores of query n. */
-INLINE void put_scores(
-    const Scoring *scoring, int n, int position, int all_see, f32v k_scales, const Sums *sums)
+INLINE void store_scores(
+    const ScorePass *pass, int n, int position, int is_unmasked_block, f32v k_scales, const DotSums *sums)
 {
-    f32v s = value_of(sums, scoring->offsets[n]) * (k_scales * splat(scoring->scales[n]));
-    if (scoring->cap > 0)
-        s = capped(scoring->cap, s) * splat(LOG2_E);
-    if (!all_see)
-        s = visible(scoring->firsts[n], scoring->lasts[n], position, s);
-    store(scoring->scores[n] + in_chunk(position), s);
+    f32v s = combine_sums(sums, pass->compensation[n]) * (k_scales * splat(pass->scales[n]));
+    if (pass->cap > 0)
+        s = softcap_scores(pass->cap, s) * splat(LOG2_E);
+    if (!is_unmasked_block)
+        s = mask_scores(pass->firsts[n], pass->lasts[n], position, s);
+    store(pass->scores[n] + chunk_offset(position), s);
 }
 
-/* ---- Shares */
+/* ---- AttentionWeights */
 
 typedef struct {
-    int8_t high[MOST_QUERIES][CHUNK], low[MOST_QUERIES][CHUNK];
-    int32_t offsets[MOST_QUERIES];
-    float scales[MOST_QUERIES];
-} Shares;
+    int8_t high[MAX_PASS_QUERIES][KV_CHUNK], low[MAX_PASS_QUERIES][KV_CHUNK];
+    int32_t compensation[MAX_PASS_QUERIES];
+    float scales[MAX_PASS_QUERIES];
+} AttentionWeights;
 
 /* Scores of N queries to shares, m and l; in three loops, for what one query needs of itself takes
  * longer to come than what others do. */
-void share_out(
-    int N, const Range *range, float (*scores)[CHUNK], float *m, float *l, Shares *shares);
+void softmax_weights(
+    int N, const KVRange *range, float (*scores)[KV_CHUNK], float *m, float *l, AttentionWeights *shares);
 
 /* ---- Few queries, in vectors */
 
-/* As attend_chunk, of 1 to 4 queries or SOME. */
+/* As attention_chunk, of 1 to 4 queries or LARGE_PASS. */
 void attend_dot4(
-    int N, const Queries *queries, int first, const Range *range, float *m, float *l, float *o);
+    int N, const QueryTile *queries, int first, const KVRange *range, float *m, float *l, float *o);
 
 /* ---- Many queries, in matrix registers */
 
-/* As attend_chunk, of at most MOST_QUERIES. */
-void attend_many(
-    int N, const Queries *queries, int first, const Range *range, float *m, float *l, float *o);
+/* As attention_chunk, of at most MAX_PASS_QUERIES. */
+void attend_amx(
+    int N, const QueryTile *queries, int first, const KVRange *range, float *m, float *l, float *o);
 
 #ifdef TIER_AMX
 /* Whether `left` queries are many. */
-int takes_many(const Queries *queries, int left);
+int uses_amx(const QueryTile *queries, int left);
 
 /* Bytes of a chunk's gathered values, and these themselves. */
-int gathered_bytes(int padded_dim);
-void gather_values(const Range *range, int padded_dim);
+int repacked_v_bytes(int padded_dim);
+void repack_values(const KVRange *range, int padded_dim);
 #else
-static inline int takes_many(const Queries *queries, int left) { return (void)queries, 0 * left; }
-static inline int gathered_bytes(int padded_dim) { return 0 * padded_dim; }
-static inline void gather_values(const Range *range, int padded_dim) { (void)range, (void)padded_dim; }
+static inline int uses_amx(const QueryTile *queries, int left) { return (void)queries, 0 * left; }
+static inline int repacked_v_bytes(int padded_dim) { return 0 * padded_dim; }
+static inline void repack_values(const KVRange *range, int padded_dim) { (void)range, (void)padded_dim; }
 #endif
 
 #endif

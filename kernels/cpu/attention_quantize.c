@@ -1,82 +1,82 @@
 /* Attention in int8: queries and attention weights quantized to planes of int8. */
 #include "attention_int8.h"
 
-#if KV_INTEGERS
+#if KV_INT8
 
-enum { MOST_QUERY = 127 * 128, MOST_SHARE = 127 * 256 };
+enum { QUERY_MAX = 127 * 128, WEIGHT_MAX = 127 * 256 };
 
 /* x . w for bytes of w that are 0, where x and its high bytes sum up to so much; unsigned, for what is
  * not a number may overflow. */
-INLINE int32_t offset_of(int32_t sum, int32_t high_sum)
+INLINE int32_t zero_point_compensation(int32_t sum, int32_t high_sum)
 {
     int32_t low_sum = (int32_t)((uint32_t)sum - 256u * (uint32_t)high_sum);
     return (int32_t)(128u * (uint32_t)sum - (uint32_t)(KV_BITS == 16 ? low_sum / 2 : 0));
 }
 
-/* ---- Queries: planes [high, low][rows][padded_dim]; scales [rows]; offsets [rows] */
+/* ---- QueryTile: planes [high, low][rows][padded_dim]; scales [rows]; offsets [rows] */
 
 typedef struct {
     int8_t *high, *low;
     float *scales;
-    int32_t *offsets;
-} Split;
+    int32_t *compensation;
+} QueryPlanes;
 
-static Split split_of(const Queries *queries)
+static QueryPlanes query_planes(const QueryTile *queries)
 {
-    int rows = rounded_up(queries->count, MOST_QUERIES);
+    int rows = rounded_up(queries->count, MAX_PASS_QUERIES);
     int8_t *high = queries->scaled, *low = high + (int64_t)rows * queries->plan->padded_dim;
     float *scales = (float *)(low + (int64_t)rows * queries->plan->padded_dim);
-    return (Split){high, low, scales, (int32_t *)(scales + rows)};
+    return (QueryPlanes){high, low, scales, (int32_t *)(scales + rows)};
 }
 
-int64_t queries_floats(int count, int padded_dim)
+int64_t query_tile_floats(int count, int padded_dim)
 {
-    return (int64_t)rounded_up(count, MOST_QUERIES) * (padded_dim / 2 + 2);
+    return (int64_t)rounded_up(count, MAX_PASS_QUERIES) * (padded_dim / 2 + 2);
 }
 
-void put_query(const Queries *queries, int i, const float *x)
+void store_query(const QueryTile *queries, int i, const float *x)
 {
     const int dim = queries->plan->head_dim, padded_dim = queries->plan->padded_dim;
-    Split split = split_of(queries);
+    QueryPlanes planes = query_planes(queries);
     i32v sizes = splat_int(0), sum = splat_int(0), high_sum = splat_int(0);
     for (int j = 0; j < dim; j += 16)
-        sizes = max_int(sizes, size_bits(load_first(x + j, dim - j)));
-    float largest = float_of(largest_int(sizes));
+        sizes = max_int(sizes, abs_bits(load_partial(x + j, dim - j)));
+    float largest = float_from_bits(reduce_max_int(sizes));
     int is_finite = largest < INFINITY;
-    f32v inverse = splat(is_finite && largest > 0x1p-100f ? MOST_QUERY / largest : 0);
+    f32v inverse = splat(is_finite && largest > 0x1p-100f ? QUERY_MAX / largest : 0);
     for (int j = 0; j < padded_dim; j += 16) {
-        f32v v = is_finite && j < dim ? load_first(x + j, dim - j) : splat(0);
-        i32v q = to_nearest(v * inverse), high = (q + 128) >> 8;
+        f32v v = is_finite && j < dim ? load_partial(x + j, dim - j) : splat(0);
+        i32v q = round_to_int(v * inverse), high = (q + 128) >> 8;
         sum += q;
         high_sum += high;
-        store_bytes(split.high + i * padded_dim + j, high);
-        store_bytes(split.low + i * padded_dim + j, q);
+        store_low_bytes(planes.high + i * padded_dim + j, high);
+        store_low_bytes(planes.low + i * padded_dim + j, q);
     }
-    float unit = queries->operation->cap > 0 ? 1 : LOG2_E;
-    split.scales[i] = largest / MOST_QUERY * queries->operation->scale * unit;
-    split.offsets[i] = offset_of(sum_int(sum), sum_int(high_sum));
+    float unit = queries->operation->softcap > 0 ? 1 : LOG2_E;
+    planes.scales[i] = largest / QUERY_MAX * queries->operation->scale * unit;
+    planes.compensation[i] = zero_point_compensation(reduce_add_int(sum), reduce_add_int(high_sum));
 }
 
-Scoring scoring_of(const Queries *queries, int first, int N, float (*scores)[CHUNK])
+ScorePass make_score_pass(const QueryTile *queries, int first, int N, float (*scores)[KV_CHUNK])
 {
-    Split split = split_of(queries);
-    Scoring scoring = {.N = N, .cap = queries->operation->cap, .scores = scores};
-    scoring.high = split.high + first * queries->plan->padded_dim;
-    scoring.low = split.low + first * queries->plan->padded_dim;
-    scoring.scales = split.scales + first;
-    scoring.offsets = split.offsets + first;
+    QueryPlanes planes = query_planes(queries);
+    ScorePass pass = {.N = N, .cap = queries->operation->softcap, .scores = scores};
+    pass.high = planes.high + first * queries->plan->padded_dim;
+    pass.low = planes.low + first * queries->plan->padded_dim;
+    pass.scales = planes.scales + first;
+    pass.compensation = planes.compensation + first;
     for (int n = 0; n < N; n++) {
-        scoring.firsts[n] = first_of(queries, first + n);
-        scoring.lasts[n] = last_of(queries, first + n);
+        pass.firsts[n] = first_visible(queries, first + n);
+        pass.lasts[n] = last_visible(queries, first + n);
     }
-    return scoring;
+    return pass;
 }
 
-/* ---- Shares */
+/* ---- AttentionWeights */
 
 /* 2^x for x <= 0, to 2e-7 of itself; 2^0 is 1.  For x below -100 it is that of -100: nothing beside 1,
  * and far from numbers that are slow because they are denormal. */
-INLINE f32v power_of_2(f32v x)
+INLINE f32v exp2_v(f32v x)
 {
     x = max_v(splat(-100.0f), x); /* this way round NaN passes */
     __m512 whole = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -90,34 +90,34 @@ INLINE f32v power_of_2(f32v x)
     return (f32v)_mm512_scalef_ps((__m512)y, whole);
 }
 
-INLINE float largest_score(const float *scores, int begin, int end)
+INLINE float max_score(const float *scores, int begin, int end)
 {
-    f32v largest = splat(NOTHING);
+    f32v largest = splat(MASKED);
     for (int at = begin; at < end; at += BLOCK_SIZE)
         largest = max_v(largest, load(scores + at));
-    return largest_v(largest);
+    return reduce_max(largest);
 }
 
 /* exp(score - m), times the values' scales, in place; their sum before that, and their largest. */
-INLINE float weigh_scores(
+INLINE float exp_scores(
     const float *scales, float *scores, int begin, int end, float m, float *l)
 {
     f32v sum = splat(0);
     i32v sizes = splat_int(0);
     for (int at = begin; at < end; at += BLOCK_SIZE) {
-        f32v e = power_of_2(load(scores + at) - splat(m));
+        f32v e = exp2_v(load(scores + at) - splat(m));
         sum += e;
         e *= load(scales + at);
-        sizes = max_int(sizes, size_bits(e));
+        sizes = max_int(sizes, abs_bits(e));
         store(scores + at, e);
     }
-    *l = sum_v(sum);
-    return float_of(largest_int(sizes));
+    *l = reduce_add(sum);
+    return float_from_bits(reduce_max_int(sizes));
 }
 
-INLINE __m512i to_integers(const float *x, f32v inverse)
+INLINE __m512i round_scaled(const float *x, f32v inverse)
 {
-    return (__m512i)to_nearest(load(x) * inverse);
+    return (__m512i)round_to_int(load(x) * inverse);
 }
 
 /* Bytes of four vectors, side by side in each lane, to the order of the vectors. */
@@ -128,13 +128,13 @@ INLINE void store_in_order(int8_t *out, __m512i x)
 }
 
 /* Sixty-four values, not negative, to their high and low bytes. */
-INLINE void store_split(
+INLINE void store_planes(
     const float *x, f32v inverse, int8_t *high, int8_t *low, __m512i *sum, __m512i *high_sum)
 {
     const __m512i half = _mm512_set1_epi16(128), mask = _mm512_set1_epi16(255);
     const __m512i ones = _mm512_set1_epi16(1);
-    __m512i a = _mm512_packs_epi32(to_integers(x, inverse), to_integers(x + 16, inverse));
-    __m512i b = _mm512_packs_epi32(to_integers(x + 32, inverse), to_integers(x + 48, inverse));
+    __m512i a = _mm512_packs_epi32(round_scaled(x, inverse), round_scaled(x + 16, inverse));
+    __m512i b = _mm512_packs_epi32(round_scaled(x + 32, inverse), round_scaled(x + 48, inverse));
     __m512i high_a = _mm512_srai_epi16(_mm512_add_epi16(a, half), 8);
     __m512i high_b = _mm512_srai_epi16(_mm512_add_epi16(b, half), 8);
     __m512i bytes = _mm512_packs_epi16(high_a, high_b);
@@ -144,29 +144,29 @@ INLINE void store_split(
     store_in_order(low, _mm512_packus_epi16(_mm512_and_si512(a, mask), _mm512_and_si512(b, mask)));
 }
 
-void share_out(
-    int N, const Range *range, float (*scores)[CHUNK], float *m, float *l, Shares *shares)
+void softmax_weights(
+    int N, const KVRange *range, float (*scores)[KV_CHUNK], float *m, float *l, AttentionWeights *weights)
 {
-    const int begin = in_chunk(range->begin);
-    const int end = rounded_up(in_chunk(range->end - 1) + 1, BLOCK_SIZE);
-    const int first = begin / STEP * STEP, last = rounded_up(end, STEP);
-    float largest[MOST_QUERIES];
+    const int begin = chunk_offset(range->begin);
+    const int end = rounded_up(chunk_offset(range->end - 1) + 1, BLOCK_SIZE);
+    const int first = begin / STEP_POSITIONS * STEP_POSITIONS, last = rounded_up(end, STEP_POSITIONS);
+    float largest[MAX_PASS_QUERIES];
     for (int n = 0; n < N; n++)
-        m[n] = largest_score(scores[n], begin, end);
+        m[n] = max_score(scores[n], begin, end);
     for (int n = 0; n < N; n++) {
         memset(scores[n] + first, 0, sizeof(float) * (size_t)(begin - first));
         memset(scores[n] + end, 0, sizeof(float) * (size_t)(last - end));
-        largest[n] = weigh_scores(range->scales[1], scores[n], begin, end, m[n], &l[n]);
+        largest[n] = exp_scores(range->scales[1], scores[n], begin, end, m[n], &l[n]);
     }
     for (int n = 0; n < N; n++) {
         int is_finite = largest[n] < INFINITY;
-        f32v inverse = splat(is_finite && largest[n] > 0x1p-100f ? MOST_SHARE / largest[n] : 0);
+        f32v inverse = splat(is_finite && largest[n] > 0x1p-100f ? WEIGHT_MAX / largest[n] : 0);
         __m512i sum = _mm512_setzero_si512(), high_sum = sum;
-        for (int at = first; at < last; at += STEP)
-            store_split(
-                scores[n] + at, inverse, shares->high[n] + at, shares->low[n] + at, &sum, &high_sum);
-        shares->offsets[n] = offset_of(sum_int((i32v)sum), sum_int((i32v)high_sum));
-        shares->scales[n] = is_finite ? largest[n] / MOST_SHARE : NAN;
+        for (int at = first; at < last; at += STEP_POSITIONS)
+            store_planes(
+                scores[n] + at, inverse, weights->high[n] + at, weights->low[n] + at, &sum, &high_sum);
+        weights->compensation[n] = zero_point_compensation(reduce_add_int((i32v)sum), reduce_add_int((i32v)high_sum));
+        weights->scales[n] = is_finite ? largest[n] / WEIGHT_MAX : NAN;
     }
 }
 

@@ -14,18 +14,18 @@ typedef struct {
     const int32_t *sampled;
 } Embedding;
 
-static float half_value(uint16_t half)
+static float f16_value(uint16_t half)
 {
     uint16_t halves[LANES] = {half};
-    return load_half(halves)[0];
+    return load_f16(halves)[0];
 }
 
-static void block_values(int format, const Block *block, float *values)
+static void block_values(int format, const FileBlock *block, float *values)
 {
-    float d = half_value(block->d), m = half_value(block->m);
+    float d = f16_value(block->d), m = f16_value(block->m);
     int offset = format == Q4_0 ? 8 : format == Q5_0 ? 16 : format == Q8_0 ? 128 : 0;
     int has_scales = format == Q4_K || format == Q5_K;
-    for (int c = 0; c < COLUMNS; c++) {
+    for (int c = 0; c < BLOCK_COLUMNS; c++) {
         if (format == Q6_K)
             values[c] = d * (int8_t)(c < 16 ? block->s : block->t) * (block->q[c] - 32);
         else if (has_scales)
@@ -38,8 +38,8 @@ static void block_values(int format, const Block *block, float *values)
 static f32v float_values(int format, const uint8_t *p)
 {
     return format == F32   ? load((const float *)p)
-           : format == F16 ? load_half((const uint16_t *)p)
-                           : load_bfloat((const uint16_t *)p);
+           : format == F16 ? load_f16((const uint16_t *)p)
+                           : load_bf16((const uint16_t *)p);
 }
 
 /* Columns need not be whole vectors. */
@@ -50,7 +50,7 @@ static void float_row(int format, const uint8_t *row, int columns, float *out)
         uint8_t bytes[4 * LANES] = {0};
         int n = columns - c < LANES ? columns - c : LANES;
         memcpy(bytes, row + size * c, (size_t)(size * n));
-        store_first(out + c, float_values(format, bytes), n);
+        store_partial(out + c, float_values(format, bytes), n);
     }
 }
 
@@ -63,9 +63,9 @@ void llmsrv_embed(const Embedding *e, int32_t num_rows)
         if (is_float(e->format)) {
             float_row(e->format, row, e->columns, out);
         } else {
-            for (int k = 0; k < e->columns / COLUMNS; k++) {
-                Block block = take_block(e->format, row, k);
-                block_values(e->format, &block, out + COLUMNS * k);
+            for (int k = 0; k < e->columns / BLOCK_COLUMNS; k++) {
+                FileBlock block = unpack_file_block(e->format, row, k);
+                block_values(e->format, &block, out + BLOCK_COLUMNS * k);
             }
         }
         for (int32_t c = 0; c < e->columns; c++)

@@ -1,4 +1,4 @@
-/* ROUTE, EXPERTS and WEIGH: each row through the experts that its router's logits choose.
+/* ROUTE, EXPERTS and SUM_EXPERTS: each row through the experts that its router's logits choose.
  *
  * A choice is a row and one of its num_chosen experts; choice n is of row n / num_chosen. */
 #ifndef EXPERTS_H
@@ -12,9 +12,9 @@ void run_route(const Operation *operation, int num_rows);
 /* Products of the chosen experts, in units of an expert and two groups of its weights: each weight is
  * read once for all rows.  x has one row a choice, or with `by_row` one row for all choices of a row. */
 int experts_units(const Operation *operation, int queue);
-void experts_run(const Operation *operation, int queue, int first, int end);
+void run_experts(const Operation *operation, int queue, int first, int end);
 
 /* out += scale * the weighted sum of a row's choices, best first. */
-void run_weigh(const Operation *operation, int first, int end);
+void run_sum_experts(const Operation *operation, int first, int end);
 
 #endif

@@ -3,34 +3,34 @@
 #include "simd.h"
 
 /* The scale of integers up to `most`, and what to multiply by for them. */
-static float scale_of(const float *x, int dim, float most, float *inverse)
+static float kv_scale(const float *x, int dim, float most, float *inverse)
 {
     i32v sizes = splat_int(0);
     for (int i = 0; i < dim; i += LANES)
-        sizes = max_int(sizes, size_bits(load_first(x + i, lanes_left(dim, i))));
-    float largest = float_of(largest_int(sizes));
+        sizes = max_int(sizes, abs_bits(load_partial(x + i, lanes_left(dim, i))));
+    float largest = float_from_bits(reduce_max_int(sizes));
     *inverse = largest > 0x1p-100f ? most / largest : 0;
     return largest / 127;
 }
 
-#if KV_INTEGERS
+#if KV_INT8
 
-enum { MOST = KV_BITS == 8 ? 127 : 127 * 256, OFFSET = 1 << (KV_BITS - 1) };
+enum { KV_MAX = KV_BITS == 8 ? 127 : 127 * 256, KV_ZERO_POINT = 1 << (KV_BITS - 1) };
 
 /* A head's keys, or values, of position `offset` of a block: each byte of a lane to its plane. */
-static void store_head(const float *x, int dim, int padded_dim, int offset, int is_key, uint8_t *head)
+static void store_kv_head(const float *x, int dim, int padded_dim, int offset, int is_key, uint8_t *head)
 {
-    float inverse, scale = scale_of(x, dim, MOST, &inverse);
+    float inverse, scale = kv_scale(x, dim, KV_MAX, &inverse);
     int plane_bytes = padded_dim * BLOCK_SIZE;
     memcpy(head + kv_head_bytes(padded_dim) - 4 * (BLOCK_SIZE - offset), &scale, 4);
     for (int i = 0; i < dim; i += 16) {
-        i32v q = to_nearest(load_first(x + i, lanes_left(dim, i)) * splat(inverse)) + OFFSET;
+        i32v q = round_to_int(load_partial(x + i, lanes_left(dim, i)) * splat(inverse)) + KV_ZERO_POINT;
         uint8_t *at = head + i * BLOCK_SIZE + KV_BYTES * plane_bytes;
         for (int plane = 0; plane < KV_BYTES; plane++, q >>= 8) {
             at -= plane_bytes;
             if (is_key) {
                 uint8_t bytes[16];
-                store_bytes((int8_t *)bytes, q);
+                store_low_bytes((int8_t *)bytes, q);
                 for (int j = 0; j < 4; j++)
                     memcpy(at + 64 * j + 4 * offset, bytes + 4 * j, 4);
             } else {
@@ -44,23 +44,23 @@ static void store_head(const float *x, int dim, int padded_dim, int offset, int 
 
 #else
 
-static void store_head(const float *x, int dim, int padded_dim, int offset, int is_key, uint8_t *head)
+static void store_kv_head(const float *x, int dim, int padded_dim, int offset, int is_key, uint8_t *head)
 {
     float inverse = 1;
     int step = KV_BYTES * (is_key ? BLOCK_SIZE : 1);
     uint8_t *at = head + KV_BYTES * (is_key ? offset : offset * padded_dim);
     if (KV_HAS_SCALES) {
-        float scale = scale_of(x, dim, 127, &inverse);
+        float scale = kv_scale(x, dim, 127, &inverse);
         memcpy(head + kv_head_bytes(padded_dim) - 4 * (BLOCK_SIZE - offset), &scale, 4);
     }
     for (int i = 0; i < dim; i += LANES) {
         int n = lanes_left(dim, i);
-        f32v v = load_first(x + i, n);
+        f32v v = load_partial(x + i, n);
         uint8_t elements[LANES * KV_BYTES];
         if (KV_BITS == 8)
-            store_bytes((int8_t *)elements, to_nearest(v * splat(inverse)));
+            store_low_bytes((int8_t *)elements, round_to_int(v * splat(inverse)));
         else if (KV_BITS == 16)
-            store_half((uint16_t *)elements, v);
+            store_f16((uint16_t *)elements, v);
         else
             store((float *)elements, v);
         for (int j = 0; j < n; j++, at += step)
@@ -71,15 +71,15 @@ static void store_head(const float *x, int dim, int padded_dim, int offset, int 
 #endif
 
 /* Where the heads of one layer are in the block of a slot. */
-static int64_t heads_at(const Plan *plan, int layer, int64_t slot)
+static int64_t layer_offset(const Plan *plan, int layer, int64_t slot)
 {
     int64_t bytes = kv_head_bytes(plan->padded_dim) * plan->num_kv_heads;
     return (slot / BLOCK_SIZE * plan->num_layers + layer) * bytes;
 }
 
-void fetch_kv(const Plan *plan, int layer, int64_t slot)
+void prefetch_kv(const Plan *plan, int layer, int64_t slot)
 {
-    int64_t at = heads_at(plan, layer, slot), bytes = kv_head_bytes(plan->padded_dim) * plan->num_kv_heads;
+    int64_t at = layer_offset(plan, layer, slot), bytes = kv_head_bytes(plan->padded_dim) * plan->num_kv_heads;
     for (int64_t u = at; u < at + bytes; u += 64) {
         prefetch_write(plan->k_cache + u);
         prefetch_write(plan->v_cache + u);
@@ -89,9 +89,9 @@ void fetch_kv(const Plan *plan, int layer, int64_t slot)
 void store_kv(const Plan *plan, int layer, int64_t slot, const float *k, const float *v)
 {
     int dim = plan->head_dim, padded_dim = plan->padded_dim, offset = (int)(slot % BLOCK_SIZE);
-    int64_t at = heads_at(plan, layer, slot), bytes = kv_head_bytes(padded_dim);
+    int64_t at = layer_offset(plan, layer, slot), bytes = kv_head_bytes(padded_dim);
     for (int h = 0; h < plan->num_kv_heads; h++, k += dim, v += dim, at += bytes) {
-        store_head(k, dim, padded_dim, offset, 1, plan->k_cache + at);
-        store_head(v, dim, padded_dim, offset, 0, plan->v_cache + at);
+        store_kv_head(k, dim, padded_dim, offset, 1, plan->k_cache + at);
+        store_kv_head(v, dim, padded_dim, offset, 0, plan->v_cache + at);
     }
 }

@@ -5,7 +5,7 @@
  *     values  [BLOCK_SIZE][D]
  *     float   scales[BLOCK_SIZE]  of bytes
  *
- * Integers, where there are products of bytes (KV_INTEGERS): of 16 or 8 bits, with a scale for each
+ * QuantizedBlock, where there are products of bytes (KV_INT8): of 16 or 8 bits, with a scale for each
  * position, 2^15 or 2^7 added so that no byte has a sign, in planes of bytes, the high ones first.
  * Four that a product sums up lie side by side: dimensions of keys, positions of values.
  *     keys    [plane][D / 4][BLOCK_SIZE][4]
@@ -21,12 +21,12 @@
 #endif
 
 #if defined(TIER_AVX512) && KV_BITS != 32
-#define KV_INTEGERS 1
+#define KV_INT8 1
 #else
-#define KV_INTEGERS 0
+#define KV_INT8 0
 #endif
 
-enum { KV_BYTES = KV_BITS / 8, KV_HAS_SCALES = KV_INTEGERS || KV_BITS == 8 };
+enum { KV_BYTES = KV_BITS / 8, KV_HAS_SCALES = KV_INT8 || KV_BITS == 8 };
 
 static inline int64_t kv_head_bytes(int padded_dim)
 {
@@ -39,7 +39,7 @@ static inline const float *kv_scales(const uint8_t *head, int padded_dim)
 }
 
 /* Has the cache lines of a slot's block fetched, that store_kv is to write soon. */
-void fetch_kv(const Plan *plan, int layer, int64_t slot);
+void prefetch_kv(const Plan *plan, int layer, int64_t slot);
 
 /* k and v, [kv head][head_dim] each, of one row to their places. */
 void store_kv(const Plan *plan, int layer, int64_t slot, const float *k, const float *v);

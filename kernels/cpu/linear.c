@@ -1,6 +1,6 @@
 /* LINEAR: the work of products cut into units, and products with weights that are floats. */
 #include "linear.h"
-#include "linear_finish.h"
+#include "linear_epilogue.h"
 #include "simd.h"
 
 /* Weights are fetched so far ahead to the second-level cache. */
@@ -15,7 +15,7 @@ enum { FLOAT_ROWS = 3 };
 
 /* One part of sixteen weight rows that are floats, times floats.  Four sums, by column modulo 4, hide
  * the latency. */
-INLINE void product_float(
+INLINE void float_dot(
     const int format, const int R, const uint8_t *w, int columns, const float *x, int stride, float *y)
 {
     const size_t size = block_bytes(format);
@@ -26,8 +26,8 @@ INLINE void product_float(
     {                                                                                              \
         const uint8_t *p = w + size * (size_t)(c + i);                                             \
         f32v v = format == F32   ? load((const float *)p)                                          \
-                 : format == F16 ? load_half((const uint16_t *)p)                                  \
-                                 : load_bfloat((const uint16_t *)p);                               \
+                 : format == F16 ? load_f16((const uint16_t *)p)                                  \
+                                 : load_bf16((const uint16_t *)p);                               \
         UNROLL for (int r = 0; r < R; r++) sums[i][r] =                                            \
             fma_v(v, splat(x[r * stride + c + i]), sums[i][r]);                                    \
     }
@@ -40,16 +40,16 @@ INLINE void product_float(
         STEP(0)
 #undef STEP
     UNROLL for (int r = 0; r < R; r++)
-        store(y + ROWS * r, (sums[0][r] + sums[1][r]) + (sums[2][r] + sums[3][r]));
+        store(y + GROUP_ROWS * r, (sums[0][r] + sums[1][r]) + (sums[2][r] + sums[3][r]));
 }
 
-typedef void (*FloatProduct)(const uint8_t *w, int columns, const float *x, int stride, float *y);
+typedef void (*FloatKernel)(const uint8_t *w, int columns, const float *x, int stride, float *y);
 
-#define ONE_FLOAT(format, R)                                                                       \
+#define DEFINE_FLOAT_KERNEL(format, R)                                                                       \
     static void format##_##R(const uint8_t *w, int columns, const float *x, int stride, float *y)  \
     {                                                                                              \
-        for (int p = 0; p < PARTS; p++, w += block_bytes(format) / PARTS, y += LANES)              \
-            product_float(format, R, w, columns, x, stride, y);                                    \
+        for (int p = 0; p < VECTORS; p++, w += block_bytes(format) / VECTORS, y += LANES)              \
+            float_dot(format, R, w, columns, x, stride, y);                                    \
     }
 
 #ifdef TIER_AVX512
@@ -61,27 +61,27 @@ typedef void (*FloatProduct)(const uint8_t *w, int columns, const float *x, int 
 #define NAMES(format) {format##_1, format##_2, format##_3}
 #endif
 
-ROW_COUNTS(ONE_FLOAT, F32)
-ROW_COUNTS(ONE_FLOAT, F16)
-ROW_COUNTS(ONE_FLOAT, BF16)
+ROW_COUNTS(DEFINE_FLOAT_KERNEL, F32)
+ROW_COUNTS(DEFINE_FLOAT_KERNEL, F16)
+ROW_COUNTS(DEFINE_FLOAT_KERNEL, BF16)
 
-static const FloatProduct float_products[3][FLOAT_ROWS] = {
+static const FloatKernel float_kernels[3][FLOAT_ROWS] = {
     [F32] = NAMES(F32), [F16] = NAMES(F16), [BF16] = NAMES(BF16)};
 
 /* Rows x_row .. x_row + R - 1 of x to rows out_row .. of out. */
-static void multiply_floats(const Operation *operation, Groups pair, int x_row, int out_row, int R)
+static void multiply_floats(const Operation *operation, WeightGroups pair, int x_row, int out_row, int R)
 {
-    const Part *part = pair.part;
+    const WeightPart *part = pair.part;
     size_t size = group_bytes(part->format, part->columns);
-    float y[2 * ROWS * FLOAT_ROWS] __attribute__((aligned(64)));
+    float y[2 * GROUP_ROWS * FLOAT_ROWS] __attribute__((aligned(64)));
     for (int done = 0; done < R; done += FLOAT_ROWS) {
         int count = R - done < FLOAT_ROWS ? R - done : FLOAT_ROWS;
         const float *x = operation->x + (int64_t)(x_row + done) * operation->x_stride;
         for (int g = 0; g < pair.num_groups; g++)
-            float_products[part->format][count - 1](
+            float_kernels[part->format][count - 1](
                 pair.w + (size_t)g * size, part->columns, x, operation->x_stride,
-                y + ROWS * FLOAT_ROWS * g);
-        finish_sums(operation, pair, out_row + done, count, y, FLOAT_ROWS);
+                y + GROUP_ROWS * FLOAT_ROWS * g);
+        apply_epilogue_rows(operation, pair, out_row + done, count, y, FLOAT_ROWS);
     }
 }
 
@@ -90,11 +90,11 @@ static void multiply_floats(const Operation *operation, Groups pair, int x_row, 
 /* So many activation bytes stay in the second-level cache while weights pass by. */
 static int chunk_tiles(const Operation *operation)
 {
-    int tiles = CHUNK_BYTES / (tile_words(operation->width) * 4 * TILE + 1);
+    int tiles = CHUNK_BYTES / (tile_words(operation->width) * 4 * TILE_ROWS + 1);
     return tiles < 1 ? 1 : tiles < MAX_CHUNK_TILES ? tiles : MAX_CHUNK_TILES;
 }
 
-static int pairs_of(const Part *part, int queue)
+static int num_pairs_of_part(const WeightPart *part, int queue)
 {
     return (part->bounds[queue + 1] - part->bounds[queue] + 1) / 2;
 }
@@ -103,7 +103,7 @@ int linear_pairs(const Operation *operation, int queue)
 {
     int pairs = 0;
     for (int i = 0; i < operation->num_parts; i++)
-        pairs += pairs_of(&operation->parts[i], queue);
+        pairs += num_pairs_of_part(&operation->parts[i], queue);
     return pairs;
 }
 
@@ -114,19 +114,19 @@ int linear_units(const Operation *operation, int num_rows, int queue)
 }
 
 /* Of a thread's queue and one part the pair of groups, and as many behind it as there are up to `end`. */
-static Groups groups_of(const Part *part, int queue, int pair, int end)
+static WeightGroups weight_groups_at(const WeightPart *part, int queue, int pair, int end)
 {
-    for (; pair >= pairs_of(part, queue); part++) {
-        pair -= pairs_of(part, queue);
-        end -= pairs_of(part, queue);
+    for (; pair >= num_pairs_of_part(part, queue); part++) {
+        pair -= num_pairs_of_part(part, queue);
+        end -= num_pairs_of_part(part, queue);
     }
     size_t size = group_bytes(part->format, part->columns);
     int group = part->bounds[queue] + 2 * pair, last = part->bounds[queue] + 2 * end;
     int stop = last < part->bounds[queue + 1] ? last : part->bounds[queue + 1];
-    return (Groups){part, part->groups[queue] + 2 * size * (size_t)pair, group, stop - group};
+    return (WeightGroups){part, part->groups[queue] + 2 * size * (size_t)pair, group, stop - group};
 }
 
-static void multiply(const Operation *operation, Groups groups, int num_rows, int first, int end)
+static void multiply(const Operation *operation, WeightGroups groups, int num_rows, int first, int end)
 {
     if (!is_float(groups.part->format)) {
         multiply_tiles(operation, groups, num_rows, first, end);
@@ -137,22 +137,22 @@ static void multiply(const Operation *operation, Groups groups, int num_rows, in
         multiply_floats(operation, pair_of(groups, i), row, row, R);
 }
 
-void linear_run(const Operation *operation, int num_rows, int queue, int first, int end)
+void run_linear(const Operation *operation, int num_rows, int queue, int first, int end)
 {
     int pairs = linear_pairs(operation, queue), all = num_tiles(num_rows), chunk = chunk_tiles(operation);
     for (int unit = first, count; unit < end; unit += count) {
         int tile = unit / pairs * chunk, pair = unit % pairs;
         int last_pair = pair + end - unit < pairs ? pair + end - unit : pairs;
-        Groups groups = groups_of(operation->parts, queue, pair, last_pair);
+        WeightGroups groups = weight_groups_at(operation->parts, queue, pair, last_pair);
         multiply(operation, groups, num_rows, tile, tile + chunk < all ? tile + chunk : all);
         count = num_pairs(groups);
     }
 }
 
-void linear_run_row(
-    const Operation *operation, const Part *parts, int queue, int pair, int x_row, int out_row)
+void run_linear_row(
+    const Operation *operation, const WeightPart *parts, int queue, int pair, int x_row, int out_row)
 {
-    Groups one = groups_of(parts, queue, pair, pair + 1);
+    WeightGroups one = weight_groups_at(parts, queue, pair, pair + 1);
     if (is_float(one.part->format))
         multiply_floats(operation, one, x_row, out_row, 1);
     else

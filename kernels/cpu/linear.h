@@ -6,12 +6,12 @@
 
 /* The work of one thread's queue, in units of two groups of weights and a chunk of rows. */
 int linear_units(const Operation *operation, int num_rows, int queue);
-void linear_run(const Operation *operation, int num_rows, int queue, int first, int end);
+void run_linear(const Operation *operation, int num_rows, int queue, int first, int end);
 
 /* For experts: pairs of groups in a queue, and one pair for one row, a tile by itself. */
 int linear_pairs(const Operation *operation, int queue);
-void linear_run_row(
-    const Operation *operation, const Part *parts, int queue, int pair, int x_row, int out_row);
+void run_linear_row(
+    const Operation *operation, const WeightPart *parts, int queue, int pair, int x_row, int out_row);
 
 /* QUANTIZE: rows of x to tiles. */
 void run_quantize(const Operation *operation, int first, int end);

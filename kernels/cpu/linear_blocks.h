@@ -5,30 +5,30 @@
  *
  * in float32, block by block, the dot product of integers exact: the order never depends on the
  * number of rows, so neither do the bits of y. */
-#ifndef BLOCKS_H
-#define BLOCKS_H
+#ifndef LINEAR_BLOCKS_H
+#define LINEAR_BLOCKS_H
 
 #include "linear_tiles.h"
 
 /* Few rows read each weight once, at the speed of memory.  It is fetched to the second-level cache far
  * ahead, where more requests fit than in the first, and from there a little ahead of the product:
  * 143 tokens/s instead of 109 (one thread of a Xeon that reads 14 GB/s). */
-enum { AHEAD = 10240, NEAR = 2048 };
+enum { PREFETCH_L2 = 10240, PREFETCH_L1 = 2048 };
 
 /* What one tile has to fetch of the weights that come next, all tiles together all of it. */
 typedef struct {
-    const uint8_t *bytes; /* null: what lies AHEAD */
-    int lines_a_block;
-} Next;
+    const uint8_t *bytes; /* null: what lies PREFETCH_L2 */
+    int lines_per_block;
+} NextWeights;
 
-INLINE void fetch_ahead(const uint8_t *w, size_t size, Next *next)
+INLINE void prefetch_weights(const uint8_t *w, size_t size, NextWeights *next)
 {
-    UNROLL for (size_t u = 0; u < size; u += 64) prefetch(w + NEAR + u);
+    UNROLL for (size_t u = 0; u < size; u += 64) prefetch(w + PREFETCH_L1 + u);
     if (next->bytes) {
-        for (int u = 0; u < next->lines_a_block; u++, next->bytes += 64)
+        for (int u = 0; u < next->lines_per_block; u++, next->bytes += 64)
             prefetch_far(next->bytes);
     } else {
-        UNROLL for (size_t u = 0; u < size; u += 64) prefetch_far(w + AHEAD + u);
+        UNROLL for (size_t u = 0; u < size; u += 64) prefetch_far(w + PREFETCH_L2 + u);
     }
 }
 
@@ -40,44 +40,44 @@ void multiply_blocks(
     int num_blocks,
     int R,
     const int32_t *tile,
-    Next next,
+    NextWeights next,
     float *y);
 
 #if PLANES == 2
-static const float LARGEST = 32512; /* 127 * 256: of bytes, the high one must not reach 128 */
+static const float ACTIVATION_MAX = 32512; /* 127 * 256: of bytes, the high one must not reach 128 */
 #else
-static const float LARGEST = 127;
+static const float ACTIVATION_MAX = 127;
 #endif
 
 /* 32 values as integers, and what 1 of them is worth: 16 bits are exact to 2e-5 of the largest. */
 typedef struct {
-    i32v q[2 * PARTS];
+    i32v q[2 * VECTORS];
     float d;
-} Integers;
+} QuantizedBlock;
 
-INLINE Integers integers_of(const float *x)
+INLINE QuantizedBlock quantize_block(const float *x)
 {
-    Integers of;
+    QuantizedBlock of;
     i32v sizes = splat_int(0);
-    UNROLL for (int v = 0; v < 2 * PARTS; v++)
-        sizes = max_int(sizes, size_bits(load(x + LANES * v)));
-    float largest = float_of(largest_int(sizes));
+    UNROLL for (int v = 0; v < 2 * VECTORS; v++)
+        sizes = max_int(sizes, abs_bits(load(x + LANES * v)));
+    float largest = float_from_bits(reduce_max_int(sizes));
     int is_finite = largest < INFINITY;
-    of.d = is_finite ? largest / LARGEST : NAN;
-    float inverse = is_finite && of.d > 0x1p-120f ? LARGEST / largest : 0;
-    UNROLL for (int v = 0; v < 2 * PARTS; v++) {
+    of.d = is_finite ? largest / ACTIVATION_MAX : NAN;
+    float inverse = is_finite && of.d > 0x1p-120f ? ACTIVATION_MAX / largest : 0;
+    UNROLL for (int v = 0; v < 2 * VECTORS; v++) {
         f32v scaled = load(x + LANES * v) * splat(inverse);
-        of.q[v] = to_nearest(is_finite ? scaled : splat(0));
+        of.q[v] = round_to_int(is_finite ? scaled : splat(0));
     }
     return of;
 }
 
 /* Of one half of them. */
-INLINE int32_t sum_of_half(const Integers *integers, int half)
+INLINE int32_t half_sum(const QuantizedBlock *integers, int half)
 {
     i32v sum = splat_int(0);
-    UNROLL for (int p = 0; p < PARTS; p++) sum += integers->q[PARTS * half + p];
-    return sum_int(sum);
+    UNROLL for (int p = 0; p < VECTORS; p++) sum += integers->q[VECTORS * half + p];
+    return reduce_add_int(sum);
 }
 
 #endif

@@ -15,72 +15,72 @@
 /* ---- Activations to tiles */
 
 /* Words of 32 values at x, `R` apart. */
-INLINE void split_block(const float *x, int R, int32_t *words)
+INLINE void quantize_block_words(const float *x, int R, int32_t *words)
 {
-    Integers integers = integers_of(x);
+    QuantizedBlock unpack_words = quantize_block(x);
     int32_t packed[8 * PLANES];
     int8_t *bytes = (int8_t *)packed;
-    UNROLL for (int v = 0; v < 2 * PARTS; v++, bytes += LANES) {
+    UNROLL for (int v = 0; v < 2 * VECTORS; v++, bytes += LANES) {
         if (PLANES == 2)
-            store_bytes(bytes, (integers.q[v] + 128) >> 8);
-        store_bytes(bytes + COLUMNS * (PLANES - 1), integers.q[v]);
+            store_low_bytes(bytes, (unpack_words.q[v] + 128) >> 8);
+        store_low_bytes(bytes + BLOCK_COLUMNS * (PLANES - 1), unpack_words.q[v]);
     }
     for (int i = 0; i < 8 * PLANES; i++)
         words[i * R] = packed[i];
-    int32_t second = -sum_of_half(&integers, 1), negative = second - sum_of_half(&integers, 0);
-    float sum = -integers.d * (float)negative;
-    memcpy(words + 8 * PLANES * R, &integers.d, 4);
+    int32_t neg_half_sum = -half_sum(&unpack_words, 1), neg_sum = neg_half_sum - half_sum(&unpack_words, 0);
+    float sum = -unpack_words.d * (float)neg_sum;
+    memcpy(words + 8 * PLANES * R, &unpack_words.d, 4);
     memcpy(words + (8 * PLANES + 1) * R, &sum, 4);
-    words[(8 * PLANES + 2) * R] = negative;
-    words[(8 * PLANES + 3) * R] = second;
+    words[(8 * PLANES + 2) * R] = neg_sum;
+    words[(8 * PLANES + 3) * R] = neg_half_sum;
 }
 
-void split_tile(const float *x, int stride, int width, int R, int32_t *tile)
+void quantize_tile(const float *x, int stride, int width, int R, int32_t *tile)
 {
     for (int r = 0; r < R; r++)
-        for (int k = 0; k < width / COLUMNS; k++)
-            split_block(x + (int64_t)r * stride + COLUMNS * k, R, tile + BLOCK_WORDS * R * k + r);
+        for (int k = 0; k < width / BLOCK_COLUMNS; k++)
+            quantize_block_words(x + (int64_t)r * stride + BLOCK_COLUMNS * k, R, tile + BLOCK_WORDS * R * k + r);
 }
 
 /* ---- Products */
 
-INLINE i32v start(int format, int32_t negative)
+INLINE i32v initial_dot(int format, int32_t neg_sum)
 {
-    return offset_of(format) ? splat_int(negative * offset_of(format)) : splat_int(0);
+    return zero_point(format) ? splat_int(neg_sum * zero_point(format)) : splat_int(0);
 }
 
 /* Neighbouring groups that go through a tile together, and the vectors of their rows. */
-enum { GROUPS = LANES == 16 ? 2 : 1, MOST_VECTORS = GROUPS * PARTS };
+enum { TILE_GROUPS = LANES == 16 ? 2 : 1, MAX_VECTORS = TILE_GROUPS * VECTORS };
 
 /* The dot products of one block: V vectors of integers q with R rows of a tile, both planes.  Many
  * rows add the low plane to the shifted high one, in half the registers; a few keep two sums each,
- * so that enough products are in flight to hide their latency.  Integers are exact either way. */
+ * so that enough products are in flight to hide their latency.  QuantizedBlock are exact either way. */
 INLINE void dot_products(
     const int V,
     const int R,
     const int first, /* words first .. last - 1 of the eight */
     const int last,
-    u32v (*q)[MOST_VECTORS],
+    u32v (*q)[MAX_VECTORS],
     const int32_t *tile,
-    i32v (*dots)[TILE])
+    i32v (*dots)[TILE_ROWS])
 {
     if (PLANES == 2 && R >= 4) {
-        i32v start[MOST_VECTORS][TILE];
+        i32v initial_dot[MAX_VECTORS][TILE_ROWS];
         UNROLL for (int v = 0; v < V; v++) UNROLL for (int r = 0; r < R; r++) {
-            start[v][r] = dots[v][r];
+            initial_dot[v][r] = dots[v][r];
             dots[v][r] = splat_int(0);
         }
         UNROLL for (int j = first; j < last; j++) UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int v = 0; v < V; v++)
                 dots[v][r] = dot4(dots[v][r], q[j][v], splat_int(tile[j * R + r]));
         UNROLL for (int v = 0; v < V; v++) UNROLL for (int r = 0; r < R; r++)
-            dots[v][r] = (dots[v][r] << 8) + start[v][r];
+            dots[v][r] = (dots[v][r] << 8) + initial_dot[v][r];
         UNROLL for (int j = first; j < last; j++) UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int v = 0; v < V; v++)
                 dots[v][r] = dot4(dots[v][r], q[j][v], splat_int(tile[(8 + j) * R + r]));
         return;
     }
-    i32v high[MOST_VECTORS][TILE];
+    i32v high[MAX_VECTORS][TILE_ROWS];
     UNROLL for (int v = 0; v < V; v++) UNROLL for (int r = 0; r < R; r++) high[v][r] = splat_int(0);
     UNROLL for (int j = first; j < last; j++) UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int v = 0; v < V; v++) {
@@ -96,7 +96,7 @@ INLINE void dot_products(
 
 /* y[g][r][0..15] for G groups and R rows of a tile; the sums of many rows stay in memory, since the
  * integers of two groups take half of the registers. */
-INLINE void product(
+INLINE void multiply_groups(
     const int format,
     const int G,
     const int R,
@@ -104,33 +104,33 @@ INLINE void product(
     size_t group_size,
     int num_blocks,
     const int32_t *tile,
-    Next next,
+    NextWeights next,
     float *y)
 {
     const size_t size = block_bytes(format);
-    const int V = G * PARTS;
+    const int V = G * VECTORS;
     UNROLL for (int i = 0; i < V * R; i++) store(y + LANES * i, splat(0));
     for (int k = 0; k < num_blocks; k++, tile += BLOCK_WORDS * R) {
-        const uint8_t *w = blocks + block_at(format, k), *head = blocks + head_at(format, k);
+        const uint8_t *w = blocks + block_offset(format, k), *head = blocks + head_offset(format, k);
         const float *d_x = (const float *)(tile + 8 * PLANES * R), *sum_x = d_x + R;
-        const int32_t *negative = (const int32_t *)(sum_x + R);
-        u32v q[8][MOST_VECTORS];
-        i32v dots[MOST_VECTORS][TILE];
-        fetch_ahead(w, size, &next);
+        const int32_t *neg_sum = (const int32_t *)(sum_x + R);
+        u32v q[8][MAX_VECTORS];
+        i32v dots[MAX_VECTORS][TILE_ROWS];
+        prefetch_weights(w, size, &next);
         if (G == 2)
-            UNROLL for (size_t u = 0; u < size; u += 64) prefetch(w + group_size + NEAR + u);
+            UNROLL for (size_t u = 0; u < size; u += 64) prefetch(w + group_size + PREFETCH_L1 + u);
         UNROLL for (int v = 0; v < V; v++) {
             UNROLL for (int j = 0; j < 4; j++)
-                integers(format, w + v / PARTS * group_size, j, v % PARTS, &q[j][v], &q[j + 4][v]);
-            UNROLL for (int r = 0; r < R; r++) dots[v][r] = start(format, negative[r]);
+                unpack_words(format, w + v / VECTORS * group_size, j, v % VECTORS, &q[j][v], &q[j + 4][v]);
+            UNROLL for (int r = 0; r < R; r++) dots[v][r] = initial_dot(format, neg_sum[r]);
         }
         dot_products(V, R, 0, 8, q, tile, dots);
         UNROLL for (int v = 0; v < V; v++) {
             f32v d, m;
-            const size_t group = v / PARTS * group_size;
-            scales(format, w + group, head + group, 0, v % PARTS, &d, &m);
+            const size_t group = v / VECTORS * group_size;
+            load_scales(format, w + group, head + group, 0, v % VECTORS, &d, &m);
             UNROLL for (int r = 0; r < R; r++) {
-                float *at = y + ROWS * (R * (v / PARTS) + r) + LANES * (v % PARTS);
+                float *at = y + GROUP_ROWS * (R * (v / VECTORS) + r) + LANES * (v % VECTORS);
                 f32v sum = fma_v(to_float(dots[v][r]), d * splat(d_x[r]), load(at));
                 if (has_minimum(format))
                     sum = fma_v(m, splat(sum_x[r]), sum);
@@ -141,31 +141,31 @@ INLINE void product(
 }
 
 /* Q6_K has a scale for each half of a block, and so two dot products: one group at a time. */
-INLINE void product_q6_k(
-    const int R, const uint8_t *blocks, int num_blocks, const int32_t *tile, Next next, float *y)
+INLINE void multiply_group_q6_k(
+    const int R, const uint8_t *blocks, int num_blocks, const int32_t *tile, NextWeights next, float *y)
 {
     const size_t size = block_bytes(Q6_K);
-    UNROLL for (int i = 0; i < PARTS * R; i++) store(y + LANES * i, splat(0));
+    UNROLL for (int i = 0; i < VECTORS * R; i++) store(y + LANES * i, splat(0));
     for (int k = 0; k < num_blocks; k++, tile += BLOCK_WORDS * R) {
-        const uint8_t *w = blocks + block_at(Q6_K, k), *own = w + integers_bytes(Q6_K);
-        const uint16_t *head = (const uint16_t *)(blocks + head_at(Q6_K, k));
+        const uint8_t *w = blocks + block_offset(Q6_K, k), *own = w + integers_bytes(Q6_K);
+        const uint16_t *head = (const uint16_t *)(blocks + head_offset(Q6_K, k));
         const float *d_x = (const float *)(tile + 8 * PLANES * R);
-        const int32_t *negative = tile + (8 * PLANES + 2) * R, *second = negative + R;
-        fetch_ahead(w, size, &next);
-        UNROLL for (int p = 0; p < PARTS; p++) {
-            f32v d = load_half(head + LANES * p), halves[2][TILE];
-            u32v q[8][MOST_VECTORS];
-            UNROLL for (int j = 0; j < 4; j++) integers(Q6_K, w, j, p, &q[j][0], &q[j + 4][0]);
+        const int32_t *neg_sum = tile + (8 * PLANES + 2) * R, *neg_half_sum = neg_sum + R;
+        prefetch_weights(w, size, &next);
+        UNROLL for (int p = 0; p < VECTORS; p++) {
+            f32v d = load_f16(head + LANES * p), halves[2][TILE_ROWS];
+            u32v q[8][MAX_VECTORS];
+            UNROLL for (int j = 0; j < 4; j++) unpack_words(Q6_K, w, j, p, &q[j][0], &q[j + 4][0]);
             UNROLL for (int h = 0; h < 2; h++) {
-                i32v dots[1][TILE];
+                i32v dots[1][TILE_ROWS];
                 UNROLL for (int r = 0; r < R; r++)
-                    dots[0][r] = start(Q6_K, h ? second[r] : negative[r] - second[r]);
+                    dots[0][r] = initial_dot(Q6_K, h ? neg_half_sum[r] : neg_sum[r] - neg_half_sum[r]);
                 dot_products(1, R, 4 * h, 4 * h + 4, q, tile, dots);
                 UNROLL for (int r = 0; r < R; r++) halves[h][r] = to_float(dots[0][r]);
             }
-            f32v s0 = load_signed_bytes(own + LANES * p), s1 = load_signed_bytes(own + 16 + LANES * p);
+            f32v s0 = load_i8(own + LANES * p), s1 = load_i8(own + 16 + LANES * p);
             UNROLL for (int r = 0; r < R; r++) {
-                float *at = y + ROWS * r + LANES * p;
+                float *at = y + GROUP_ROWS * r + LANES * p;
                 f32v value = fma_v(halves[1][r], s1, halves[0][r] * s0);
                 store(at, fma_v(value, d * splat(d_x[r]), load(at)));
             }
@@ -175,26 +175,26 @@ INLINE void product_q6_k(
 
 /* ---- One function for each format and number of rows */
 
-typedef void (*Product)(
-    const uint8_t *w, size_t group_size, int num_blocks, const int32_t *tile, Next next, float *y);
+typedef void (*BlockKernel)(
+    const uint8_t *w, size_t group_size, int num_blocks, const int32_t *tile, NextWeights next, float *y);
 
-#define ONE(format, R)                                                                             \
+#define DEFINE_KERNEL(format, R)                                                                             \
     static void format##_##R(                                                                      \
         const uint8_t *w,                                                                          \
         size_t group_size,                                                                         \
         int num_blocks,                                                                            \
         const int32_t *tile,                                                                       \
-        Next next,                                                                                 \
+        NextWeights next,                                                                                 \
         float *y)                                                                                  \
     {                                                                                              \
         if (format == Q6_K) {                                                                      \
-            product_q6_k(R, w, num_blocks, tile, next, y);                                         \
-            product_q6_k(R, w + group_size, num_blocks, tile, next, y + ROWS * R);                 \
-        } else if (R == 1 || GROUPS == 1) {                                                        \
-            product(format, 1, R, w, 0, num_blocks, tile, next, y);                                \
-            product(format, 1, R, w + group_size, 0, num_blocks, tile, next, y + ROWS * R);        \
+            multiply_group_q6_k(R, w, num_blocks, tile, next, y);                                         \
+            multiply_group_q6_k(R, w + group_size, num_blocks, tile, next, y + GROUP_ROWS * R);                 \
+        } else if (R == 1 || TILE_GROUPS == 1) {                                                        \
+            multiply_groups(format, 1, R, w, 0, num_blocks, tile, next, y);                                \
+            multiply_groups(format, 1, R, w + group_size, 0, num_blocks, tile, next, y + GROUP_ROWS * R);        \
         } else {                                                                                   \
-            product(format, 2, R, w, group_size, num_blocks, tile, next, y);                       \
+            multiply_groups(format, 2, R, w, group_size, num_blocks, tile, next, y);                       \
         }                                                                                          \
     }
 
@@ -207,16 +207,16 @@ typedef void (*Product)(
 #define NAMES(format) {format##_1, format##_2, format##_3, format##_4}
 #endif
 
-TILE_SIZES(ONE, Q4_0)
-TILE_SIZES(ONE, Q4_1)
-TILE_SIZES(ONE, Q5_0)
-TILE_SIZES(ONE, Q5_1)
-TILE_SIZES(ONE, Q8_0)
-TILE_SIZES(ONE, Q4_K)
-TILE_SIZES(ONE, Q5_K)
-TILE_SIZES(ONE, Q6_K)
+TILE_SIZES(DEFINE_KERNEL, Q4_0)
+TILE_SIZES(DEFINE_KERNEL, Q4_1)
+TILE_SIZES(DEFINE_KERNEL, Q5_0)
+TILE_SIZES(DEFINE_KERNEL, Q5_1)
+TILE_SIZES(DEFINE_KERNEL, Q8_0)
+TILE_SIZES(DEFINE_KERNEL, Q4_K)
+TILE_SIZES(DEFINE_KERNEL, Q5_K)
+TILE_SIZES(DEFINE_KERNEL, Q6_K)
 
-static const Product products[NUM_FORMATS][TILE] = {
+static const BlockKernel kernels[NUM_FORMATS][TILE_ROWS] = {
     [Q4_0] = NAMES(Q4_0), [Q4_1] = NAMES(Q4_1), [Q5_0] = NAMES(Q5_0), [Q5_1] = NAMES(Q5_1),
     [Q8_0] = NAMES(Q8_0), [Q4_K] = NAMES(Q4_K), [Q5_K] = NAMES(Q5_K), [Q6_K] = NAMES(Q6_K),
 };
@@ -228,10 +228,10 @@ void multiply_blocks(
     int num_blocks,
     int R,
     const int32_t *tile,
-    Next next,
+    NextWeights next,
     float *y)
 {
-    products[format][R - 1](w, group_size, num_blocks, tile, next, y);
+    kernels[format][R - 1](w, group_size, num_blocks, tile, next, y);
 }
 
 #endif

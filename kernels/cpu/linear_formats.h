@@ -21,12 +21,12 @@
  * has four columns of sixteen rows, and no product ever sums across lanes.  Bit j of the high byte
  * 4 r + i belongs to column 4 j + i, j < 8; of the high pairs, byte 64 h + 4 r + i has those of
  * columns 16 h + 4 j + i at bits 2 j. */
-#ifndef FORMATS_H
-#define FORMATS_H
+#ifndef LINEAR_FORMATS_H
+#define LINEAR_FORMATS_H
 
 #include <stddef.h>
 
-enum { ROWS = 16, COLUMNS = 32 };
+enum { GROUP_ROWS = 16, BLOCK_COLUMNS = 32 };
 
 enum Format { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, NUM_FORMATS };
 
@@ -41,12 +41,12 @@ static inline size_t block_bytes(int format)
 static inline size_t head_bytes(int format) { return format >= Q4_K ? 64 : 0; }
 
 /* Where block k begins among a group's blocks, and the head of the eight with it. */
-static inline size_t block_at(int format, int k)
+static inline size_t block_offset(int format, int k)
 {
     return block_bytes(format) * (size_t)k + head_bytes(format) * (size_t)(k / 8 + 1);
 }
 
-static inline size_t head_at(int format, int k)
+static inline size_t head_offset(int format, int k)
 {
     return (8 * block_bytes(format) + head_bytes(format)) * (size_t)(k / 8);
 }
@@ -59,7 +59,7 @@ static inline int weight_planes(int format)
 }
 
 #ifdef TIER_AMX
-enum { UNITS_BYTES = 4 * ROWS };
+enum { UNITS_BYTES = 4 * GROUP_ROWS };
 #else
 enum { UNITS_BYTES = 0 };
 #endif
@@ -68,8 +68,8 @@ static inline size_t group_bytes(int format, int columns)
 {
     if (is_float(format))
         return block_bytes(format) * (size_t)columns;
-    size_t heads = head_bytes(format) * (size_t)(columns / (8 * COLUMNS));
-    return UNITS_BYTES + heads + block_bytes(format) * (size_t)(columns / COLUMNS);
+    size_t heads = head_bytes(format) * (size_t)(columns / (8 * BLOCK_COLUMNS));
+    return UNITS_BYTES + heads + block_bytes(format) * (size_t)(columns / BLOCK_COLUMNS);
 }
 
 #endif

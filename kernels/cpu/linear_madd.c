@@ -1,4 +1,4 @@
-/* Products where there are none of bytes that add to 32 bits (dot4): of pairs of 16-bit integers, or of
+/* Accumulators where there are none of bytes that add to 32 bits (dot4): of pairs of 16-bit integers, or of
  * bytes whose sums are 16 bits long as far as they reach.
  *
  * A word of a block, four columns of sixteen rows (linear_formats.h), becomes two vectors of pairs: columns
@@ -16,19 +16,19 @@
 /* ---- Activations to tiles */
 
 /* Words of 32 values at x, `S` apart. */
-INLINE void split_block(const float *x, int S, int32_t *words)
+INLINE void quantize_block_words(const float *x, int S, int32_t *words)
 {
-    Integers integers = integers_of(x);
-    int32_t sums[2] = {sum_of_half(&integers, 0), sum_of_half(&integers, 1)};
-    float sum = integers.d * (float)(sums[0] + sums[1]);
-    uint32_t q[COLUMNS];
-    memcpy(q, integers.q, sizeof q);
-    for (int j = 0; j < COLUMNS; j += 4)
+    QuantizedBlock unpack_words = quantize_block(x);
+    int32_t sums[2] = {half_sum(&unpack_words, 0), half_sum(&unpack_words, 1)};
+    float sum = unpack_words.d * (float)(sums[0] + sums[1]);
+    uint32_t q[BLOCK_COLUMNS];
+    memcpy(q, unpack_words.q, sizeof q);
+    for (int j = 0; j < BLOCK_COLUMNS; j += 4)
         for (int i = j; i < j + PLANES; i++, words += S)
             *words = (int32_t)(PLANES == 2 ? (q[i] & 0xffff) | q[i + 2] << 16
                                            : (q[i] & 255) | (q[i + 1] & 255) << 8
                                                  | (q[i + 2] & 255) << 16 | q[i + 3] << 24);
-    memcpy(words, &integers.d, sizeof sum);
+    memcpy(words, &unpack_words.d, sizeof sum);
     memcpy(words + S, &sum, sizeof sum);
     if (PLANES == 1) {
         words[2 * S] = sums[0];
@@ -36,12 +36,12 @@ INLINE void split_block(const float *x, int S, int32_t *words)
     }
 }
 
-void split_tile(const float *x, int stride, int width, int R, int32_t *tile)
+void quantize_tile(const float *x, int stride, int width, int R, int32_t *tile)
 {
     for (int r = 0; r < R; r++) {
-        int first = r / STRIPE * STRIPE, S = R - first < STRIPE ? R - first : STRIPE;
-        for (int k = 0; k < width / COLUMNS; k++)
-            split_block(x + (int64_t)r * stride + COLUMNS * k, S,
+        int first = r / STRIPE_ROWS * STRIPE_ROWS, S = R - first < STRIPE_ROWS ? R - first : STRIPE_ROWS;
+        for (int k = 0; k < width / BLOCK_COLUMNS; k++)
+            quantize_block_words(x + (int64_t)r * stride + BLOCK_COLUMNS * k, S,
                         tile + BLOCK_WORDS * (R * k + first) + r - first);
     }
 }
@@ -57,7 +57,7 @@ typedef int8_t i8v __attribute__((vector_size(4 * LANES)));
 INLINE int is_signed(int format) { return format == Q8_0 || (PLANES == 2 && format == Q6_K); }
 
 /* A word as it is multiplied. */
-INLINE void word_of(int format, u32v word, u32v *out)
+INLINE void split_word(int format, u32v word, u32v *out)
 {
 #if PLANES == 2
     if (format == Q6_K)
@@ -71,89 +71,89 @@ INLINE void word_of(int format, u32v word, u32v *out)
 }
 
 /* Words j and j + 4 of part p. */
-INLINE void take_words(int format, const uint8_t *w, int j, int p, u32v *first, u32v *second)
+INLINE void load_words(int format, const uint8_t *w, int j, int p, u32v *first, u32v *second)
 {
     u32v low, high;
-    integers(format, w, j, p, &low, &high);
-    word_of(format, low, first);
-    word_of(format, high, second);
+    unpack_words(format, w, j, p, &low, &high);
+    split_word(format, low, first);
+    split_word(format, high, second);
 }
 
 /* What words sum up to: of Q6_K the halves of a block apart.  `sums` are those of bytes. */
 typedef struct {
     i32v dots[2], sums[2];
-} Products;
+} Accumulators;
 
 INLINE int which_half(int format, int word) { return format == Q6_K ? word / 4 : 0; }
 
-INLINE Products no_products(int format, const int32_t *sums_x, int S)
+INLINE Accumulators zero_accumulators(int format, const int32_t *sums_x, int S)
 {
     const i32v zero = splat_int(0);
     if (PLANES == 2 || format != Q6_K)
-        return (Products){{zero, zero}, {zero, zero}};
-    return (Products){{splat_int(-32 * sums_x[0]), splat_int(-32 * sums_x[S])}, {zero, zero}};
+        return (Accumulators){{zero, zero}, {zero, zero}};
+    return (Accumulators){{splat_int(-32 * sums_x[0]), splat_int(-32 * sums_x[S])}, {zero, zero}};
 }
 
 /* Adds a word times that of a row, whose words lie `S` apart. */
-INLINE void multiply_word(
-    int format, int word, const u32v *w, const int32_t *x, int S, Products *products)
+INLINE void madd_word(
+    int format, int word, const u32v *w, const int32_t *x, int S, Accumulators *kernels)
 {
-    i32v *dot = &products->dots[which_half(format, word)];
+    i32v *dot = &kernels->dots[which_half(format, word)];
     x += PLANES * word * S;
 #if PLANES == 2
-    *dot = dot2(*dot, w[0], splat_int(x[0]));
-    *dot = dot2(*dot, w[1], splat_int(x[S]));
+    *dot = madd(*dot, w[0], splat_int(x[0]));
+    *dot = madd(*dot, w[1], splat_int(x[S]));
 #else
-    i32v *sums = &products->sums[which_half(format, word)], v = splat_int(x[0]);
+    i32v *sums = &kernels->sums[which_half(format, word)], v = splat_int(x[0]);
     if (is_signed(format))
-        *dot = add_sums(*dot, add_products(splat_int(0), size_of_bytes(w[0]), with_signs(v, w[0])));
+        *dot = widen_i8_sums(*dot, add_i8_products(splat_int(0), abs_i8(w[0]), sign_i8(v, w[0])));
     else
-        *sums = add_products(*sums, w[0], v);
+        *sums = add_i8_products(*sums, w[0], v);
 #endif
 }
 
 /* Sums of bytes join the others once they are of so many words that 16 bits might not hold more. */
-INLINE void join_sums(int format, int half, int num_words, Products *products)
+INLINE void flush_i8_sums(int format, int half, int num_words, Accumulators *kernels)
 {
 #if PLANES == 1
-    int most_words = format == Q6_K ? 2 : has_high_bits(format) ? 4 : 8;
-    if (is_signed(format) || num_words % most_words)
+    int max_words = format == Q6_K ? 2 : has_high_bits(format) ? 4 : 8;
+    if (is_signed(format) || num_words % max_words)
         return;
-    products->dots[half] = add_sums(products->dots[half], products->sums[half]);
-    products->sums[half] = splat_int(0);
+    kernels->dots[half] = widen_i8_sums(kernels->dots[half], kernels->sums[half]);
+    kernels->sums[half] = splat_int(0);
 #else
-    (void)format, (void)half, (void)num_words, (void)products;
+    (void)format, (void)half, (void)num_words, (void)kernels;
 #endif
 }
 
 /* Of one part of sixteen rows the scales and minima; of Q6_K no minima, but scales of the halves. */
 typedef struct {
     f32v d, m, halves[2];
-} Scales;
+} BlockScales;
 
-INLINE Scales scales_of(int format, const uint8_t *w, const uint8_t *head, int p)
+INLINE BlockScales load_block_scales(int format, const uint8_t *w, const uint8_t *head, int p)
 {
-    Scales of;
+    BlockScales of;
     if (format == Q6_K) {
         const uint8_t *own = w + integers_bytes(Q6_K) + LANES * p;
-        of.d = load_half((const uint16_t *)head + LANES * p);
-        of.halves[0] = load_signed_bytes(own);
-        of.halves[1] = load_signed_bytes(own + 16);
+        of.d = load_f16((const uint16_t *)head + LANES * p);
+        of.halves[0] = load_i8(own);
+        of.halves[1] = load_i8(own + 16);
         return of;
     }
-    scales(format, w, head, 0, p, &of.d, &of.m);
+    load_scales(format, w, head, 0, p, &of.d, &of.m);
     if (!has_minimum(format))
-        of.m = of.d * splat(-(float)offset_of(format));
+        of.m = of.d * splat(-(float)zero_point(format));
     return of;
 }
 
 /* y and what a block of weights adds to it, times one of a row. */
-INLINE f32v added(
-    int format, const Scales *of, const Products *products, float d_x, float sum_x, f32v y)
+INLINE f32v scale_and_add(
+    int format, const BlockScales *of, const Accumulators *kernels, float d_x, float sum_x, f32v y)
 {
-    f32v dot = to_float(products->dots[0]);
+    f32v dot = to_float(kernels->dots[0]);
     if (format == Q6_K) {
-        dot = fma_v(to_float(products->dots[1]), of->halves[1], dot * of->halves[0]);
+        dot = fma_v(to_float(kernels->dots[1]), of->halves[1], dot * of->halves[0]);
         return fma_v(dot, of->d * splat(d_x), y);
     }
     return fma_v(of->m, splat(sum_x), fma_v(dot, of->d * splat(d_x), y));
@@ -161,124 +161,124 @@ INLINE f32v added(
 
 /* ---- A few rows, which are one stripe */
 
-INLINE void multiply_few(
-    const int format, const int R, const uint8_t *blocks, int num_blocks, const int32_t *tile, Next next,
+INLINE void multiply_few_rows(
+    const int format, const int R, const uint8_t *blocks, int num_blocks, const int32_t *tile, NextWeights next,
     float *y)
 {
-    f32v sums[STRIPE][PARTS];
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < PARTS; p++) sums[r][p] = splat(0);
+    f32v sums[STRIPE_ROWS][VECTORS];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < VECTORS; p++) sums[r][p] = splat(0);
     for (int k = 0; k < num_blocks; k++, tile += BLOCK_WORDS * R) {
-        const uint8_t *w = blocks + block_at(format, k), *head = blocks + head_at(format, k);
+        const uint8_t *w = blocks + block_offset(format, k), *head = blocks + head_offset(format, k);
         const float *d_x = (const float *)(tile + WORDS * R), *sum_x = d_x + R;
         const int32_t *sums_x = tile + (WORDS + 2) * R;
-        fetch_ahead(w, block_bytes(format), &next);
-        UNROLL for (int p = 0; p < PARTS; p++) {
-            Products products[STRIPE];
-            UNROLL for (int r = 0; r < R; r++) products[r] = no_products(format, sums_x + r, R);
+        prefetch_weights(w, block_bytes(format), &next);
+        UNROLL for (int p = 0; p < VECTORS; p++) {
+            Accumulators kernels[STRIPE_ROWS];
+            UNROLL for (int r = 0; r < R; r++) kernels[r] = zero_accumulators(format, sums_x + r, R);
             UNROLL for (int j = 0; j < 4; j++) {
                 u32v words[2][PLANES];
-                take_words(format, w, j, p, words[0], words[1]);
+                load_words(format, w, j, p, words[0], words[1]);
                 UNROLL for (int r = 0; r < R; r++) {
-                    multiply_word(format, j, words[0], tile + r, R, &products[r]);
-                    multiply_word(format, j + 4, words[1], tile + r, R, &products[r]);
+                    madd_word(format, j, words[0], tile + r, R, &kernels[r]);
+                    madd_word(format, j + 4, words[1], tile + r, R, &kernels[r]);
                     if (format == Q6_K) {
-                        join_sums(format, 0, j + 1, &products[r]);
-                        join_sums(format, 1, j + 1, &products[r]);
+                        flush_i8_sums(format, 0, j + 1, &kernels[r]);
+                        flush_i8_sums(format, 1, j + 1, &kernels[r]);
                     } else {
-                        join_sums(format, 0, 2 * (j + 1), &products[r]);
+                        flush_i8_sums(format, 0, 2 * (j + 1), &kernels[r]);
                     }
                 }
             }
-            Scales of = scales_of(format, w, head, p);
+            BlockScales of = load_block_scales(format, w, head, p);
             UNROLL for (int r = 0; r < R; r++)
-                sums[r][p] = added(format, &of, &products[r], d_x[r], sum_x[r], sums[r][p]);
+                sums[r][p] = scale_and_add(format, &of, &kernels[r], d_x[r], sum_x[r], sums[r][p]);
         }
     }
     UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int p = 0; p < PARTS; p++) store(y + ROWS * r + LANES * p, sums[r][p]);
+        UNROLL for (int p = 0; p < VECTORS; p++) store(y + GROUP_ROWS * r + LANES * p, sums[r][p]);
 }
 
 /* ---- Stripes of rows */
 
 /* A block of weights taken apart. */
 typedef struct {
-    u32v words[PARTS][8][PLANES];
-    Scales scales[PARTS];
-} Taken;
+    u32v words[VECTORS][8][PLANES];
+    BlockScales load_scales[VECTORS];
+} UnpackedBlock;
 
-INLINE void take(const int format, const uint8_t *w, const uint8_t *head, Taken *taken)
+INLINE void unpack_block(const int format, const uint8_t *w, const uint8_t *head, UnpackedBlock *block)
 {
-    UNROLL for (int p = 0; p < PARTS; p++) {
-        UNROLL for (int j = 0; j < 4; j++) take_words(
-            format, w, j, p, taken->words[p][j], taken->words[p][j + 4]);
-        taken->scales[p] = scales_of(format, w, head, p);
+    UNROLL for (int p = 0; p < VECTORS; p++) {
+        UNROLL for (int j = 0; j < 4; j++) load_words(
+            format, w, j, p, block->words[p][j], block->words[p][j + 4]);
+        block->load_scales[p] = load_block_scales(format, w, head, p);
     }
 }
 
 /* y[0 .. S - 1][16] += a block of weights times a stripe; the sums stay in memory, for the integers
  * take all registers. */
 INLINE void add_stripe(
-    const int format, const int S, const Taken *taken, const int32_t *stripe, float *y)
+    const int format, const int S, const UnpackedBlock *block, const int32_t *stripe, float *y)
 {
     const float *d_x = (const float *)(stripe + WORDS * S), *sum_x = d_x + S;
     const int32_t *sums_x = stripe + (WORDS + 2) * S;
-    Products products[STRIPE][PARTS];
+    Accumulators kernels[STRIPE_ROWS][VECTORS];
     UNROLL for (int r = 0; r < S; r++)
-        UNROLL for (int p = 0; p < PARTS; p++) products[r][p] = no_products(format, sums_x + r, S);
+        UNROLL for (int p = 0; p < VECTORS; p++) kernels[r][p] = zero_accumulators(format, sums_x + r, S);
     UNROLL for (int word = 0; word < 8; word++)
-        UNROLL for (int r = 0; r < S; r++) UNROLL for (int p = 0; p < PARTS; p++) {
-            multiply_word(format, word, taken->words[p][word], stripe + r, S, &products[r][p]);
-            join_sums(format, which_half(format, word), word + 1, &products[r][p]);
+        UNROLL for (int r = 0; r < S; r++) UNROLL for (int p = 0; p < VECTORS; p++) {
+            madd_word(format, word, block->words[p][word], stripe + r, S, &kernels[r][p]);
+            flush_i8_sums(format, which_half(format, word), word + 1, &kernels[r][p]);
         }
     UNROLL for (int r = 0; r < S; r++)
-        UNROLL for (int p = 0; p < PARTS; p++) {
-            float *at = y + ROWS * r + LANES * p;
-            store(at, added(format, &taken->scales[p], &products[r][p], d_x[r], sum_x[r], load(at)));
+        UNROLL for (int p = 0; p < VECTORS; p++) {
+            float *at = y + GROUP_ROWS * r + LANES * p;
+            store(at, scale_and_add(format, &block->load_scales[p], &kernels[r][p], d_x[r], sum_x[r], load(at)));
         }
 }
 
-typedef void (*AddStripe)(const Taken *taken, const int32_t *stripe, float *y);
+typedef void (*StripeKernel)(const UnpackedBlock *block, const int32_t *stripe, float *y);
 
-#define ADD(format, S)                                                                             \
-    static void add_##format##_##S(const Taken *taken, const int32_t *stripe, float *y)            \
+#define DEFINE_STRIPE(format, S)                                                                             \
+    static void add_##format##_##S(const UnpackedBlock *block, const int32_t *stripe, float *y)            \
     {                                                                                              \
-        add_stripe(format, S, taken, stripe, y);                                                   \
+        add_stripe(format, S, block, stripe, y);                                                   \
     }
-#define ADDS(format) ADD(format, 1) ADD(format, 2) ADD(format, 3) ADD(format, 4)
-#define ADD_NAMES(format) {add_##format##_1, add_##format##_2, add_##format##_3, add_##format##_4}
+#define DEFINE_STRIPES(format) DEFINE_STRIPE(format, 1) DEFINE_STRIPE(format, 2) DEFINE_STRIPE(format, 3) DEFINE_STRIPE(format, 4)
+#define STRIPE_NAMES(format) {add_##format##_1, add_##format##_2, add_##format##_3, add_##format##_4}
 
 /* Once taken apart, blocks of most formats are alike. */
-ADDS(Q4_0)
-ADDS(Q6_K)
+DEFINE_STRIPES(Q4_0)
+DEFINE_STRIPES(Q6_K)
 #if PLANES == 1
-ADDS(Q5_0)
-ADDS(Q8_0)
+DEFINE_STRIPES(Q5_0)
+DEFINE_STRIPES(Q8_0)
 #endif
 
-INLINE const AddStripe *adds_of(int format)
+INLINE const StripeKernel *stripe_kernels(int format)
 {
-    static const AddStripe four_bits[] = ADD_NAMES(Q4_0), halves[] = ADD_NAMES(Q6_K);
+    static const StripeKernel four_bits[] = STRIPE_NAMES(Q4_0), halves[] = STRIPE_NAMES(Q6_K);
 #if PLANES == 1
-    static const AddStripe five_bits[] = ADD_NAMES(Q5_0), eight_bits[] = ADD_NAMES(Q8_0);
+    static const StripeKernel five_bits[] = STRIPE_NAMES(Q5_0), eight_bits[] = STRIPE_NAMES(Q8_0);
     if (format == Q8_0 || has_high_bits(format))
         return format == Q8_0 ? eight_bits : five_bits;
 #endif
     return format == Q6_K ? halves : four_bits;
 }
 
-INLINE void multiply_rows(
-    const int format, const uint8_t *blocks, int num_blocks, int R, const int32_t *tile, Next next, float *y)
+INLINE void multiply_stripes(
+    const int format, const uint8_t *blocks, int num_blocks, int R, const int32_t *tile, NextWeights next, float *y)
 {
-    const AddStripe *adds = adds_of(format);
-    Taken taken;
-    memset(y, 0, sizeof(float) * ROWS * (size_t)R);
+    const StripeKernel *stripes = stripe_kernels(format);
+    UnpackedBlock block;
+    memset(y, 0, sizeof(float) * GROUP_ROWS * (size_t)R);
     for (int k = 0; k < num_blocks; k++) {
-        const uint8_t *w = blocks + block_at(format, k);
-        fetch_ahead(w, block_bytes(format), &next);
-        take(format, w, blocks + head_at(format, k), &taken);
-        for (int r = 0; r < R; r += STRIPE) {
-            int S = R - r < STRIPE ? R - r : STRIPE;
-            adds[S - 1](&taken, tile, y + ROWS * r);
+        const uint8_t *w = blocks + block_offset(format, k);
+        prefetch_weights(w, block_bytes(format), &next);
+        unpack_block(format, w, blocks + head_offset(format, k), &block);
+        for (int r = 0; r < R; r += STRIPE_ROWS) {
+            int S = R - r < STRIPE_ROWS ? R - r : STRIPE_ROWS;
+            stripes[S - 1](&block, tile, y + GROUP_ROWS * r);
             tile += BLOCK_WORDS * S;
         }
     }
@@ -286,32 +286,32 @@ INLINE void multiply_rows(
 
 /* ---- One function for each format */
 
-typedef void (*Product)(
-    const uint8_t *w, int num_blocks, int R, const int32_t *tile, Next next, float *y);
+typedef void (*BlockKernel)(
+    const uint8_t *w, int num_blocks, int R, const int32_t *tile, NextWeights next, float *y);
 
-#define ONE(format)                                                                                \
+#define DEFINE_KERNEL(format)                                                                                \
     static void times_##format(                                                                    \
-        const uint8_t *w, int num_blocks, int R, const int32_t *tile, Next next, float *y)         \
+        const uint8_t *w, int num_blocks, int R, const int32_t *tile, NextWeights next, float *y)         \
     {                                                                                              \
         switch (R) {                                                                               \
-        case 1: multiply_few(format, 1, w, num_blocks, tile, next, y); break;                      \
-        case 2: multiply_few(format, 2, w, num_blocks, tile, next, y); break;                      \
-        case 3: multiply_few(format, 3, w, num_blocks, tile, next, y); break;                      \
-        case 4: multiply_few(format, 4, w, num_blocks, tile, next, y); break;                      \
-        default: multiply_rows(format, w, num_blocks, R, tile, next, y);                           \
+        case 1: multiply_few_rows(format, 1, w, num_blocks, tile, next, y); break;                      \
+        case 2: multiply_few_rows(format, 2, w, num_blocks, tile, next, y); break;                      \
+        case 3: multiply_few_rows(format, 3, w, num_blocks, tile, next, y); break;                      \
+        case 4: multiply_few_rows(format, 4, w, num_blocks, tile, next, y); break;                      \
+        default: multiply_stripes(format, w, num_blocks, R, tile, next, y);                           \
         }                                                                                          \
     }
 
-ONE(Q4_0)
-ONE(Q4_1)
-ONE(Q5_0)
-ONE(Q5_1)
-ONE(Q8_0)
-ONE(Q4_K)
-ONE(Q5_K)
-ONE(Q6_K)
+DEFINE_KERNEL(Q4_0)
+DEFINE_KERNEL(Q4_1)
+DEFINE_KERNEL(Q5_0)
+DEFINE_KERNEL(Q5_1)
+DEFINE_KERNEL(Q8_0)
+DEFINE_KERNEL(Q4_K)
+DEFINE_KERNEL(Q5_K)
+DEFINE_KERNEL(Q6_K)
 
-static const Product products[NUM_FORMATS] = {
+static const BlockKernel kernels[NUM_FORMATS] = {
     [Q4_0] = times_Q4_0, [Q4_1] = times_Q4_1, [Q5_0] = times_Q5_0, [Q5_1] = times_Q5_1,
     [Q8_0] = times_Q8_0, [Q4_K] = times_Q4_K, [Q5_K] = times_Q5_K, [Q6_K] = times_Q6_K,
 };
@@ -323,11 +323,11 @@ void multiply_blocks(
     int num_blocks,
     int R,
     const int32_t *tile,
-    Next next,
+    NextWeights next,
     float *y)
 {
     for (int g = 0; g < 2; g++)
-        products[format](w + g * group_size, num_blocks, R, tile, next, y + ROWS * R * g);
+        kernels[format](w + g * group_size, num_blocks, R, tile, next, y + GROUP_ROWS * R * g);
 }
 
 #endif

@@ -4,9 +4,9 @@
 #include "linear_pack.h"
 #include "simd.h"
 
-static uint16_t half_at(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
+static uint16_t u16_at(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
 
-static void nibbles(uint8_t *q, const uint8_t *p)
+static void unpack_nibbles(uint8_t *q, const uint8_t *p)
 {
     for (int i = 0; i < 16; i++) {
         q[i] = p[i] & 15;
@@ -14,14 +14,14 @@ static void nibbles(uint8_t *q, const uint8_t *p)
     }
 }
 
-static void high_bits(uint8_t *q, const uint8_t *p)
+static void unpack_high_bits(uint8_t *q, const uint8_t *p)
 {
     for (int i = 0; i < 32; i++)
         q[i] |= (uint8_t)((p[i / 8] >> i % 8 & 1) << 4);
 }
 
 /* Six-bit scale and minimum of sub-block `i`: the first four are whole, the others in two parts. */
-static void scales_k4(Block *block, const uint8_t *p, int i)
+static void unpack_scales_k4(FileBlock *block, const uint8_t *p, int i)
 {
     if (i < 4) {
         block->s = p[i] & 63;
@@ -32,16 +32,16 @@ static void scales_k4(Block *block, const uint8_t *p, int i)
     }
 }
 
-static void block_k4(Block *block, const uint8_t *p, const uint8_t *q, int i)
+static void unpack_k4(FileBlock *block, const uint8_t *p, const uint8_t *q, int i)
 {
-    block->d = half_at(p);
-    block->m = half_at(p + 2);
-    scales_k4(block, p + 4, i);
+    block->d = u16_at(p);
+    block->m = u16_at(p + 2);
+    unpack_scales_k4(block, p + 4, i);
     for (int c = 0; c < 32; c++)
         block->q[c] = i % 2 ? q[32 * (i / 2) + c] >> 4 : q[32 * (i / 2) + c] & 15;
 }
 
-static void block_k6(Block *block, const uint8_t *p, int i)
+static void unpack_k6(FileBlock *block, const uint8_t *p, int i)
 {
     const uint8_t *low = p + 64 * (i / 4) + 32 * (i % 2), *high = p + 128 + 32 * (i / 4);
     for (int c = 0; c < 32; c++) {
@@ -50,62 +50,62 @@ static void block_k6(Block *block, const uint8_t *p, int i)
     }
     block->s = p[192 + 2 * i];
     block->t = p[193 + 2 * i];
-    block->d = half_at(p + 208);
+    block->d = u16_at(p + 208);
 }
 
-Block take_block(int format, const uint8_t *row, int k)
+FileBlock unpack_file_block(int format, const uint8_t *row, int k)
 {
-    Block block = {{0}, 0, 0, 0, 0};
+    FileBlock block = {{0}, 0, 0, 0, 0};
     switch (format) {
     case Q4_0:
         row += 18 * k;
-        block.d = half_at(row);
-        nibbles(block.q, row + 2);
+        block.d = u16_at(row);
+        unpack_nibbles(block.q, row + 2);
         break;
     case Q4_1:
         row += 20 * k;
-        block.d = half_at(row);
-        block.m = half_at(row + 2);
-        nibbles(block.q, row + 4);
+        block.d = u16_at(row);
+        block.m = u16_at(row + 2);
+        unpack_nibbles(block.q, row + 4);
         break;
     case Q5_0:
         row += 22 * k;
-        block.d = half_at(row);
-        nibbles(block.q, row + 6);
-        high_bits(block.q, row + 2);
+        block.d = u16_at(row);
+        unpack_nibbles(block.q, row + 6);
+        unpack_high_bits(block.q, row + 2);
         break;
     case Q5_1:
         row += 24 * k;
-        block.d = half_at(row);
-        block.m = half_at(row + 2);
-        nibbles(block.q, row + 8);
-        high_bits(block.q, row + 4);
+        block.d = u16_at(row);
+        block.m = u16_at(row + 2);
+        unpack_nibbles(block.q, row + 8);
+        unpack_high_bits(block.q, row + 4);
         break;
     case Q8_0:
         row += 34 * k;
-        block.d = half_at(row);
+        block.d = u16_at(row);
         for (int i = 0; i < 32; i++)
             block.q[i] = row[2 + i] ^ 128;
         break;
     case Q4_K:
         row += 144 * (k / 8);
-        block_k4(&block, row, row + 16, k % 8);
+        unpack_k4(&block, row, row + 16, k % 8);
         break;
     case Q5_K:
         row += 176 * (k / 8);
-        block_k4(&block, row, row + 48, k % 8);
+        unpack_k4(&block, row, row + 48, k % 8);
         for (int i = 0; i < 32; i++)
             block.q[i] |= (uint8_t)((row[16 + i] >> k % 8 & 1) << 4);
         break;
     case Q6_K:
-        block_k6(&block, row + 210 * (k / 8), k % 8);
+        unpack_k6(&block, row + 210 * (k / 8), k % 8);
         break;
     }
     return block;
 }
 
 /* Puts a block of row r where linear_formats.h has it. */
-static void put(int format, uint8_t *out, uint8_t *head, const Block *block, int r)
+static void pack_block(int format, uint8_t *out, uint8_t *head, const FileBlock *block, int r)
 {
     const uint8_t *q = block->q;
     uint8_t *scales;
@@ -139,14 +139,14 @@ static void put(int format, uint8_t *out, uint8_t *head, const Block *block, int
 }
 
 /* The largest size of a weight in the block, or a little more. */
-static float size_of(int format, const Block *block)
+static float max_abs_weight(int format, const FileBlock *block)
 {
     static const float largest[NUM_FORMATS] = {
         [Q4_0] = 8, [Q4_1] = 15, [Q5_0] = 16, [Q5_1] = 31, [Q8_0] = 128, [Q4_K] = 15, [Q5_K] = 31,
         [Q6_K] = 32,
     };
     uint16_t halves[LANES] = {block->d, block->m};
-    f32v scales = load_half(halves);
+    f32v scales = load_f16(halves);
     float d = fabsf(scales[0]) * largest[format], m = fabsf(scales[1]);
     if (format == Q4_K || format == Q5_K)
         return d * block->s + m * block->t;
@@ -156,12 +156,12 @@ static float size_of(int format, const Block *block)
 }
 
 /* The unit of row r of a group.  Its largest weight is as long as rounded scales allow. */
-static void put_unit(int format, uint8_t *group, const uint8_t *row, int columns, int r)
+static void pack_unit(int format, uint8_t *group, const uint8_t *row, int columns, int r)
 {
     float largest = 0, unit = 1;
-    for (int k = 0; k < columns / COLUMNS; k++) {
-        Block block = take_block(format, row, k);
-        float size = size_of(format, &block);
+    for (int k = 0; k < columns / BLOCK_COLUMNS; k++) {
+        FileBlock block = unpack_file_block(format, row, k);
+        float size = max_abs_weight(format, &block);
         if (size > largest || size != size)
             largest = size;
     }
@@ -170,11 +170,11 @@ static void put_unit(int format, uint8_t *group, const uint8_t *row, int columns
     memcpy(group + 4 * r, &unit, sizeof unit);
 }
 
-static void put_floats(int format, uint8_t *out, const uint8_t *row, int columns, int r)
+static void pack_floats(int format, uint8_t *out, const uint8_t *row, int columns, int r)
 {
     size_t size = format == F32 ? 4 : 2;
     for (int c = 0; c < columns; c++)
-        memcpy(out + size * (size_t)(ROWS * c + r), row + size * (size_t)c, size);
+        memcpy(out + size * (size_t)(GROUP_ROWS * c + r), row + size * (size_t)c, size);
 }
 
 /* Adds num_rows rows of a file, row_bytes apart, as rows `first` .. of the groups, which are zero;
@@ -186,21 +186,21 @@ void llmsrv_pack(
     int64_t row_bytes,
     int32_t num_rows,
     int32_t first,
-    int32_t every,
+    int32_t group_stride,
     uint8_t *groups)
 {
     for (int i = first; i < first + num_rows; i++, rows += row_bytes) {
-        uint8_t *out = groups + group_bytes(format, columns) * (size_t)(i / ROWS * every);
+        uint8_t *out = groups + group_bytes(format, columns) * (size_t)(i / GROUP_ROWS * group_stride);
         if (is_float(format)) {
-            put_floats(format, out, rows, columns, i % ROWS);
+            pack_floats(format, out, rows, columns, i % GROUP_ROWS);
             continue;
         }
         if (UNITS_BYTES)
-            put_unit(format, out, rows, columns, i % ROWS);
+            pack_unit(format, out, rows, columns, i % GROUP_ROWS);
         out += UNITS_BYTES;
-        for (int k = 0; k < columns / COLUMNS; k++) {
-            Block block = take_block(format, rows, k);
-            put(format, out + block_at(format, k), out + head_at(format, k), &block, i % ROWS);
+        for (int k = 0; k < columns / BLOCK_COLUMNS; k++) {
+            FileBlock block = unpack_file_block(format, rows, k);
+            pack_block(format, out + block_offset(format, k), out + head_offset(format, k), &block, i % GROUP_ROWS);
         }
     }
 }

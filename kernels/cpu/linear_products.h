@@ -1,7 +1,7 @@
 /* Products of quantised weights with tiles of activations, in one of three arithmetics: linear_dot4.c and
  * linear_madd.c (linear_blocks.h), and linear_amx.c where there are matrix registers. */
-#ifndef PRODUCTS_H
-#define PRODUCTS_H
+#ifndef LINEAR_PRODUCTS_H
+#define LINEAR_PRODUCTS_H
 
 #include "linear_formats.h"
 #include "linear_tiles.h"
@@ -15,26 +15,26 @@ enum { MAX_CHUNK_TILES = 1 << 16, CHUNK_BYTES = 512 << 10 };
 
 /* Weights at w: neighbours, of which `group` is the first in its part. */
 typedef struct {
-    const Part *part;
+    const WeightPart *part;
     const uint8_t *w;
     int group, num_groups;
-} Groups;
+} WeightGroups;
 
-static inline int num_pairs(Groups groups) { return (groups.num_groups + 1) / 2; }
+static inline int num_pairs(WeightGroups groups) { return (groups.num_groups + 1) / 2; }
 
 /* Two neighbours, or the last one alone; of an operation with gates a gate and its up. */
-static inline Groups pair_of(Groups groups, int i)
+static inline WeightGroups pair_of(WeightGroups groups, int i)
 {
     size_t size = group_bytes(groups.part->format, groups.part->columns);
     int left = groups.num_groups - 2 * i;
-    return (Groups){
+    return (WeightGroups){
         groups.part, groups.w + 2 * size * (size_t)i, groups.group + 2 * i, left < 2 ? left : 2};
 }
 
-/* Times tiles first .. end - 1 of the step's rows, finished (linear_finish.h). */
-void multiply_tiles(const Operation *operation, Groups groups, int num_rows, int first, int end);
+/* Times tiles first .. end - 1 of the step's rows, finished (linear_epilogue.h). */
+void multiply_tiles(const Operation *operation, WeightGroups groups, int num_rows, int first, int end);
 
 /* A pair times one row, which is a tile by itself. */
-void multiply_row(const Operation *operation, Groups pair, int x_row, int out_row);
+void multiply_row(const Operation *operation, WeightGroups pair, int x_row, int out_row);
 
 #endif

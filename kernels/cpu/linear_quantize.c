@@ -8,9 +8,9 @@ void quantize_rows(const Operation *operation, const float *x, int stride, int f
 {
     if (!operation->tiles)
         return;
-    int rows = operation->by_row ? 1 : end - first;
+    int rows = operation->one_row_tiles ? 1 : end - first;
     for (; first < end; first += rows, x += stride)
-        split_tile(x, stride, operation->width, rows, tile_at(operation, first));
+        quantize_tile(x, stride, operation->width, rows, tile_at(operation, first));
 }
 
 void run_quantize(const Operation *operation, int first, int end)

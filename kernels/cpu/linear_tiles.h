@@ -14,14 +14,14 @@
 /* A tile is the activations of so many rows at most; its form is its products' own (linear_tiles.h). */
 enum {
 #if defined(TIER_AMX)
-    TILE = 16, /* rows of a matrix register */
+    TILE_ROWS = 16, /* rows of a matrix register */
 #elif defined(TIER_AVX512)
-    TILE = 6, /* rows by two groups of weights: as many sums as registers hold */
+    TILE_ROWS = 6, /* rows by two groups of weights: as many sums as registers hold */
 #elif defined(TIER_NEON)
-    TILE = 4, /* rows by one group */
+    TILE_ROWS = 4, /* rows by one group */
 #else
-    STRIPE = 4, /* rows by one group; the group is taken apart once for a tile */
-    TILE = 8 * STRIPE,
+    STRIPE_ROWS = 4, /* rows by one group; the group is taken apart once for a tile */
+    TILE_ROWS = 8 * STRIPE_ROWS,
 #endif
 };
 
@@ -30,30 +30,30 @@ enum {
 #if defined(TIER_AMX)
 
 enum {
-    STEP = 64,     /* columns of a matrix register */
-    STRETCH = 640, /* columns with one scale, at most */
-    FEW = 4,       /* rows for which weights are not made planes */
+    STEP_COLUMNS = 64,     /* columns of a matrix register */
+    SEGMENT_COLUMNS = 640, /* columns with one scale, at most */
+    GEMV_ROWS = 4,       /* rows for which weights are not made planes */
 };
 
 /* A tile of R rows is
  *     int8   planes[step][2][R][64]  high and low bytes, both signed: 256 high + low
- *     int32  sums[half block][R]     of 16 columns; only where R <= FEW
+ *     int32  sums[half block][R]     of 16 columns; only where R <= GEMV_ROWS
  *     float  scales[stretch][R]
  * Columns beyond the width, in the last step, are 0. */
-static inline int num_steps(int width) { return (width + STEP - 1) / STEP; }
-static inline int num_stretches(int width) { return (width + STRETCH - 1) / STRETCH; }
+static inline int num_steps(int width) { return (width + STEP_COLUMNS - 1) / STEP_COLUMNS; }
+static inline int num_segments(int width) { return (width + SEGMENT_COLUMNS - 1) / SEGMENT_COLUMNS; }
 
 /* All but the last are equally long. */
-static inline int stretch_steps(int width)
+static inline int segment_steps(int width)
 {
-    int stretches = num_stretches(width);
+    int stretches = num_segments(width);
     return (num_steps(width) + stretches - 1) / stretches;
 }
 
-static inline int sums_at(int width, int R) { return num_steps(width) * STEP / 2 * R; }
+static inline int sums_at(int width, int R) { return num_steps(width) * STEP_COLUMNS / 2 * R; }
 static inline int scales_at(int width, int R) { return sums_at(width, R) + width / 16 * R; }
 
-static inline int tile_words(int width) { return scales_at(width, 1) + num_stretches(width); }
+static inline int tile_words(int width) { return scales_at(width, 1) + num_segments(width); }
 
 #elif HAS_DOT4
 
@@ -67,11 +67,11 @@ static inline int tile_words(int width) { return scales_at(width, 1) + num_stret
  * 16 bits are exact to 2e-5 of a block's largest value; products with them cost two of 8 bits. */
 enum { BLOCK_WORDS = 8 * PLANES + 4 /* a row and block */ };
 
-static inline int tile_words(int width) { return width / COLUMNS * BLOCK_WORDS; }
+static inline int tile_words(int width) { return width / BLOCK_COLUMNS * BLOCK_WORDS; }
 
 #else
 
-/* A tile of R rows is cut into blocks of 32 columns, and each of these into stripes of STRIPE rows, of
+/* A tile of R rows is cut into blocks of 32 columns, and each of these into stripes of STRIPE_ROWS rows, of
  * which the last has what is left.  A stripe of S rows is
  *     int32  words[8][PLANES][S]  pairs of a word, 4 j and 4 j + 2 and the others, or its bytes
  *     float  d[S]                 what 1 of these integers is worth
@@ -79,17 +79,17 @@ static inline int tile_words(int width) { return width / COLUMNS * BLOCK_WORDS; 
  *     int32  sums[2][S]           with 8 bits only: of the integers of each half */
 enum { WORDS = 8 * PLANES, BLOCK_WORDS = WORDS + (PLANES == 2 ? 2 : 4) /* a row and block */ };
 
-static inline int tile_words(int width) { return width / COLUMNS * BLOCK_WORDS; }
+static inline int tile_words(int width) { return width / BLOCK_COLUMNS * BLOCK_WORDS; }
 
 #endif
 
 /* ---- Tiles of a step */
 
 /* Floats of scaled rows to the tile at `tile`; R rows of `width` floats, `stride` apart. */
-void split_tile(const float *x, int stride, int width, int R, int32_t *tile);
+void quantize_tile(const float *x, int stride, int width, int R, int32_t *tile);
 
 /* The rows of a step are cut into as few tiles as possible, of nearly equal size. */
-static inline int num_tiles(int num_rows) { return (num_rows + TILE - 1) / TILE; }
+static inline int num_tiles(int num_rows) { return (num_rows + TILE_ROWS - 1) / TILE_ROWS; }
 
 static inline int tile_start(int num_rows, int tile)
 {

@@ -1,6 +1,6 @@
 /* What a block of linear_formats.h holds, taken apart in registers. */
-#ifndef UNPACK_H
-#define UNPACK_H
+#ifndef LINEAR_UNPACK_H
+#define LINEAR_UNPACK_H
 
 #include "linear_formats.h"
 #include "simd.h"
@@ -8,7 +8,7 @@
 /* What 8-bit weights, stored plus 128, are xored with; all others are below 128 anyway. */
 enum { SIGN = WEIGHTS_ARE_SIGNED ? 128 : 0 };
 
-INLINE int32_t offset_of(int format)
+INLINE int32_t zero_point(int format)
 {
     return format == Q4_0   ? 8
            : format == Q5_0 ? 16
@@ -27,7 +27,7 @@ INLINE int has_high_bits(int format) { return format == Q5_0 || format == Q5_1 |
 
 /* Words j (`low`) and j + 4 (`high`) of a block, each four columns of its rows; of sixteen rows what one
  * vector holds, those of part p. */
-INLINE void integers(int format, const uint8_t *w, int j, int p, u32v *low, u32v *high)
+INLINE void unpack_words(int format, const uint8_t *w, int j, int p, u32v *low, u32v *high)
 {
     w += 4 * LANES * p;
     if (format == Q8_0) {
@@ -57,20 +57,20 @@ INLINE int integers_bytes(int format)
 }
 
 /* Scale and minimum of the rows of part p in a block; of Q6_K the scale of its half. */
-INLINE void scales(
+INLINE void load_scales(
     int format, const uint8_t *w, const uint8_t *head, int half, int p, f32v *d, f32v *m)
 {
     const uint8_t *own = w + integers_bytes(format), *at = head_bytes(format) ? head : own;
-    *d = load_half((const uint16_t *)at + LANES * p);
+    *d = load_f16((const uint16_t *)at + LANES * p);
     *m = *d;
     if (has_minimum(format))
-        *m = load_half((const uint16_t *)(at + 32) + LANES * p);
+        *m = load_f16((const uint16_t *)(at + 32) + LANES * p);
     if (format == Q4_K || format == Q5_K) {
-        *d *= load_unsigned_bytes(own + LANES * p);
-        *m *= splat(0) - load_unsigned_bytes(own + 16 + LANES * p);
+        *d *= load_u8(own + LANES * p);
+        *m *= splat(0) - load_u8(own + 16 + LANES * p);
     }
     if (format == Q6_K)
-        *d *= load_signed_bytes(own + 16 * half + LANES * p);
+        *d *= load_i8(own + 16 * half + LANES * p);
 }
 
 #endif

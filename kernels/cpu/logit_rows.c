@@ -34,8 +34,8 @@ void run_softcap(const Operation *operation, int first, int end)
         float *out = out_row(operation, row);
         FOR_VECTORS(i, operation->width) {
             int n = lanes_left(operation->width, i);
-            f32v v = load_first(out + i, n) / splat(operation->cap);
-            store_first(out + i, splat(operation->cap) * tanh_v(v), n);
+            f32v v = load_partial(out + i, n) / splat(operation->softcap);
+            store_partial(out + i, splat(operation->softcap) * tanh_v(v), n);
         }
     }
 }

@@ -5,14 +5,14 @@ void norm_row(const float *x, const float *weight, int width, float eps, float *
 {
     f32v squares = splat(0);
     FOR_VECTORS(i, width) {
-        f32v v = load_first(x + i, lanes_left(width, i));
+        f32v v = load_partial(x + i, lanes_left(width, i));
         squares = fma_v(v, v, squares);
     }
-    f32v factor = splat(1 / sqrtf(sum_v(squares) / (float)width + eps));
+    f32v factor = splat(1 / sqrtf(reduce_add(squares) / (float)width + eps));
     FOR_VECTORS(i, width) {
         int n = lanes_left(width, i);
-        f32v v = load_first(x + i, n) * factor * load_first(weight + i, n);
-        store_first(out + i, adds ? v + load_first(out + i, n) : v, n);
+        f32v v = load_partial(x + i, n) * factor * load_partial(weight + i, n);
+        store_partial(out + i, adds ? v + load_partial(out + i, n) : v, n);
     }
 }
 

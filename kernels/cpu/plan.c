@@ -26,22 +26,22 @@
 #endif
 
 /* Rows times floats that one thread does sooner than two can agree on. */
-enum { SMALL = 4096, SMALL_ATTENTION = 32 << 10 };
+enum { SMALL_TASK = 4096, SMALL_ATTENTION = 32 << 10 };
 
 static int rows_of(const Plan *plan, const Operation *operation)
 {
-    int rows = operation->selected ? plan->batch.num_logit_rows : plan->batch.num_rows;
+    int rows = operation->logit_rows_only ? plan->batch.num_logit_rows : plan->batch.num_rows;
     return operation->kind == ACTIVATE && operation->num_chosen ? rows * operation->num_chosen : rows;
 }
 
 /* What goes row by row has rows as its units, or tiles where it writes them; queues get equal shares. */
 static int units_of_all(const Plan *plan, const Operation *operation)
 {
-    if (operation->kind == ATTEND)
+    if (operation->kind == ATTENTION)
         return attention_units(plan);
     if (operation->kind == ROUTE)
         return 1;
-    if (operation->kind == COMBINE && !plan->is_split)
+    if (operation->kind == COMBINE && !plan->is_kv_split)
         return 0;
     int rows = rows_of(plan, operation);
     return operation->tiles ? num_tiles(rows) : rows;
@@ -56,15 +56,15 @@ static int is_small(void *context, int task)
     case LINEAR:
     case EXPERTS: return num_rows == 0;
     case ROUTE: return 1;
-    case ATTEND:
-        return num_rows * plan->num_heads * plan->head_dim * plan->num_chunks * CHUNK / 8
+    case ATTENTION:
+        return num_rows * plan->num_heads * plan->head_dim * plan->num_kv_chunks * KV_CHUNK / 8
                <= SMALL_ATTENTION;
-    case COMBINE: return !plan->is_split || num_rows * plan->num_chunks * operation->width <= SMALL;
-    default: return num_rows * operation->width <= SMALL || units_of_all(plan, operation) == 1;
+    case COMBINE: return !plan->is_kv_split || num_rows * plan->num_kv_chunks * operation->width <= SMALL_TASK;
+    default: return num_rows * operation->width <= SMALL_TASK || units_of_all(plan, operation) == 1;
     }
 }
 
-static int share_of(const Plan *plan, int units, int queue)
+static int units_before(const Plan *plan, int units, int queue)
 {
     return (int)((int64_t)units * queue / plan->num_threads);
 }
@@ -78,21 +78,21 @@ static int units(void *context, int task, int queue)
     if (operation->kind == EXPERTS)
         return rows_of(plan, operation) ? experts_units(operation, queue) : 0;
     int all = units_of_all(plan, operation);
-    return share_of(plan, all, queue + 1) - share_of(plan, all, queue);
+    return units_before(plan, all, queue + 1) - units_before(plan, all, queue);
 }
 
 static void run_rows(const Plan *plan, const Operation *operation, int first, int end)
 {
     switch (operation->kind) {
-    case ANGLES: run_angles(plan, operation, first, end); break;
+    case COS_SIN: run_cos_sin(plan, operation, first, end); break;
     case NORM: run_norm(operation, first, end); break;
     case QUANTIZE: run_quantize(operation, first, end); break;
     case ROPE: run_rope(plan, operation, first, end); break;
-    case COMBINE: combine_run(plan, operation, first, end); break;
+    case COMBINE: run_combine(plan, operation, first, end); break;
     case ACTIVATE: run_activate(operation, first, end); break;
     case SELECT: run_select(plan, operation, first, end); break;
     case SOFTCAP: run_softcap(operation, first, end); break;
-    case WEIGH: run_weigh(operation, first, end); break;
+    case SUM_EXPERTS: run_sum_experts(operation, first, end); break;
     case POOL: run_pool(plan, operation, first, end); break;
     }
 }
@@ -103,20 +103,20 @@ static void run(void *context, int task, int queue, int first, int end, int thre
     const Operation *operation = &plan->operations[task];
     int num_rows = rows_of(plan, operation);
     if (operation->kind == LINEAR) {
-        linear_run(operation, num_rows, queue, first, end);
+        run_linear(operation, num_rows, queue, first, end);
         return;
     }
     if (operation->kind == EXPERTS) {
-        experts_run(operation, queue, first, end);
+        run_experts(operation, queue, first, end);
         return;
     }
     if (operation->kind == ROUTE) {
         run_route(operation, num_rows);
         return;
     }
-    int before = share_of(plan, units_of_all(plan, operation), queue);
-    if (operation->kind == ATTEND)
-        attention_run(plan, operation, before + first, before + end, thread);
+    int before = units_before(plan, units_of_all(plan, operation), queue);
+    if (operation->kind == ATTENTION)
+        run_attention(plan, operation, before + first, before + end, thread);
     else if (!operation->tiles)
         run_rows(plan, operation, before + first, before + end);
     else
@@ -138,14 +138,14 @@ void llmsrv_forward(Plan *plan, const Batch *batch)
 int32_t llmsrv_prepare(void)
 {
 #ifdef TIER_AMX
-    return matrix_registers_denied();
+    return request_amx();
 #else
     return 0;
 #endif
 }
 
-Pool *llmsrv_start_threads(int32_t num_threads) { return pool_start(num_threads); }
-void llmsrv_stop_threads(Pool *pool) { pool_stop(pool); }
+ThreadPool *llmsrv_start_threads(int32_t num_threads) { return pool_start(num_threads); }
+void llmsrv_stop_threads(ThreadPool *pool) { pool_stop(pool); }
 
 int32_t llmsrv_tile_words(int32_t width) { return tile_words(width); }
 
@@ -178,7 +178,7 @@ void *llmsrv_allocate(int64_t size, int32_t wants_huge_pages)
 /* Has all of some memory that wants huge pages given, its contents unchanged; a system that cannot
  * gives it later.  In small pages, of which the system makes huge ones in its own time, and with rests:
  * one huge page would keep the thread's core from all others until it is cleared. */
-void llmsrv_populate(uint8_t *memory, int64_t size)
+void llmsrv_prefault(uint8_t *memory, int64_t size)
 {
 #ifdef MADV_POPULATE_WRITE
     const size_t piece = 256 << 10;

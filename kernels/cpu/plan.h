@@ -5,11 +5,11 @@
 
 #include <stdint.h>
 
-enum { BLOCK_SIZE = 16, CHUNK = 256 }; /* positions: of a cache block, of a step of attention */
+enum { BLOCK_SIZE = 16, KV_CHUNK = 256 }; /* positions: of a cache block, of a step of attention */
 
 enum Kind {
-    ANGLES, NORM, QUANTIZE, LINEAR, ROPE, ATTEND, COMBINE, ACTIVATE, SELECT, SOFTCAP, POOL, ROUTE, EXPERTS,
-    WEIGH
+    COS_SIN, NORM, QUANTIZE, LINEAR, ROPE, ATTENTION, COMBINE, ACTIVATE, SELECT, SOFTCAP, POOL, ROUTE, EXPERTS,
+    SUM_EXPERTS
 };
 
 /* Rows of a stacked weight that have one format.  Thread t owns groups bounds[t] .. bounds[t + 1]
@@ -18,31 +18,31 @@ typedef struct {
     int32_t format, rows, columns, first_column; /* rows become columns first_column .. of out */
     const int32_t *bounds;
     const uint8_t *const *groups;
-} Part;
+} WeightPart;
 
 typedef struct {
     int32_t kind;
-    int32_t selected;   /* runs for the logit rows alone */
+    int32_t logit_rows_only;   /* runs for the logit rows alone */
     int32_t width;      /* of x; of ACTIVATE, of out */
     int32_t x_stride, out_stride;
     int32_t layer;
     int32_t accumulate;
     int32_t option;     /* ROPE interleaved, ACTIVATE gelu, POOL mean, ROUTE normalise */
-    int32_t window;     /* ATTEND; 0: none */
+    int32_t window;     /* ATTENTION; 0: none */
     int32_t num_parts;  /* of EXPERTS, of each expert */
-    int32_t half;       /* rotary_dim / 2 */
-    int32_t norms_all;  /* ROPE: 1 where q_norm, + 2 where k_norm, is of all heads together */
-    int32_t by_row;     /* QUANTIZE, ACTIVATE: tiles of one row; EXPERTS: x has a row for all choices */
+    int32_t half_rotary_dim;       /* rotary_dim / 2 */
+    int32_t norms_across_heads;  /* ROPE: 1 where q_norm, + 2 where k_norm, is of all heads together */
+    int32_t one_row_tiles;     /* QUANTIZE, ACTIVATE: tiles of one row; EXPERTS: x has a row for all choices */
     int32_t num_experts, num_chosen; /* with experts; ACTIVATE: num_chosen rows a row, 0 is 1 */
     int32_t max_choices;
-    int32_t gate;       /* LINEAR: groups are pairs of gate and up; 1 silu(gate) * up, 2 gelu */
-    float eps, scale, cap, magnitude;
+    int32_t gated;       /* LINEAR: groups are pairs of gate and up; 1 silu(gate) * up, 2 gelu */
+    float eps, scale, softcap, magnitude;
     const float *x;
     float *out;         /* null where only the tiles are wanted */
     int32_t *tiles;     /* of NORM, QUANTIZE, ACTIVATE: written; of LINEAR: read */
     const float *weight, *second_weight;
-    float *angles;      /* [T][2][half] cos, sin */
-    const Part *parts;
+    float *cos_sin;      /* [T][2][half] cos, sin */
+    const WeightPart *parts;
     int32_t *choices;   /* experts.c */
 } Operation;
 
@@ -58,26 +58,26 @@ typedef struct {
 /* Consecutive rows of one sequence that attend together. */
 typedef struct {
     int32_t first, count;
-} Span;
+} QuerySpan;
 
-typedef struct Pool Pool;
+typedef struct ThreadPool ThreadPool;
 
 typedef struct {
     /* Laid out once. */
     int32_t num_operations, num_layers, num_heads, num_kv_heads, head_dim, padded_dim;
-    int32_t max_rows, max_split_rows, max_chunks, num_threads;
+    int32_t max_rows, max_split_rows, max_kv_chunks, num_threads;
     uint8_t *k_cache, *v_cache; /* [block][layer][kv head][head_bytes]: kv_cache.h */
     float *partials;   /* [split row][head][chunk][2 + padded_dim] */
     float *scratch;    /* [thread][scratch_floats] */
     int64_t scratch_floats;
-    Span *spans;       /* [max_rows] */
+    QuerySpan *query_spans;       /* [max_rows] */
     uint64_t *heartbeat;
     const Operation *operations;
-    Pool *pool;
+    ThreadPool *pool;
 
     /* Of the step. */
     Batch batch;
-    int32_t num_spans, num_chunks, is_split;
+    int32_t num_query_spans, num_kv_chunks, is_kv_split;
 } Plan;
 
 #endif

@@ -5,17 +5,17 @@
 
 /* cos and sin of positions times frequencies, which are `weight`, of long sequences
  * `second_weight`. */
-void run_angles(const Plan *plan, const Operation *operation, int first, int end)
+void run_cos_sin(const Plan *plan, const Operation *operation, int first, int end)
 {
     const Batch *batch = &plan->batch;
     for (int row = first; row < end; row++) {
         int is_long = operation->second_weight && batch->is_long[batch->sequences[row]];
         const float *frequencies = is_long ? operation->second_weight : operation->weight;
-        float *out = operation->angles + (int64_t)row * 2 * operation->half;
-        for (int i = 0; i < operation->half; i++) {
+        float *out = operation->cos_sin + (int64_t)row * 2 * operation->half_rotary_dim;
+        for (int i = 0; i < operation->half_rotary_dim; i++) {
             float angle = (float)batch->positions[row] * frequencies[i];
             out[i] = cosf(angle) * operation->magnitude;
-            out[operation->half + i] = sinf(angle) * operation->magnitude;
+            out[operation->half_rotary_dim + i] = sinf(angle) * operation->magnitude;
         }
     }
 }
@@ -34,10 +34,10 @@ static void rotate(float *x, const float *cosines, int half, int is_interleaved)
     }
     FOR_VECTORS(i, half) {
         int n = lanes_left(half, i);
-        f32v a = load_first(x + i, n), b = load_first(x + half + i, n);
-        f32v cosine = load_first(cosines + i, n), sine = load_first(sines + i, n);
-        store_first(x + i, a * cosine - b * sine, n);
-        store_first(x + half + i, b * cosine + a * sine, n);
+        f32v a = load_partial(x + i, n), b = load_partial(x + half + i, n);
+        f32v cosine = load_partial(cosines + i, n), sine = load_partial(sines + i, n);
+        store_partial(x + i, a * cosine - b * sine, n);
+        store_partial(x + half + i, b * cosine + a * sine, n);
     }
 }
 
@@ -58,17 +58,17 @@ void run_rope(const Plan *plan, const Operation *operation, int first, int end)
     const int64_t *slots = plan->batch.slot_mapping;
     for (int row = first; row < end; row++) {
         if (row + 1 < plan->batch.num_rows && slots[row + 1] / BLOCK_SIZE != slots[row] / BLOCK_SIZE)
-            fetch_kv(plan, operation->layer, slots[row + 1]);
+            prefetch_kv(plan, operation->layer, slots[row + 1]);
         float *q = out_row(operation, row), *k = q + heads * dim;
         if (operation->weight)
-            norm_heads(q, heads, dim, operation->weight, operation->eps, operation->norms_all & 1);
+            norm_heads(q, heads, dim, operation->weight, operation->eps, operation->norms_across_heads & 1);
         if (operation->second_weight)
             norm_heads(k, kv_heads, dim, operation->second_weight, operation->eps,
-                       operation->norms_all & 2);
-        if (operation->angles) {
-            const float *cosines = operation->angles + (int64_t)row * 2 * operation->half;
+                       operation->norms_across_heads & 2);
+        if (operation->cos_sin) {
+            const float *cosines = operation->cos_sin + (int64_t)row * 2 * operation->half_rotary_dim;
             for (int h = 0; h < heads + kv_heads; h++)
-                rotate(q + h * dim, cosines, operation->half, operation->option);
+                rotate(q + h * dim, cosines, operation->half_rotary_dim, operation->option);
         }
         store_kv(plan, operation->layer, slots[row], k, k + kv_heads * dim);
     }

@@ -4,7 +4,7 @@
 
 #include "plan.h"
 
-void run_angles(const Plan *plan, const Operation *operation, int first, int end);
+void run_cos_sin(const Plan *plan, const Operation *operation, int first, int end);
 void run_rope(const Plan *plan, const Operation *operation, int first, int end);
 
 #endif

@@ -8,10 +8,10 @@
 #include "threads.h"
 #include "sample_select.h"
 
-enum { WEIGHT_BITS = 40, FRACTION_BITS = 32, SURPRISE_BITS = 20 };
+enum { WEIGHT_BITS = 40, FRACTION_BITS = 32, SURPRISAL_BITS = 20 };
 
 #define ONE ((int64_t)1 << WEIGHT_BITS)
-#define LEAST_X -28.0f /* below, weights are 0 */
+#define MIN_X -28.0f /* below, weights are 0 */
 
 /* Half of the lanes of a vector. */
 typedef int64_t i64h __attribute__((vector_size(4 * LANES)));
@@ -23,7 +23,7 @@ enum { HALF = LANES / 2 };
 /* exp(x) * 2^40 for x from -28 to 0. */
 INLINE f32v scaled_exp(f32v x)
 {
-    i32v n = to_nearest(x * splat(0x1.715476p+0f));
+    i32v n = round_to_int(x * splat(0x1.715476p+0f));
     f32v whole = to_float(n);
     f32v r = (x - whole * splat(0x1.62e4p-1f)) - whole * splat(0x1.7f7d1cp-20f);
     f32v y = splat(0x1.6a23d0p-10f);
@@ -47,15 +47,15 @@ INLINE i64h weights_of(f32v y, int half)
 static void fill_weights(Scratch *s)
 {
     for (int32_t i = 0; i < s->count; i += LANES) {
-        f32v y = scaled_exp(load_first(s->x + i, s->count - i));
+        f32v y = scaled_exp(load_partial(s->x + i, s->count - i));
         i64h low = weights_of(y, 0), high = weights_of(y, 1);
         memcpy(s->weights + i, &low, sizeof low);
         memcpy(s->weights + i + HALF, &high, sizeof high);
     }
-    shrink(s, s->count);
+    truncate_candidates(s, s->count);
 }
 
-INLINE int64_t sum_half(i64h x)
+INLINE int64_t sum_lanes(i64h x)
 {
     int64_t sum = 0;
     UNROLL for (int i = 0; i < HALF; i++) sum += x[i];
@@ -77,11 +77,11 @@ static int64_t sum_from(const Scratch *s, int64_t least)
         i64h weights = load_weights(s, i);
         sums += weights & (weights >= least);
     }
-    return sum_half(sums);
+    return sum_lanes(sums);
 }
 
 /* The least integer that is `fraction` / 2^32 of the total, at least 1. */
-static int64_t share(int64_t total, int64_t fraction)
+static int64_t ceil_fraction(int64_t total, int64_t fraction)
 {
     __int128 product = (__int128)total * fraction;
     int64_t goal = (int64_t)((product + (((__int128)1 << FRACTION_BITS) - 1)) >> FRACTION_BITS);
@@ -92,57 +92,57 @@ static void keep_weights_from(Scratch *s, int64_t least)
 {
     int32_t count = 0;
     for (int32_t i = 0; i < s->count; i += HALF) {
-        if (sum_half(load_weights(s, i) >= least) == 0)
+        if (sum_lanes(load_weights(s, i) >= least) == 0)
             continue;
         for (int32_t j = i; j < i + HALF && j < s->count; j++) {
             int is_kept = s->weights[j] >= least;
-            move(s, j, count);
+            move_candidate(s, j, count);
             count += is_kept;
         }
     }
-    shrink(s, count);
+    truncate_candidates(s, count);
 }
 
 /* Fills `sums`, and returns the sum of all weights. */
-static int64_t fill_sums(const Scratch *s, const Row *row)
+static int64_t fill_sums(const Scratch *s, const LogitRow *row)
 {
     int64_t total = 0;
     for (int32_t i = 0; i < s->size; i += STRIDE) {
         i64h sums = {0};
         for (int32_t j = i; j < i + STRIDE; j += LANES) {
-            f32v x = x_of(row, j);
-            f32v y = scaled_exp(max_v(x, splat(LEAST_X)));
-            y = choose(x >= splat(LEAST_X), y, splat(0));
+            f32v x = scaled_logits(row, j);
+            f32v y = scaled_exp(max_v(x, splat(MIN_X)));
+            y = blend(x >= splat(MIN_X), y, splat(0));
             sums += weights_of(y, 0) + weights_of(y, 1);
         }
-        s->sums[i / STRIDE] = sum_half(sums);
+        s->sums[i / STRIDE] = sum_lanes(sums);
         total += s->sums[i / STRIDE];
     }
     return total;
 }
 
-static void gather_weights(Scratch *s, const Row *row, float least_x)
+static void gather_weights(Scratch *s, const LogitRow *row, float least_x)
 {
-    gather(s, row, 0, s->size, least_x);
+    gather_candidates(s, row, 0, s->size, least_x);
     fill_weights(s);
 }
 
 /* Leaves all ids whose weight is not below `least`, and few others: exp is that exact. */
-static void gather_weights_from(Scratch *s, const Row *row, int64_t least)
+static void gather_weights_from(Scratch *s, const LogitRow *row, int64_t least)
 {
     float x = logf((float)least * 0x1p-40f) - 0.01f;
-    gather_weights(s, row, x > LEAST_X ? x : LEAST_X);
+    gather_weights(s, row, x > MIN_X ? x : MIN_X);
 }
 
 /* Leaves all ids whose weights are among the largest that reach the goal. */
-static void gather_likely(Scratch *s, const Row *row, int64_t goal)
+static void gather_likely(Scratch *s, const LogitRow *row, int64_t goal)
 {
     for (int64_t least = ONE >> 6; least >= ONE >> 16; least >>= 5) {
         gather_weights_from(s, row, least);
         if (sum_from(s, least) >= goal)
             return;
     }
-    gather_weights(s, row, LEAST_X);
+    gather_weights(s, row, MIN_X);
 }
 
 /* Weights have 24 significant bits at most, so that they are floats. */
@@ -155,15 +155,15 @@ static void keep_until(Scratch *s, int64_t goal)
 
 static void keep_typical_p(Scratch *s, int64_t fraction)
 {
-    int64_t surprises = 0, total = sum_from(s, 0);
+    int64_t surprisals = 0, total = sum_from(s, 0);
     for (int32_t i = 0; i < s->count; i++) {
-        s->keys[i] = (uint32_t)(-s->x[i] * (float)(1 << SURPRISE_BITS));
-        surprises += s->weights[i] * s->keys[i] >> 24;
+        s->keys[i] = (uint32_t)(-s->x[i] * (float)(1 << SURPRISAL_BITS));
+        surprisals += s->weights[i] * s->keys[i] >> 24;
     }
-    int32_t mean = (int32_t)(surprises / (total >> 24));
+    int32_t mean = (int32_t)(surprisals / (total >> 24));
     for (int32_t i = 0; i < s->count; i++)
         s->keys[i] = (uint32_t)abs((int32_t)s->keys[i] - mean);
-    keep_smallest(s, s->weights, share(total, fraction));
+    keep_smallest(s, s->weights, ceil_fraction(total, fraction));
 }
 
 /* ---- The draw */
@@ -200,41 +200,41 @@ static int32_t id_at(const Scratch *s, int64_t target)
     return s->ids[i];
 }
 
-static int32_t draw_from_all(Scratch *s, const Row *row, uint64_t bits)
+static int32_t draw_from_all(Scratch *s, const LogitRow *row, uint64_t bits)
 {
     int64_t target = target_of(bits, fill_sums(s, row));
     int32_t stride = 0;
     while (s->sums[stride] <= target)
         target -= s->sums[stride++];
-    gather(s, row, stride * STRIDE, (stride + 1) * STRIDE, LEAST_X);
+    gather_candidates(s, row, stride * STRIDE, (stride + 1) * STRIDE, MIN_X);
     fill_weights(s);
     return id_at(s, target);
 }
 
 static int32_t draw(
-    Scratch *s, const Row *row, const Parameters *parameters, int64_t output_position)
+    Scratch *s, const LogitRow *row, const Parameters *parameters, int64_t output_position)
 {
     const int64_t all = (int64_t)1 << FRACTION_BITS;
     int64_t total = 0;
     if (row->temperature == 0)
-        return first_best(s, row);
+        return argmax(s, row);
     uint64_t bits = uniform_bits(parameters->seed, parameters->choice, output_position);
     if (parameters->top_k > 0) {
-        float x = (bound_of_largest(s, parameters->top_k) - row->best) / row->temperature;
-        gather(s, row, 0, s->size, x > LEAST_X ? x : LEAST_X);
+        float x = (kth_largest_bound(s, parameters->top_k) - row->best) / row->temperature;
+        gather_candidates(s, row, 0, s->size, x > MIN_X ? x : MIN_X);
         keep_top_k(s, parameters->top_k);
         fill_weights(s);
         total = sum_from(s, 0);
     } else if (parameters->top_p < all) {
         total = fill_sums(s, row);
-        gather_likely(s, row, share(total, parameters->top_p));
+        gather_likely(s, row, ceil_fraction(total, parameters->top_p));
     } else if (parameters->min_p > 0 || parameters->typical_p < all) {
         gather_weights_from(s, row, parameters->min_p);
     } else {
         return draw_from_all(s, row, bits);
     }
     if (parameters->top_p < all)
-        keep_until(s, share(total, parameters->top_p));
+        keep_until(s, ceil_fraction(total, parameters->top_p));
     if (parameters->min_p > 0)
         keep_weights_from(s, parameters->min_p);
     if (parameters->typical_p < all)
@@ -245,7 +245,7 @@ static int32_t draw(
 /* ---- Log-probabilities */
 
 /* Of the sum of exp(logit - best) over the vocabulary. */
-static double log_sum_of(const Scratch *s, const Row *row)
+static double log_sum_exp(const Scratch *s, const LogitRow *row)
 {
     return log((double)fill_sums(s, row) * 0x1p-40);
 }
@@ -256,12 +256,12 @@ static float logprob_of(float logit, float best, double log_sum)
 }
 
 /* The k largest, the largest first, of equals the lowest id. */
-static void report_alternatives(
-    Scratch *s, const Row *row, int32_t k, double log_sum, int32_t *ids, float *logprobs)
+static void report_top_logprobs(
+    Scratch *s, const LogitRow *row, int32_t k, double log_sum, int32_t *ids, float *logprobs)
 {
     const float *logits = row->logits;
-    Row as_they_are = {logits, row->vocab_size, 0, 1};
-    gather(s, &as_they_are, 0, s->size, bound_of_largest(s, k));
+    LogitRow as_they_are = {logits, row->vocab_size, 0, 1};
+    gather_candidates(s, &as_they_are, 0, s->size, kth_largest_bound(s, k));
     keep_top_k(s, k);
     for (int32_t i = 0; i < s->count; i++) {
         int32_t at = i;
@@ -276,7 +276,7 @@ static void report_alternatives(
 /* ---- The rows of a step */
 
 /* The id drawn from a row whose logits are sound. */
-static int32_t id_of(const Sampling *sampling, int32_t r, Row row, Scratch *s)
+static int32_t sample_id(const Sampling *sampling, int32_t r, LogitRow row, Scratch *s)
 {
     const int32_t *draft = sampling->drafts + r;
     int32_t slot = sampling->slots[r], num_drafted = 0;
@@ -286,10 +286,10 @@ static int32_t id_of(const Sampling *sampling, int32_t r, Row row, Scratch *s)
     if (parameters->has_extras) {
         while (draft[-num_drafted] >= 0)
             num_drafted++;
-        adjust(s, row.logits, row.vocab_size, parameters, &sampling->extras[slot], output_position,
+        adjust_logits(s, row.logits, row.vocab_size, parameters, &sampling->extras[slot], output_position,
                draft - num_drafted + 1, num_drafted);
         row.logits = s->adjusted;
-        row.best = largest_of(s, row.logits, row.vocab_size);
+        row.best = max_logit(s, row.logits, row.vocab_size);
         if (isnan(row.best))
             return FAILED;
     }
@@ -300,22 +300,22 @@ static void sample_row(const Sampling *sampling, int32_t r, Scratch *s)
 {
     int32_t target = sampling->targets[r];
     int32_t num_logprobs = sampling->parameters[sampling->slots[r]].num_logprobs;
-    Row row = {sampling->logits + r * sampling->stride, sampling->vocab_size, 0, 1};
+    LogitRow row = {sampling->logits + r * sampling->stride, sampling->vocab_size, 0, 1};
     double log_sum = 0;
 
     sampling->ids[r] = FAILED;
     sampling->logprobs[r] = NAN;
-    row.best = largest_of(s, row.logits, row.vocab_size);
+    row.best = max_logit(s, row.logits, row.vocab_size);
     if (isnan(row.best))
         return;
     if (num_logprobs >= 0)
-        log_sum = log_sum_of(s, &row);
+        log_sum = log_sum_exp(s, &row);
     if (num_logprobs > 0) {
         int64_t at = (int64_t)r * sampling->num_alternatives;
-        report_alternatives(s, &row, num_logprobs, log_sum, sampling->alternative_ids + at,
+        report_top_logprobs(s, &row, num_logprobs, log_sum, sampling->alternative_ids + at,
                             sampling->alternative_logprobs + at);
     }
-    int32_t id = target >= 0 ? target : id_of(sampling, r, row, s);
+    int32_t id = target >= 0 ? target : sample_id(sampling, r, row, s);
     sampling->ids[r] = id;
     if (id != FAILED && num_logprobs >= 0)
         sampling->logprobs[r] = logprob_of(row.logits[id], row.best, log_sum);

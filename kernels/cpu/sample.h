@@ -49,7 +49,7 @@ typedef struct {
 
 /* Steps 1 and 2 of the contract: logits with bias, masks and penalties, at `adjusted`.  drafted: the
  * ids that are supposed to be put out in this step before the row. */
-void adjust(
+void adjust_logits(
     const Scratch *scratch,
     const float *logits,
     int32_t vocab_size,

@@ -9,9 +9,9 @@ static void apply_mask(float *adjusted, int32_t vocab_size, const uint32_t *mask
         if (word == UINT32_MAX)
             continue;
         for (int bit = 0; bit < 32; bit += LANES) {
-            i32v is_allowed = -(splat_int((int32_t)(word >> bit)) >> lanes() & 1);
+            i32v is_allowed = -(splat_int((int32_t)(word >> bit)) >> lane_numbers() & 1);
             f32v values = load(adjusted + i + bit);
-            store(adjusted + i + bit, choose(is_allowed, values, splat(-INFINITY)));
+            store(adjusted + i + bit, blend(is_allowed, values, splat(-INFINITY)));
         }
     }
 }
@@ -36,7 +36,7 @@ static int none_seen(const uint8_t *in_prompt, const int32_t *counts)
         memcpy(&some, counts + i, sizeof some);
         sums += some;
     }
-    return !(words[0] | words[1]) && sum_int(sums) == 0;
+    return !(words[0] | words[1]) && reduce_add_int(sums) == 0;
 }
 
 static void penalise(
@@ -70,7 +70,7 @@ static const int32_t *counts_after(
     return own;
 }
 
-void adjust(
+void adjust_logits(
     const Scratch *scratch,
     const float *logits,
     int32_t vocab_size,

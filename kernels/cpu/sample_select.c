@@ -1,7 +1,7 @@
 /* What is left of a vocabulary: the largest logits, the smallest keys.
  *
  * Nothing is sorted: what a filter keeps is all whose key is below a threshold and the first few that
- * have it for key.  The threshold is found by its digits, the highest first (`threshold_of`).  The
+ * have it for key.  The threshold is found by its digits, the highest first (`radix_threshold`).  The
  * largest logit of each stride of ids tells most of them apart from the few that top_k can keep. */
 #include "sample_select.h"
 
@@ -32,9 +32,9 @@ Scratch scratch_at(uint8_t *memory, int32_t vocab_size)
 
 /* ---- The largest logits */
 
-static int has_any(i32v mask) { return sum_int(mask) != 0; }
+static int has_any(i32v mask) { return reduce_add_int(mask) != 0; }
 
-float largest_of(const Scratch *s, const float *logits, int32_t vocab_size)
+float max_logit(const Scratch *s, const float *logits, int32_t vocab_size)
 {
     float best = -INFINITY;
     i32v is_nan = splat_int(0);
@@ -45,14 +45,14 @@ float largest_of(const Scratch *s, const float *logits, int32_t vocab_size)
             is_nan |= x != x;
             largest = max_v(largest, x);
         }
-        float maximum = largest_v(largest);
+        float maximum = reduce_max(largest);
         s->maxima[i / STRIDE] = maximum;
         best = maximum > best ? maximum : best;
     }
     return has_any(is_nan) || !(fabsf(best) < INFINITY) ? NAN : best;
 }
 
-int32_t first_best(const Scratch *s, const Row *row)
+int32_t argmax(const Scratch *s, const LogitRow *row)
 {
     int32_t i = 0;
     while (s->maxima[i / STRIDE] != row->best)
@@ -66,7 +66,7 @@ int32_t first_best(const Scratch *s, const Row *row)
 
 /* The least key at which the amounts (each 1 where null) of all keys up to it reach the goal, which
  * becomes what those below it leave to reach. */
-static uint32_t threshold_of(
+static uint32_t radix_threshold(
     const uint32_t *keys, const int64_t *amounts, int32_t count, int64_t *goal)
 {
     int64_t sums[1 << DIGIT_BITS];
@@ -87,19 +87,19 @@ static uint32_t threshold_of(
 
 void keep_smallest(Scratch *s, const int64_t *amounts, int64_t goal)
 {
-    uint32_t threshold = threshold_of(s->keys, amounts, s->count, &goal);
+    uint32_t threshold = radix_threshold(s->keys, amounts, s->count, &goal);
     int32_t count = 0;
     for (int32_t i = 0; i < s->count; i++) {
         int is_last = s->keys[i] == threshold, is_kept = s->keys[i] < threshold;
         is_kept |= is_last & (goal > 0);
         goal -= is_last ? (amounts ? amounts[i] : 1) : 0;
-        move(s, i, count);
+        move_candidate(s, i, count);
         count += is_kept; /* no branch: it would be anybody's guess */
     }
-    shrink(s, count);
+    truncate_candidates(s, count);
 }
 
-float bound_of_largest(const Scratch *s, int32_t k)
+float kth_largest_bound(const Scratch *s, int32_t k)
 {
     int32_t count = s->size / STRIDE;
     int64_t goal = k;
@@ -107,14 +107,14 @@ float bound_of_largest(const Scratch *s, int32_t k)
         return -INFINITY;
     for (int32_t i = 0; i < count; i++)
         s->keys[i] = key_of(s->maxima[i]);
-    uint32_t key = threshold_of(s->keys, 0, count, &goal);
+    uint32_t key = radix_threshold(s->keys, 0, count, &goal);
     float bound;
     key = key >> 31 ? key : ~key & 0x7fffffff;
     memcpy(&bound, &key, sizeof bound);
     return bound;
 }
 
-void gather(Scratch *s, const Row *row, int32_t first, int32_t end, float least)
+void gather_candidates(Scratch *s, const LogitRow *row, int32_t first, int32_t end, float least)
 {
     int32_t count = 0;
     for (int32_t i = first; i < end; i += LANES) {
@@ -123,10 +123,10 @@ void gather(Scratch *s, const Row *row, int32_t first, int32_t end, float least)
             i += STRIDE - LANES;
             continue;
         }
-        f32v x = x_of(row, i);
-        int num_kept = -sum_int(x >= splat(least));
+        f32v x = scaled_logits(row, i);
+        int num_kept = -reduce_add_int(x >= splat(least));
         if (num_kept == LANES) {
-            i32v ids = splat_int(i) + lanes();
+            i32v ids = splat_int(i) + lane_numbers();
             store(s->x + count, x);
             memcpy(s->ids + count, &ids, sizeof ids);
             count += LANES;

@@ -1,6 +1,6 @@
 /* What is left of a vocabulary: the largest logits, the smallest keys. */
-#ifndef SELECT_H
-#define SELECT_H
+#ifndef SAMPLE_SELECT_H
+#define SAMPLE_SELECT_H
 
 #include "simd.h"
 
@@ -24,7 +24,7 @@ typedef struct {
     const float *logits;
     int32_t vocab_size;
     float best, temperature; /* best: the largest */
-} Row;
+} LogitRow;
 
 int64_t scratch_bytes(int32_t vocab_size);
 Scratch scratch_at(uint8_t *memory, int32_t vocab_size);
@@ -40,7 +40,7 @@ INLINE f32v load_padded(const float *p, int32_t left)
 }
 
 /* x of a vector of ids from i on.  Dividing by 1 changes nothing, but takes its time. */
-INLINE f32v x_of(const Row *row, int32_t i)
+INLINE f32v scaled_logits(const LogitRow *row, int32_t i)
 {
     f32v x = load_padded(row->logits + i, row->vocab_size - i) - splat(row->best);
     return row->temperature == 1 ? x : x / splat(row->temperature);
@@ -48,16 +48,16 @@ INLINE f32v x_of(const Row *row, int32_t i)
 
 /* Fills `maxima`.  The largest of them is returned; NaN where a logit is NaN, or the largest is
  * infinite. */
-float largest_of(const Scratch *s, const float *logits, int32_t vocab_size);
+float max_logit(const Scratch *s, const float *logits, int32_t vocab_size);
 
 /* The lowest id of the largest logit. */
-int32_t first_best(const Scratch *s, const Row *row);
+int32_t argmax(const Scratch *s, const LogitRow *row);
 
 /* A number that at least k logits are not below: the k-th largest of the maxima. */
-float bound_of_largest(const Scratch *s, int32_t k);
+float kth_largest_bound(const Scratch *s, int32_t k);
 
 /* Leaves, of the strides from id `first` to `end`, the ids whose x is not below `least`. */
-void gather(Scratch *s, const Row *row, int32_t first, int32_t end, float least);
+void gather_candidates(Scratch *s, const LogitRow *row, int32_t first, int32_t end, float least);
 
 /* Keeps the k largest x, of equals the first. */
 void keep_top_k(Scratch *s, int32_t k);
@@ -76,14 +76,14 @@ INLINE uint32_t key_of(float value)
 }
 
 /* What follows are the first so many; the weights past the last become 0, to a whole vector. */
-INLINE void shrink(Scratch *s, int32_t count)
+INLINE void truncate_candidates(Scratch *s, int32_t count)
 {
     s->count = count;
     for (int32_t i = count; i % 16; i++)
         s->weights[i] = 0;
 }
 
-INLINE void move(Scratch *s, int32_t from, int32_t to)
+INLINE void move_candidate(Scratch *s, int32_t from, int32_t to)
 {
     s->ids[to] = s->ids[from];
     s->x[to] = s->x[from];

@@ -27,9 +27,9 @@
 INLINE void prefetch_write(const void *p) { __builtin_prefetch(p, 1); }
 
 /* The sizes of x as integers, which compare as the sizes do; NaN is larger than all. */
-INLINE i32v size_bits(f32v x) { return (i32v)x & splat_int(0x7fffffff); }
+INLINE i32v abs_bits(f32v x) { return (i32v)x & splat_int(0x7fffffff); }
 
-INLINE float float_of(int32_t bits)
+INLINE float float_from_bits(int32_t bits)
 {
     float x;
     memcpy(&x, &bits, sizeof x);
@@ -40,25 +40,25 @@ INLINE int lanes_left(int width, int i) { return width - i < LANES ? width - i :
 
 /* The first n lanes, all of them if n is larger; the others are 0.  Of the parts of sixteen some may
  * have none. */
-INLINE f32v load_first(const float *p, int n)
+INLINE f32v load_partial(const float *p, int n)
 {
     f32v x = {0};
     if (n >= LANES)
         return load(p);
-    if (PARTS == 1 || n > 0)
+    if (VECTORS == 1 || n > 0)
         memcpy(&x, p, sizeof(float) * (size_t)n);
     return x;
 }
 
-INLINE void store_first(float *p, f32v x, int n)
+INLINE void store_partial(float *p, f32v x, int n)
 {
     if (n >= LANES)
         store(p, x);
-    else if (PARTS == 1 || n > 0)
+    else if (VECTORS == 1 || n > 0)
         memcpy(p, &x, sizeof(float) * (size_t)n);
 }
 
-INLINE i32v lanes(void)
+INLINE i32v lane_numbers(void)
 {
     const int32_t sixteen[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     i32v x;
@@ -71,7 +71,7 @@ INLINE i32v lanes(void)
 INLINE f32v exp_v(f32v x)
 {
     x = max_v(splat(-87.0f), min_v(splat(88.0f), x)); /* this way round NaN passes */
-    i32v n = to_nearest(x * splat(0x1.715476p+0f));
+    i32v n = round_to_int(x * splat(0x1.715476p+0f));
     f32v whole = to_float(n);
     f32v r = fma_v(whole, splat(-0x1.7f7d1cp-20f), fma_v(whole, splat(-0x1.62e4p-1f), x));
     f32v y = splat(0x1.6a23d0p-10f);

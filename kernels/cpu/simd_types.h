@@ -15,7 +15,7 @@ enum { LANES = 4 };
 #endif
 
 /* Vectors that sixteen values take: rows of a group of weights, positions of a block of the cache. */
-enum { PARTS = 16 / LANES };
+enum { VECTORS = 16 / LANES };
 
 typedef float f32v __attribute__((vector_size(4 * LANES)));
 typedef int32_t i32v __attribute__((vector_size(4 * LANES)));
@@ -45,7 +45,7 @@ INLINE u32v load_bytes(const uint8_t *p)
 }
 
 /* Where mask is -1 a, where it is 0 b. */
-INLINE f32v choose(i32v mask, f32v a, f32v b)
+INLINE f32v blend(i32v mask, f32v a, f32v b)
 {
     return (f32v)((mask & (i32v)a) | (~mask & (i32v)b));
 }

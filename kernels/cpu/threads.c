@@ -23,7 +23,7 @@
 
 #include "simd.h"
 
-enum { UNITS_BITS = 24, SPINS = 2000, MOMENT = 20 }; /* of pause: some 30 to 80 us, and 1 us */
+enum { UNITS_BITS = 24, IDLE_SPINS = 2000, STEAL_SPINS = 20 }; /* of pause: some 30 to 80 us, and 1 us */
 
 #define UNITS_MASK ((1u << UNITS_BITS) - 1)
 
@@ -32,12 +32,12 @@ typedef struct {
 } Queue;
 
 typedef struct {
-    struct Pool *pool;
+    struct ThreadPool *pool;
     int number;
     pthread_t thread;
 } Worker;
 
-struct Pool {
+struct ThreadPool {
     int num_threads;
     const Job *job;
     Queue *queues;
@@ -51,7 +51,7 @@ struct Pool {
     _Atomic int num_sleepers;
 };
 
-static void raise_epoch(Pool *pool)
+static void raise_epoch(ThreadPool *pool)
 {
     atomic_fetch_add(&pool->epoch, 1);
     if (atomic_load(&pool->num_sleepers)) {
@@ -61,19 +61,19 @@ static void raise_epoch(Pool *pool)
     }
 }
 
-static int changes_within(Pool *pool, uint32_t seen, int pauses)
+static int epoch_changes_within(ThreadPool *pool, uint32_t seen, int pauses)
 {
     for (int i = 0; i < pauses; i++) {
         if (atomic_load_explicit(&pool->epoch, memory_order_acquire) != seen)
             return 1;
-        pause_briefly();
+        cpu_pause();
     }
     return 0;
 }
 
-static void wait_for_change(Pool *pool, uint32_t seen)
+static void wait_for_change(ThreadPool *pool, uint32_t seen)
 {
-    if (changes_within(pool, seen, SPINS))
+    if (epoch_changes_within(pool, seen, IDLE_SPINS))
         return;
     pthread_mutex_lock(&pool->mutex);
     atomic_fetch_add(&pool->num_sleepers, 1);
@@ -83,7 +83,7 @@ static void wait_for_change(Pool *pool, uint32_t seen)
     pthread_mutex_unlock(&pool->mutex);
 }
 
-static void run_alone(Pool *pool, int task, int thread)
+static void run_alone(ThreadPool *pool, int task, int thread)
 {
     const Job *job = pool->job;
     for (int queue = 0; queue < pool->num_threads; queue++) {
@@ -94,7 +94,7 @@ static void run_alone(Pool *pool, int task, int thread)
 }
 
 /* Gives the units of a task to the queues; whether any are left then. */
-static int open_task(Pool *pool, int task)
+static int open_task(ThreadPool *pool, int task)
 {
     const Job *job = pool->job;
     int64_t total = 0;
@@ -111,7 +111,7 @@ static int open_task(Pool *pool, int task)
 }
 
 /* Opens the first task from `task` on that is worth sharing, or ends the job. */
-static void go_on(Pool *pool, int task, int thread)
+static void open_next_task(ThreadPool *pool, int task, int thread)
 {
     const Job *job = pool->job;
     for (; task < job->num_tasks; task++) {
@@ -127,7 +127,7 @@ static void go_on(Pool *pool, int task, int thread)
 }
 
 /* Does what can be claimed of one queue; whether that was anything. */
-static int drain(Pool *pool, int queue, int thread)
+static int run_queue(ThreadPool *pool, int queue, int thread)
 {
     _Atomic uint64_t *word = &pool->queues[queue].word;
     int64_t done = 0;
@@ -147,53 +147,53 @@ static int drain(Pool *pool, int queue, int thread)
     }
     /* What is not reported yet keeps its task open, so that all of it is of one task. */
     if (done && atomic_fetch_sub(&pool->remaining, done) == done)
-        go_on(pool, task + 1, thread);
+        open_next_task(pool, task + 1, thread);
     return done > 0;
 }
 
 /* Whether there was anything to do, or may be now. */
-static int drain_all(Pool *pool, int thread)
+static int run_queues(ThreadPool *pool, int thread)
 {
     uint32_t seen = atomic_load(&pool->epoch);
-    int any = drain(pool, thread, thread);
-    if (changes_within(pool, seen, MOMENT))
+    int any = run_queue(pool, thread, thread);
+    if (epoch_changes_within(pool, seen, STEAL_SPINS))
         return 1;
     for (int i = 1; i < pool->num_threads; i++)
-        any |= drain(pool, (thread + i) % pool->num_threads, thread);
+        any |= run_queue(pool, (thread + i) % pool->num_threads, thread);
     return any;
 }
 
 static void *work(void *argument)
 {
     Worker *worker = argument;
-    Pool *pool = worker->pool;
+    ThreadPool *pool = worker->pool;
     while (!atomic_load(&pool->is_stopping)) {
         uint32_t seen = atomic_load(&pool->epoch);
-        if (!drain_all(pool, worker->number) && !atomic_load(&pool->is_stopping))
+        if (!run_queues(pool, worker->number) && !atomic_load(&pool->is_stopping))
             wait_for_change(pool, seen);
     }
     return 0;
 }
 
-void pool_run(Pool *pool, const Job *job)
+void pool_run(ThreadPool *pool, const Job *job)
 {
     pool->job = job;
     atomic_store(&pool->is_running, 1);
-    go_on(pool, 0, 0);
+    open_next_task(pool, 0, 0);
     for (;;) {
         uint32_t seen = atomic_load(&pool->epoch);
         if (!atomic_load(&pool->is_running))
             break;
-        if (!drain_all(pool, 0) && atomic_load(&pool->is_running))
+        if (!run_queues(pool, 0) && atomic_load(&pool->is_running))
             wait_for_change(pool, seen);
     }
 }
 
-int pool_size(const Pool *pool) { return pool->num_threads; }
+int pool_size(const ThreadPool *pool) { return pool->num_threads; }
 
-Pool *pool_start(int num_threads)
+ThreadPool *pool_start(int num_threads)
 {
-    Pool *pool = aligned_alloc(128, (sizeof *pool + 127) / 128 * 128);
+    ThreadPool *pool = aligned_alloc(128, (sizeof *pool + 127) / 128 * 128);
     Queue *queues = aligned_alloc(128, sizeof *queues * (size_t)num_threads);
     Worker *workers = calloc((size_t)num_threads, sizeof *workers);
     if (!pool || !queues || !workers) {
@@ -221,7 +221,7 @@ Pool *pool_start(int num_threads)
     return pool;
 }
 
-void pool_stop(Pool *pool)
+void pool_stop(ThreadPool *pool)
 {
     atomic_store(&pool->is_stopping, 1);
     raise_epoch(pool);

@@ -1,10 +1,10 @@
 /* Threads that run one list of tasks after another. */
-#ifndef POOL_H
-#define POOL_H
+#ifndef THREADS_H
+#define THREADS_H
 
 #include <stdint.h>
 
-typedef struct Pool Pool;
+typedef struct ThreadPool ThreadPool;
 
 /* What the pool runs: tasks 0 .. num_tasks - 1, each after the one before, each in units.  Units of
  * a queue begin in order, first by the thread of that number, then by whoever is free. */
@@ -20,9 +20,9 @@ typedef struct {
 } Job;
 
 /* num_threads counts the one that calls pool_run; null when threads cannot be started. */
-Pool *pool_start(int num_threads);
-void pool_stop(Pool *pool);
-int pool_size(const Pool *pool);
-void pool_run(Pool *pool, const Job *job);
+ThreadPool *pool_start(int num_threads);
+void pool_stop(ThreadPool *pool);
+int pool_size(const ThreadPool *pool);
+void pool_run(ThreadPool *pool, const Job *job);
 
 #endif

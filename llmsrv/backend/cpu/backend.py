@@ -30,12 +30,12 @@ from llmsrv.backend.check import check_backend
 from llmsrv.backend.cpu.cache_memory import CacheMemory
 from llmsrv.backend.cpu.embed import Embedding
 from llmsrv.backend.cpu.layout import Layout
-from llmsrv.backend.cpu.library import CHUNK
+from llmsrv.backend.cpu.library import BatchStruct
 from llmsrv.backend.cpu.library import FORMATS
+from llmsrv.backend.cpu.library import KV_CHUNK
 from llmsrv.backend.cpu.library import Memory
-from llmsrv.backend.cpu.library import Operation
+from llmsrv.backend.cpu.library import OperationStruct
 from llmsrv.backend.cpu.library import PlanStruct
-from llmsrv.backend.cpu.library import Rows
 from llmsrv.backend.cpu.library import address_of
 from llmsrv.backend.cpu.library import declare
 from llmsrv.backend.cpu.sampling import CPUSamplingTable
@@ -215,13 +215,13 @@ class CPUPlan(Plan):
         self._layout = layout
         self._tick = tick
         self._memory = Memory(library)
-        self._operations = (Operation * len(layout.steps))(*layout.steps)
+        self._operations = (OperationStruct * len(layout.steps))(*layout.steps)
         self._ids, self._positions, self._sequences, self._logit_rows = self._memory.array(
             (4, limits.max_rows), np.int32
         )
         self._slot_mapping = self._memory.array((limits.max_rows,), np.int64)
         self._is_long = self._memory.array((limits.max_rows,), np.uint8)
-        self._rows = Rows(
+        self._rows = BatchStruct(
             positions=address_of(self._positions),
             sequences=address_of(self._sequences),
             slot_mapping=address_of(self._slot_mapping),
@@ -296,17 +296,17 @@ class CPUPlan(Plan):
         head_bytes = _kv_head_bytes(self._library, program)
         cache = limits.num_blocks, program.num_layers, program.num_kv_heads, head_bytes
         self.cache = CacheMemory(self._library, self._memory, cache)
-        max_chunks = -(-limits.num_blocks * BLOCK_SIZE // CHUNK)
+        max_kv_chunks = -(-limits.num_blocks * BLOCK_SIZE // KV_CHUNK)
         scratch_floats = self._library.llmsrv_scratch_floats(
             program.num_heads, program.num_kv_heads, padded_dim
         )
         split_rows = min(MAX_SPLIT_ROWS, limits.max_rows)
         self._kept = (
-            array((split_rows * program.num_heads * max_chunks, 2 + padded_dim), np.float32),
+            array((split_rows * program.num_heads * max_kv_chunks, 2 + padded_dim), np.float32),
             array((num_threads, scratch_floats), np.float32),
             array((limits.max_rows, 2), np.int32),
         )
-        partials, scratch, spans = map(address_of, self._kept)
+        partials, scratch, query_spans = map(address_of, self._kept)
         pool = self._library.llmsrv_start_threads(num_threads)
         if not pool:
             raise StartupError(f"{num_threads} threads cannot be started; use --threads 1")
@@ -320,14 +320,14 @@ class CPUPlan(Plan):
             padded_dim=padded_dim,
             max_rows=limits.max_rows,
             max_split_rows=split_rows,
-            max_chunks=max_chunks,
+            max_kv_chunks=max_kv_chunks,
             num_threads=num_threads,
             k_cache=address_of(self.cache.keys),
             v_cache=address_of(self.cache.values),
             partials=partials,
             scratch=scratch,
             scratch_floats=scratch_floats,
-            spans=spans,
+            query_spans=query_spans,
             heartbeat=getattr(self._tick, "address", None),
             operations=ctypes.addressof(self._operations),
             pool=pool,

@@ -54,4 +54,4 @@ class CacheMemory:
 
 def _populate(library: ctypes.CDLL, *arrays: Array) -> None:
     for array in arrays:
-        library.llmsrv_populate(address_of(array), array.nbytes)
+        library.llmsrv_prefault(address_of(array), array.nbytes)

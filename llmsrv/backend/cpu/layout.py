@@ -18,25 +18,26 @@ from llmsrv.backend.arrays import Array
 from llmsrv.backend.base import CannotRun
 from llmsrv.backend.base import Limits
 from llmsrv.backend.cpu.library import ACTIVATE
-from llmsrv.backend.cpu.library import ANGLES
-from llmsrv.backend.cpu.library import ATTEND
+from llmsrv.backend.cpu.library import ATTENTION
 from llmsrv.backend.cpu.library import COMBINE
+from llmsrv.backend.cpu.library import COS_SIN
 from llmsrv.backend.cpu.library import EXPERTS
 from llmsrv.backend.cpu.library import FLOATS
+from llmsrv.backend.cpu.library import GROUP_ROWS
 from llmsrv.backend.cpu.library import LINEAR
 from llmsrv.backend.cpu.library import MAX_HEAD_DIM
 from llmsrv.backend.cpu.library import Memory
 from llmsrv.backend.cpu.library import NORM
-from llmsrv.backend.cpu.library import Operation as Step
+from llmsrv.backend.cpu.library import OperationStruct
 from llmsrv.backend.cpu.library import POOL
-from llmsrv.backend.cpu.library import Part
+
 from llmsrv.backend.cpu.library import QUANTIZE
 from llmsrv.backend.cpu.library import ROPE
 from llmsrv.backend.cpu.library import ROUTE
-from llmsrv.backend.cpu.library import ROWS
 from llmsrv.backend.cpu.library import SELECT
 from llmsrv.backend.cpu.library import SOFTCAP
-from llmsrv.backend.cpu.library import WEIGH
+from llmsrv.backend.cpu.library import SUM_EXPERTS
+from llmsrv.backend.cpu.library import WeightPart
 from llmsrv.backend.cpu.library import address_of
 from llmsrv.backend.cpu.library import drop_pages
 from llmsrv.backend.cpu.weights import Stack
@@ -96,10 +97,10 @@ class Layout:
         self._weights = Weights(library, list(stacks.values()), num_threads, tick)
         self._kept: list[object] = []
         self._vectors: dict[tuple[str, ...], Array] = {}
-        self._angles: dict[tuple[object, ...], Array] = {}
+        self._cos_sin: dict[tuple[object, ...], Array] = {}
         self._row_tiles: dict[str, Array] = {}
         self._is_selected = False
-        self.steps: list[Step] = []
+        self.steps: list[OperationStruct] = []
         self.embeds = [op for op in program.operations if isinstance(op, Embed)]
         self.buffers = {name: self._buffer(name) for name in self._widths}
         self._tiles = {name: self._tiles_of(name) for name in _tiled(linears)}
@@ -136,17 +137,17 @@ class Layout:
             case RopeAndStore():
                 self._add_rope(operation)
             case Attention():
-                for kind in (ATTEND, COMBINE):
+                for kind in (ATTENTION, COMBINE):
                     step = self._step(kind, operation.qkv, operation.out)
                     step.layer, step.scale = operation.layer, operation.scale
-                    step.window, step.cap = operation.window or 0, operation.softcap or 0
+                    step.window, step.softcap = operation.window or 0, operation.softcap or 0
             case GatedActivation():
                 step = self._step(ACTIVATE, operation.x, operation.out)
                 step.option = operation.function == "gelu"
             case Experts():
                 self._add_experts(operation)
             case Softcap():
-                self._step(SOFTCAP, operation.x, operation.x).cap = operation.cap
+                self._step(SOFTCAP, operation.x, operation.x).softcap = operation.cap
             case SelectLogitRows():
                 self._is_selected = True
                 self._step(SELECT, operation.x, operation.out)
@@ -156,8 +157,8 @@ class Layout:
         if not isinstance(operation, Embed):
             self._tile_what_was_written()
 
-    def _step(self, kind: int, x: str, out: str) -> Step:
-        step = Step(kind=kind, selected=self._is_selected, scale=1)
+    def _step(self, kind: int, x: str, out: str) -> OperationStruct:
+        step = OperationStruct(kind=kind, logit_rows_only=self._is_selected, scale=1)
         step.x, step.out = address_of(self.buffers[x]), address_of(self.buffers[out])
         step.x_stride, step.out_stride = self.buffers[x].shape[1], self.buffers[out].shape[1]
         of_x = kind in (LINEAR, QUANTIZE, EXPERTS)
@@ -171,7 +172,7 @@ class Layout:
         last = self.steps[-1]
         if self._written in self._tiles and last.kind in TILING:
             last.tiles = address_of(self._tiles[self._written])
-        elif last.kind not in (ROPE, ANGLES):
+        elif last.kind not in (ROPE, COS_SIN):
             self._split_if_tiled(self._written)
 
     def _split_if_tiled(self, name: str) -> None:
@@ -184,7 +185,7 @@ class Layout:
         step.parts, step.num_parts = ctypes.addressof(parts), len(parts)
         step.accumulate, step.scale = linear.accumulate, linear.scale
         if isinstance(linear, GatedLinear):
-            step.gate = 1 + (linear.function == "gelu")
+            step.gated = 1 + (linear.function == "gelu")
         if linear.x in self._tiles:
             step.tiles = address_of(self._tiles[linear.x])
         if linear.biases:
@@ -197,22 +198,22 @@ class Layout:
         choices = self._memory.array((3 * max_choices + 2 * num_experts + 2,), np.int32)
         self._kept.append(choices)
 
-        def step(kind: int, x: str, out: str) -> Step:
+        def step(kind: int, x: str, out: str) -> OperationStruct:
             step = self._step(kind, x, out)
             step.num_experts, step.num_chosen = num_experts, num_chosen
             step.max_choices, step.choices = max_choices, address_of(choices)
             return step
 
-        def tiles(step: Step, name: str, stack: tuple[Tensor, ...]) -> None:
+        def tiles(step: OperationStruct, name: str, stack: tuple[Tensor, ...]) -> None:
             if not _are_floats(stack):
                 if name not in self._row_tiles:
                     self._row_tiles[name] = self._tiles_of(name)
-                step.by_row, step.tiles = 1, address_of(self._row_tiles[name])
+                step.one_row_tiles, step.tiles = 1, address_of(self._row_tiles[name])
 
-        def products(x: str, out: str, stacks: list[tuple[Tensor, ...]]) -> Step:
+        def products(x: str, out: str, stacks: list[tuple[Tensor, ...]]) -> OperationStruct:
             product = step(EXPERTS, x, out)
             parts = [part for stack in stacks for part in self._weights.parts(Stack(stack))]
-            array = (Part * len(parts))(*parts)
+            array = (WeightPart * len(parts))(*parts)
             self._kept.append(array)
             product.parts, product.num_parts = ctypes.addressof(array), len(parts) // num_experts
             tiles(product, x, stacks[0])
@@ -221,44 +222,44 @@ class Layout:
         self._add_linear(Linear(LOGITS, experts.x, (experts.router,)))
         step(ROUTE, LOGITS, LOGITS).option = experts.normalise
         tiles(step(QUANTIZE, experts.x, experts.x), experts.x, experts.gate_up[0])
-        products(experts.x, GATE_UP, list(experts.gate_up)).by_row = 1
+        products(experts.x, GATE_UP, list(experts.gate_up)).option = 1
         activation = step(ACTIVATE, GATE_UP, ACTIVATED)
         activation.option = experts.function == "gelu"
         tiles(activation, ACTIVATED, experts.down[:1])
-        products(ACTIVATED, DOWN, [(down,) for down in experts.down]).by_row = 0
-        step(WEIGH, DOWN, experts.out).scale = experts.scale
+        products(ACTIVATED, DOWN, [(down,) for down in experts.down])
+        step(SUM_EXPERTS, DOWN, experts.out).scale = experts.scale
 
     def _add_rope(self, rope: RopeAndStore) -> None:
-        angles = self._add_angles(rope)
+        cos_sin = self._add_cos_sin(rope)
         step = self._step(ROPE, rope.qkv, rope.qkv)
         step.layer, step.option, step.eps = rope.layer, rope.interleaved, rope.eps
-        if angles is not None:
+        if cos_sin is not None:
             assert rope.frequencies is not None
-            step.angles, step.half = address_of(angles), len(rope.frequencies)
+            step.cos_sin, step.half_rotary_dim = address_of(cos_sin), len(rope.frequencies)
         if rope.q_norm is not None:
             step.weight = self._vector(rope.q_norm)
-            step.norms_all |= rope.q_norm.shape[0] != self._program.head_dim
+            step.norms_across_heads |= rope.q_norm.shape[0] != self._program.head_dim
         if rope.k_norm is not None:
             step.second_weight = self._vector(rope.k_norm)
-            step.norms_all |= 2 * (rope.k_norm.shape[0] != self._program.head_dim)
+            step.norms_across_heads |= 2 * (rope.k_norm.shape[0] != self._program.head_dim)
 
-    def _add_angles(self, rope: RopeAndStore) -> Array | None:
+    def _add_cos_sin(self, rope: RopeAndStore) -> Array | None:
         """The cosines and sines that the layer needs; a step that makes them, the first time."""
         if rope.frequencies is None:
             return None
         long = rope.long_frequencies
         key = rope.frequencies.tobytes(), long is not None and long.tobytes(), rope.magnitude
-        if key not in self._angles:
+        if key not in self._cos_sin:
             half = len(rope.frequencies)
-            angles = self._memory.array((self._limits.max_rows, 2 * half), np.float32)
-            step = self._step(ANGLES, rope.qkv, rope.qkv)
-            step.half, step.magnitude, step.width = half, rope.magnitude, 16 * half
-            step.angles = address_of(angles)
+            cos_sin = self._memory.array((self._limits.max_rows, 2 * half), np.float32)
+            step = self._step(COS_SIN, rope.qkv, rope.qkv)
+            step.half_rotary_dim, step.magnitude, step.width = half, rope.magnitude, 16 * half
+            step.cos_sin = address_of(cos_sin)
             step.weight = self._floats(rope.frequencies)
             if long is not None:
                 step.second_weight = self._floats(long)
-            self._angles[key] = angles
-        return self._angles[key]
+            self._cos_sin[key] = cos_sin
+        return self._cos_sin[key]
 
     def _vector(self, *tensors: Tensor) -> int:
         """The address of the tensors' values as float32, one after the other."""
@@ -315,7 +316,7 @@ def _fused(program: Program) -> Iterator[Operation]:
 def _are_alike(weights: tuple[Tensor, ...]) -> bool:
     """Whether they are two of one format whose rows make whole groups."""
     kinds = {(format_of(weight), weight.shape) for weight in weights}
-    return len(weights) == 2 and len(kinds) == 1 and weights[0].shape[0] % ROWS == 0
+    return len(weights) == 2 and len(kinds) == 1 and weights[0].shape[0] % GROUP_ROWS == 0
 
 
 def _linears(operations: list[Operation]) -> Iterator[Linear]:

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from llmsrv.backend.arrays import Array
 from llmsrv.errors import StartupError
 
-ROWS = 16  # of a group of weights
-CHUNK = 256  # positions in a step of attention
+GROUP_ROWS = 16  # of a group of weights
+KV_CHUNK = 256  # positions in a step of attention
 MAX_HEAD_DIM = 512
 PAGE = 4096
 HUGE_PAGE_BYTES = 2 << 20
@@ -32,13 +32,13 @@ FORMATS = {
 FLOATS = ("F32", "F16", "BF16")
 
 # enum Kind
-ANGLES, NORM, QUANTIZE, LINEAR, ROPE, ATTEND, COMBINE, ACTIVATE, SELECT, SOFTCAP, POOL = range(11)
-ROUTE, EXPERTS, WEIGH = range(11, 14)
+COS_SIN, NORM, QUANTIZE, LINEAR, ROPE, ATTENTION, COMBINE, ACTIVATE, SELECT = range(9)
+SOFTCAP, POOL, ROUTE, EXPERTS, SUM_EXPERTS = range(9, 14)
 
 int32, float32, pointer = ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
 
 
-class Part(ctypes.Structure):
+class WeightPart(ctypes.Structure):
     _fields_ = [
         ("format", int32),
         ("rows", int32),
@@ -49,10 +49,10 @@ class Part(ctypes.Structure):
     ]
 
 
-class Operation(ctypes.Structure):
+class OperationStruct(ctypes.Structure):
     _fields_ = [
         ("kind", int32),
-        ("selected", int32),
+        ("logit_rows_only", int32),
         ("width", int32),
         ("x_stride", int32),
         ("out_stride", int32),
@@ -61,29 +61,29 @@ class Operation(ctypes.Structure):
         ("option", int32),
         ("window", int32),
         ("num_parts", int32),
-        ("half", int32),
-        ("norms_all", int32),
-        ("by_row", int32),
+        ("half_rotary_dim", int32),
+        ("norms_across_heads", int32),
+        ("one_row_tiles", int32),
         ("num_experts", int32),
         ("num_chosen", int32),
         ("max_choices", int32),
-        ("gate", int32),
+        ("gated", int32),
         ("eps", float32),
         ("scale", float32),
-        ("cap", float32),
+        ("softcap", float32),
         ("magnitude", float32),
         ("x", pointer),
         ("out", pointer),
         ("tiles", pointer),
         ("weight", pointer),
         ("second_weight", pointer),
-        ("angles", pointer),
+        ("cos_sin", pointer),
         ("parts", pointer),
         ("choices", pointer),
     ]
 
 
-class Rows(ctypes.Structure):
+class BatchStruct(ctypes.Structure):
     """Batch of plan.h."""
 
     _fields_ = [
@@ -110,21 +110,21 @@ class PlanStruct(ctypes.Structure):
         ("padded_dim", int32),
         ("max_rows", int32),
         ("max_split_rows", int32),
-        ("max_chunks", int32),
+        ("max_kv_chunks", int32),
         ("num_threads", int32),
         ("k_cache", pointer),
         ("v_cache", pointer),
         ("partials", pointer),
         ("scratch", pointer),
         ("scratch_floats", ctypes.c_int64),
-        ("spans", pointer),
+        ("query_spans", pointer),
         ("heartbeat", pointer),
         ("operations", pointer),
         ("pool", pointer),
-        ("batch", Rows),
-        ("num_spans", int32),
-        ("num_chunks", int32),
-        ("is_split", int32),
+        ("batch", BatchStruct),
+        ("num_query_spans", int32),
+        ("num_kv_chunks", int32),
+        ("is_kv_split", int32),
     ]
 
 
@@ -142,7 +142,7 @@ FUNCTIONS: dict[str, tuple[Any, Sequence[Any]]] = {
     "llmsrv_start_threads": (pointer, [int32]),
     "llmsrv_stop_threads": (None, [pointer]),
     "llmsrv_allocate": (pointer, [ctypes.c_int64, int32]),
-    "llmsrv_populate": (None, [pointer, ctypes.c_int64]),
+    "llmsrv_prefault": (None, [pointer, ctypes.c_int64]),
     "llmsrv_free": (None, [pointer, ctypes.c_int64]),
 }
 

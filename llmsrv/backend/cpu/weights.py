@@ -16,9 +16,9 @@ import numpy as np
 
 from llmsrv.backend.arrays import Array
 from llmsrv.backend.cpu.library import FORMATS
+from llmsrv.backend.cpu.library import GROUP_ROWS
 from llmsrv.backend.cpu.library import Memory
-from llmsrv.backend.cpu.library import Part
-from llmsrv.backend.cpu.library import ROWS
+from llmsrv.backend.cpu.library import WeightPart
 from llmsrv.backend.cpu.library import address_of
 from llmsrv.backend.cpu.library import drop_pages
 from llmsrv.backend.program import Tensor
@@ -56,7 +56,7 @@ class Weights:
         self._library = library
         self._num_threads = num_threads
         self._tick = tick
-        self._parts: dict[tuple[str, ...], ctypes.Array[Part]] = {}
+        self._parts: dict[tuple[str, ...], ctypes.Array[WeightPart]] = {}
         self._kept: list[object] = []  # what the parts point at
         sizes = [0] * num_threads
         for stack in stacks:
@@ -74,7 +74,7 @@ class Weights:
             for stack in stacks:
                 self._parts[stack.names] = self._pack_stack(stack)
 
-    def parts(self, stack: Stack) -> "ctypes.Array[Part]":
+    def parts(self, stack: Stack) -> "ctypes.Array[WeightPart]":
         return self._parts[stack.names]
 
     def _group_bytes(self, format: str, columns: int) -> int:
@@ -84,12 +84,12 @@ class Weights:
     def _bounds(self, rows: int, is_paired: bool) -> list[int]:
         """Where each thread's groups begin, and the last one's end."""
         unit = 1 + is_paired
-        units, threads = -(-rows // (ROWS * unit)), self._num_threads
+        units, threads = -(-rows // (GROUP_ROWS * unit)), self._num_threads
         return [units * thread // threads * unit for thread in range(threads + 1)]
 
-    def _pack_stack(self, stack: Stack) -> "ctypes.Array[Part]":
+    def _pack_stack(self, stack: Stack) -> "ctypes.Array[WeightPart]":
         runs = list(_runs(stack.tensors))
-        parts = (Part * len(runs))()
+        parts = (WeightPart * len(runs))()
         first_column = 0
         for part, (format, tensors, rows, columns) in zip(parts, runs):
             bounds = np.array(self._bounds(rows, stack.is_paired), np.int32)
@@ -131,13 +131,13 @@ class Weights:
                 address_of(rows),
                 rows.strides[0],
                 len(rows),
-                first - ROWS * int(bounds[thread]),
+                first - GROUP_ROWS * int(bounds[thread]),
                 every,
                 int(groups[thread]),
             )
             drop_pages(data)
 
-        pieces = list(_pieces(tensors, [ROWS * int(bound) for bound in bounds]))
+        pieces = list(_pieces(tensors, [GROUP_ROWS * int(bound) for bound in bounds]))
         for packed in [self._packers.submit(pack, *piece) for piece in pieces]:
             packed.result()
             self._tick()
