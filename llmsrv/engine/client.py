@@ -1,13 +1,12 @@
-"""The engine as the API sees it: requests go in, their tokens come out, whatever becomes of the
-process behind it.
+"""The engine as the API sees it: takes requests, and yields their tokens.
 
-EngineClient keeps one engine process running: it starts it, starts it again with growing pauses
-when it dies or hangs, and gives up only where the first start says that the model cannot be run.
-Each request is a Generation, and ends exactly once: finished, failed, aborted, or lost with the
-engine.  Nothing is ever submitted twice: whether to try again is the caller's choice.
+EngineClient keeps one engine process running.  It restarts the process, after growing pauses, if it
+dies or hangs, and gives up only if the first start reports that the model cannot be run.  Each
+request is a Generation and ends exactly once: it finishes, fails, is aborted, or is lost with the
+engine.  No request is submitted twice; whether to retry is the caller's decision.
 
-Runs in the server's event loop and is for its thread alone.  Start it from the main thread: on
-Linux the engine is killed when the thread that started it ends.
+Runs in the server's event loop, and is not thread-safe.  Start it from the main thread: on Linux
+the engine is killed when the thread that started it ends.
 """
 
 import asyncio
@@ -43,43 +42,43 @@ from llmsrv.errors import StartupError
 
 log = logging.getLogger("llmsrv.engine")
 
-# With so much not even taken by the pipe, the engine has not read for long.
+# With more than this waiting for the pipe, the engine has not read for a long time.
 MAX_UNSENT_BYTES = 8 << 20
 RETRY = {"Retry-After": "1", "x-should-retry": "true"}
 RESTART = "; it is started again"
 NO_RETRY = {"x-should-retry": "false"}
-MAX_RETRY_AFTER_S = 60  # clients do not wait for much longer
+MAX_RETRY_AFTER_S = 60  # clients do not wait much longer
 
 
 class EngineState(enum.Enum):
     LOADING = "loading"
     READY = "ready"
     RESTARTING = "restarting"
-    REFUSED = "refused"  # for good: the model cannot be run
+    REFUSED = "refused"  # permanent: the model cannot be run
     STOPPED = "stopped"
 
 
 class Generation:
-    """One request's events in the order they came, for one task to await.
+    """The events of one request, in order, for one task to await.
 
-    Use it in `async with`, or exhaust or abort it: it is followed until then.  Events that nobody
-    takes wait here; the engine never waits for them.
+    Use it in `async with`, or exhaust it, or abort it; otherwise the request keeps running.  Events
+    wait here until they are taken; the engine never waits for that.
     """
 
     def __init__(self, submit: Submit, abort: Callable[[int, int | None], None]) -> None:
         self.submit = submit
-        self.num_cached_tokens = 0  # of the prompt, once the first choice is admitted
+        self.num_cached_tokens = 0  # of the prompt; set when the first choice is admitted
         self.submitted_s = time.monotonic()
-        self.admitted_s: float | None = None  # when the first choice was
-        self.received_s = 0.0  # when the event came that was taken last
+        self.admitted_s: float | None = None  # when the first choice was admitted
+        self.received_s = 0.0  # when the last event that was taken arrived
         self._abort = abort
         self._events: deque[tuple[Tokens | Finished, float]] = deque()
-        self._unfinished = set(range(submit.n))  # choices; empty once the request has ended
+        self._unfinished = set(range(submit.n))  # choices; empty when the request has ended
         self._error: ApiError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     async def admitted(self) -> None:
-        """Returns when a choice is part of a step; raises the ApiError that came instead."""
+        """Returns when the first choice is admitted.  Raises the ApiError that came instead."""
         while not self.is_admitted and self._unfinished:
             await self._wait()
         if self._error and not self.is_admitted:
@@ -89,7 +88,7 @@ class Generation:
         return self
 
     async def __anext__(self) -> Tokens | Finished:
-        """The next event; after an abort there is none.  Raises the ApiError that ended it."""
+        """The next event; none after an abort.  Raises the ApiError that ended the request."""
         while not self._events:
             if self._error:
                 raise self._error
@@ -111,14 +110,13 @@ class Generation:
         self.abort()
 
     def abort(self, choice: int | None = None) -> None:
-        """Ends the request, or one choice of it, which then finishes with "abort".  May be called
-        at any time, and again."""
+        """Ends the request, or one choice, with "abort".  May be called any time and repeatedly."""
         if choice is None:
             self._events.clear()
         if choice in self._unfinished or (choice is None and self._unfinished):
             self._abort(self.submit.request, choice)
 
-    # What follows is for EngineClient.
+    # Only EngineClient calls the following.
 
     @property
     def has_ended(self) -> bool:
@@ -146,7 +144,7 @@ class Generation:
         self._wake()
 
     def lose(self, reason: str, code: str, is_poison: bool, retry: dict[str, str]) -> None:
-        """Ends it together with its engine.  What never was in a step may well be tried again."""
+        """Ends the request with its engine.  A request that was never admitted may be retried."""
         if is_poison:
             message = f"The server fails whenever it processes this request: {reason}."
             self.end(ApiError(500, message, code="engine_crashed", headers=NO_RETRY))
@@ -172,14 +170,14 @@ class Generation:
 
 class Queued(NamedTuple):
     requests: int
-    tokens: int  # of their prompts
+    tokens: int  # prompt tokens of these requests
 
 
 class EngineClient:
-    """state         what the engine is now, and `reason` why, as a clause
-    ready         what the engine said when it was ready last; None until it first was
-    gauges        of the last step; zeros while there is no engine
-    num_restarts  how often it was started again
+    """state         of the engine; `reason` explains it, as a clause
+    ready         the engine's latest Ready message; None before the first one
+    gauges        of the last step; zeros while no engine runs
+    num_restarts  how often the engine was restarted
     """
 
     def __init__(
@@ -188,8 +186,8 @@ class EngineClient:
         patience: Patience = Patience(),
         on_step: Callable[[Step, int], None] = lambda step, num_prompt_tokens: None,
     ) -> None:
-        """on_step is called with each step, after its requests have got theirs, and the number of
-        prompt tokens of those that were admitted in it."""
+        """on_step is called after each step has been handed to its requests, with the step and the
+        number of prompt tokens of the requests that were admitted in it."""
         self._config = config
         self._patience = patience
         self._on_step = on_step
@@ -200,14 +198,14 @@ class EngineClient:
         self.num_restarts = 0
         self._changed = asyncio.Event()  # replaced when the state changes or requests end
         self._requests = itertools.count(1)
-        self._generations: dict[int, Generation] = {}  # by request, those that have not ended
+        self._generations: dict[int, Generation] = {}  # by request number, not ended
         self._supervision: asyncio.Task[None] | None = None
         self._crashes = Crashes()
-        self._restart_s = 0.0  # when the engine is started again, monotonic
+        self._restart_s = 0.0  # when to start the next engine, monotonic
 
-        # Of the engine process that runs now
+        # State of the current engine process
         self._process: EngineProcess | None = None
-        self._ready_s: float | None = None  # when it was ready, monotonic
+        self._ready_s: float | None = None  # when it became ready, monotonic
         self._refusal: str | None = None
 
     @property
@@ -215,7 +213,7 @@ class EngineClient:
         return self._process.pid if self._process else None
 
     def queued(self) -> dict[bytes, Queued]:
-        """What is not part of a step yet, by tenant."""
+        """Requests that are not admitted yet, by tenant."""
         queued: dict[bytes, Queued] = {}
         for generation in self._generations.values():
             if not generation.is_admitted:
@@ -226,7 +224,7 @@ class EngineClient:
 
     @property
     def retry(self) -> dict[str, str]:
-        """Headers of an answer that says to come again when the engine may be ready."""
+        """Headers of a response that asks to retry when the engine may be ready."""
         left_s = math.ceil(self._restart_s - time.monotonic())
         return RETRY | {"Retry-After": str(min(max(1, left_s), MAX_RETRY_AFTER_S))}
 
@@ -235,13 +233,15 @@ class EngineClient:
         return bool(self._generations)
 
     async def start(self) -> None:
-        """Starts the engine and its supervision; returns before the model is loaded."""
+        """Starts and supervises the engine.  Returns before the model is loaded."""
         assert self._supervision is None
         self._supervision = asyncio.create_task(self._supervise())
 
     async def wait_ready(self, is_patient: bool = True) -> None:
-        """Returns when requests are served.  Raises StartupError when they never will be and,
-        unless is_patient, when the engine has to be started again."""
+        """Returns when the engine takes requests.
+
+        Raises StartupError if it never will and, unless is_patient, if it must be restarted.
+        """
         while self.state is EngineState.LOADING or (
             is_patient and self.state is EngineState.RESTARTING
         ):
@@ -257,8 +257,10 @@ class EngineClient:
             await self._changed.wait()
 
     def submit(self, submit: Submit) -> Generation:
-        """Hands a request, which gets its number here, to the engine.  Raises ApiError 503 when it
-        cannot be served now."""
+        """Assigns a request its number and sends it to the engine.
+
+        Raises ApiError 503 if it cannot be served now.
+        """
         if self.state is not EngineState.READY or self._process is None:
             message = f"The model is not ready: {self.reason}."
             raise ApiError(503, message, code="model_not_ready", headers=self.retry)
@@ -273,7 +275,7 @@ class EngineClient:
     async def stop(
         self, reason: str = "the server is shutting down", code: str = "server_shutting_down"
     ) -> None:
-        """Ends the engine and what still runs, with that reason; safe at any time, and twice."""
+        """Stops the engine and ends all requests.  May be called any time and repeatedly."""
         self._set_state(EngineState.STOPPED, reason)
         if self._supervision is not None:
             self._supervision.cancel()
@@ -284,7 +286,7 @@ class EngineClient:
             self._process = None
 
     async def _supervise(self) -> None:
-        """Keeps an engine running, until it refuses the model at the first start."""
+        """Keeps an engine running, unless the first one refuses the model."""
         for generation in itertools.count(1):
             await self._run_one(generation)
             if self.state is EngineState.REFUSED:
@@ -293,7 +295,7 @@ class EngineClient:
             self.num_restarts += 1
 
     async def _run_one(self, generation: int) -> None:
-        """Runs an engine process from its start to its end, and takes leave of its requests."""
+        """Runs one engine process until it ends, then ends its requests."""
         self._ready_s = self._refusal = None
         try:
             engine = EngineProcess(self._config, generation, self._receive, self._patience)
@@ -316,8 +318,8 @@ class EngineClient:
         submits = [generation.submit for generation in self._generations.values()]
         pause_s = self._crashes.record(now_s, ready_for_s, submits)
         self._restart_s = now_s + pause_s
-        log.error("%s; it is started again in %g s", self._refusal or ended, pause_s)
-        # Clients are told the reason, so it is not the refusal, which names the file.
+        log.error("%s; restarting in %g s", self._refusal or ended, pause_s)
+        # Clients see the reason, so it must not be the refusal, which names the file.
         reason = "the engine could not load the model" if self._refusal else ended
         self._set_state(EngineState.RESTARTING, f"{reason}{RESTART} in {pause_s:g} s")
 
@@ -334,7 +336,7 @@ class EngineClient:
             self._refusal = message.message
 
     def _dispatch(self, step: Step) -> None:
-        """Hands a step to its requests; one that is unknown here was aborted a moment ago."""
+        """Hands a step's results to their requests; unknown ones were just aborted."""
         generations = self._generations
         num_prompt_tokens = 0
         for admitted in step.admitted:
@@ -366,7 +368,7 @@ class EngineClient:
             self._process.send(Abort(request, choice))
 
     def _lose_all(self, code: str) -> None:
-        """Ends every request that has not ended, with the state's reason."""
+        """Ends all unfinished requests, with the reason of the current state."""
         generations, self._generations = self._generations, {}
         for generation in generations.values():
             is_poison = self._crashes.is_poison(generation.submit)
@@ -386,7 +388,7 @@ class EngineClient:
 
 
 def _error_of(failed: Failed) -> ApiError:
-    headers = NO_RETRY if failed.status == 504 else None  # the same would take as long again
+    headers = NO_RETRY if failed.status == 504 else None  # a retry would take as long again
     return ApiError(
         failed.status, failed.message, param=failed.param, code=failed.code, headers=headers
     )

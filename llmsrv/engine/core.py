@@ -162,7 +162,7 @@ class EngineCore:
 
         Without pipelining they are the same step.
         """
-        self._expire(self._clock())
+        self._fail_overdue(self._clock())
         self._queue_compiled()
         if self._pending and not may_run_ahead(self._pending, self._scheduler, self._speculation):
             self._read(self._pending)
@@ -202,7 +202,7 @@ class EngineCore:
                 sequence.grammar = grammar.copy()
                 self._scheduler.add(sequence)
 
-    def _expire(self, now_s: float) -> None:
+    def _fail_overdue(self, now_s: float) -> None:
         """Fails the requests whose deadline has passed."""
         while self._deadlines and self._deadlines[0][0] <= now_s:
             request = heappop(self._deadlines)[1]
@@ -288,7 +288,7 @@ class EngineCore:
         if step.samples is not None:
             self._process_samples(step.rows, step.samples.read())
         now_s = self._clock()
-        # A step that ran ahead began when the device was done with the step before.
+        # If the step ran ahead, the device began with it when it was done with the step before.
         self._costs.record(step.work, now_s - max(step.enqueued_s, self._last_read_s))
         self._last_read_s = now_s
         for sequence, num_tokens, num_drafted in step.drafts:
@@ -301,7 +301,7 @@ class EngineCore:
         for i, row in enumerate(rows):
             sequence = row.sequence
             if sequence.state is not State.RUNNING:
-                continue  # it ended or was preempted since, perhaps by another row of this step
+                continue  # it was preempted or has ended, perhaps by another row of this step
             try:
                 if row.target == NO_ID and row.is_valid:
                     self._append_token(row, i, samples, now_s)

@@ -1,5 +1,7 @@
-"""What the ends of the engine say: how long to wait before it is started again, and which requests
-to beware of.  Times are seconds of one clock."""
+"""Learns from engine crashes how long to wait before a restart, and which requests cause crashes.
+
+Times are seconds of one clock.
+"""
 
 import hashlib
 from collections import Counter
@@ -12,12 +14,12 @@ from llmsrv.engine.messages import Submit
 
 FIRST_PAUSE_S = 0.5  # doubled with each crash
 LONGEST_PAUSE_S = 30.0
-HEALTHY_S = 60.0  # an engine that was ready for so long makes a new beginning
-# So many crashes in so short a time are a loop: whatever the reason is, it needs longer to pass.
+HEALTHY_S = 60.0  # an engine that was ready this long resets everything
+# LOOP_CRASHES within LOOP_S are a crash loop: whatever causes it needs more time to go away.
 LOOP_CRASHES = 5
 LOOP_S = 60.0
 LOOP_PAUSE_S = 60.0
-# A request that was in the engine at so many crashes may well be what crashes it.
+# A request that was in the engine at this many crashes probably causes them.
 POISON_CRASHES = 2
 MAX_HASHES = 10_000
 
@@ -29,8 +31,11 @@ class Crashes:
         self._by_hash: Counter[str] = Counter()
 
     def record(self, now_s: float, ready_for_s: float, submits: Iterable[Submit]) -> float:
-        """The engine has ended, after being ready for so long, with these requests in it; returns
-        the pause before it is started again."""
+        """Records a crash; returns the pause in seconds before the next start.
+
+        ready_for_s  how long the engine had been ready
+        submits      the requests that were in the engine
+        """
         if ready_for_s > HEALTHY_S:
             self._next_pause_s = FIRST_PAUSE_S
         if ready_for_s > HEALTHY_S or len(self._by_hash) > MAX_HASHES:
@@ -49,6 +54,6 @@ class Crashes:
 
 
 def hash_of(submit: Submit) -> str:
-    """Equal for requests that ask for the same, and tells nothing of what that is."""
+    """A hash that is equal for equal requests, and reveals nothing of their content."""
     bare = msgspec.structs.replace(submit, request=0, deadline_s=0.0)
     return hashlib.blake2b(msgspec.msgpack.encode(bare), digest_size=8).hexdigest()

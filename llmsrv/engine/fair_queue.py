@@ -1,15 +1,16 @@
-"""The sequences that wait for a place, in the order in which they get it.
+"""The waiting sequences in the order in which they are admitted.
 
-Start-time fair queueing (Goyal, Vin & Cheng 1996) over the tokens that a sequence is expected to
-cost.  The queue has a virtual time: the start of what was admitted last.  A sequence starts at that
-time, or where the one before it of the same tenant and priority is expected to end, whichever is
-later; the least start goes first.  So each flow alone is first come first served, and of flows that
-wait together each gets as many tokens as any other, however many requests it sends.
+This is start-time fair queueing (Goyal, Vin & Cheng 1996).  The cost of a sequence is the number of
+tokens that it is expected to need.  The queue has a virtual time: the start of the last sequence
+that was admitted.  Sequences of the same tenant and priority form a flow.  A sequence starts at the
+virtual time or at the expected end of the previous sequence of its flow, whichever is later.  The
+sequence with the smallest start goes first.  So a flow on its own is served first come, first
+served, and flows that wait together get equal numbers of tokens, however many requests they send.
 
-A priority moves the start by PRIORITY_TOKENS a level.  Virtual time goes on with each admission, so
-whatever waits is the least at some time: that is the ageing, and nothing starves.
+Each level of priority moves the start by PRIORITY_TOKENS.  Virtual time advances with admissions,
+so every waiting sequence has the smallest start eventually.  This is the ageing: nothing starves.
 
-A sequence's place is its rank, which it keeps for its whole life.
+A sequence's rank is its place in this order, and never changes.
 """
 
 import itertools
@@ -19,9 +20,9 @@ from operator import attrgetter
 
 from llmsrv.engine.sequence import Sequence
 
-# So much work may overtake a sequence for each level of priority between: about a minute's.
+# Work that may overtake a sequence for each level of priority in between: about a minute's.
 PRIORITY_TOKENS = 100_000
-# Clients ask for more tokens than they get, often for all that the context has.
+# Clients ask for more tokens than they get, often for the whole context.
 EXPECTED_OUTPUT_TOKENS = 256
 
 by_rank = attrgetter("rank")
@@ -31,7 +32,7 @@ class FairQueue:
     def __init__(self) -> None:
         self._waiting: list[Sequence] = []  # by rank
         self._virtual_time = 0
-        self._ends: dict[tuple[bytes, int], int] = {}  # by flow, where they are in the future
+        self._ends: dict[tuple[bytes, int], int] = {}  # by flow, if later than the virtual time
         self._arrivals = itertools.count()
 
     def __len__(self) -> int:
@@ -45,26 +46,26 @@ class FairQueue:
         return self._waiting[0] if self._waiting else None
 
     def add(self, sequence: Sequence) -> None:
-        """A new sequence, which gets its rank here."""
+        """Adds a new sequence and sets its rank."""
         submit = sequence.submit
         flow = submit.tenant, submit.priority
         start = self._ends.get(flow, self._virtual_time)
         cost = min(sequence.max_tokens, EXPECTED_OUTPUT_TOKENS)
         if sequence.leader is None:
-            cost += len(submit.prompt_ids)  # which the other choices share
+            cost += len(submit.prompt_ids)  # shared with the other choices
         self._ends[flow] = start + cost
         sequence.rank = start + submit.priority * PRIORITY_TOKENS, next(self._arrivals)
         insort(self._waiting, sequence, key=by_rank)
 
     def put_back(self, sequence: Sequence) -> None:
-        """A sequence that was taken before."""
+        """Adds a preempted sequence again."""
         insort(self._waiting, sequence, key=by_rank)
 
     def remove(self, sequence: Sequence) -> None:
         self._waiting.remove(sequence)
 
-    def take(self, sequence: Sequence) -> None:
-        """Takes out what is admitted; time goes on to the start of the head."""
+    def pop(self, sequence: Sequence) -> None:
+        """Removes a sequence to admit it.  Virtual time advances if it was the head."""
         is_head = sequence is self.head
         self._waiting.remove(sequence)
         if not is_head:

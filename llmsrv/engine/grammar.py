@@ -1,8 +1,8 @@
-"""Grammars in the engine: which ids a sequence may draw next so that its text follows one.
+"""Grammars in the engine: which token ids may come next so that the output follows the grammar.
 
-A grammar is compiled on a thread of its own, so that running streams do not wait for it; the first
-one waits for the vocabulary as well.  The server has tried each of them in a process that it could
-kill (text/worker.py), and both compile under the same limits.
+Grammars are compiled on a separate thread, so running streams do not wait for them.  The first one
+also loads the vocabulary.  The server has already compiled each grammar in a process that it can
+kill (text/worker.py); both compile under the same limits.
 """
 
 import functools
@@ -24,29 +24,28 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
     from llguidance import LLTokenizer
 
-# Well above what the worker allows: what compiled there must not overflow here.
+# Well above the worker's stack: a grammar that compiled there must not overflow here.
 STACK_BYTES = 16 << 20
-MAX_CACHED_GRAMMARS = 16  # compiled ones, for requests that come with the same
+MAX_CACHED_GRAMMARS = 16  # compiled, for requests with the same grammar
 
 
 class Grammar:
-    """The state of one sequence in its grammar: a place between two of its tokens."""
+    """The state of one sequence's grammar, after the tokens so far."""
 
     def __init__(self, matcher: "LLMatcher", vocab_size: int) -> None:
         self._matcher = matcher
         self._words = -(-vocab_size // 32)
 
     def copy(self) -> "Grammar":
-        """Another sequence at the same place."""
+        """The same state for another sequence."""
         return Grammar(self._matcher.deep_copy(), self._words * 32)
 
     def masks(self, drafts: Sequence[int] = ()) -> Mask | None:
-        """[rows, words], as SamplingTable.set_grammar takes them: the ids that may come next, and
-        behind each draft those that may follow it.  There are no rows behind a draft that may not
-        come, or that ends the text.
+        """The ids that are allowed next, and after each draft token.
 
-        None when nothing may come: the vocabulary has no way to the grammar's end, or the grammar
-        has become too complex to go on with.
+        Returns [rows, words], as SamplingTable.set_grammar takes them.  There are no rows after a
+        draft token that is forbidden or that completes the text.  Returns None if no id is allowed:
+        the vocabulary cannot reach the grammar's end, or the grammar has become too complex.
         """
         masks = np.zeros((1 + len(drafts), self._words), np.uint32)
         num_taken = 0
@@ -60,23 +59,23 @@ class Grammar:
         return None if self._matcher.is_error() else masks[: num_taken + 1]
 
     def accept(self, id: int) -> bool:
-        """Goes on behind an id that its mask allowed; whether the text is complete and ends."""
+        """Advances by an id that the mask allowed; returns whether that completes the text."""
         self._matcher.consume_token(id)
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
     def may_end(self) -> bool:
-        """Whether the text is complete as it is."""
+        """Whether the text so far is complete."""
         return self._matcher.is_accepting()
 
     def forced(self) -> list[int]:
-        """The ids of the only text that may come next, as far as it goes."""
+        """The ids of the next text, as far as only one text is allowed."""
         return self._matcher.compute_ff_tokens()
 
 
 class GrammarCompiler:
-    """Compiles the grammars of one model, one after the other.
+    """Compiles the grammars of one model, one at a time.
 
-    read_vocabulary  called once, on its thread, for the first grammar
+    read_vocabulary  called once, on the compiler's thread, for the first grammar
     vocab_size       of the model
     """
 
@@ -88,14 +87,14 @@ class GrammarCompiler:
         self._thread = ThreadPoolExecutor(1, "grammars")
 
     def compile(self, source: str) -> "Future[Grammar]":
-        """The place before all text, of which each sequence takes a copy.  The error is an ApiError
-        400, or one of ours.
+        """The grammar's initial state; each sequence needs its own copy.
 
-        source  of text/grammar.py
+        source  from text/grammar.py
+        An invalid grammar sets an ApiError 400; any other exception is an internal error.
         """
         before = threading.stack_size(STACK_BYTES)
         try:
-            return self._thread.submit(self._compiled, source)  # which may start the thread
+            return self._thread.submit(self._compiled, source)  # this may start the thread
         finally:
             threading.stack_size(before)
 

@@ -1,10 +1,11 @@
-"""What crosses the wall between the server process and the engine process: ids, numbers and codes.
+"""The messages between the server process and the engine process: ids, numbers and codes.
 
-Encoded with msgpack, one frame a message (queues.py).  The request number is the server's own,
-never anything that a client chose.  Times are time.monotonic seconds, the same clock on both sides.
+Messages are encoded with msgpack, one per frame (queues.py).  The server assigns the request
+numbers; they are never chosen by a client.  Times are time.monotonic seconds, which both processes
+share.
 
-Every Submit is answered by exactly one terminal event a choice: its Finished, or the one Failed
-that ends all choices of the request that have not finished.
+Each choice of a Submit gets exactly one terminal event: its Finished, or the request's one Failed,
+which ends all choices that have not finished.
 """
 
 import math
@@ -13,7 +14,7 @@ import msgspec
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
-    """How the next token is drawn; names and neutral values as everywhere in the field."""
+    """Sampling parameters, with the names and neutral values that are common in the field."""
 
     seed: int  # 0 .. 2**64 - 1
     temperature: float = 1.0  # 0: the largest logit
@@ -26,7 +27,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
     allowed_ids: list[int] = []  # empty: all
-    num_logprobs: int = -1  # -1: none; 0: the sampled token's; k: k alternatives beside it
+    num_logprobs: int = -1  # -1: none; 0: the sampled token's; k: and k alternatives
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
@@ -35,37 +36,37 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
     request: int  # given by EngineClient.submit
     prompt_ids: list[int]
     max_tokens: int
-    end_ids: list[int]  # a sampled id among these ends the choice with "stop"
+    end_ids: list[int]  # sampling one of these ends the choice with "stop"
     sampling: Sampling
-    n: int = 1  # choices, each with its own choice index in the draw
-    salt: bytes = b""  # requests of different salts share nothing of the prefix cache
-    min_tokens: int = 0  # no end id is sampled before so many tokens
-    grammar: str = ""  # source for engine/grammar.py, which every choice follows; none if empty
+    n: int = 1  # choices; each draws with its own choice index
+    salt: bytes = b""  # requests with different salts share no cached prefix
+    min_tokens: int = 0  # no end id is sampled before this many tokens
+    grammar: str = ""  # source for engine/grammar.py; empty: none
     priority: int = 0  # lower ones are scheduled earlier
-    tenant: bytes = b""  # whose it is; tenants of equal priority get equal shares
-    deadline_s: float = math.inf  # what has not finished by then fails
-    prompt_logprobs: bool = False  # also Tokens of choice PROMPT, if num_logprobs is not -1
+    tenant: bytes = b""  # tenants of equal priority get equal shares
+    deadline_s: float = math.inf  # the request fails if it has not finished by then
+    prompt_logprobs: bool = False  # also sends Tokens of choice PROMPT; needs num_logprobs
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
-    """Ends a request, or one choice of it, at once; one that is unknown has just ended."""
+    """Ends a request or one of its choices at once; unknown requests have just ended."""
 
     request: int
     choice: int | None = None
 
 
 class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
-    """Ends the engine process in order."""
+    """Shuts the engine process down."""
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
-    """The model is loaded and steps are being made."""
+    """The model is loaded and the engine takes requests."""
 
     architecture: str
     backend: str
     backend_reason: str
     vocab_size: int
-    context_length: int  # tokens of prompt and output together that one sequence may have
+    context_length: int  # limit of prompt and output tokens of a sequence
     max_num_sequence: int
     num_blocks: int  # usable KV blocks
     block_size: int
@@ -73,26 +74,26 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
-    """The engine cannot run this model; starting it again would not help."""
+    """The engine cannot run this model; restarting it would not help."""
 
     message: str
 
 
 class Admitted(msgspec.Struct, frozen=True, array_like=True):
-    """A choice of the request has become part of a step; it may come for each of them."""
+    """A choice of the request is scheduled for the first time; sent for each choice."""
 
     request: int
-    num_cached_tokens: int  # of the prompt, found in the prefix cache
+    num_cached_tokens: int  # prompt tokens found in the prefix cache
 
 
-PROMPT = -1  # no choice: the prompt that all of them begin with
+PROMPT = -1  # in place of a choice: the prompt that all choices share
 
 
 class Tokens(msgspec.Struct, frozen=True, array_like=True):
-    """New tokens of one choice, an end id included; of PROMPT, all of the prompt but its first, in
-    order and before any choice's.
+    """New tokens of one choice, including an end id.
 
-    logprobs and alternatives are as long as ids, or empty when nothing was asked for.
+    For PROMPT, all prompt tokens but the first, in order and before the tokens of any choice.
+    logprobs and alternatives are as long as ids, or empty if they were not requested.
     """
 
     request: int
@@ -105,7 +106,7 @@ class Tokens(msgspec.Struct, frozen=True, array_like=True):
 class Finished(msgspec.Struct, frozen=True, array_like=True):
     """A choice ended.  reason: "stop" (an end id), "length" (max_tokens or context) or "abort".
 
-    A time of 0 says that the choice ended before it came to that.
+    A time is 0 if the choice ended before that event.
     """
 
     request: int
@@ -114,14 +115,14 @@ class Finished(msgspec.Struct, frozen=True, array_like=True):
     num_prompt_tokens: int
     num_output_tokens: int
     queued_s: float  # when the engine received it
-    scheduled_s: float  # when it first was part of a step
+    scheduled_s: float  # when it was first part of a step
     first_token_s: float
     last_token_s: float
-    num_preemptions: int = 0  # how often its blocks went to others
+    num_preemptions: int = 0  # how often it was preempted
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True):
-    """A request ended with an error; the rest is that of errors.ApiError."""
+    """A request ended with an error; for the fields see errors.ApiError."""
 
     request: int
     status: int
@@ -131,22 +132,22 @@ class Failed(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Gauges(msgspec.Struct, frozen=True, array_like=True):
-    """How the engine is now.  running and waiting count sequences: a choice is one."""
+    """The current state of the engine.  running and waiting count sequences, one per choice."""
 
     running: int = 0
     waiting: int = 0
     used_blocks: int = 0
     total_blocks: int = 0
-    num_preemptions: int = 0  # since the engine started, as the following
-    num_prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
-    num_prefix_hits: int = 0  # and found there
+    num_preemptions: int = 0  # since the engine started, like all counts below
+    num_prefix_queries: int = 0  # tokens looked up in the prefix cache
+    num_prefix_hits: int = 0  # tokens found there
     num_drafts: int = 0  # of speculative decoding
-    num_draft_tokens: int = 0  # in them
-    num_accepted_tokens: int = 0  # of these
+    num_draft_tokens: int = 0  # tokens in the drafts
+    num_accepted_tokens: int = 0  # draft tokens that were accepted
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
-    """Everything that one step brought, in one frame; to be taken in the order of its fields."""
+    """All results of one step, in one frame; process them in the order of the fields."""
 
     admitted: list[Admitted]
     tokens: list[Tokens]

@@ -1,12 +1,12 @@
 """The queue between the server process and the engine process: framed messages over two pipes.
 
-A frame is its body's length (4 bytes), the engine's generation (4 bytes), both little-endian, and
-the body in msgpack.  The pipes are made anew for each engine start, and both ends are non-blocking
-with buffers of their own, so neither process ever blocks in a write or on half a message.
+A frame is the length of its body (4 bytes), the engine's generation (4 bytes), both little-endian,
+and the body in msgpack.  Each engine start makes new pipes.  Both ends are non-blocking and have
+their own buffers, so neither process ever blocks in a write or on half a message.
 (multiprocessing.Queue pickles, may block its caller, and has a lock that a killed process keeps.)
 
-What cannot be a frame of ours is a QueueError, upon which the engine is ended and started again.
-Knows neither the event loop of the server nor that of the engine: each calls when it may go on.
+Anything that is not a valid frame raises QueueError; then the engine is killed and restarted.
+Knows nothing of event loops: the owners call when a pipe may be ready.
 """
 
 import os
@@ -22,19 +22,22 @@ HEADER = struct.Struct("<II")  # length of the body, generation
 # A prompt of 8 M ids takes 40 MB; a longer frame is garbage.
 MAX_FRAME_BYTES = 64 << 20
 READ_BYTES = 1 << 16  # a pipe's capacity on Linux
-# One call takes no more than this, so that one reader cannot keep the server's loop for itself.
+# A limit per call, so that one engine cannot monopolize the server's event loop.
 MAX_READS_PER_CALL = 16
 
 T = TypeVar("T")
 
 
 class QueueError(Exception):
-    """The other end sent what is no frame of ours, or was asked to take one that is too long."""
+    """The other end sent an invalid frame, or a message to send is too long."""
 
 
 class Sender:
-    """The writing end.  What the pipe does not take at once waits here, without a bound: the owner
-    looks at num_waiting_bytes before it makes more."""
+    """The writing end.
+
+    Bytes that do not fit into the pipe wait here, without a limit.  The owner checks
+    num_waiting_bytes before it sends more.
+    """
 
     def __init__(self, fd: int, generation: int) -> None:
         _prepare(fd)
@@ -45,9 +48,9 @@ class Sender:
         self.num_waiting_bytes = 0
 
     def send(self, message: msgspec.Struct) -> None:
-        """Writes the message, or what the pipe takes of it; flush() goes on with the rest.
+        """Writes as much of the message as the pipe takes; flush() continues with the rest.
 
-        Raises QueueError, and sends nothing, when the message is too long; EOFError when the
+        Raises QueueError, and sends nothing, if the message is too long.  Raises EOFError if the
         reader is gone.
         """
         frame = bytearray(HEADER.size)
@@ -61,7 +64,7 @@ class Sender:
         self.flush()
 
     def flush(self) -> None:
-        """Writes what the pipe takes now.  Raises EOFError when the reader is gone."""
+        """Writes as much as the pipe takes now.  Raises EOFError if the reader is gone."""
         while self._waiting:
             frame = self._waiting[0]
             try:
@@ -78,7 +81,7 @@ class Sender:
 
 
 class Receiver(Generic[T]):
-    """The reading end, for messages of one type or union of types."""
+    """The reading end, for messages of one type or a union of types."""
 
     def __init__(self, fd: int, generation: int, type: Any) -> None:
         _prepare(fd)
@@ -88,10 +91,10 @@ class Receiver(Generic[T]):
         self._buffer = bytearray()
 
     def receive(self) -> list[T]:
-        """Every message that is there as a whole; never waits.
+        """All complete messages that have arrived; never waits.
 
-        Raises QueueError on what is no frame, and EOFError when the writer is gone and everything
-        that it sent as a whole has been returned.
+        Raises QueueError on an invalid frame.  Raises EOFError if the writer is gone and all
+        complete messages have been returned.
         """
         is_open = self._fill()
         messages = self._take_messages()
@@ -100,7 +103,7 @@ class Receiver(Generic[T]):
         return messages
 
     def _fill(self) -> bool:
-        """Reads what is there; False at the end of the file."""
+        """Reads what has arrived; False at the end of the file."""
         for _ in range(MAX_READS_PER_CALL):
             try:
                 data = os.read(self._fd, READ_BYTES)
@@ -118,7 +121,7 @@ class Receiver(Generic[T]):
         start, buffer = 0, self._buffer
         while len(buffer) - start >= HEADER.size:
             length, generation = HEADER.unpack_from(buffer, start)
-            # Before waiting for the body: what is no header must not make anybody wait for it.
+            # Check before the body arrives: an invalid header must not make the reader wait for it.
             if length > MAX_FRAME_BYTES or generation != self._generation:
                 raise QueueError(
                     f"not a frame: length {length}, generation {generation}; expected at most "
@@ -136,10 +139,10 @@ class Receiver(Generic[T]):
         try:
             message: T = self._decoder.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise QueueError(f"a frame that is no message: {error}") from None
+            raise QueueError(f"a frame is not a message: {error}") from None
         return message
 
 
 def _prepare(fd: int) -> None:
     os.set_blocking(fd, False)
-    os.set_inheritable(fd, False)  # compilers and other programs we start must not hold a pipe open
+    os.set_inheritable(fd, False)  # programs we start, such as compilers, must not hold it open

@@ -1,24 +1,28 @@
-"""Which rows the next step computes: continuous batching, in the order of the sequences' ranks.
+"""Decides which rows the next step computes: continuous batching in the order of rank.
 
-Sequences in decode take one row each, before anything else, so a long prompt never stops the
-running streams, and further rows for drafts (speculation.py); what is left goes to prompts, in
-chunks; then sequences are admitted from the queue while slots, blocks and rows last.  A step has
-max_rows at most, and so many that its streams stay smooth, by what steps have cost so far
-(_num_prefill_rows).  Half of the rows for prompts go to short ones that came after a long one: a
-question of a line need not wait until somebody else's document is read.
+Every sequence in decode gets one row before anything else, so a long prompt never stops the running
+streams.  Decode may get further rows for drafts (speculation.py).  The remaining rows go to prompts
+in chunks: first to running sequences, then to sequences that are admitted from the queue, as long
+as there are slots, blocks and rows.  A step has at most max_rows rows, and few enough that its
+streams stay smooth, judging by what earlier steps cost (_num_prefill_rows).  Half of the rows for
+prompts go to short prompts that arrived after a long one, so a short question does not wait until
+someone else's document is computed.
 
-When a sequence in decode needs a block and none is free, the running sequence of the last rank is
-preempted: its blocks are freed, it goes back to the queue, and when it is admitted again its prompt
-and its output so far are computed again.  Nothing of an earlier rank is ever preempted before it,
-the queue is admitted from its head only, and the KV cache holds at least one sequence of full
-length: so the first of all always goes on, and every sequence ends.  (A prompt may pass the head
-only while one more than twice as long is computed, which goes on meanwhile: not for ever.)
+Preemption: if a sequence in decode needs a block and none is free, the running sequence with the
+last rank is preempted.  Its blocks are freed and it returns to the queue.  When it is admitted
+again, its prompt and its output so far are computed again.
 
-A sequence is admitted with what is known already of its beginning (kv_cache.py): blocks that it
-shares, and one that it gets a copy of.  Its last token is always computed, since its logits are
-wanted.
+Every sequence finishes.  A sequence is never preempted before one of a later rank, sequences are
+admitted from the head of the queue only, and the KV cache holds at least one sequence of full
+length; so the sequence of the first rank always makes progress.  (A short prompt may overtake the
+head, but only while a prompt more than twice as long is being computed, which also makes progress
+meanwhile; so overtaking ends.)
 
-Knows nothing of tokens, sampling or messages.
+An admitted sequence starts with what the KV cache holds of its beginning (kv_cache.py): blocks that
+it shares, and one partial block that is copied.  Its last token is always computed, because its
+logits are wanted.
+
+Knows nothing of token ids, sampling or messages.
 """
 
 from bisect import insort
@@ -37,32 +41,34 @@ from llmsrv.engine.sequence import State
 from llmsrv.engine.speculation import Speculation
 from llmsrv.engine.step_costs import StepCosts
 
-# Whoever comes or leaves waits until a step has ended.
+# Requests that arrive or end wait for the end of the current step.
 MAX_STEP_S = 1.0
-# A step with streams takes so much longer for prompts, as a share of what it takes without.
+# Maximum slowdown of a decode step that also carries prompt rows: 1.0 doubles its duration.
 MAX_PREFILL_SLOWDOWN = 1.0
-# A prompt of which more is to be computed is beside so many steps that streams would feel it: half
-# as long again on average, so that few take three times as long where others use the cores, too.
+# A prompt with more tokens than this to compute is part of so many steps that streams would notice.
+# Its steps take only half as long again on average; then few of them take three times as long, even
+# if other programs use the cores too.
 LONG_PROMPT_TOKENS = 512
 MAX_LONG_PREFILL_SLOWDOWN = 0.5
-# Beside prompts drafts make a step so much longer at most: streams feel the prompts as it is.
+# Maximum slowdown of a decode step by drafts while there are prompts, which slow it down already.
 MAX_DRAFT_SLOWDOWN = 0.25
-# Where more prompts wait than streams run, each stream gives way to several, but up to here only.
+# With more prompts than streams, prompts may slow down decode further, but only to this duration.
 SMOOTH_STEP_S = 0.04
-# Where even decode alone takes that long, prompts get less of it.
+# If decode alone takes about that long, prompts slow it down less, but may always do so by this.
 MIN_PREFILL_SLOWDOWN = 0.5
-# So that prompts get on in any case, beside streams and alone.  Four rows beside one stream make a
-# step more than twice as long where rows are dear (AVX2); alone two would not lead to larger steps.
+# Prompts always get this many rows.  Four rows with one stream would more than double the duration
+# of a step where rows are expensive (AVX2).  Two rows alone would not lead to larger steps.
 MIN_PREFILL_ROWS_WITH_DECODE, MIN_PREFILL_ROWS_ALONE = 2, 4
-# So many positions before a row of a prompt cost about what the row itself does: SmolLM2 on a CPU;
-# 300 or 2000 would do as well.  Without it the ends of long prompts make steps far too long.
+# Attention to this many earlier positions costs about as much as the rest of a prompt row (SmolLM2
+# on a CPU; 300 or 2000 work as well).  Without it, steps near the end of long prompts are far too
+# long.
 POSITIONS_PER_ROW_COST = 1000
-# So many that wait may overtake the first of them, beside a long prompt.
-MAX_OVERTAKERS = 8
+# How many waiting sequences are considered for overtaking a long prompt.
+MAX_OVERTAKE_CANDIDATES = 8
 
 
 class Chunk(NamedTuple):
-    """The next num_tokens uncomputed tokens of a sequence, and a draft behind the last of all."""
+    """The next num_tokens uncomputed tokens of a sequence, followed by a draft if they are all."""
 
     sequence: Sequence
     num_tokens: int
@@ -74,7 +80,7 @@ class Chunk(NamedTuple):
 
     @property
     def work(self) -> int:
-        """What it costs, in rows of decode, which are taken to be all the same."""
+        """The cost of the chunk, in decode rows, which are assumed to cost the same."""
         num_pairs = (self.num_tokens - 1) * self.sequence.num_computed
         return self.num_rows + num_pairs // POSITIONS_PER_ROW_COST
 
@@ -102,8 +108,8 @@ class Scheduler:
         speculation: Speculation,
         num_spare_logit_rows: int = 0,
     ) -> None:
-        """num_spare_logit_rows: of a step, beside one for each sequence."""
-        # Fewer rows than sequences could give decode all of them, and prefill none for ever.
+        """num_spare_logit_rows: logit rows of a step in addition to one per sequence."""
+        # With fewer rows than sequences, decode could take all rows of every step.
         assert max_rows >= max_num_sequence
         self._kv_cache = kv_cache
         self._max_rows = max_rows
@@ -114,16 +120,16 @@ class Scheduler:
         self.waiting = FairQueue()
         self.running: list[Sequence] = []  # by rank
         self.admitted: list[Sequence] = []  # by the last schedule()
-        self.copies: list[tuple[int, int]] = []  # blocks, from and to, in order, before the step
+        self.copies: list[tuple[int, int]] = []  # (source, target) blocks, before the step
         self.num_preemptions = 0
-        self.num_prefix_queries = 0  # tokens that were looked up at admission
-        self.num_prefix_hits = 0  # and found
+        self.num_prefix_queries = 0  # tokens looked up at admission
+        self.num_prefix_hits = 0  # tokens found
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Ends a sequence wherever it is; its slot and blocks are free at once."""
+        """Ends a sequence in any state, and frees its slot and blocks."""
         if sequence.state is State.RUNNING:
             self.running.remove(sequence)
             self._free_blocks(sequence)
@@ -132,28 +138,30 @@ class Scheduler:
         sequence.move_to(State.ENDED)
 
     def schedule(self) -> list[Chunk]:
-        """The chunks of the next step, at most one a sequence; blocks for all of them are held.
+        """The chunks of the next step, at most one per sequence, with blocks allocated.
 
-        Empty only when there is no sequence at all.
+        Empty only if no sequence has tokens to compute.
         """
         self.admitted, self.copies = [], []
         chunks = self._with_drafts(self._schedule_decode())
         budget = self._num_prefill_rows(len(chunks), sum(chunk.num_rows for chunk in chunks))
         spare = self._num_spare_logit_rows - sum(len(chunk.draft) for chunk in chunks)
 
-        def prefill(sequence: Sequence, most: int) -> int:
+        def prefill(sequence: Sequence, max_rows: int) -> int:
             nonlocal budget, spare
-            most = min(most, 1 + spare) if sequence.wants_prompt_logprobs else most
-            chunk = Chunk(sequence, min(most, sequence.num_uncomputed))
+            if sequence.wants_prompt_logprobs:
+                max_rows = min(max_rows, 1 + spare)
+            chunk = Chunk(sequence, min(max_rows, sequence.num_uncomputed))
             chunks.append(chunk)
             budget -= chunk.num_rows
             spare -= max(0, chunk.num_logit_rows - 1)
             return chunk.num_rows
 
-        short_prompts, left = self._short_prompts() if budget > 1 else [], budget // 2
+        short_prompts = self._short_prompts() if budget > 1 else []
+        short_budget = budget // 2
         for sequence in short_prompts:
-            if left:
-                left -= prefill(sequence, left)
+            if short_budget:
+                short_budget -= prefill(sequence, short_budget)
         for sequence in self.running:
             if budget and sequence.num_uncomputed > 1 and sequence not in short_prompts:
                 prefill(sequence, budget)
@@ -162,8 +170,7 @@ class Scheduler:
         return chunks
 
     def mark_computed(self, sequence: Sequence, num_tokens: int) -> None:
-        """Notes that the sequence's next num_tokens tokens are in the KV cache, and caches the
-        blocks that they fill."""
+        """Marks the sequence's next num_tokens tokens as computed, and caches blocks they fill."""
         num_blocks = sequence.num_cacheable // BLOCK_SIZE
         sequence.num_computed += num_tokens
         if sequence.num_cacheable // BLOCK_SIZE > num_blocks:
@@ -185,7 +192,7 @@ class Scheduler:
         self._kv_cache.cache_blocks(sequence.slot, block_hashes)
 
     def _num_prefill_rows(self, num_streams: int, num_rows: int) -> int:
-        """How many rows the step may have beside these, which are those of the streams."""
+        """How many rows the step may have for prompts, in addition to num_rows for its streams."""
         limit_s, least = MAX_STEP_S, float(MIN_PREFILL_ROWS_ALONE)
         first = next((s for s in self.running if s.num_uncomputed > 1), self.waiting.head)
         position = first.num_computed if first else 0
@@ -198,11 +205,11 @@ class Scheduler:
             decode_s = self._costs.of(num_rows)
             num_prompts = self._num_prompts()
             is_long = first is not None and first.num_tokens - first.num_cached > LONG_PROMPT_TOKENS
-            share = MAX_LONG_PREFILL_SLOWDOWN if is_long else MAX_PREFILL_SLOWDOWN
-            prompts_s = decode_s * share * max(1.0, num_prompts / num_streams)
+            slowdown = MAX_LONG_PREFILL_SLOWDOWN if is_long else MAX_PREFILL_SLOWDOWN
+            prompts_s = decode_s * slowdown * max(1.0, num_prompts / num_streams)
             prompts_s = min(prompts_s, SMOOTH_STEP_S - decode_s)
             limit_s = decode_s + max(prompts_s, decode_s * MIN_PREFILL_SLOWDOWN)
-            # Farther on the first row has to read so much of the cache that others are cheap.
+            # Far into a prompt, one row reads so much of the cache that further rows are cheap.
             far = MIN_PREFILL_ROWS_WITH_DECODE * position // POSITIONS_PER_ROW_COST
             least = max(MIN_PREFILL_ROWS_WITH_DECODE, min(far, rows_within(SMOOTH_STEP_S)))
         return int(min(self._max_rows - num_rows, max(rows_within(limit_s), least)))
@@ -211,7 +218,7 @@ class Scheduler:
         return sum(each.num_uncomputed > 1 for each in self.running) + len(self.waiting)
 
     def _schedule_decode(self) -> list[Chunk]:
-        """By rank; a preemption takes sequences from the end of the list that is walked."""
+        """By rank.  A preemption removes sequences from the end of the list during the loop."""
         chunks = []
         for sequence in self.running:
             if sequence.num_uncomputed == 1 and self._allocate_or_preempt(sequence):
@@ -219,14 +226,14 @@ class Scheduler:
         return chunks
 
     def _with_drafts(self, chunks: list[Chunk]) -> list[Chunk]:
-        """The chunks of decode with drafts, as far as there is room that nobody else needs soon."""
-        most = min(self._num_spare_logit_rows, self._max_rows - len(chunks))
+        """Adds drafts to the chunks of decode, as far as no other sequence needs the room soon."""
+        budget = min(self._num_spare_logit_rows, self._max_rows - len(chunks))
         if chunks and self._num_prompts():
-            longest_s = self._costs.of(len(chunks)) * (1 + MAX_DRAFT_SLOWDOWN)
-            most = int(min(most, self._costs.rows_within(longest_s) - len(chunks)))
-        if most <= 0 or self._kv_cache.num_free < 2 * len(chunks) + num_blocks_for(most):
+            max_step_s = self._costs.of(len(chunks)) * (1 + MAX_DRAFT_SLOWDOWN)
+            budget = int(min(budget, self._costs.rows_within(max_step_s) - len(chunks)))
+        if budget <= 0 or self._kv_cache.num_free < 2 * len(chunks) + num_blocks_for(budget):
             return chunks
-        drafts = self._speculation.draft([chunk.sequence for chunk in chunks], most)
+        drafts = self._speculation.draft([chunk.sequence for chunk in chunks], budget)
         with_drafts = []
         for chunk, draft in zip(chunks, drafts, strict=True):
             self._kv_cache.allocate(chunk.sequence.slot, chunk.sequence.num_tokens + len(draft))
@@ -234,17 +241,20 @@ class Scheduler:
         return with_drafts
 
     def _short_prompts(self) -> list[Sequence]:
-        """The prompts of which less than half as much is left as of the first one, the shortest
-        first; of the queue one is admitted that is one of them."""
+        """Prompts with less than half as many tokens left as the first prompt, shortest first.
+
+        Admits one such prompt from the queue, if there is one.
+        """
         prompts = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
         if not prompts:
             return []
-        waiting = list(islice(self.waiting, MAX_OVERTAKERS if self._free_slots else 0))
+        num_candidates = MAX_OVERTAKE_CANDIDATES if self._free_slots else 0
+        waiting = list(islice(self.waiting, num_candidates))
         priority = min(sequence.submit.priority for sequence in prompts[:1] + waiting[:1])
-        most_left = prompts[0].num_uncomputed / 2
+        max_left = prompts[0].num_uncomputed / 2
 
         def is_short(sequence: Sequence, num_left: int) -> bool:
-            return sequence.submit.priority <= priority and num_left < most_left
+            return sequence.submit.priority <= priority and num_left < max_left
 
         for sequence in waiting:
             num_left = sequence.num_tokens - BLOCK_SIZE * len(self._find_cached_blocks(sequence))
@@ -255,7 +265,10 @@ class Scheduler:
         return sorted(short, key=lambda sequence: sequence.num_uncomputed)
 
     def _allocate_or_preempt(self, sequence: Sequence) -> bool:
-        """Gets the block for the sequence's next token; False when it had to give way itself."""
+        """Allocates the block for the sequence's next token, preempting others if necessary.
+
+        Returns False if the sequence itself had to be preempted.
+        """
         while not self._kv_cache.allocate(sequence.slot, sequence.num_tokens):
             if self._preempt_last() is sequence:
                 return False
@@ -271,25 +284,25 @@ class Scheduler:
         return sequence
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Moves a sequence of the queue to running, when it and all that run have room to go on."""
+        """Moves a waiting sequence to running, if there is room for it and for all that run."""
         if sequence.awaits_leader or not self._free_slots:
             return False
-        known = self._find_cached_blocks(sequence)
-        # A block to grow into for each that runs already: admitting into the last free blocks
+        cached = self._find_cached_blocks(sequence)
+        # Keep a block for each running sequence to grow into: admitting into the last free blocks
         # would only lead to a preemption, and to computing the same prompt again.
-        needed = num_blocks_for(sequence.num_tokens) - len(known) + len(self.running)
-        if needed + self._kv_cache.num_evictable(known) > self._kv_cache.num_free:
+        num_needed = num_blocks_for(sequence.num_tokens) - len(cached) + len(self.running)
+        if num_needed + self._kv_cache.num_evictable(cached) > self._kv_cache.num_free:
             return False
-        self.waiting.take(sequence)
-        source, num_copied = self._find_partial_block(sequence, len(known))
+        self.waiting.pop(sequence)
+        source, num_copied = self._find_partial_block(sequence, len(cached))
         sequence.move_to(State.RUNNING)
         sequence.slot = self._free_slots.pop()
-        self._kv_cache.attach_cached_blocks(sequence.slot, known)
+        self._kv_cache.attach_cached_blocks(sequence.slot, cached)
         self._kv_cache.allocate(sequence.slot, sequence.num_tokens)
         if num_copied:
-            target = int(self._kv_cache.block_tables[sequence.slot, len(known)])
+            target = int(self._kv_cache.block_tables[sequence.slot, len(cached)])
             self.copies.append((source, target))
-        sequence.num_computed = sequence.num_cached = len(known) * BLOCK_SIZE + num_copied
+        sequence.num_computed = sequence.num_cached = len(cached) * BLOCK_SIZE + num_copied
         self.num_prefix_queries += sequence.num_tokens
         self.num_prefix_hits += sequence.num_cached
         insort(self.running, sequence, key=by_rank)
@@ -297,24 +310,26 @@ class Scheduler:
         return True
 
     def _find_cached_blocks(self, sequence: Sequence) -> list[int]:
-        """The known blocks that it may begin with."""
+        """The cached blocks that the sequence can start with."""
         if sequence.wants_prompt_logprobs:
             return []
         num_full = (sequence.num_tokens - 1) // BLOCK_SIZE
         block_hashes = sequence.block_hashes.full(num_full, sequence.ids)
         return self._kv_cache.find_cached_blocks(block_hashes)
 
-    def _find_partial_block(self, sequence: Sequence, num_known: int) -> tuple[int, int]:
-        """A block that begins with what comes behind the sequence's known blocks, and how many
-        tokens of it, without the last of all."""
-        start = num_known * BLOCK_SIZE
+    def _find_partial_block(self, sequence: Sequence, num_cached_blocks: int) -> tuple[int, int]:
+        """A block to copy from, and how many of its leading tokens follow the cached blocks.
+
+        The sequence's last token is never copied.
+        """
+        start = num_cached_blocks * BLOCK_SIZE
         stop = min(start + BLOCK_SIZE, sequence.num_tokens - 1)
         if stop == start or sequence.wants_prompt_logprobs:
             return 0, 0
         leader, shared = sequence.leader, min(stop, len(sequence.submit.prompt_ids))
         if leader is not None and leader.state is State.RUNNING and shared > start:
-            return int(self._kv_cache.block_tables[leader.slot, num_known]), shared - start
-        block_hash = sequence.block_hashes.partial(num_known, stop, sequence.ids)
+            return int(self._kv_cache.block_tables[leader.slot, num_cached_blocks]), shared - start
+        block_hash = sequence.block_hashes.partial(num_cached_blocks, stop, sequence.ids)
         return self._kv_cache.find_partial_block(block_hash)
 
     def _free_blocks(self, sequence: Sequence) -> None:

@@ -1,8 +1,8 @@
-"""One engine process as the server sees it: started, spoken to, watched, and ended.
+"""Starts, watches and ends one engine process, and exchanges messages with it.
 
-It ends once, for one reason: its process exits, its heartbeat stops, or it sends garbage.  In the
-last two cases it is killed.  What that means for requests, and whether there will be another one,
-is client.py's to decide.
+It ends once, for one reason: the process exits, its heartbeat stops, or it sends garbage.  In the
+last two cases it is killed.  What happens to its requests, and whether to start another one, is
+decided by client.py.
 """
 
 import asyncio
@@ -27,9 +27,9 @@ from llmsrv.engine.queues import Sender
 
 log = logging.getLogger("llmsrv.engine")
 
-CHECKS = 10  # of the heartbeat, within the time that it may stand still
-EXIT_S = 0.5  # from the end of its pipe to its own end
-STOP_S = 2.0  # for the step that is being made when Stop comes, and for a killed process to go
+CHECKS = 10  # heartbeat checks within the time that it may stand still
+EXIT_S = 0.5  # from the end of its pipe to its exit
+STOP_S = 2.0  # to finish the current step after Stop, and for a killed process to exit
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Patience:
 
 
 class EngineProcess:
-    """Starts when it is made, which raises OSError when the system has no process or pipe left.
+    """Starts on construction, which raises OSError if the system has no process or pipe left.
 
     pid    of the process
-    ended  is set to the reason, as a clause, when the engine is lost or has stopped
+    ended  set to the reason, as a clause, when the engine is lost or has stopped
     """
 
     def __init__(
@@ -75,9 +75,9 @@ class EngineProcess:
             name="llmsrv-engine",
             daemon=True,
         )
-        with _signals_held():
+        with _signals_blocked():
             self._process.start()
-        # While we held the child's ends open, neither of us would see the other's end.
+        # If we kept the child's ends open, neither side would notice that the other is gone.
         child_receive.close()
         child_send.close()
         self.pid = self._process.pid
@@ -87,11 +87,11 @@ class EngineProcess:
 
     @property
     def num_waiting_bytes(self) -> int:
-        """What was sent and has not been taken by the pipe yet."""
+        """Bytes that were sent but have not fit into the pipe yet."""
         return self._sender.num_waiting_bytes
 
     def send(self, message: ToEngine) -> None:
-        """Never waits.  To an engine that has ended, nothing is sent."""
+        """Never waits.  Does nothing if the engine has ended."""
         if self.ended.done():
             return
         try:
@@ -102,7 +102,7 @@ class EngineProcess:
             self._loop.add_writer(self._send_pipe.fileno(), self._write)
 
     async def stop(self) -> None:
-        """Ends the process, in order when it is ready, else at once, and waits until it is gone."""
+        """Ends the process, gracefully if it is ready, and waits until it is gone."""
         if self._is_ready:
             self.send(Stop())
             await self._gone_within(STOP_S)
@@ -110,7 +110,7 @@ class EngineProcess:
         await self._gone_within(STOP_S)
 
     async def gone(self) -> None:
-        """Returns when the process has exited and its memory is free again."""
+        """Returns when the process has exited and its memory is free."""
         await self._is_gone.wait()
 
     async def _gone_within(self, timeout_s: float) -> None:
@@ -124,11 +124,11 @@ class EngineProcess:
             self._receive()
         except EOFError:
             self._loop.remove_reader(self._receive_pipe.fileno())
-            # _exited follows at once and knows more, unless the process is slow to go.
+            # _exited follows at once with a better reason, unless the process is slow to exit.
             self._loop.call_later(EXIT_S, self._end, "the engine closed its pipe")
 
     def _receive(self) -> None:
-        """Raises EOFError when there will be no more."""
+        """Raises EOFError if there will be no more messages."""
         try:
             messages = self._receiver.receive()
         except QueueError as error:
@@ -152,8 +152,8 @@ class EngineProcess:
             self._loop.remove_writer(self._send_pipe.fileno())
 
     def _check_heartbeat(self, last: int, num_still: int) -> None:
-        """Counts checks that saw no beat, not seconds: when this process was stopped as well, or
-        had no time, the engine is not to blame."""
+        """Counts checks without a heartbeat instead of seconds: if this process was stopped too, or
+        had no CPU time, the engine is not to blame."""
         patience_s = self._patience.ready_s if self._is_ready else self._patience.loading_s
         beat = self._heartbeat.value
         num_still = num_still + 1 if beat == last else 0
@@ -168,7 +168,7 @@ class EngineProcess:
         self._loop.remove_reader(self._process.sentinel)
         try:
             if not self.ended.done():
-                self._receive()  # what it sent last still counts; one call empties a pipe
+                self._receive()  # its last messages still count; one call empties the pipe
         except EOFError:
             pass
         self._process.join()
@@ -176,7 +176,7 @@ class EngineProcess:
         self._is_gone.set()
 
     def _end(self, reason: str) -> None:
-        """Nothing is received or sent from here on; only _exited may follow."""
+        """Kills the process and stops all communication; only _exited may follow."""
         if self.ended.done():
             return
         self.ended.set_result(reason)
@@ -196,10 +196,13 @@ def _reason_of(exitcode: int | None) -> str:
 
 
 @contextmanager
-def _signals_held() -> Iterator[None]:
-    """SIGINT and SIGTERM wait until the block ends, and a process started in it begins with them
-    blocked: what is sent to all of us cannot end it before it has got to ignoring it."""
-    resource_tracker.ensure_running()  # it unblocks them when it is started, so not within
+def _signals_blocked() -> Iterator[None]:
+    """Blocks SIGINT and SIGTERM during the `with` block.
+
+    A process started in it inherits the blocked signals.  So a signal to the whole process group
+    cannot end it before it is able to ignore that signal.
+    """
+    resource_tracker.ensure_running()  # starting it unblocks the signals, so do that before
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield

@@ -366,6 +366,31 @@ def test_a_block_is_cached_only_when_its_last_token_is_known() -> None:
     assert min(min(memoryview(each.tokens).cast("i")) for each in cached) >= 0
 
 
+def test_a_block_is_cached_as_soon_as_its_last_token_is_known() -> None:
+    engine, _ = async_engine(max_rows=64)
+    prompt = healthy_prompt(20, steps=60)
+    engine.submit(1, prompt, max_tokens=60)
+    while len(engine.outputs.get((1, 0), [])) < 28:  # 3 blocks are full
+        engine.step()
+    engine.submit(2, [*prompt, *engine.outputs[1, 0], 5], max_tokens=1)
+    engine.run()
+    assert engine.num_cached == [0, 48]
+
+
+@pytest.mark.parametrize("num_steps", range(1, 8))
+def test_a_sequence_preempted_between_two_steps_samples_its_pending_token_again(
+    num_steps: int,
+) -> None:
+    engine, _ = async_engine()
+    submit = engine.submit(1, healthy_prompt(5), max_tokens=10)
+    for _ in range(num_steps):
+        engine.step()
+    engine.core._scheduler._preempt_last()
+    engine.run()
+    assert engine.outputs[1, 0] == alone(submit)[0]
+    engine.assert_idle()
+
+
 @pytest.mark.parametrize("num_steps", range(8))
 def test_a_deadline_between_two_steps_fails_the_request(num_steps: int) -> None:
     now_s = 0.0
