@@ -1,6 +1,7 @@
 """Packs the program into one file: python -m llmsrv.bundle llmsrv.pyz, then python llmsrv.pyz.
 
-The file holds our own code and the kernels' text; the packages it needs stay with the host.
+The file holds our own code and the kernels' source; the packages it needs must be installed where
+it runs.
 """
 
 import shutil
@@ -19,12 +20,12 @@ NOT_PACKED = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 
 def bundle(target: Path) -> None:
-    """Writes the zipapp; an existing file is replaced."""
+    """Writes the zipapp, replacing an existing file."""
     package = Path(__file__).parent
     with tempfile.TemporaryDirectory() as directory:
         stage = Path(directory)
         shutil.copytree(package, stage / "llmsrv", ignore=NOT_PACKED)
-        if not (package / "kernels").exists():  # a checkout keeps them beside the package
+        if not (package / "kernels").exists():  # in a checkout they are next to the package
             kernels = package.parent / "kernels"
             shutil.copytree(kernels, stage / "llmsrv" / "kernels", ignore=NOT_PACKED)
         (stage / "__main__.py").write_text(MAIN)
@@ -37,7 +38,7 @@ def main() -> int:
         return 2
     target = Path(sys.argv[1])
     bundle(target)
-    print(f"wrote {target} ({target.stat().st_size // 1024} KiB); run it: python {target}")
+    print(f"wrote {target} ({target.stat().st_size // 1024} KiB); run it with: python {target}")
     return 0
 
 

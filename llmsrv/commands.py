@@ -1,4 +1,4 @@
-"""The commands beside serving: what they do to the cache of models, and what they print."""
+"""The commands on the model cache: pull, models and rm."""
 
 import sys
 
@@ -12,7 +12,7 @@ from llmsrv.files.source import resolve_model
 
 
 def pull(config: Config) -> None:
-    """Fetches a model; one of the hub as it is there now, also when it is in the cache."""
+    """Downloads a model and prints its path; a cached model from the hub is updated."""
     (model,) = config.model
     if model.startswith(hub.PREFIX):
         folder = config.cache_dir.absolute() / "hf"
@@ -23,18 +23,18 @@ def pull(config: Config) -> None:
 
 
 def models(config: Config) -> None:
-    """One line a model: name, size and place."""
+    """Prints a line for each model: name, size and path."""
     found = cached_models(config.cache_dir)
     if not found:
         print(f"no models in {config.cache_dir}", file=sys.stderr)
     width = max((len(model.name) for model in found), default=0)
     for model in found:
         size = f"{model.size_bytes / MEGABYTE:,.0f} MB"
-        print(f"{model.name:{width}}  {size:>10}  {model.path or 'not whole: pull it again'}")
+        print(f"{model.name:{width}}  {size:>10}  {model.path or 'incomplete: pull it again'}")
 
 
 def rm(config: Config) -> None:
-    """Removes a model and says how much space that gave."""
+    """Removes a model and prints how much space it freed."""
     (model,) = config.model
     removed = remove(model, config.cache_dir)
     print(f"removed {removed.name}, {removed.size_bytes / MEGABYTE:,.0f} MB")

@@ -1,15 +1,16 @@
-"""What goes wrong, in two kinds: errors told to a client, and to whoever started the server.
+"""The two kinds of errors: ApiError for clients, StartupError for the server's operator.
 
-ApiError is OpenAI's error object and nothing else: the one shape of every 4xx and 5xx answer and
-of every error event in a stream.  Knows nothing of HTTP framing, routes or engines.
+Every 4xx and 5xx response and every error event in a stream comes from an ApiError.  It is encoded
+as OpenAI's error object, unless the route has another dialect (asgi/dialect.py).  Knows nothing
+about HTTP framing, routes or engines.
 """
 
 import json
 from collections.abc import Mapping
 
-# OpenAI's `type` for a status; what is not listed is the caller's fault below 500 and ours above.
+# OpenAI's `type` by status; other statuses are invalid_request_error below 500, else server_error.
 TYPE_OF_STATUS = {429: "rate_limit_error", 503: "service_unavailable_error"}
-# And `code`, where the error itself names none.
+# OpenAI's `code` by status, for errors without a code of their own.
 CODE_OF_STATUS = {
     400: "bad_request",
     405: "method_not_supported",
@@ -25,12 +26,12 @@ CODE_OF_STATUS = {
 
 
 class ApiError(Exception):
-    """A request that ends with an error answer.
+    """A request that ends with an error.
 
-    status   HTTP status, 4xx for the caller's fault, 5xx for ours
-    param    the request field at fault in OpenAI's notation, as `messages[3].content`
-    code     OpenAI's machine-readable code, as `context_length_exceeded`
-    headers  further response headers, as Retry-After or Allow
+    status   HTTP status: 4xx if the client is at fault, 5xx if the server is
+    param    the request field at fault in OpenAI's notation, such as `messages[3].content`
+    code     OpenAI's machine-readable code, such as `context_length_exceeded`
+    headers  additional response headers, such as Retry-After or Allow
     """
 
     def __init__(
@@ -53,13 +54,13 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> bytes:
-        """OpenAI's error object as JSON; all four keys are always there, null or not."""
+        """OpenAI's error object as JSON; all four keys are always present, even if null."""
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return json.dumps({"error": error}).encode()
 
 
 def invalid(param: str, reason: str) -> ApiError:
-    """A field whose value cannot be, and why."""
+    """The error for a field with an invalid value; reason completes the sentence."""
     return ApiError(400, f"Invalid '{param}': {reason}.", param=param, code="invalid_value")
 
 
@@ -69,9 +70,12 @@ def missing(param: str) -> ApiError:
 
 
 class StartupError(Exception):
-    """The server cannot start or go on; the message says what was found, what was expected and what
-    to do next.  The command line prints it as it stands and exits with 1."""
+    """The server cannot start or continue.
+
+    The message says what was found, what was expected and what to do next.  The command line prints
+    it unchanged and exits with 1.
+    """
 
 
 class ModelError(StartupError):
-    """A model file or folder that is refused: the message names the file and the tensor or key."""
+    """A model file or folder is refused; the message names the file and the tensor or key."""

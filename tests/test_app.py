@@ -1,4 +1,4 @@
-"""What every route has in common: errors in one shape, keys, hosts, origins, request numbers."""
+"""What all routes have in common: the shape of errors, keys, hosts, origins, request ids."""
 
 import http.client
 import json
@@ -40,7 +40,7 @@ def ask(
 
 
 def error(body: bytes) -> dict[str, Any]:
-    """OpenAI's error object: these four keys and nothing beside them."""
+    """OpenAI's error object, which has exactly these four keys."""
     document = json.loads(body)
     assert list(document) == ["error"]
     assert set(document["error"]) == {"message", "type", "param", "code"}
@@ -48,7 +48,7 @@ def error(body: bytes) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/live"])
-def test_health_is_open_and_ok(tiny_server: RunningServer, path: str) -> None:
+def test_health_needs_no_key(tiny_server: RunningServer, path: str) -> None:
     status, headers, body = ask(tiny_server, "GET", path)
     assert (status, json.loads(body)) == (200, {"status": "ok"})
     assert headers["x-request-id"]
@@ -78,7 +78,7 @@ def test_a_wrong_key_is_the_sdk_s_authentication_error(tiny_server: RunningServe
     assert caught.value.code == "invalid_api_key"
 
 
-def test_the_key_is_taken_with_any_case_of_its_scheme(tiny_server: RunningServer) -> None:
+def test_the_scheme_of_a_key_matches_in_any_case(tiny_server: RunningServer) -> None:
     assert ask(tiny_server, "GET", "/metrics", {"Authorization": f"bearer {KEY}"})[0] == 200
 
 
@@ -103,11 +103,11 @@ def test_an_unknown_route_is_an_error_object(
     assert (headers["Allow"] is not None) == (status == 405)
 
 
-def test_an_unknown_route_is_404_only_behind_the_gate(tiny_server: RunningServer) -> None:
+def test_an_unknown_route_is_404_only_with_a_key(tiny_server: RunningServer) -> None:
     assert ask(tiny_server, "GET", "/nope")[0] == 401
 
 
-def test_an_alias_with_a_slash_is_found_as_the_sdk_sends_it(tiny_client: OpenAI) -> None:
+def test_an_alias_with_a_slash_is_found_in_the_sdk_s_encoding(tiny_client: OpenAI) -> None:
     assert tiny_client.models.retrieve("org/tiny").id == "org/tiny"
     assert [model.id for model in tiny_client.models.list()] == ["tiny", "org/tiny"]
 
@@ -139,7 +139,7 @@ BODIES = [
 
 
 @pytest.mark.parametrize("body, code", BODIES, ids=lambda v: repr(v)[:40])
-def test_a_body_that_is_no_request_is_400(
+def test_a_body_that_is_not_a_request_is_400(
     tiny_server: RunningServer, body: bytes, code: str
 ) -> None:
     status, _, answer = ask(tiny_server, "POST", "/v1/completions", JSON, body)
@@ -160,7 +160,7 @@ def test_a_body_that_is_no_request_is_400(
     ],
     ids=str,
 )
-def test_a_body_must_be_announced_as_json(
+def test_a_body_must_be_declared_as_json(
     tiny_server: RunningServer, fields: dict[str, str], status: int
 ) -> None:
     body = b'{"model": "tiny", "prompt": "a", "max_tokens": 1}'
@@ -205,7 +205,7 @@ def test_a_foreign_host_name_is_refused_on_loopback(
         assert f"--allowed-hosts {host}" in error(body)["message"]
 
 
-def test_with_a_key_any_origin_may_read_even_errors(tiny_server: RunningServer) -> None:
+def test_with_a_key_pages_of_any_origin_may_read_even_errors(tiny_server: RunningServer) -> None:
     origin = {"Origin": "https://app.example"}
     for headers in (origin, origin | AUTHORIZED):
         _, answer, _ = ask(tiny_server, "GET", "/v1/models", headers)
@@ -228,7 +228,7 @@ def test_a_preflight_needs_no_key(tiny_server: RunningServer) -> None:
     "origin, allowed",
     [("http://localhost:3000", True), ("http://127.0.0.1", True), ("https://evil.example", False)],
 )
-def test_without_a_key_only_pages_of_this_machine_may_read(
+def test_without_a_key_only_pages_of_this_machine_may_read_responses(
     server: RunningServer, origin: str, allowed: bool
 ) -> None:
     _, answer, _ = ask(server, "GET", "/v1/models", {"Origin": origin})
@@ -238,7 +238,7 @@ def test_without_a_key_only_pages_of_this_machine_may_read(
 @pytest.mark.parametrize(
     "given, kept", [("my-id.7", True), ("two words", False), ("x" * 129, False), ('{"a":1}', False)]
 )
-def test_a_client_s_request_number_is_kept_when_it_is_harmless(
+def test_a_client_s_request_id_is_kept_if_it_is_harmless(
     tiny_server: RunningServer, given: str, kept: bool
 ) -> None:
     _, answer, _ = ask(tiny_server, "GET", "/live", {"X-Request-Id": given})
@@ -251,7 +251,7 @@ def test_head_answers_as_get_without_a_body(tiny_server: RunningServer) -> None:
     assert headers["Content-Length"] == str(len('{"status":"ok"}'))
 
 
-def test_metrics_are_prometheus_text_with_the_names_of_the_dashboards(
+def test_metrics_are_prometheus_text_with_the_names_that_dashboards_use(
     tiny_server: RunningServer, tiny_client: OpenAI
 ) -> None:
     from prometheus_client.parser import text_string_to_metric_families

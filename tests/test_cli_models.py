@@ -61,7 +61,7 @@ def test_help_names_the_commands() -> None:
 
 
 @pytest.mark.parametrize("command", ["pull", "models", "rm"])
-def test_a_command_has_help_that_needs_nothing_but_the_standard_library(command: str) -> None:
+def test_the_help_of_a_command_needs_only_the_standard_library(command: str) -> None:
     ended = subprocess.run(
         [sys.executable, "-S", "llmsrv.py", command, "--help"],
         cwd=ROOT,
@@ -92,13 +92,13 @@ def test_a_commands_options_come_from_flags_then_the_environment_then_defaults()
     assert parse_command("models", [], {}).cache_dir == default_cache_dir()
 
 
-def test_an_empty_cache_is_said_apart_from_the_list(tmp_path: Path) -> None:
+def test_an_empty_cache_is_reported_on_stderr(tmp_path: Path) -> None:
     ended = run(tmp_path, "models")
     assert (ended.returncode, ended.stdout) == (0, "")
     assert ended.stderr == f"no models in {tmp_path}\n"
 
 
-def test_models_are_listed_with_name_size_and_place(tmp_path: Path) -> None:
+def test_models_are_listed_with_name_size_and_path(tmp_path: Path) -> None:
     default = cached_file(tmp_path, DEFAULT_DOWNLOAD.file_name, 98_362_432)
     mine = cached_file(tmp_path, "my model.gguf", 12_345_678_901)
     cached_file(tmp_path, ".part", 100)
@@ -110,7 +110,7 @@ def test_models_are_listed_with_name_size_and_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_of_the_hub_is_pulled_listed_served_and_removed(
+def test_a_model_from_the_hub_is_pulled_listed_served_and_removed(
     hub: FakeHub, tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
@@ -132,7 +132,7 @@ def test_a_model_of_the_hub_is_pulled_listed_served_and_removed(
 
 
 @pytest.mark.slow
-def test_a_model_of_the_hub_that_is_not_cached_is_fetched_when_served(
+def test_a_model_from_the_hub_that_is_not_cached_is_fetched_when_served(
     hub: FakeHub, tmp_path: Path
 ) -> None:
     options = ("--model", "hf:org/tiny:m", "--served-model-name", "it", "--backend", "reference")
@@ -141,7 +141,7 @@ def test_a_model_of_the_hub_that_is_not_cached_is_fetched_when_served(
         assert " with it on the " in server.output
 
 
-def test_pull_knows_paths_and_cached_names(tmp_path: Path) -> None:
+def test_pull_accepts_paths_and_cached_names(tmp_path: Path) -> None:
     path = cached_file(tmp_path, "mine.gguf", 1000)
     for name in ("mine", str(path)):
         ended = run(tmp_path, "pull", name)
@@ -152,7 +152,7 @@ def test_pull_knows_paths_and_cached_names(tmp_path: Path) -> None:
     "name",
     slow_but(["..", "../models/mine.gguf", "mine.gguf", "/", "", ".", "hf"], "..", "mine.gguf"),
 )
-def test_rm_removes_nothing_but_what_is_listed(tmp_path: Path, name: str) -> None:
+def test_rm_removes_only_models_of_the_cache(tmp_path: Path, name: str) -> None:
     path = cached_file(tmp_path, "mine.gguf", 1000)
     ended = run(tmp_path, "rm", name)
     assert ended.returncode == 1
@@ -167,7 +167,7 @@ def test_rm_removes_a_file_by_its_name(tmp_path: Path) -> None:
     assert not path.exists() and other.exists()
 
 
-def test_what_cannot_be_removed_is_said(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_removed_is_an_error_without_a_traceback(tmp_path: Path) -> None:
     path = cached_file(tmp_path, "mine.gguf", 1)
     path.unlink()
     path.mkdir()

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "model": {"files", "backend"},
     "backend": set(),
 }
-# The server process never loads numpy; the engine process never loads what serves HTTP.
+# The server process never loads numpy; the engine process never loads HTTP modules.
 NOT_IN = {
     "server": {"numpy"},
     "registry": {"numpy"},
@@ -75,7 +75,7 @@ def test_a_module_imports_only_what_its_layer_may(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [p for p in modules() if p.parts[0] in STANDARD_ONLY], ids=str)
-def test_the_asgi_toolkit_needs_the_standard_library_alone(path: Path) -> None:
+def test_the_asgi_toolkit_needs_only_the_standard_library(path: Path) -> None:
     import sys
 
     for name in imports_of(path):

@@ -1,4 +1,4 @@
-"""However it is started, server and engine are two worlds: asyncio in one, numpy in the other."""
+"""Every launcher starts two processes: one with asyncio and no numpy, one the other way round."""
 
 import os
 import subprocess
@@ -14,8 +14,8 @@ from tests.support.sdk import openai_client
 from tests.support.server import ROOT
 from tests.support.server import run_server
 
-# Written beside the model and found by Python at start (sitecustomize): prints at exit what this
-# process has loaded, so the program itself needs no hook for it.
+# Python runs this at start (sitecustomize).  At exit it writes which modules the process loaded, so
+# the program itself needs no hook for it.
 REPORT = """
 import atexit, os, sys
 def report():
@@ -58,7 +58,7 @@ def complete(url: str, model: str = "tiny") -> int:
         pytest.param("zipapp", marks=pytest.mark.slow),
     ],
 )
-def test_the_two_processes_load_only_their_own_world(
+def test_server_and_engine_load_only_their_own_modules(
     launcher: str, model: Path, zipapp: Path, tmp_path: Path
 ) -> None:
     console = "from llmsrv.cli import main; raise SystemExit(main())"  # what pip writes
@@ -85,7 +85,7 @@ def test_the_two_processes_load_only_their_own_world(
     assert not engine_world & {"asyncio", "h11", "llmsrv.asgi", "llmsrv.api"}
 
 
-def test_a_zipapp_keeps_exit_codes(zipapp: Path, tmp_path: Path) -> None:
+def test_a_zipapp_has_the_same_exit_codes(zipapp: Path, tmp_path: Path) -> None:
     def code(*options: str) -> int:
         return subprocess.run(
             [sys.executable, str(zipapp), *options], cwd=tmp_path, capture_output=True
@@ -97,7 +97,7 @@ def test_a_zipapp_keeps_exit_codes(zipapp: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_wheel_and_the_zipapp_answer_in_a_clean_environment(
+def test_the_wheel_and_the_zipapp_serve_in_a_clean_environment(
     model: Path, zipapp: Path, tmp_path: Path
 ) -> None:
     venv.create(tmp_path / "venv", with_pip=True)

@@ -1,4 +1,4 @@
-"""Log lines: escaped, never blocking."""
+"""Log lines are escaped and never block."""
 
 import logging
 import queue
@@ -12,11 +12,11 @@ def formatted(message: str, *args: object, exc_info: Any = None) -> str:
     return log._EscapingFormatter("%(message)s").format(record)
 
 
-def test_what_a_client_sent_can_neither_break_lines_nor_colour_them() -> None:
+def test_text_from_a_client_can_neither_break_lines_nor_colour_them() -> None:
     assert formatted("path %s", "a\r\nb\x1b[31m\x00") == r"path a\r\nb\x1b[31m\x00"
 
 
-def test_a_traceback_keeps_its_lines_but_not_what_is_in_them() -> None:
+def test_a_traceback_keeps_its_lines_but_its_text_is_escaped() -> None:
     try:
         raise ValueError("red \x1b[31m")
     except ValueError as error:
@@ -25,7 +25,7 @@ def test_a_traceback_keeps_its_lines_but_not_what_is_in_them() -> None:
     assert "\x1b" not in text
 
 
-def test_a_blocked_sink_drops_lines_and_says_how_many() -> None:
+def test_a_blocked_sink_drops_lines_and_reports_how_many() -> None:
     records: queue.Queue[logging.LogRecord] = queue.Queue(1)
     handler = log._DroppingHandler(records)
     for number in range(4):

@@ -104,6 +104,34 @@ def test_the_access_of_a_route_decides_who_is_let_in(
         assert caught.value.status == status
 
 
+@pytest.mark.parametrize(
+    "server, status",
+    [
+        (("127.0.0.1", 80), None),
+        (["::1", 80], None),
+        (("10.0.0.1", 80), 403),
+        (("/run/socket", None), 403),
+        (None, 403),
+    ],
+)
+def test_under_another_server_the_address_that_a_request_came_to_counts(
+    server: Any, status: int | None
+) -> None:
+    gate = Gate(None, [], [])
+    request = make_request([(b"host", b"localhost")])
+    request.scope["server"] = server
+    gate.check(request, Access.KEY)
+    if status is None:
+        gate.check(request, Access.OPERATOR)
+        rebound = make_request([(b"host", b"evil.example")])
+        rebound.scope["server"] = server
+        with pytest.raises(ApiError, match="'evil.example' is not allowed"):
+            gate.check(rebound, Access.OPEN)
+    else:
+        with pytest.raises(ApiError, match="needs an API key"):
+            gate.check(request, Access.OPERATOR)
+
+
 def test_a_removed_key_is_refused_and_a_kept_one_stays_the_same_tenant() -> None:
     gate = Gate("0.0.0.0", [], ["stays", "goes"])
     before = tenant(gate, "stays")
@@ -136,5 +164,5 @@ def test_sighup_reloads_the_key_file(tmp_path: Path) -> None:
         assert status(server, "new") == 200
         keys.write_text("")
         server.process.send_signal(signal.SIGHUP)
-        eventually(lambda: "stay as they were" in server.output)
+        eventually(lambda: "keeping the current API keys" in server.output)
         assert status(server, "new") == 200

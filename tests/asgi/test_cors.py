@@ -20,7 +20,7 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def ask(cors: CORS, method: str, **headers: str) -> tuple[int, Fields]:
-    """Status and the CORS fields of the answer; header names with _ for -."""
+    """The status and CORS fields of the response; header names with _ for -."""
     messages: list[Message] = []
 
     async def send(message: Message) -> None:

@@ -1,4 +1,4 @@
-"""A route whose clients expect another error shape and named events than OpenAI's do."""
+"""Routes whose clients expect other errors and events than OpenAI's clients do."""
 
 import asyncio
 import json

@@ -14,7 +14,7 @@ DISCONNECT = {"type": "http.disconnect"}
 
 
 class Inbox:
-    """A receive() that the test fills; empty, it waits."""
+    """A receive() that the test fills; it waits while empty."""
 
     def __init__(self, messages: Sequence[Message] = ()) -> None:
         self._messages: asyncio.Queue[Message] = asyncio.Queue()

@@ -17,7 +17,7 @@ from llmsrv.errors import ApiError
 
 
 class Outbox:
-    """A send() that keeps everything."""
+    """A send() that keeps all messages."""
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
@@ -41,7 +41,7 @@ async def iterate(*items: bytes | Exception) -> AsyncIterator[bytes]:
         yield item
 
 
-def test_a_stream_is_a_head_at_once_events_and_an_end() -> None:
+def test_a_stream_sends_its_head_at_once_then_events_then_its_end() -> None:
     outbox = Outbox()
     asyncio.run(EventStream(iterate(b'{"a":1}', b"[DONE]"), headers=[(b"x", b"y")])(outbox))
     start, flush = outbox.messages[:2]

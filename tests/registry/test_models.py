@@ -1,5 +1,5 @@
-"""Several models at once: each request goes to the one it names, and what becomes of one model is
-nothing to the others."""
+"""Several models at once: each request goes to the model it names, and trouble with one model does
+not affect the others."""
 
 import asyncio
 import dataclasses
@@ -34,12 +34,12 @@ from tests.support.server import eventually
 from tests.support.server import run_server
 
 LONG = 60_000  # tokens that no test waits for
-UNUSABLE = ("cut", "foreign")  # by their text, and only by their tensors
+UNUSABLE = ("cut", "foreign")  # refused for its text half; refused by the engine
 
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """Three models, of which two fit, and two files that are none."""
+    """Three models, of which two may be loaded, and two unusable files."""
     folder = tmp_path_factory.mktemp("several")
     lengths = {"a": 65536, "b": 512, "c": 256}
     paths = [
@@ -109,7 +109,7 @@ def metric(server: RunningServer, name: str, model: str) -> float:
 
 
 class Stream:
-    """A long stream that is read in a thread; finish_reason or `error` is what ended it."""
+    """A long stream, read in a thread; it ends with finish_reason or `error`."""
 
     def __init__(self, server: RunningServer, model: str, num_tokens: int = LONG) -> None:
         client = openai_client(server.url)
@@ -141,7 +141,7 @@ class Stream:
                 self.finish_reason = chunk.choices[0].finish_reason
         except openai.APIError as error:
             self.error = error
-        except Exception:  # what httpx raises for a stream that is closed beside its reader
+        except Exception:  # httpx's, when another thread closes the stream
             pass
 
 
@@ -163,7 +163,7 @@ def test_each_model_has_its_own_metrics(several: RunningServer) -> None:
     assert after == {"a": 0, "b": 3, "c": 0}
 
 
-def test_one_model_too_many_unloads_the_least_recently_used(several: RunningServer) -> None:
+def test_loading_beyond_the_limit_unloads_the_least_recently_used(several: RunningServer) -> None:
     load_only(several, "a", "b")
     text_of(several, "b")
     text_of(several, "a")
@@ -175,7 +175,7 @@ def test_one_model_too_many_unloads_the_least_recently_used(several: RunningServ
 
 
 @pytest.mark.slow
-def test_a_model_that_answers_is_not_the_least_recently_used(several: RunningServer) -> None:
+def test_a_busy_model_is_not_unloaded_for_another(several: RunningServer) -> None:
     load_only(several, "a", "b")
     with Stream(several, "a") as stream:
         text_of(several, "b")
@@ -185,7 +185,7 @@ def test_a_model_that_answers_is_not_the_least_recently_used(several: RunningSer
 
 
 @pytest.mark.parametrize("name", ["cut", pytest.param("foreign", marks=pytest.mark.slow)])
-def test_a_model_that_cannot_be_loaded_is_told_and_changes_nothing(
+def test_a_model_that_cannot_be_loaded_is_an_error_and_changes_nothing(
     several: RunningServer, name: str
 ) -> None:
     load_only(several, "a", "b")
@@ -207,7 +207,7 @@ def test_a_model_that_cannot_be_loaded_is_told_and_changes_nothing(
 async def test_an_engine_that_ends_while_it_loads_is_not_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As by the kernel, when there is no memory for one model more."""
+    """The kernel ends it like this if there is no memory for another model."""
     monkeypatch.setattr(process, "main", main_that_sends_garbage)
     path = write_tiny_llama(tmp_path / "x.gguf")
     models = Models(config(), [Model(["x"], path)])
@@ -218,7 +218,7 @@ async def test_an_engine_that_ends_while_it_loads_is_not_started_again(
 
 
 @pytest.mark.slow
-def test_a_model_that_is_unloaded_ends_what_runs_after_its_grace(several: RunningServer) -> None:
+def test_unloading_a_model_ends_its_requests_after_their_grace(several: RunningServer) -> None:
     load_only(several, "a", "b")
     with Stream(several, "a") as stream:
         unloading = threading.Thread(target=unload, args=(several, "a"))
@@ -236,7 +236,7 @@ def test_a_model_that_is_unloaded_ends_what_runs_after_its_grace(several: Runnin
     assert text_of(several, "a")
 
 
-def test_a_short_answer_is_finished_before_its_model_goes(several: RunningServer) -> None:
+def test_a_short_answer_is_finished_before_its_model_is_unloaded(several: RunningServer) -> None:
     load_only(several, "a")
     with Stream(several, "a", num_tokens=200) as stream:
         unload(several, "a")
@@ -244,7 +244,7 @@ def test_a_short_answer_is_finished_before_its_model_goes(several: RunningServer
         assert stream.finish_reason == "length"
 
 
-def test_without_any_model_the_server_is_not_healthy(several: RunningServer) -> None:
+def test_a_server_without_loaded_models_is_not_healthy(several: RunningServer) -> None:
     load_only(several)
     assert call(several, "GET", "/live")[0] == 200
     status, answer = call(several, "GET", "/health")
@@ -254,7 +254,7 @@ def test_without_any_model_the_server_is_not_healthy(several: RunningServer) -> 
 
 
 @pytest.mark.slow
-def test_a_killed_engine_is_the_trouble_of_its_model_alone(several: RunningServer) -> None:
+def test_a_killed_engine_affects_only_its_model(several: RunningServer) -> None:
     load_only(several, "b")
     b = several.engine_pid()
     load(several, "a")
@@ -287,7 +287,7 @@ def test_a_signal_ends_every_engine(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_model_may_answer_to_any_name(tmp_path: Path) -> None:
+def test_a_single_model_may_answer_to_any_name(tmp_path: Path) -> None:
     path = write_tiny_llama(tmp_path / "tiny.gguf")
     with run_server("--model", str(path), "--any-model-name") as server:
         assert text_of(server, "gpt-4o") == text_of(server, "tiny")
@@ -316,7 +316,7 @@ def config(*models: str, **options: Any) -> Config:
     return Config(model=list(models), cache_dir=Path("/nonexistent"), **options)
 
 
-def test_a_name_is_what_stands_before_the_sign_of_equality_unless_that_is_a_file(
+def test_the_name_precedes_the_equals_sign_unless_the_whole_is_a_file(
     tmp_path: Path,
 ) -> None:
     path = write_tiny_llama(tmp_path / "x=1.gguf")
@@ -324,18 +324,18 @@ def test_a_name_is_what_stands_before_the_sign_of_equality_unless_that_is_a_file
     assert [(model.names, model.path) for model in models] == [(["x=1"], path), (["org/y"], path)]
 
 
-def test_no_model_is_not_enough() -> None:
+def test_at_least_one_model_is_required() -> None:
     with pytest.raises(StartupError, match="--model names no model"):
         find_models(config())
 
 
-def test_several_models_are_told_apart_by_their_names(tmp_path: Path) -> None:
+def test_two_models_need_different_names(tmp_path: Path) -> None:
     path = str(write_tiny_llama(tmp_path / "x.gguf"))
     with pytest.raises(StartupError, match="two models are called 'x'.*NAME=PATH"):
         find_models(config(path, f"x={path}"))
 
 
-def test_a_model_leaves_room_for_the_largest_that_may_be_loaded_beside_it(tmp_path: Path) -> None:
+def test_an_engine_leaves_room_for_the_largest_other_models(tmp_path: Path) -> None:
     sizes = {"small.gguf": 10, "large-00001-of-00002.gguf": 30, "large-00002-of-00002.gguf": 40}
     for name, size in sizes.items():
         (tmp_path / name).write_bytes(bytes(size))
@@ -356,6 +356,6 @@ def test_a_model_leaves_room_for_the_largest_that_may_be_loaded_beside_it(tmp_pa
     [{"served_model_name": ["z"]}, {"chat_template": "t.jinja"}, {"any_model_name": True}],
     ids=lambda options: next(iter(options)),
 )
-def test_what_fits_one_model_is_refused_for_several(options: dict[str, Any]) -> None:
+def test_options_for_a_single_model_are_refused_for_several(options: dict[str, Any]) -> None:
     with pytest.raises(StartupError, match="for one model"):
         find_models(config("x.gguf", "y.gguf", **options))

@@ -1,4 +1,4 @@
-"""Whose request is refused when the queue is full."""
+"""Which requests a full queue refuses."""
 
 from typing import Any
 from typing import cast
@@ -26,7 +26,7 @@ class Engine:
         ({b"": (10, 0)}, b"", 503),
         ({b"": (1, 1000)}, b"", 503),
         ({b"a": (10, 0)}, b"a", 503),  # alone
-        ({b"a": (10, 0)}, b"b", None),  # its share is kept for it
+        ({b"a": (10, 0)}, b"b", None),  # its share stays reserved
         ({b"a": (10, 0), b"b": (4, 0)}, b"b", None),
         ({b"a": (10, 0), b"b": (5, 0)}, b"b", 429),
         ({b"a": (10, 0), b"b": (1, 0)}, b"a", 429),
@@ -35,7 +35,7 @@ class Engine:
         ({b"a": (5, 0), b"b": (4, 0)}, b"a", None),
     ],
 )
-def test_a_full_queue_refuses_those_who_fill_it(
+def test_a_full_queue_refuses_the_tenants_that_fill_it(
     queued: dict[bytes, Any], tenant: bytes, status: int | None
 ) -> None:
     engine = Engine({name: Queued(*counts) for name, counts in queued.items()})

@@ -1,4 +1,4 @@
-"""Opens a file in a process of its own, whose peak of memory is its own."""
+"""Opens a file in a fresh process, to measure its own peak memory."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-# Linux counts in ru_maxrss what the parent had when it started the child; VmHWM it does not.
+# On Linux ru_maxrss includes the parent's memory at the time of the fork; VmHWM does not.
 SCRIPT = """
 import resource, sys, time
 from importlib import import_module
@@ -25,7 +25,7 @@ print(peak_bytes() - before, time.process_time() - start)
 
 
 class Opened(NamedTuple):
-    """What it took beside Python itself, and the name of the exception, "" where there was none."""
+    """What opening the file cost on top of Python itself; error: the exception's name, or ""."""
 
     peak_bytes: int
     seconds: float

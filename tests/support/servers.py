@@ -1,4 +1,4 @@
-"""Servers that the tests of the routes share: the real model, and a tiny random one."""
+"""Servers that the route tests share: with the default model, and with a tiny random one."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,14 +16,14 @@ KEY = "sk-test-0123456789"
 
 @pytest.fixture(scope="session")
 def server(smollm2: Path) -> Iterator[RunningServer]:
-    """The default model as the README's first command starts it."""
+    """The default model, started like in the README's first command."""
     with run_server() as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def reference_client(smollm2: Path) -> Iterator[OpenAI]:
-    """The default model on the backend that is believed."""
+    """The default model on the reference backend."""
     with run_server("--backend", "reference") as running:
         yield openai_client(running.url)
 
@@ -40,7 +40,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_server(tiny_model: Path) -> Iterator[RunningServer]:
-    """A random model of a few layers, with a key and an alias: quick, and what it says is noise."""
+    """A small random model, with a key and an alias: fast, but its output is noise."""
     names = ["--served-model-name", "tiny,org/tiny"]
     environment = {"LLMSRV_API_KEY": KEY}
     with run_server("--model", str(tiny_model), *names, environment=environment) as running:
@@ -54,7 +54,8 @@ def tiny_client(tiny_server: RunningServer) -> OpenAI:
 
 @pytest.fixture(scope="session")
 def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """Without a key; sequences are long enough to be met running, and tests may kill the engine."""
+    """A server without a key.  Its context is long enough for requests that are still running when
+    a test needs them, and tests may kill its engine."""
     path = tmp_path_factory.mktemp("open") / "tiny.gguf"
     write_tiny_llama(path, context_length=16384)
     with run_server("--model", str(path)) as running:

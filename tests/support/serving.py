@@ -1,4 +1,4 @@
-"""Our HTTP server on a thread of its own, and clients that say exactly the bytes they are given."""
+"""Our HTTP server on its own thread, and clients that send exactly the bytes they are given."""
 
 import asyncio
 import http.client
@@ -66,7 +66,7 @@ class Client:
         self.socket.shutdown(socket.SHUT_WR)
 
     def reset(self) -> None:
-        """Closes with RST in place of FIN."""
+        """Closes with RST instead of FIN."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()
 
@@ -101,7 +101,7 @@ def parse_answers(data: bytes, methods: tuple[str, ...] = ()) -> list[Answer]:
 
 
 class _Socket:
-    """As much of a socket as http.client asks for; all responses share one stream."""
+    """The part of a socket that http.client uses; all responses share one stream."""
 
     def __init__(self, stream: io.BytesIO) -> None:
         self._stream = stream
@@ -112,7 +112,7 @@ class _Socket:
 
 class _Unclosable(io.BufferedReader):
     def __init__(self, stream: io.BytesIO) -> None:
-        # A buffer of one byte, so that nothing of the next response is read ahead.
+        # A buffer of one byte, so that the next response is not read ahead.
         super().__init__(stream, buffer_size=1)
 
     def close(self) -> None:
@@ -120,7 +120,7 @@ class _Unclosable(io.BufferedReader):
 
 
 class Serving:
-    """A running server: its port, counters, and what goes on in its loop."""
+    """A running server: its port, its counters, and access to its event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, server: Server, port: int) -> None:
         self.loop = loop
@@ -179,7 +179,7 @@ async def send_response(
 
 
 async def read_body(receive: Receive) -> bytes | None:
-    """The whole body; None when the client goes away first."""
+    """The whole body; None if the client goes away first."""
     body = b""
     while True:
         message = await receive()
@@ -191,7 +191,7 @@ async def read_body(receive: Receive) -> bytes | None:
 
 
 def recording(scopes: list[Scope]) -> ASGIApp:
-    """An application that notes each scope with its body as scope["body"], and echoes the body."""
+    """An application that echoes the body, and records each scope with it as scope["body"]."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         scope["body"] = await read_body(receive)

@@ -1,4 +1,4 @@
-"""What /metrics says: exact counts of requests whose tokens are known."""
+"""/metrics: exact counts for requests with known tokens."""
 
 import urllib.request
 
@@ -15,7 +15,7 @@ from tests.support.sdk import openai_client
 from tests.support.server import RunningServer
 from tests.support.server import eventually
 
-# What dashboards, autoscalers and inference gateways ask for, with all of these labels.
+# The families that dashboards, autoscalers and inference gateways query.
 MODEL_FAMILIES = """
     num_requests_running num_requests_waiting num_requests_waiting_by_reason kv_cache_usage_perc
     gpu_cache_usage_perc prefix_cache_queries prefix_cache_hits num_preemptions prompt_tokens
@@ -31,7 +31,7 @@ PROMPT = [5, 6, 7]
 
 
 def samples(server: RunningServer) -> dict[str, float]:
-    """By name, and for what has further labels by those as well."""
+    """The samples by name and, if they have further labels, by those too."""
     with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as response:
         text = response.read().decode()
     values = {}
@@ -87,7 +87,7 @@ def test_ten_requests_of_ten_tokens_are_counted_to_the_token(open_server: Runnin
     assert 0 < sum(growth[part] for part in parts) < growth["e2e_request_latency_seconds_sum"]
 
 
-def test_each_choice_is_a_request_of_its_own(open_server: RunningServer) -> None:
+def test_each_choice_counts_as_a_request(open_server: RunningServer) -> None:
     before = samples(open_server)
     complete(open_server, n=3)
     growth = grown(open_server, before)
@@ -97,7 +97,7 @@ def test_each_choice_is_a_request_of_its_own(open_server: RunningServer) -> None
     assert growth["request_max_num_generation_tokens_sum"] == 10
 
 
-def test_every_family_is_there_with_the_labels_that_dashboards_filter_on(
+def test_every_family_is_present_with_the_labels_that_dashboards_filter_on(
     open_server: RunningServer,
 ) -> None:
     complete(open_server)
@@ -115,7 +115,7 @@ def test_every_family_is_there_with_the_labels_that_dashboards_filter_on(
     assert families["llmsrv:http_client_stalled"].samples[0].value == 0
 
 
-def test_what_a_client_leaves_and_what_it_got_wrong_is_counted_as_such(
+def test_aborted_and_invalid_requests_are_counted_as_such(
     open_server: RunningServer,
 ) -> None:
     before = samples(open_server)
@@ -143,9 +143,9 @@ def test_a_histogram_counts_each_value_up_to_its_bound() -> None:
     assert list(TOKEN_S) == sorted(TOKEN_S)
 
 
-def test_counters_outlive_the_engine_that_they_come_from() -> None:
+def test_counters_survive_a_restart_of_the_engine() -> None:
     counters = Counters()
-    for num_preemptions in (0, 3, 5, 1, 1, 2):  # a new engine begins at 0 again
+    for num_preemptions in (0, 3, 5, 1, 1, 2):  # a new engine starts at 0 again
         gauges = Gauges(num_preemptions=num_preemptions, num_prefix_hits=10 * num_preemptions)
         counters.note_step(Step([], [], [], [], gauges), 0)
     assert (counters.num_preemptions, counters.prefix_cache_hits) == (7, 70)
