@@ -1,7 +1,7 @@
-"""Philox4x32-10: random bits as a function of a key and a counter, with no state to keep.
+"""Philox4x32-10: random bits as a pure function of a key and a counter.
 
-The same counter gives the same bits whatever ran before, so a sequence draws the same numbers
-alone, in any batch, after a preemption and on every backend.
+The same counter always gives the same bits.  So a sequence draws the same numbers alone, in any
+batch, after a preemption and on every backend.
 Source: Salmon et al. 2011, Parallel Random Numbers: As Easy as 1, 2, 3, section 3.3.
 """
 
@@ -14,7 +14,7 @@ MASK = 0xFFFFFFFF
 def philox4x32(
     counter: tuple[int, int, int, int], key: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    """Four random 32-bit words of a counter of four words and a key of two."""
+    """Four random 32-bit words for a counter of four words and a key of two."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
@@ -32,10 +32,10 @@ def philox4x32(
 
 
 def uniform_bits(seed: int, choice: int, output_position: int) -> int:
-    """The 64 bits that decide one token, uniform over 0 .. 2**64 - 1.
+    """The 64 random bits that decide one token, uniform over 0 .. 2**64 - 1.
 
-    key (seed low, seed high), counter (choice, position low, position high, 0); the result is the
-    first word plus 2**32 times the second.
+    The key is (seed low, seed high), the counter (choice, position low, position high, 0).  The
+    result is the first word plus 2**32 times the second.
     """
     counter = choice, output_position & MASK, output_position >> 32, 0
     low, high, _, _ = philox4x32(counter, (seed & MASK, seed >> 32))

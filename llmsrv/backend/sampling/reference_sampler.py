@@ -1,33 +1,35 @@
-"""The sampling contract: what every backend makes of logits, to the bit, and its form in numpy.
+"""The sampling contract, which every backend follows to the bit, and its implementation in numpy.
 
-Equal float32 logits give equal ids on every backend.  All that is float here is float32, each
-operation rounded by itself (no fused multiply-add), and everything after exp is an integer.
+Equal float32 logits give equal ids on every backend.  All floats here are float32, each operation
+is rounded separately (no fused multiply-add), and everything after exp is an integer.
 
 For each row, in this order:
-    1  logit_bias is added; -inf is given to ids outside the allowed mask, to the end ids before
-       min_tokens, and to ids outside the grammar mask
-    2  penalties, of ids seen:  repetition r (in prompt or output): l / r where l > 0, else l * r;
-       presence p (in the output): l - p;  frequency f: l - f * count in the output
-    3  temperature 0: the largest logit, the lowest id among equals.  Otherwise
+    1  add logit_bias; set to -inf the ids outside the allowed mask, the end ids before min_tokens,
+       and the ids outside the grammar mask
+    2  penalties on logits l of ids seen before:  repetition r (seen in prompt or output): l / r if
+       l > 0, else l * r;  presence p (seen in the output): l - p;  frequency f: l - f * count in
+       the output
+    3  temperature 0 takes the largest logit, on a tie the lowest id.  Otherwise
        x = (logit - max) / temperature, so that x <= 0 whatever the temperature
     4  top_k keeps the k largest x
-    5  weight = floor(exp(x) * 2**40), exp as in `weights_of`; from here on integers only
+    5  weight = floor(exp(x) * 2**40), with exp as in `weights_of`; from here on, integers only
     6  top_p keeps the largest weights until they reach top_p of their sum
     7  min_p keeps weights of at least min_p of the largest weight, which is 2**40
-    8  typical_p keeps the ids whose surprise is nearest to the mean one, until they reach typical_p
-       of the sum (Meister et al. 2022); the surprise is -x, up to a constant that cancels out
-    9  the draw: target = (64 random bits * sum of weights) >> 64 (philox.uniform_bits); the first
-       id in id order at which the running sum exceeds target
-Among equals the lowest id goes first.  A share of a sum is ceil(sum * fraction / 2**32), at least
-1, with fraction = floor(share * 2**32): at least one id is always kept, and 1.0 keeps all.
+    8  typical_p keeps the ids whose surprise is nearest to the mean surprise, until they reach
+       typical_p of the sum (Meister et al. 2022); surprise is -x, up to a constant that cancels out
+    9  draw: target = (64 random bits * sum of weights) >> 64 (philox.uniform_bits); the id drawn is
+       the first in id order at which the running sum exceeds target
+Ties go to the lowest id.  A share of a sum is ceil(sum * fraction / 2**32), at least 1, where
+fraction = floor(share * 2**32): at least one id is always kept, and a share of 1.0 keeps all.
 
-A row whose logits hold NaN or +inf, or where nothing is left to choose, fails alone: its id is -1.
-Reported log-probabilities are those of the model's own logits, before all of this: logit - max less
-the float64 logarithm of the sum of the weights of step 5, for temperature 1, over 2**40.
+A row whose logits contain NaN or +inf, or that has no id left to draw, gets the id FAILED; other
+rows are not affected.  Log-probabilities are those of the model's own logits, before any of these
+steps: logit - max - log(sum / 2**40), in float64, where sum is that of the weights of step 5 at
+temperature 1.
 
-Speculation: several rows of one slot are drawn as if the sequence had put out the ids drafted for
-the rows before.  Each draw uses its own position, so a row draws what plain decoding would draw
-there, as long as every draft before it is what its own row drew.
+Speculation: rows of one slot are drawn as if the draft tokens before them were part of the output.
+Each row draws with the random bits of its own position, so it draws what plain decoding would draw
+there, as long as every draft before it equals what its own row drew.
 """
 
 import math
@@ -57,9 +59,11 @@ def float32(hexadecimal: str) -> np.float32:
     return np.float32(float.fromhex(hexadecimal))
 
 
-# exp(x) = 2**n * exp(r), n = rint(x * LOG2_E), r = x - n * ln 2 in two steps, |r| <= ln(2) / 2.
-# LN2_HIGH ends in zeros, so that n * LN2_HIGH is exact.  exp(r) = 1 + r + c2 r**2 + ... c6 r**6, by
-# Horner, fitted for the least largest relative error: 3e-9, 1e-7 with rounding.  exp(0) is 1.
+# exp(x) = 2**n * exp(r), where n = rint(x * LOG2_E), r = x - n * ln 2 in two steps, so that
+# |r| <= ln(2) / 2.
+# LN2_HIGH ends in zeros, so that n * LN2_HIGH is exact.  exp(r) = 1 + r + c2 r**2 + ... c6 r**6 by
+# Horner's rule; the coefficients minimize the largest relative error, which is 3e-9, or 1e-7 with
+# rounding.  exp(0) is exactly 1.
 LOG2_E = float32("0x1.715476p+0")
 LN2_HIGH = float32("0x1.62e4p-1")
 LN2_LOW = float32("0x1.7f7d1cp-20")
@@ -72,10 +76,10 @@ EXP_COEFFICIENTS = (  # c6 first
     float32("0x1.0p+0"),
     float32("0x1.0p+0"),
 )
-LEAST_X = np.float32(-28)  # below, exp(x) * 2**40 < 1: the weight is 0
+LEAST_X = np.float32(-28)  # for smaller x, exp(x) * 2**40 < 1: the weight is 0
 
 
-@np.errstate(over="ignore")  # x may be -inf, and a bias may overflow: both are defined
+@np.errstate(over="ignore")  # x may be -inf and a bias may overflow; both have a defined result
 def sample(
     logits: Floats,
     table: SamplingTable,
@@ -84,26 +88,27 @@ def sample(
     targets: Ids | None = None,
     drafts: Ids | None = None,
 ) -> Samples:
-    """Samples each row of logits [R, vocab_size] by its slot's parameters, and counts what it drew.
+    """Plan.sample for logits [R, vocab_size]: samples each row with its slot's parameters, and
+    counts the drawn ids for penalties.
 
-    slots             [R], the rows of a slot side by side
-    output_positions  [R], how many tokens the sequence has put out before this one
+    slots             [R], rows of the same slot adjacent
+    output_positions  [R], the number of tokens in the sequence's output before this row's
     targets           [R], an id to report the log-probability of instead of drawing one, as for the
                       tokens of a prompt; -1 to draw
-    drafts            [R], the id that the row before, of the same slot, is supposed to draw; -1 for
-                      the first row of a slot that is drawn
+    drafts            [R], the draft token that the previous row, of the same slot, should draw; -1
+                      in the first row of a slot that is drawn
     """
     no_ids = np.full(len(logits), -1, np.int32)
     targets = no_ids if targets is None else targets
     drafts = no_ids if drafts is None else drafts
-    largest = logits.argmax(axis=1)  # of a row with NaN, the NaN
+    largest = logits.argmax(axis=1)  # in a row with NaN, this is the NaN
     ids = largest.astype(np.int32)
-    sound = np.isfinite(logits[np.arange(len(logits)), largest])
+    is_sound = np.isfinite(logits[np.arange(len(logits)), largest])
     logprobs = np.full(len(logits), np.nan, np.float32)
     alternatives = [(np.zeros(0, np.int32), np.zeros(0, np.float32)) for _ in range(len(logits))]
     for row, slot in enumerate(slots.tolist()):
         parameters, extras = table.parameters[slot], table.extras.get(slot)
-        if not sound[row]:
+        if not is_sound[row]:
             ids[row] = FAILED
         elif targets[row] >= 0:
             ids[row] = targets[row]
@@ -123,7 +128,7 @@ def sample(
 
 
 def drafted_before(drafts: Ids, row: int) -> Ids:
-    """What the row's sequence is supposed to put out in this step before the row."""
+    """The draft tokens that precede the row in this step."""
     first = row
     while drafts[first] >= 0:
         first -= 1
@@ -131,7 +136,7 @@ def drafted_before(drafts: Ids, row: int) -> Ids:
 
 
 def are_reached(ids: Ids, drafts: Ids) -> Bools:
-    """[R], whether the row has an id, and every draft before it is what its own row drew."""
+    """[R], True if the row has an id and every draft before it equals what its own row drew."""
     reached: Bools = ids != FAILED
     for row in np.flatnonzero(drafts >= 0).tolist():
         reached[row] &= reached[row - 1] and ids[row - 1] == drafts[row]
@@ -139,20 +144,20 @@ def are_reached(ids: Ids, drafts: Ids) -> Bools:
 
 
 def log_softmax(logits: Floats, ids: Integers) -> Floats:
-    """The log-probabilities of ids by the logits [vocab_size] of one row."""
+    """The log-probabilities of `ids` under the logits [vocab_size] of one row."""
     x = logits - logits.max()
-    # A sum of weights is the same in any order.
+    # Integers: the sum does not depend on the order.
     log_sum = math.log(int(weights_of(x[x >= LEAST_X]).sum()) / 2**WEIGHT_BITS)
     logprobs: Floats = (x[ids].astype(np.float64) - log_sum).astype(np.float32)
     return logprobs
 
 
 def largest_of(values: Floats, k: int) -> Integers:
-    """Where the k largest values are, the largest first, the lowest index first among equals."""
+    """The indices of the k largest values, largest first, ties by lowest index."""
     if k == 0:
         return np.zeros(0, np.int64)
     kth = np.partition(values, len(values) - k)[len(values) - k]
-    places = np.flatnonzero(values >= kth)  # k, or more where some equal the kth
+    places = np.flatnonzero(values >= kth)  # k of them, or more on a tie with the kth
     return places[np.argsort(-values[places], kind="stable")[:k]]
 
 
@@ -163,17 +168,17 @@ def candidates(
     output_position: int = 0,
     drafted: Sequence[int] | Ids = (),
 ) -> tuple[Ids, Integers]:
-    """Steps 1 to 8 for the logits [vocab_size] of one row: the ids that may be drawn, in id order,
-    and their weights.  Both are empty where nothing is left to choose."""
+    """Steps 1 to 8 for the logits [vocab_size] of one row: the ids that can be drawn, in id order,
+    and their weights.  Both are empty if no id is left."""
     if extras is not None:
         logits = _masked(logits, extras, output_position, len(drafted))
-        _penalise(logits, parameters, extras, drafted)
+        _apply_penalties(logits, parameters, extras, drafted)
     best = logits.argmax()
     if not np.isfinite(logits[best]):
         return np.zeros(0, np.int32), np.zeros(0, np.int64)
     if parameters["temperature"] == 0:
         return np.array([best], np.int32), np.array([1], np.int64)
-    # From here on parallel arrays in id order, of the ids that are left.
+    # From here on, ids, x and weights are parallel arrays in id order of the ids that are left.
     x = (logits - logits[best]) / parameters["temperature"]
     ids = np.flatnonzero(x >= LEAST_X).astype(np.int32)
     x = x[ids]
@@ -217,7 +222,7 @@ def _masked(logits: Floats, extras: Extras, output_position: int, num_drafted: i
     return logits
 
 
-def _penalise(
+def _apply_penalties(
     logits: Floats, parameters: Any, extras: Extras, drafted: Sequence[int] | Ids
 ) -> None:
     """Step 2, in place."""
@@ -228,30 +233,30 @@ def _penalise(
     seen = np.flatnonzero((counts > 0) | extras.in_prompt)
     values, penalty = logits[seen], parameters["repetition_penalty"]
     logits[seen] = np.where(values > 0, values / penalty, values * penalty)
-    put_out = np.flatnonzero(counts)
-    logits[put_out] -= parameters["presence_penalty"]
-    logits[put_out] -= parameters["frequency_penalty"] * counts[put_out].astype(np.float32)
+    in_output = np.flatnonzero(counts)
+    logits[in_output] -= parameters["presence_penalty"]
+    logits[in_output] -= parameters["frequency_penalty"] * counts[in_output].astype(np.float32)
 
 
 def weights_of(x: Floats) -> Integers:
-    """floor(exp(x) * 2**40) for float32 x in -28 .. 0, by separately rounded operations."""
+    """floor(exp(x) * 2**40) for float32 x in -28 .. 0, with every operation rounded separately."""
     n = np.rint(x * LOG2_E)
     r = (x - n * LN2_HIGH) - n * LN2_LOW
     exp_r = np.full_like(r, EXP_COEFFICIENTS[0])
     for coefficient in EXP_COEFFICIENTS[1:]:
         exp_r = exp_r * r + coefficient
-    # Scaling by a power of two is exact; weights are not negative, so that astype floors.
+    # Scaling by a power of two is exact.  Weights are not negative, so astype rounds down.
     weights: Integers = np.ldexp(exp_r, n.astype(np.int32) + WEIGHT_BITS).astype(np.int64)
     return weights
 
 
 def _share(total: int, fraction: int) -> int:
-    """The least integer that is `fraction` / 2**32 of the total, at least 1."""
+    """`fraction` / 2**32 of the total, rounded up, at least 1."""
     return max(1, -(-total * fraction >> FRACTION_BITS))
 
 
 def _until(order: Integers, weights: Integers, goal: int) -> Integers:
-    """The first places of `order` at which the weights reach the goal, back in id order."""
+    """The shortest prefix of `order` whose weights reach the goal, sorted into id order."""
     count = np.searchsorted(weights[order].cumsum(), goal) + 1
     return np.sort(order[:count])
 
@@ -259,7 +264,7 @@ def _until(order: Integers, weights: Integers, goal: int) -> Integers:
 def _top_p(weights: Integers, fraction: int) -> Integers:
     total = int(weights.sum())
     goal = _share(total, fraction)
-    # Saves sorting the long tail: all weights below (total - goal) / N together weigh less than
+    # Leave the long tail unsorted: all weights below (total - goal) / N together are less than
     # total - goal, so the others reach the goal without them.
     likely = np.flatnonzero(weights * len(weights) >= total - goal)
     return _until(likely[np.argsort(-weights[likely], kind="stable")], weights, goal)
@@ -267,8 +272,8 @@ def _top_p(weights: Integers, fraction: int) -> Integers:
 
 def _typical_p(x: Floats, weights: Integers, fraction: int) -> Integers:
     surprise = np.floor(-x * np.float32(2**SURPRISE_BITS)).astype(np.int64)
-    # w * surprise stays below 2**60 / e, since w is 2**40 * exp(x) and t * exp(-t) <= 1 / e; the
-    # shifts let sums of any vocabulary fit.
+    # w * surprise stays below 2**60 / e, since w = 2**40 * exp(x) and t * exp(-t) <= 1 / e.  The
+    # shifts make the sums fit for any vocabulary.
     mean = int((weights * surprise >> 24).sum()) // (int(weights.sum()) >> 24)
     order = np.argsort(np.abs(surprise - mean), kind="stable")
     return _until(order, weights, _share(int(weights.sum()), fraction))

@@ -1,7 +1,7 @@
-"""The sampling parameters of every running sequence, where compiled code finds them too.
+"""The sampling parameters of all running sequences, in a form that compiled code reads too.
 
-A table is written when a sequence takes its slot, and where a grammar narrows the ids that it may
-draw next; what each parameter means is said in sampling.py.
+The table is written when a sequence takes a slot, and whenever a grammar changes the ids that the
+sequence may draw next.  reference_sampler.py says what each parameter means.
 """
 
 from collections.abc import Mapping
@@ -32,15 +32,15 @@ PARAMETERS = np.dtype(
         ("repetition_penalty", np.float32),
         ("presence_penalty", np.float32),
         ("frequency_penalty", np.float32),
-        ("num_logprobs", np.int32),  # -1: none; 0: the sampled id's; k: k alternatives beside it
-        ("has_extras", np.int32),  # 1 where `extras` has the slot
+        ("num_logprobs", np.int32),  # -1: none; 0: the sampled id's; k: also those of the k best
+        ("has_extras", np.int32),  # 1 if `extras` has the slot
     ]
 )
 
 
 @dataclass(frozen=True)
 class SamplingParameters:
-    """How the tokens of one sequence are drawn, as its request asked; the values are neutral."""
+    """How to sample one sequence, as its request asks; the defaults change nothing."""
 
     seed: int = 0  # 0 .. 2**64 - 1
     choice: int = 0  # index among the choices of one request
@@ -54,9 +54,9 @@ class SamplingParameters:
     frequency_penalty: float = 0.0
     num_logprobs: int = -1
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    allowed: Mask | None = None  # as `mask_of` makes it
-    min_tokens: int = 0  # before so many are put out none of
-    end_ids: Sequence[int] = ()  # these is drawn
+    allowed: Mask | None = None  # a mask made by mask_of
+    min_tokens: int = 0  # end_ids are not drawn before the output has this many tokens
+    end_ids: Sequence[int] = ()
 
     @property
     def has_penalties(self) -> bool:
@@ -65,21 +65,21 @@ class SamplingParameters:
 
     @property
     def has_extras(self) -> bool:
-        """Whether the slot needs more than its numbers."""
+        """True if the slot needs Extras."""
         has_mask = self.allowed is not None or self.min_tokens > 0
         return bool(self.logit_bias) or has_mask or self.has_penalties
 
 
 @dataclass
 class Extras:
-    """What a slot needs beside its numbers; most slots need none of it.
+    """Parameters of a slot that do not fit in its row of the table; most slots have none.
 
     bias_ids, bias_values   [N], distinct ids
-    end_ids                 [M], banned while the sequence has put out fewer than min_tokens
-    allowed                 a mask as `mask_of` makes it; None allows all
-    grammar                 [rows, words], of such masks; None allows all
-    in_prompt               [vocab_size] bool, and
-    counts                  [vocab_size] int32, how often in the output: only where penalties are
+    end_ids                 [M], banned while the output has fewer than min_tokens
+    allowed                 a mask made by mask_of; None allows all ids
+    grammar                 [rows, words], one such mask in each row; None allows all ids
+    in_prompt               [vocab_size] bool; None without penalties
+    counts                  [vocab_size] int32, occurrences in the output; None without penalties
     """
 
     bias_ids: Ids
@@ -95,8 +95,8 @@ class Extras:
 class SamplingTable:
     """The sampling parameters of every running sequence, by slot.
 
-    parameters  [max_slots] of PARAMETERS; it never moves: compiled code may keep its address
-    extras      slot -> Extras, for the slots that have any
+    parameters  [max_slots] of PARAMETERS; it never moves, so compiled code may keep its address
+    extras      slot -> Extras, for the slots that need them
     """
 
     def __init__(self, max_slots: int, vocab_size: int) -> None:
@@ -111,9 +111,9 @@ class SamplingTable:
         prompt_ids: Sequence[int] = (),
         output_ids: Sequence[int] = (),
     ) -> None:
-        """Gives the slot to a sequence; its tokens so far are needed for penalties only."""
+        """Gives the slot to a sequence; only penalties need its tokens so far."""
         temperature = np.float32(parameters.temperature)
-        # Subnormal temperatures would be 0 on a device that flushes them: let them be 0 everywhere.
+        # Some devices flush subnormal numbers to 0, so treat such temperatures as 0 everywhere.
         if temperature < np.finfo(np.float32).tiny:
             temperature = np.float32(0)
         extras = self._extras(parameters, prompt_ids, output_ids)
@@ -135,10 +135,10 @@ class SamplingTable:
         row["has_extras"] = extras is not None
 
     def set_grammar(self, slot: int, mask: Mask | None) -> None:
-        """The ids that the slot may draw next, None for all; it holds until the next call.
+        """Sets the ids that the slot may draw, until the next call.
 
-        mask  [words] as `mask_of` makes it, not copied; or [rows, words], where a step draws
-              several rows of the slot: line i for its i-th row, the last for all that come after
+        mask  [words], made by mask_of and not copied; or [rows, words] if a step draws several rows
+              of the slot: mask i for its i-th row, the last for all further rows; None: all ids
         """
         if slot not in self.extras:
             if mask is None:
@@ -150,7 +150,7 @@ class SamplingTable:
         self.extras[slot].grammar = mask
 
     def count(self, slot: int, id: int) -> None:
-        """Notes an id that the sequence has put out, for the penalties; sampling does it."""
+        """Counts an output id for the penalties; sampling calls this."""
         extras = self.extras.get(slot)
         if extras is not None and extras.counts is not None:
             extras.counts[id] += 1
@@ -181,8 +181,10 @@ def _no_extras() -> Extras:
 
 
 def mask_of(ids: Sequence[int], vocab_size: int) -> Mask:
-    """[ceil(vocab_size / 32)] uint32 in which bit i % 32 of word i // 32 stands for id i: set for
-    `ids`.  Its inverse (~) bans them.  The layout is llguidance's."""
+    """A mask that allows `ids`; its inverse (~) bans them.  The layout is llguidance's.
+
+    Returns [ceil(vocab_size / 32)] uint32; bit i % 32 of word i // 32 is set if id i is allowed.
+    """
     bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
     bits[np.asarray(ids, np.int64)] = 1
     return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32, copy=False)
