@@ -1,10 +1,10 @@
-"""Finds the kernels' text and a compiler, compiles, and keeps what comes of it in a cache.
+"""Finds the kernels' sources and a compiler, compiles them, and caches the library.
 
-A library in the cache is called KEY-SHA256.so: the key is a hash of all that decides what is
-compiled (sources, flags, compiler, CPU), the other one of the library itself, so that the name is
-both the way to find it and the proof that it is whole.  It lies in a directory that nobody else can
-write to, gets there by one rename, and is read and compared before it is loaded; whatever is found
-to be wrong is compiled anew.  Two processes that compile at once make the same thing twice.
+A cached library is named KEY-SHA256.so.  KEY is a hash of everything that decides the result:
+sources, flags, compiler and CPU.  SHA256 is the hash of the library itself, so the name both finds
+a library and proves that it is intact.  The cache directory is writable for its owner only.  A
+library enters it by a single rename, and its hash is checked before it is loaded; a damaged one is
+compiled again.  Two processes that compile at the same time produce the same file twice.
 Knows nothing of what the kernels do.
 """
 
@@ -33,21 +33,21 @@ from llmsrv.backend.base import CannotRun
 log = logging.getLogger("llmsrv.backend")
 
 COMPILERS = ("cc", "gcc", "clang")
-COMPILE_TIMEOUT_S = 50.0  # less than the supervisor waits for a sign of life while loading
+COMPILE_TIMEOUT_S = 50.0  # less than the supervisor waits for a heartbeat while loading
 INSTALL = "install a C compiler, or run: pip install 'llmsrv[cc]'"
 
 
 class CompileError(CannotRun):
-    """There is no compiler, or it did not do its work; without kernels numpy computes."""
+    """There is no compiler, or it failed."""
 
 
 class CompilerHangs(CompileError):
-    """It was stopped; another attempt would take as long."""
+    """The compiler took too long and was stopped; another attempt would take as long."""
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """command: what starts it; identity: changes when another version takes its place."""
+    """command: runs it; identity: changes when another version is installed in its place."""
 
     command: tuple[str, ...]
     identity: str
@@ -59,7 +59,7 @@ def find_compiler() -> Compiler:
         command = shlex.split(configured)
         path = shutil.which(command[0]) if command else None
         if path is None:
-            raise CompileError(f"CC is '{configured}', which is no program here; {INSTALL}")
+            raise CompileError(f"CC is '{configured}', but no such program was found; {INSTALL}")
         return _compiler(Path(path), command)
     for name in COMPILERS:
         if (path := shutil.which(name)) and not _is_xcode_stub(path):
@@ -70,8 +70,8 @@ def find_compiler() -> Compiler:
     raise CompileError(f"no C compiler was found ($CC, {', '.join(COMPILERS)}); {INSTALL}")
 
 
-def kernel_texts(folder: str) -> dict[str, bytes]:
-    """The files of one folder of kernels/, by name."""
+def kernel_sources(folder: str) -> dict[str, bytes]:
+    """The source files in one folder of kernels/: name -> content."""
     directory = _kernels() / folder
     return {
         entry.name: entry.read_bytes()
@@ -80,15 +80,15 @@ def kernel_texts(folder: str) -> dict[str, bytes]:
     }
 
 
-def load_library(texts: dict[str, bytes], flags: Iterable[str], cache_dir: Path) -> ctypes.CDLL:
-    """Every .c of `texts` as one shared library, from the cache or compiled now.
+def load_library(sources: dict[str, bytes], flags: Iterable[str], cache_dir: Path) -> ctypes.CDLL:
+    """All .c files of `sources` as one shared library, from the cache or compiled now.
 
-    cache_dir  where `kernels/` is made for the libraries; when it cannot be used, the library is
-               compiled for this process alone, with a warning
+    cache_dir  the libraries are in its folder `kernels`; if it cannot be used, the library is
+               compiled for this process only, with a warning
     Raises CompileError.
     """
     compiler = find_compiler()
-    key = _key(texts, tuple(flags), compiler)
+    key = _key(sources, tuple(flags), compiler)
     directory = _private_directory(cache_dir / "kernels")
     if directory is not None and (cached := _cached(directory, key)):
         try:
@@ -97,7 +97,7 @@ def load_library(texts: dict[str, bytes], flags: Iterable[str], cache_dir: Path)
             log.warning("the cached kernels %s cannot be loaded: %s", cached, error)
     try:
         with tempfile.TemporaryDirectory(prefix="llmsrv-") as build:
-            library = _compile(compiler, texts, tuple(flags), Path(build))
+            library = _compile(compiler, sources, tuple(flags), Path(build))
             kept = directory and _keep(library, directory, key)
             return ctypes.CDLL(str(kept or library))
     except OSError as error:
@@ -105,8 +105,8 @@ def load_library(texts: dict[str, bytes], flags: Iterable[str], cache_dir: Path)
 
 
 def cpu_features() -> frozenset[str]:
-    """The names of the instruction sets this CPU has, as Linux lists them; elsewhere its name, and
-    of Apple's own CPUs the dot products that all of them have."""
+    """The instruction sets of this CPU, by their names in Linux's /proc/cpuinfo.  Elsewhere, the
+    CPU's name; on Apple's own CPUs also the dot products, which all of them have."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -119,7 +119,7 @@ def cpu_features() -> frozenset[str]:
     return frozenset()
 
 
-# ---- The parts
+# ---- Compiler, cache and files
 
 
 def _compiler(path: Path, command: list[str]) -> Compiler:
@@ -130,7 +130,7 @@ def _compiler(path: Path, command: list[str]) -> Compiler:
 
 
 def _is_xcode_stub(path: str) -> bool:
-    """On macOS without its tools /usr/bin/cc only opens a window that offers them."""
+    """On macOS without Xcode's tools, /usr/bin/cc only opens a window that offers them."""
     if sys.platform != "darwin" or not path.startswith("/usr/bin/"):
         return False
     return subprocess.run(["xcode-select", "-p"], capture_output=True).returncode != 0
@@ -142,17 +142,17 @@ def _kernels() -> Traversable:
     return installed if installed.is_dir() else Path(str(package)).parent / "kernels"
 
 
-def _key(texts: dict[str, bytes], flags: tuple[str, ...], compiler: Compiler) -> str:
-    told = [*flags, compiler.identity, platform.machine(), *sorted(cpu_features())]
-    digest = hashlib.sha256("\0".join(told).encode())
-    for name, text in sorted(texts.items()):
+def _key(sources: dict[str, bytes], flags: tuple[str, ...], compiler: Compiler) -> str:
+    facts = [*flags, compiler.identity, platform.machine(), *sorted(cpu_features())]
+    digest = hashlib.sha256("\0".join(facts).encode())
+    for name, text in sorted(sources.items()):
         digest.update(b"\0%s\0%d\0" % (name.encode(), len(text)))
         digest.update(text)
     return digest.hexdigest()[:32]
 
 
 def _private_directory(directory: Path) -> Path | None:
-    """The directory, ours alone; None, after a warning, where there can be none."""
+    """The directory, made private to this user; None, after a warning, if that fails."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = directory.lstat()
@@ -164,12 +164,12 @@ def _private_directory(directory: Path) -> Path | None:
             raise OSError("others can write to it")
         return directory
     except OSError as error:
-        log.warning("kernels are not kept in %s: %s; each start compiles them", directory, error)
+        log.warning("kernels are not cached in %s: %s; each start compiles them", directory, error)
         return None
 
 
 def _cached(directory: Path, key: str) -> Path | None:
-    """A library of this key that is what its name says."""
+    """An intact library with this key; damaged ones are deleted."""
     for path in directory.glob(f"{key}-*.so"):
         try:
             if path.name == _name(key, path.read_bytes()):
@@ -187,16 +187,16 @@ def _name(key: str, content: bytes) -> str:
 
 
 def _compile(
-    compiler: Compiler, texts: dict[str, bytes], flags: tuple[str, ...], build: Path
+    compiler: Compiler, sources: dict[str, bytes], flags: tuple[str, ...], build: Path
 ) -> Path:
-    """Compiles the files side by side, those first that are likely to take longest."""
-    for name, text in texts.items():
+    """Compiles the files in parallel, the largest first, and links them."""
+    for name, text in sources.items():
         (build / name).write_bytes(text)
-    if "ziglang" in compiler.command:  # it compiles for this CPU, and has its own words for others
+    if "ziglang" in compiler.command:  # targets this CPU anyway, and names others differently
         flags = tuple(flag for flag in flags if not flag.startswith("-march="))
     command = *compiler.command, *flags, "-fPIC"
-    names = [name for name in texts if name.endswith(".c")]
-    names.sort(key=lambda name: len(texts[name]), reverse=True)
+    names = [name for name in sources if name.endswith(".c")]
+    names.sort(key=lambda name: len(sources[name]), reverse=True)
     deadline_s = time.monotonic() + COMPILE_TIMEOUT_S
     objects = [f"{name}.o" for name in names]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -216,16 +216,16 @@ def _run(command: tuple[str, ...], build: Path, deadline_s: float) -> None:
     try:
         done = subprocess.run(command, cwd=build, capture_output=True, text=True, timeout=left_s)
     except subprocess.TimeoutExpired:
-        message = f"{command[0]} was stopped after {COMPILE_TIMEOUT_S:.0f} s"
+        message = f"{command[0]} did not finish and was stopped after {COMPILE_TIMEOUT_S:.0f} s"
         raise CompilerHangs(message) from None
     if done.returncode:
         log.debug("%s\n%s", shlex.join(command), done.stderr)
-        said = next((line for line in done.stderr.splitlines() if "error" in line), "")
-        raise CompileError(f"{command[0]} failed with {done.returncode}: {said or 'no message'}")
+        message = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
+        raise CompileError(f"{command[0]} failed with {done.returncode}: {message}")
 
 
 def _keep(library: Path, directory: Path, key: str) -> Path | None:
-    """Puts the library into the cache; None, after a warning, where that fails."""
+    """Copies the library into the cache; None, after a warning, if that fails."""
     try:
         content = library.read_bytes()
         descriptor, temporary = tempfile.mkstemp(dir=directory)
@@ -239,5 +239,5 @@ def _keep(library: Path, directory: Path, key: str) -> Path | None:
             os.unlink(temporary)
             raise
     except OSError as error:
-        log.warning("kernels cannot be kept in %s: %s; each start compiles them", directory, error)
+        log.warning("kernels are not cached in %s: %s; each start compiles them", directory, error)
         return None

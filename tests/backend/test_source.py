@@ -1,4 +1,4 @@
-"""Kernels compiled and cached: whatever is wrong with compiler or cache, the server starts."""
+"""Compiling and caching kernels: the server starts whatever is wrong with compiler or cache."""
 
 import ctypes
 import errno
@@ -20,7 +20,7 @@ from llmsrv.backend.cpu.backend import TIERS
 from llmsrv.backend.cpu.backend import Tier
 from llmsrv.backend.source import CompileError
 from llmsrv.backend.source import find_compiler
-from llmsrv.backend.source import kernel_texts
+from llmsrv.backend.source import kernel_sources
 from llmsrv.backend.source import load_library
 from llmsrv.config import default_cache_dir
 from tests.support.parameters import slow_but
@@ -44,7 +44,7 @@ def libraries(cache_dir):
 
 @pytest.fixture
 def no_compiler(monkeypatch):
-    """From here on only the cache helps."""
+    """A function that makes every later start of a compiler fail: only the cache is left."""
 
     def run(*arguments, **options):
         raise AssertionError("a compiler was started")
@@ -101,7 +101,7 @@ assert load_library({texts()}, {FLAGS}, Path(sys.argv[1])).answer() == 42
 """
 
 
-def test_two_processes_at_once_both_get_theirs(tmp_path):
+def test_two_processes_at_once_both_get_a_library(tmp_path):
     command = [sys.executable, "-c", _LOAD, str(tmp_path)]
     processes = [subprocess.Popen(command, cwd=ROOT) for _ in range(2)]
     assert [process.wait(60) for process in processes] == [0, 0]
@@ -118,7 +118,7 @@ def test_a_directory_that_others_can_write_to_is_not_used(tmp_path, caplog):
     assert not libraries(tmp_path)
 
 
-def test_a_directory_of_somebody_else_is_not_used(tmp_path, caplog, monkeypatch):
+def test_a_directory_of_another_user_is_not_used(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(source.os, "getuid", lambda: os.geteuid() + 1)
     with caplog.at_level(logging.WARNING):
         assert answer(tmp_path) == 42
@@ -151,7 +151,7 @@ def test_a_cache_that_cannot_be_made_costs_only_a_warning(tmp_path, caplog):
         ("os", "replace", OSError(errno.ENOSPC, "No space left on device")),
     ],
 )
-def test_a_directory_that_takes_nothing_costs_only_a_warning(
+def test_a_cache_that_cannot_be_written_costs_only_a_warning(
     tmp_path, caplog, monkeypatch, module, name, error
 ):
     def fail(*arguments, **options):
@@ -165,7 +165,7 @@ def test_a_directory_that_takes_nothing_costs_only_a_warning(
     assert not list((tmp_path / "kernels").iterdir())
 
 
-def test_a_whole_library_that_cannot_be_loaded_is_compiled_again(tmp_path, caplog):
+def test_an_intact_library_that_cannot_be_loaded_is_compiled_again(tmp_path, caplog):
     assert answer(tmp_path) == 42
     [library] = libraries(tmp_path)
     library.unlink()
@@ -178,7 +178,7 @@ def test_a_whole_library_that_cannot_be_loaded_is_compiled_again(tmp_path, caplo
 
 
 @pytest.mark.parametrize(
-    "script, said",
+    "script, message",
     [
         ("echo 'answer.c:1: error: out of luck' >&2; exit 1", "answer.c:1: error: out of luck"),
         ("kill -9 $$", "failed with -9"),
@@ -186,9 +186,9 @@ def test_a_whole_library_that_cannot_be_loaded_is_compiled_again(tmp_path, caplo
         ("echo nonsense > kernels.so", "cannot be compiled or loaded"),
     ],
 )
-def test_a_compiler_that_fails_is_told(tmp_path, monkeypatch, script, said):
+def test_the_error_has_the_message_of_a_failing_compiler(tmp_path, monkeypatch, script, message):
     compiler(tmp_path, monkeypatch, script)
-    with pytest.raises(CompileError, match=said):
+    with pytest.raises(CompileError, match=message):
         answer(tmp_path)
 
 
@@ -199,7 +199,7 @@ def test_a_compiler_that_hangs_is_stopped(tmp_path, monkeypatch):
         answer(tmp_path)
 
 
-def test_without_apples_tools_their_stub_is_no_compiler(monkeypatch):
+def test_the_stub_on_macos_without_tools_is_not_a_compiler(monkeypatch):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(source.sys, "platform", "darwin")
     monkeypatch.setattr(source.shutil, "which", lambda name: f"/usr/bin/{name}")
@@ -257,7 +257,7 @@ def test_ziglang_compiles_the_best_tier_where_nothing_else_can(tmp_path, monkeyp
     assert load_library(texts(), [*FLAGS, "-march=native"], tmp_path).answer() == 42
 
 
-def test_on_apples_own_cpus_there_are_dot_products(monkeypatch):
+def test_apples_own_cpus_have_dot_products(monkeypatch):
     def read_text(path):
         raise FileNotFoundError(path)
 
@@ -268,7 +268,7 @@ def test_on_apples_own_cpus_there_are_dot_products(monkeypatch):
 
 
 def test_the_kernels_of_this_checkout_are_found():
-    names = kernel_texts("cpu")
+    names = kernel_sources("cpu")
     assert "plan.c" in names and "simd.h" in names and "README.md" not in names
 
 

@@ -48,7 +48,7 @@ from llmsrv.backend.sampling.samples import Samples
 from llmsrv.backend.source import CompilerHangs
 from llmsrv.backend.source import cpu_features
 from llmsrv.backend.source import find_compiler
-from llmsrv.backend.source import kernel_texts
+from llmsrv.backend.source import kernel_sources
 from llmsrv.backend.source import load_library
 from llmsrv.errors import StartupError
 
@@ -164,7 +164,7 @@ class CPUBackend(Backend):
     def _load(self, options: CPUOptions) -> ctypes.CDLL:
         bits = f"-DACTIVATION_BITS={self.activation_bits}", f"-DKV_BITS={options.kv_cache_bits}"
         flags = (*FLAGS, *bits, *self.tier.flags)
-        library = declare(load_library(kernel_texts("cpu"), flags, options.cache_dir))
+        library = declare(load_library(kernel_sources("cpu"), flags, options.cache_dir))
         if library.llmsrv_prepare() != 0:
             raise CannotRun(f"the system does not let this process use {self.tier.name}")
         return library

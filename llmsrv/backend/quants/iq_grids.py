@@ -1,9 +1,9 @@
-"""The grids of ggml's IQ types: which points of a small lattice each type can take.
+"""The grids of ggml's IQ types: the points of a small lattice that each type can represent.
 
-A point has 8 coordinates out of 3 values, or 4 out of 8.  Its number in a type's grid is its rank
-among the type's points, ordered by their coordinates from the last to the first, so a grid is told
-by one bit for each of the 3^8 or 8^4 possible points: whether it is one of the grid's.  Which ones
-are was found by trial, by ggml's authors; there is no rule to them.
+A point has 8 coordinates with 3 possible values, or 4 with 8.  Its number in a grid is its rank
+among the grid's points, sorted by their coordinates from the last to the first.  So a grid is
+stored as one bit for each of the 3^8 or 8^4 possible points, set if the grid has the point.
+ggml's authors found these points by experiment; they follow no rule.
 Source: iq2xxs_grid, iq2xs_grid, iq2s_grid, iq3xxs_grid, iq3s_grid, iq1s_grid and kvalues_iq4nl of
 ggml-common.h.
 """
@@ -16,7 +16,11 @@ from llmsrv.backend.arrays import Floats
 
 
 def _grid(coordinates: tuple[int, ...], dimensions: int, bits: str) -> Floats:
-    """The points [count, dimensions]; bits: base64, the lowest bit of the first byte first."""
+    """The points [count, dimensions] of a grid.
+
+    coordinates  the values that a coordinate can have
+    bits         base64, one bit for each possible point, the lowest bit of the first byte first
+    """
     packed = np.frombuffer(base64.b64decode(bits), np.uint8)
     points = np.flatnonzero(np.unpackbits(packed, bitorder="little"))
     places = len(coordinates) ** np.arange(dimensions)
@@ -102,7 +106,7 @@ IQ1 = _grid((-1, 0, 1), 8, (
     "BQAIgoKs8iAAAACqCigKuiDqogIAgkgJKOkUABFLRVEARQGoAlAUQlEIiCQIiCgKQAgARQEUBaACQFEIRQE="
 ))
 
-# What the 4 bits of a value stand for: finer near 0.
+# The values that 4 bits stand for; they are denser near 0.
 IQ4_CURVE = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8
 )

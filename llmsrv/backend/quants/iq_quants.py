@@ -1,7 +1,9 @@
-"""ggml's IQ types.  Most give 4 or 8 values at a time by their number in a grid (iq_grids), times
-signs of their own, times the scale of a group; the IQ4 types take each value from a curve.
+"""Dequantizes ggml's IQ types.
 
-256 values; s is a group's small scale, g the grid's value with its sign:
+Most of them store 4 or 8 values at a time as the number of a point in a grid (iq_grids), with signs
+of their own and a scale for each group.  The IQ4 types look each value up in a curve.
+
+A block has 256 values; s is a group's small scale, g the grid's value with its sign:
     IQ2_XXS  d, 8 x (4 grid numbers of 8 bits, 4 signs of 7, s of 4)    d * (s + 1/2) / 4 * g
     IQ2_XS   d, 32 x (grid number of 9 bits, signs of 7), 16 s          d * (s + 1/2) / 4 * g
     IQ2_S    d, 32 grid numbers (low 8 bits), 32 signs of 8, 2 high     d * (s + 1/2) / 4 * g
@@ -15,7 +17,7 @@ signs of their own, times the scale of a group; the IQ4 types take each value fr
              the 1/8), 4 x (4 s of 3, 4 bits of d)
     IQ4_XS   d, 8 s of 6 bits, 4 bits a value                           d * (s - 32) * curve[q]
     IQ4_NL   32 values: d, 4 bits a value                               d * curve[q]
-Signs of 7 bits: the eighth value's makes the number of negative ones even.
+With 7 bits for signs, the eighth sign makes the number of negative values even.
 Source: ggml-common.h (layouts) and dequantize_row_iq* of ggml-quants.c (float32 arithmetic).
 """
 
@@ -40,7 +42,7 @@ from llmsrv.backend.quants.unpack import scaled
 
 Numbers = npt.NDArray[np.integer[Any]]
 
-# For each byte of signs the factor of its eight values: -1 where the bit is set.
+# For each byte of signs, the factors of its eight values: -1 if the bit is set.
 SIGNS = 1 - 2 * ((np.arange(256)[:, None] >> np.arange(8)) & 1).astype(np.float32)
 # The same for signs of 7 bits.
 EVEN_SIGNS = SIGNS[[n | (n.bit_count() & 1) << 7 for n in range(128)]]
@@ -79,7 +81,7 @@ def iq3_s(blocks: Bytes, out: Floats) -> None:
 
 
 def _signs_and_scale(groups: Bytes) -> tuple[Numbers, Floats]:
-    """Of words [N, 8, 4 bytes]: four numbers of 7 bits [N, 8, 4], and the upper 4 bits + 1/2."""
+    """Splits words [N, 8, 4 bytes] into four 7-bit numbers [N, 8, 4] and the upper 4 bits + 1/2."""
     words = groups.view("<u4")  # [N, 8, 1]
     signs = words >> np.arange(0, 28, 7, dtype=np.uint32) & 127
     scales = (words[:, :, 0] >> 28).astype(np.float32)
@@ -90,7 +92,7 @@ def _signs_and_scale(groups: Bytes) -> tuple[Numbers, Floats]:
 def _signed_grid(
     grid: Floats, numbers: Numbers, signs: Floats, scales: Floats, out: Floats
 ) -> None:
-    """grid [*, 4 or 8] at numbers, times signs (256 a block), times scales [N, groups]."""
+    """The points of grid [*, 4 or 8], times signs (256 per block), times scales [N, groups]."""
     values = out.reshape(*scales.shape, -1)
     values[...] = grid[numbers].reshape(values.shape)
     values *= signs.reshape(values.shape)
@@ -116,7 +118,7 @@ def iq1_m(blocks: Bytes, out: Floats) -> None:
 
 
 def _shifted_grid(numbers: Numbers, negative: Numbers, scales: Floats, out: Floats) -> None:
-    """The ternary grid at numbers [N, 32], plus or minus 1/8, times scales [N, groups]."""
+    """Ternary grid points of numbers [N, 32], plus or minus 1/8, times scales [N, groups]."""
     values = out.reshape(*negative.shape, -1)
     values[...] = IQ1[numbers].reshape(values.shape)
     values += (np.float32(0.125) - np.float32(0.25) * negative)[:, :, None]

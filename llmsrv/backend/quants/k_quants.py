@@ -1,13 +1,14 @@
-"""ggml's types with two levels of scales: 256 values in groups of 16 or 32, whose own small integer
-scales (and minima) share the block's float16 ones.  And its ternary types.
+"""Dequantizes ggml's K types, with two levels of scales, and its ternary types.
 
-In the order of the bytes; q is made of the low bits ql and the high bits qh:
+A K block has 256 values in groups of 16 or 32.  Each group has a small integer scale, and in some
+types a minimum; the block has a float16 scale for these.  The fields of a block, in the order of
+its bytes, and the value of one element; q is made of the low bits ql and the high bits qh:
     Q2_K   16 x (scale 4 bits, minimum 4 bits), q 2 bits, d, m       d * scale * q - m * minimum
     Q3_K   qh 1 bit, ql 2 bits, 16 scales of 6 bits, d               d * (scale - 32) * (q - 4)
     Q4_K   d, m, 8 x (scale 6 bits, minimum 6 bits), q 4 bits        as Q2_K
     Q5_K   d, m, 8 x (scale 6 bits, minimum 6 bits), qh 1 bit, ql    as Q2_K
     Q6_K   ql 4 bits, qh 2 bits, 16 scales int8, d                   d * scale * (q - 32)
-    TQ1_0  5 values in a byte as digits to the base of 3, d          d * (q - 1)
+    TQ1_0  5 values in a byte, as digits in base 3, d                d * (q - 1)
     TQ2_0  q 2 bits, d                                               d * (q - 1)
 Source: ggml-common.h (layouts) and dequantize_row_* of ggml-quants.c (float32 arithmetic).
 """
@@ -47,8 +48,8 @@ def q5_k(blocks: Bytes, out: Floats) -> None:
 
 
 def _with_minima(blocks: Bytes, q: Bytes, out: Floats) -> None:
-    """Four scales and four minima are in the low 6 bits of 8 bytes; of the other four the low 4
-    bits are in the last 4 bytes and the high 2 bits above the first ones."""
+    """The first four scales and minima are in the low 6 bits of 8 bytes.  The other four have their
+    low 4 bits in the last 4 bytes, and their high 2 bits above the first four."""
     low, high = blocks[:, 4:12], blocks[:, 4:12] >> 6 << 4
     last = blocks[:, 12:16]
     scales = np.concatenate([low[:, :4] & 63, last & 15 | high[:, :4]], axis=1)
@@ -65,7 +66,7 @@ def q6_k(blocks: Bytes, out: Floats) -> None:
 
 
 def tq1_0(blocks: Bytes, out: Floats) -> None:
-    """A byte is a fraction of 256: times 3, its integer part is the next digit."""
+    """A byte is a fraction in 256ths; times 3, its integer part is the next digit."""
     start = 0
     for first, last, digits in ((0, 32, 5), (32, 48, 5), (48, 52, 4)):
         powers = np.uint8(3) ** np.arange(digits, dtype=np.uint8)[:, None]

@@ -1,4 +1,4 @@
-"""Takes apart the bytes of quantised blocks; what quants, k_quants and iq_quants share."""
+"""Unpacks the bit fields of quantized blocks; block_quants, k_quants and iq_quants share it."""
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +13,11 @@ def half(blocks: Bytes, at: int) -> Floats:
 
 
 def fields(packed: Bytes, bits: int, run: int) -> Bytes:
-    """Unpacks bytes [N, size], which are cut into runs of `run` bytes, into [N, size * 8 // bits].
+    """Unpacks fields of `bits` bits from bytes [N, size] into [N, size * 8 // bits].
 
-    Of each run come the lowest `bits` bits of all its bytes, then the next ones of all, and so on:
-    a run of 32 bytes holds 64 nibbles, the low halves first."""
+    The bytes are divided into runs of `run` bytes.  A run gives the lowest `bits` bits of all its
+    bytes, then the next higher bits of all its bytes, and so on: with 4 bits, a run of 32 bytes
+    gives 64 values, the low halves first."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     runs = packed.reshape(len(packed), packed.shape[1] // run, 1, run)
     values = runs >> shifts
@@ -25,13 +26,13 @@ def fields(packed: Bytes, bits: int, run: int) -> Bytes:
 
 
 def bits_of(packed: Bytes) -> Bytes:
-    """The bits of bytes [N, size] as [N, 8 * size], those of a byte side by side, lowest first."""
+    """Unpacks bytes [N, size] into single bits [N, 8 * size], the lowest bit of each byte first."""
     return np.unpackbits(packed, axis=1, bitorder="little")
 
 
 def scaled(values: Bytes | npt.NDArray[np.int8], scales: Floats, out: Floats) -> Floats:
-    """Writes values [N, size] times scales [N, groups], each over as many values, into out, and
-    returns out as [N, groups, size // groups]."""
+    """Writes values [N, size] times scales [N, groups] to out; each scale is for the same number of
+    consecutive values.  Returns out as [N, groups, size // groups]."""
     grouped = out.reshape(*scales.shape, -1)
     grouped[...] = values.reshape(grouped.shape)
     grouped *= scales[:, :, None]
