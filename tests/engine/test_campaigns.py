@@ -1,4 +1,4 @@
-"""Real engine processes under seeded disorder: killed at any moment, asked and left by crowds.
+"""Real engine processes under seeded chaos: random kills, cancels and crowds of requests.
 
 Each test is a slice of a campaign: the marker `campaign` runs it at full length.
 """
@@ -30,7 +30,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
 
 
 def lengths(slow: int, campaign: int) -> pytest.MarkDecorator:
-    """The parameter `length`: a slice of the campaign, and the campaign."""
+    """The parameter `length`, for a slice of the campaign and for the full campaign."""
     return pytest.mark.parametrize(
         "length",
         [
@@ -55,12 +55,12 @@ def run(test: Coroutine[object, object, None]) -> None:
     asyncio.run(asyncio.wait_for(test, 600))
 
 
-def asked(prompt: list[int], max_tokens: int, **fields: object) -> Submit:
+def submit_of(prompt: list[int], max_tokens: int, **fields: object) -> Submit:
     return Submit(0, prompt, max_tokens, [], GREEDY, **fields)  # type: ignore[arg-type]
 
 
 async def ids_of(generation: Generation) -> list[int]:
-    """Of a request of one choice that has to finish."""
+    """The output of a request with one choice, which must finish."""
     ids: list[int] = []
     async with generation:
         async for event in generation:
@@ -87,13 +87,13 @@ def resident_kb(pid: int | None) -> int:
 
 
 @lengths(slow=4, campaign=50)
-def test_whenever_the_engine_is_killed_nothing_is_lost_silently(tiny: Path, length: int) -> None:
+def test_nothing_is_lost_silently_whenever_the_engine_is_killed(tiny: Path, length: int) -> None:
     run(kill_often(tiny, length, random.Random(length)))
 
 
 async def kill_often(tiny: Path, num_kills: int, rng: random.Random) -> None:
     async with engine(tiny) as client:
-        expected = await ids_of(client.submit(asked([1, 2, 3], 20)))
+        expected = await ids_of(client.submit(submit_of([1, 2, 3], 20)))
         num_files = open_files(os.getpid())
         for number in range(num_kills):
             num_restarts = client.num_restarts
@@ -102,16 +102,16 @@ async def kill_often(tiny: Path, num_kills: int, rng: random.Random) -> None:
                 num_restarts += await kill_while_loading(client, rng)
             await client.wait_ready()
             assert client.num_restarts == num_restarts + 1
-            assert await ids_of(client.submit(asked([1, 2, 3], 20))) == expected
+            assert await ids_of(client.submit(submit_of([1, 2, 3], 20))) == expected
         assert open_files(os.getpid()) <= num_files
         assert len(asyncio.all_tasks()) <= 3  # this one, its timeout's, and the supervision
 
 
 async def kill_once(client: EngineClient, number: int, rng: random.Random) -> None:
-    """Kills the engine at some moment; each request then ends by an error within a second, unless
-    it has finished before."""
+    """Kills the engine at a random moment.  Every request that has not finished then fails within a
+    second."""
     submits = [
-        asked([number, i] * rng.choice((1, 20, 1500)), rng.randrange(1, 2000))
+        submit_of([number, i] * rng.choice((1, 20, 1500)), rng.randrange(1, 2000))
         for i in range(rng.choice((0, 1, 5, 40)))
     ]
     requests = [asyncio.ensure_future(ids_of(client.submit(submit))) for submit in submits]
@@ -129,7 +129,7 @@ async def kill_once(client: EngineClient, number: int, rng: random.Random) -> No
 
 
 async def kill_while_loading(client: EngineClient, rng: random.Random) -> int:
-    """How many kills that were: none when the model was loaded already."""
+    """Returns the number of kills: 0 if the model was already loaded."""
     dead = client.pid
     while client.pid in (None, dead):
         await asyncio.sleep(0.001)
@@ -138,7 +138,7 @@ async def kill_while_loading(client: EngineClient, rng: random.Random) -> int:
         return 0
     os.kill(client.pid, signal.SIGKILL)
     with pytest.raises(ApiError):
-        client.submit(asked([1], 1))
+        client.submit(submit_of([1], 1))
     return 1
 
 
@@ -146,7 +146,7 @@ async def kill_while_loading(client: EngineClient, rng: random.Random) -> int:
 
 
 @lengths(slow=400, campaign=10_000)
-def test_what_is_cancelled_at_any_moment_leaves_nothing_behind(tiny: Path, length: int) -> None:
+def test_a_request_cancelled_at_any_moment_leaves_nothing_behind(tiny: Path, length: int) -> None:
     run(cancel_often(tiny, length, random.Random(length)))
 
 
@@ -167,7 +167,7 @@ async def cancel_often(tiny: Path, num_cancels: int, rng: random.Random) -> None
 
 async def cancel_one(client: EngineClient, rng: random.Random) -> None:
     prompt = [rng.randrange(3)] * rng.choice((1, 17, 100, 300))
-    submit = asked(prompt, 200, n=rng.choice((1, 1, 4)), priority=rng.randrange(3))
+    submit = submit_of(prompt, 200, n=rng.choice((1, 1, 4)), priority=rng.randrange(3))
     generation = client.submit(submit)
     for _ in range(rng.choice((0, 0, 1, 5, 30))):
         if rng.random() < 0.1:
@@ -182,7 +182,7 @@ async def cancel_one(client: EngineClient, rng: random.Random) -> None:
 
 
 async def in_crowds(requests: Iterable[Awaitable[None]], size: int = 24) -> None:
-    """Awaits all of them, so many at once."""
+    """Awaits all of them, `size` at a time."""
     places = asyncio.Semaphore(size)
 
     async def one(request: Awaitable[None]) -> None:
@@ -196,21 +196,22 @@ async def in_crowds(requests: Iterable[Awaitable[None]], size: int = 24) -> None
 
 
 @lengths(slow=200, campaign=2000)
-def test_no_answer_holds_a_token_of_another(tiny: Path, length: int) -> None:
+def test_no_answer_contains_a_token_of_another(tiny: Path, length: int) -> None:
     run(ask_in_a_crowd(tiny, length, random.Random(length)))
 
 
 async def ask_in_a_crowd(tiny: Path, num_requests: int, rng: random.Random) -> None:
-    """Shared prefixes, preemption, drafts and cancels: the tokens are those of each alone."""
+    """With shared prefixes, preemption, drafts and cancels, each request gets the same tokens as
+    alone."""
     prefixes = [[prefix] * rng.choice((20, 33, 64)) for prefix in range(5)]
     prompts = [prefix + [rng.randrange(100), i] for prefix in prefixes for i in range(8)]
     async with engine(tiny) as client:
-        alone = [await ids_of(client.submit(asked(prompt, 40))) for prompt in prompts]
+        alone = [await ids_of(client.submit(submit_of(prompt, 40))) for prompt in prompts]
     sizes = {"max_num_sequence": 16, "max_total_seq_length": 640, "context_window_size": 256}
     async with engine(tiny, speculative_mode="ngram", **sizes) as client:
 
         async def ask(index: int) -> None:
-            generation = client.submit(asked(prompts[index], 40, tenant=b"%d" % (index % 3)))
+            generation = client.submit(submit_of(prompts[index], 40, tenant=b"%d" % (index % 3)))
             if rng.random() < 0.25:
                 first = await anext(generation)
                 assert first.ids == alone[index][: len(first.ids)]  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""What is concluded from the ends of the engine."""
+"""Restart pauses and suspicious requests after engine crashes."""
 
 from llmsrv.engine.crashes import Crashes
 from llmsrv.engine.crashes import hash_of
@@ -12,7 +12,7 @@ def submit(request: int, *prompt: int, deadline_s: float = 9.0) -> Submit:
     return Submit(request, list(prompt), 5, [], GREEDY, deadline_s=deadline_s)
 
 
-def test_pauses_grow_to_half_a_minute_where_crashes_are_rare() -> None:
+def test_pauses_grow_to_half_a_minute_if_crashes_are_rare() -> None:
     crashes = Crashes()
     pauses = [crashes.record(100.0 * i, 10.0, []) for i in range(8)]
     assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30]
@@ -24,7 +24,7 @@ def test_five_crashes_within_a_minute_are_a_loop_and_four_are_not() -> None:
     assert crashes.record(1000 + 14.9 * 4 + 62, 1.0, []) < 60
 
 
-def test_an_engine_that_was_healthy_makes_a_new_beginning() -> None:
+def test_a_healthy_engine_resets_the_history() -> None:
     crashes = Crashes()
     for time_s in range(3):
         crashes.record(time_s, 1.0, [submit(1, 7)])
@@ -33,16 +33,16 @@ def test_an_engine_that_was_healthy_makes_a_new_beginning() -> None:
     assert not crashes.is_poison(submit(1, 7))
 
 
-def test_a_request_is_known_by_what_it_asks_for() -> None:
+def test_a_request_is_identified_by_its_content() -> None:
     crashes = Crashes()
     crashes.record(1.0, 1.0, [submit(1, 7), submit(2, 7), submit(3, 8)])
-    assert not crashes.is_poison(submit(1, 7))  # one crash, although twice in it
+    assert not crashes.is_poison(submit(1, 7))  # twice in one crash counts once
     crashes.record(2.0, 1.0, [submit(4, 7, deadline_s=1.0)])
     assert crashes.is_poison(submit(5, 7)) and not crashes.is_poison(submit(3, 8))
     assert hash_of(submit(1, 7)) != hash_of(submit(1, 8))
 
 
-def test_hashes_do_not_pile_up() -> None:
+def test_hashes_do_not_accumulate() -> None:
     crashes = Crashes()
     for crash in range(30):
         crashes.record(100.0 * crash, 1.0, [submit(1, crash, i) for i in range(500)])

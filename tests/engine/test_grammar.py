@@ -70,7 +70,7 @@ def allowed(grammar: Grammar) -> set[int]:
 
 
 def follows(grammar: Grammar, text: str) -> bool:
-    """Whether the grammar takes the text, id by id, and may end behind it."""
+    """Whether the grammar accepts the text, id by id, and may end after it."""
     for id in ids_of(text):
         if id not in allowed(grammar):
             return False
@@ -91,7 +91,7 @@ def follows(grammar: Grammar, text: str) -> bool:
     ],
     ids=["schema", "spaces", "object", "regex", "choice", "lark"],
 )
-def test_a_grammar_takes_its_texts_and_no_others(
+def test_a_grammar_accepts_its_texts_and_no_others(
     compiler: GrammarCompiler, source: str, texts: list[str], others: list[str]
 ) -> None:
     grammar = start(compiler, source)
@@ -101,7 +101,7 @@ def test_a_grammar_takes_its_texts_and_no_others(
         assert not follows(grammar.copy(), text), text
 
 
-def test_masks_behind_drafts_are_those_of_plain_decoding(compiler: GrammarCompiler) -> None:
+def test_masks_after_drafts_are_those_of_plain_decoding(compiler: GrammarCompiler) -> None:
     grammar = start(compiler, json_source(POINT))
     drafts = ids_of('{"x": 1')
     masks = grammar.masks(drafts)
@@ -112,7 +112,7 @@ def test_masks_behind_drafts_are_those_of_plain_decoding(compiler: GrammarCompil
         grammar.accept(id)
 
 
-def test_there_are_no_masks_behind_a_draft_that_may_not_come(compiler: GrammarCompiler) -> None:
+def test_there_are_no_masks_after_a_forbidden_draft(compiler: GrammarCompiler) -> None:
     grammar = start(compiler, json_source(POINT))
     masks = grammar.masks(ids_of('{"z'))
     assert masks is not None and len(masks) == 3
@@ -124,13 +124,13 @@ def test_the_last_byte_completes_the_text(compiler: GrammarCompiler) -> None:
     assert [grammar.accept(id) for id in ids_of("ab")] == [False, True]
 
 
-def test_forced_ids_are_those_that_nothing_else_may_replace(compiler: GrammarCompiler) -> None:
+def test_forced_ids_have_no_alternative(compiler: GrammarCompiler) -> None:
     grammar = start(compiler, json_source(POINT))
     assert text_of(grammar.forced()) == '{"x": '[: len(grammar.forced())]
     assert grammar.masks(grammar.forced()) is not None
 
 
-def test_ids_that_stand_for_no_text_are_never_allowed(compiler: GrammarCompiler) -> None:
+def test_ids_without_text_are_never_allowed(compiler: GrammarCompiler) -> None:
     ids = allowed(start(compiler, regex_source("(.|\n)+")))
     assert {FIRST_BYTE + byte for byte in range(128)} <= ids
     assert not ids & {0, 1, END_ID, *range(FIRST_BYTE + 256 + 20, VOCAB_SIZE)}
@@ -141,7 +141,7 @@ def test_ids_that_stand_for_no_text_are_never_allowed(compiler: GrammarCompiler)
     ['start: "a" | "ab" c\nc: d\nd: c "x"', 'start: /[ab]/ b\nb: "b" b'],
     ids=["dead", "endless"],
 )
-def test_where_no_end_can_be_reached_nothing_is_allowed(
+def test_nothing_is_allowed_if_no_end_can_be_reached(
     compiler: GrammarCompiler, lark: str
 ) -> None:
     grammar = start(compiler, grammar_source(lark))
@@ -152,7 +152,7 @@ def test_where_no_end_can_be_reached_nothing_is_allowed(
     assert grammar.masks() is None
 
 
-def test_what_does_not_compile_is_refused(compiler: GrammarCompiler) -> None:
+def test_an_invalid_grammar_is_rejected(compiler: GrammarCompiler) -> None:
     with pytest.raises(ApiError, match="unknown") as refused:
         compiler.compile(grammar_source("start: nothing")).result()
     assert refused.value.status == 400
@@ -204,7 +204,7 @@ def engine(model: Path, compiler: GrammarCompiler) -> Iterator[Engine]:
     assert not engine.core.has_work and engine.core.step().gauges.used_blocks == 0
 
 
-def test_answers_follow_their_grammar_among_others_that_have_none(engine: Engine) -> None:
+def test_answers_follow_their_grammar_among_others_without_one(engine: Engine) -> None:
     for request in range(1, 5):
         engine.submit(request, json_source(POINT) if request % 2 else "", seed=request, n=2)
     engine.run()
@@ -223,13 +223,13 @@ def test_a_seed_gives_the_same_answer_alone_and_among_others(engine: Engine) -> 
     assert engine.outputs[1, 0] == engine.outputs[2, 0] == engine.outputs[3, 0]
 
 
-def test_a_grammar_that_cannot_be_finished_ends_as_length(engine: Engine) -> None:
+def test_a_grammar_without_an_end_finishes_with_length(engine: Engine) -> None:
     engine.submit(1, grammar_source('start: /[ab]/ b\nb: "b" b'))
     engine.run()
     assert engine.reasons == {(1, 0): "length"}
 
 
-def test_min_tokens_give_way_to_a_text_that_is_complete(engine: Engine) -> None:
+def test_a_complete_text_ends_before_min_tokens(engine: Engine) -> None:
     engine.submit(1, choice_source(["ab"]), min_tokens=20)
     engine.run()
     assert text_of(engine.outputs[1, 0]) == "ab" and engine.reasons == {(1, 0): "stop"}
@@ -243,7 +243,7 @@ def test_min_tokens_give_way_to_a_text_that_is_complete(engine: Engine) -> None:
         ('start: "abc"', "b", "", "length"),
     ],
 )
-def test_a_text_ends_where_the_allowed_ids_are_none_of_the_grammar(
+def test_a_text_ends_if_the_grammar_excludes_all_allowed_ids(
     engine: Engine, lark: str, allowed: str, text: str, reason: str
 ) -> None:
     engine.submit(1, grammar_source(lark), allowed=ids_of(allowed))
@@ -252,14 +252,14 @@ def test_a_text_ends_where_the_allowed_ids_are_none_of_the_grammar(
     assert engine.reasons == {(1, 0): reason} and not engine.failed
 
 
-def test_a_text_that_can_only_end_does_so_before_its_min_tokens(engine: Engine) -> None:
+def test_a_text_that_can_only_end_ends_before_min_tokens(engine: Engine) -> None:
     ids = [*ids_of("a"), END_ID]
     engine.submit(1, grammar_source('start: "a" c?\nc: "cd"'), allowed=ids, min_tokens=20)
     engine.run()
     assert text_of(engine.outputs[1, 0]) == "a" and engine.reasons == {(1, 0): "stop"}
 
 
-def test_min_tokens_need_an_id_that_is_no_end(engine: Engine) -> None:
+def test_min_tokens_require_an_allowed_id_other_than_end_ids(engine: Engine) -> None:
     submit = Submit(1, [5], 9, [END_ID], Sampling(1, allowed_ids=[END_ID]), min_tokens=2)
     engine.core.submit(submit)
     engine.run()
@@ -284,7 +284,7 @@ def test_a_grammar_that_fails_in_a_step_fails_its_request_alone(
 
         def masks(self, drafts: Sequence[int] = ()) -> Mask | None:
             self.num_tokens += 1
-            if self.num_tokens > 4:  # in the second choice's row, when the first's is done
+            if self.num_tokens > 4:  # in the row of the second choice, after the first one's
                 raise ZeroDivisionError
             return np.full((1, VOCAB_SIZE // 32), 2**32 - 1, np.uint32)
 
@@ -297,7 +297,7 @@ def test_a_grammar_that_fails_in_a_step_fails_its_request_alone(
     assert engine.failed == {1: 500} and engine.reasons.keys() == {(2, 0)}
 
 
-def test_others_go_on_while_a_grammar_compiles(model: Path, compiler: GrammarCompiler) -> None:
+def test_others_continue_while_a_grammar_compiles(model: Path, compiler: GrammarCompiler) -> None:
     engine = Engine(model, compiler)
     compiled: Future[Grammar] = Future()
     engine.core._compile_grammar = lambda source: compiled
@@ -311,7 +311,7 @@ def test_others_go_on_while_a_grammar_compiles(model: Path, compiler: GrammarCom
     assert engine.reasons[1, 0] == "stop"
 
 
-def test_a_request_may_be_aborted_while_its_grammar_compiles(engine: Engine) -> None:
+def test_a_request_can_be_aborted_while_its_grammar_compiles(engine: Engine) -> None:
     engine.core._compile_grammar = lambda source: Future()
     engine.submit(1, "slow", n=2)
     engine.core.abort(Abort(1))
@@ -319,8 +319,8 @@ def test_a_request_may_be_aborted_while_its_grammar_compiles(engine: Engine) -> 
     assert engine.reasons == {(1, 0): "abort", (1, 1): "abort"}
 
 
-def test_deep_grammars_compile_on_a_stack_that_holds_them(compiler: GrammarCompiler) -> None:
-    """Deeper than what overflows the worker's stack."""
+def test_deep_grammars_compile_without_overflowing_the_stack(compiler: GrammarCompiler) -> None:
+    """Deeper than the worker's stack can hold."""
     chain = "".join(f"r{i}: r{i + 1}\n" for i in range(3000))
     compiler.compile(grammar_source(f'start: r0\n{chain}r3000: "a"')).result()
     assert threading.stack_size() == 0

@@ -1,4 +1,4 @@
-"""The log-probabilities of a prompt's own tokens: complete, in order, before any choice's."""
+"""Log-probabilities of prompt tokens: complete, in order, and before those of any choice."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,9 @@ WITH_LOGPROBS = Sampling(seed=0, temperature=0.0, num_logprobs=2)
 
 @pytest.mark.parametrize("spare_logit_rows", [0, 3, 100])
 @pytest.mark.parametrize("n", [1, 3])
-def test_a_prompt_is_told_whole_and_before_the_choices(spare_logit_rows: int, n: int) -> None:
+def test_prompt_logprobs_are_complete_and_precede_the_choices(
+    spare_logit_rows: int, n: int
+) -> None:
     engine = Engine(spare_logit_rows=spare_logit_rows)
     prompts = {request: healthy_prompt(20 + request, request) for request in (1, 2)}
     for request, prompt in prompts.items():
@@ -37,7 +39,7 @@ def test_a_prompt_is_told_whole_and_before_the_choices(spare_logit_rows: int, n:
     engine.assert_idle()
 
 
-def test_a_prompt_is_told_once_where_it_is_computed_again() -> None:
+def test_prompt_logprobs_are_sent_once_even_if_computed_again() -> None:
     engine = Engine(blocks=8, context=120, max_sequences=3, spare_logit_rows=2)
     prompts = {request: healthy_prompt(40, request) for request in (1, 2, 3)}
     for request, prompt in prompts.items():
@@ -49,7 +51,7 @@ def test_a_prompt_is_told_once_where_it_is_computed_again() -> None:
         assert len(engine.outputs[request, 0]) == 30
 
 
-def test_a_told_prompt_is_not_taken_from_the_prefix_cache() -> None:
+def test_a_prompt_with_logprobs_is_not_taken_from_the_prefix_cache() -> None:
     engine = Engine()
     prompt = healthy_prompt(40)
     engine.submit(1, prompt, max_tokens=1)
@@ -67,17 +69,17 @@ def test_the_values_are_those_of_the_model(tmp_path) -> None:
         return ReferenceBackend().compile(model.program, limits, lambda: None)
 
     prompt = [5, 9, 30, 33, 8, 8, 12]
-    told: list[float] = []
+    logprobs: list[float] = []
     engine = Engine(make_plan=make_plan, spare_logit_rows=4, max_rows=8)
     engine.submit(1, prompt, max_tokens=1, sampling=WITH_LOGPROBS, prompt_logprobs=True)
     while engine.core.has_work:
         for tokens in engine.step().tokens:
             if tokens.choice == PROMPT:
-                told += tokens.logprobs
+                logprobs += tokens.logprobs
                 assert len(tokens.alternatives[0]) == 2
     for end in range(1, len(prompt)):
         one = Engine(make_plan=make_plan)
         one.submit(1, prompt[:end], max_tokens=1)
         one.step()
         wanted = log_softmax(one.plan.read("logits")[0], np.array([prompt[end]]))[0]
-        assert told[end - 1] == pytest.approx(wanted, abs=1e-4)
+        assert logprobs[end - 1] == pytest.approx(wanted, abs=1e-4)

@@ -1,4 +1,4 @@
-"""Frames over pipes: whole messages out of any pieces, and errors instead of hangs."""
+"""Frames over pipes: complete messages from any fragments, and errors instead of hangs."""
 
 import os
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ MESSAGES: list[ToEngine] = [SUBMIT, Abort(1), Abort(2, choice=1), Stop()]
 
 
 class Pipe:
-    """A pipe with a Receiver at its end; the writing end as a file descriptor."""
+    """A pipe with a Sender, a Receiver, and both file descriptors."""
 
     def __init__(self) -> None:
         self.read_fd, self.write_fd = os.pipe()
@@ -64,7 +64,7 @@ def test_messages_arrive_as_they_were_sent(pipe: Pipe) -> None:
     assert pipe.receiver.receive() == []
 
 
-def test_messages_arrive_whole_however_the_bytes_are_split(pipe: Pipe) -> None:
+def test_messages_arrive_complete_however_the_bytes_are_split(pipe: Pipe) -> None:
     data = wire(MESSAGES)
     for cut in range(len(data) + 1):
         received = []
@@ -80,7 +80,7 @@ def test_messages_arrive_whole_however_the_bytes_are_split(pipe: Pipe) -> None:
 
 
 @pytest.mark.parametrize("length", [MAX_FRAME_BYTES + 1, 1 << 30, 2**32 - 1])
-def test_a_length_beyond_the_limit_is_an_error_before_any_of_the_body(
+def test_a_length_beyond_the_limit_is_an_error_before_the_body_arrives(
     pipe: Pipe, length: int
 ) -> None:
     os.write(pipe.write_fd, frame(b"", length))
@@ -88,7 +88,7 @@ def test_a_length_beyond_the_limit_is_an_error_before_any_of_the_body(
         pipe.receiver.receive()
 
 
-def test_a_long_length_within_the_limit_allocates_nothing_ahead(pipe: Pipe) -> None:
+def test_a_long_length_within_the_limit_allocates_nothing_in_advance(pipe: Pipe) -> None:
     os.write(pipe.write_fd, frame(b"x", MAX_FRAME_BYTES))
     assert pipe.receiver.receive() == []
     assert len(pipe.receiver._buffer) == HEADER.size + 1
@@ -101,7 +101,7 @@ def test_a_frame_of_another_generation_is_an_error(pipe: Pipe) -> None:
         pipe.receiver.receive()
 
 
-def test_a_reader_sees_the_end_after_every_whole_message(pipe: Pipe) -> None:
+def test_a_reader_sees_the_end_after_all_complete_messages(pipe: Pipe) -> None:
     data = wire(MESSAGES)
     os.write(pipe.write_fd, data + data[:11])
     pipe.close_writer()
@@ -117,7 +117,7 @@ def test_a_writer_sees_that_its_reader_is_gone(pipe: Pipe) -> None:
         pipe.sender.send(Stop())
 
 
-def test_a_writer_never_waits_for_a_reader_that_stops_and_knows_what_is_unread(pipe: Pipe) -> None:
+def test_a_writer_never_waits_for_a_stopped_reader_and_counts_unread_bytes(pipe: Pipe) -> None:
     large = Submit(1, list(range(100_000)), 1, [], Sampling(seed=1))
     for _ in range(3):
         pipe.sender.send(large)
@@ -130,7 +130,7 @@ def test_a_writer_never_waits_for_a_reader_that_stops_and_knows_what_is_unread(p
     assert received == [large] * 3
 
 
-def test_a_message_beyond_the_limit_is_refused_and_sends_nothing(
+def test_a_message_beyond_the_limit_is_rejected_and_sends_nothing(
     pipe: Pipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llmsrv.engine.queues.MAX_FRAME_BYTES", 1000)
@@ -140,7 +140,7 @@ def test_a_message_beyond_the_limit_is_refused_and_sends_nothing(
     assert pipe.receiver.receive() == [Stop()]
 
 
-def test_one_call_takes_a_bounded_part_of_what_is_there(
+def test_one_call_reads_a_bounded_part_of_the_pipe(
     pipe: Pipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llmsrv.engine.queues.READ_BYTES", 64)
@@ -154,7 +154,7 @@ def test_one_call_takes_a_bounded_part_of_what_is_there(
     assert first == [Abort(request) for request in range(100)]
 
 
-def test_neither_end_is_inherited_by_programs_we_start(pipe: Pipe) -> None:
+def test_neither_end_is_inherited_by_child_programs(pipe: Pipe) -> None:
     os.set_inheritable(pipe.read_fd, True)
     Receiver(pipe.read_fd, GENERATION, ToEngine)
     assert not os.get_inheritable(pipe.read_fd)
@@ -175,7 +175,7 @@ def test_any_body_is_a_message_or_an_error(body: bytes) -> None:
 
 
 @given(st.binary(max_size=300))
-def test_any_bytes_are_messages_an_error_or_waited_for(data: bytes) -> None:
+def test_any_bytes_are_messages_or_an_error_or_incomplete(data: bytes) -> None:
     pipe = Pipe()
     try:
         os.write(pipe.write_fd, data)
@@ -192,8 +192,8 @@ def test_any_bytes_are_messages_an_error_or_waited_for(data: bytes) -> None:
     "body",
     [
         b"\xdd\xff\xff\xff\xff",  # an array of 2**32 - 1
-        b"\x94\xa6submit\x01\xdd\xff\xff\xff\xff",  # prompt ids announced and not there
-        b"\x91" * 100_000,  # an array in an array in ...
+        b"\x94\xa6submit\x01\xdd\xff\xff\xff\xff",  # prompt ids announced but missing
+        b"\x91" * 100_000,  # nested arrays
         b"\xc6\xff\xff\xff\xff",  # 4 GiB of bytes
         b"",
     ],

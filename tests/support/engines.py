@@ -1,4 +1,4 @@
-"""Engine processes for tests: real ones by a client, and mains that misbehave in the child."""
+"""Engine processes for tests: real ones behind a client, and ones with a misbehaving main."""
 
 import asyncio
 import ctypes
@@ -21,11 +21,11 @@ from llmsrv.engine.client import EngineClient
 from llmsrv.engine.messages import Gauges
 from llmsrv.engine.supervisor import Patience
 
-PROCESS_MAIN = process.main  # tests put their own in its place
+PROCESS_MAIN = process.main  # tests replace it
 
 
 def in_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Runs an async test for 30 s at most: in the loop of `shared`, or else in one of its own."""
+    """Runs an async test for at most 30 s, in the loop of `shared` if there is one."""
 
     @functools.wraps(test)
     def run(**fixtures: Any) -> None:
@@ -42,7 +42,7 @@ def in_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
 async def engine(
     model: Path, patience: Patience = Patience(), **config: Any
 ) -> AsyncIterator[EngineClient]:
-    """A client whose engine is ready; afterwards it is stopped and its process gone."""
+    """A client whose engine is ready.  Stops it and checks that its process is gone."""
     client = EngineClient(EngineConfig(str(model), backend="reference", **config), patience)
     await client.start()
     try:
@@ -56,7 +56,7 @@ async def engine(
 
 
 class SharedEngine:
-    """A client whose engine is ready, and its loop; tests that share it leave it at rest."""
+    """A client whose engine is ready, with its event loop.  Tests must leave it idle."""
 
     def __init__(self, model: Path) -> None:
         self.runner = asyncio.Runner()
@@ -69,7 +69,7 @@ class SharedEngine:
 
 
 async def gauges_at_rest(client: EngineClient) -> None:
-    """Returns when nothing runs, waits or holds a block."""
+    """Returns when no sequence runs or waits, and no block is used."""
     await until(lambda: client.gauges.total_blocks > 0 and _is_at_rest(client.gauges))
 
 
@@ -84,8 +84,8 @@ async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
 
 
 def has_exited(pid: int, timeout_s: float) -> bool:
-    """Whether the process, no child of ours perhaps, exits within the time."""
-    if not hasattr(os, "pidfd_open"):  # macOS, where init reaps orphans at once
+    """Whether the process, which need not be a child, exits within the time."""
+    if not hasattr(os, "pidfd_open"):  # macOS: init reaps orphans at once
         return _is_unknown(pid, time.monotonic() + timeout_s)
     try:
         pidfd = os.pidfd_open(pid)
@@ -107,9 +107,9 @@ def _is_unknown(pid: int, deadline_s: float) -> bool:
             return False
 
 
-# ---- Mains of the child, picked by name in the spawned process.
+# ---- Mains of the engine process, found by name in the spawned process.
 
-FATAL_ID = 66  # a prompt that begins so ends the engine
+FATAL_ID = 66  # a prompt that starts with it ends the engine
 
 
 def main_with_a_fatal_id(*arguments: Any) -> None:

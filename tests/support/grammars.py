@@ -1,4 +1,4 @@
-"""What a grammar takes."""
+"""Checks which texts a grammar accepts."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from llmsrv.text.tokenizer import Tokenizer
 
 
 class Texts:
-    """Says of a source which texts it takes."""
+    """Checks whether a grammar source accepts a text."""
 
     def __init__(self, model: Path, tokenizer: Tokenizer) -> None:
         self._vocabulary = read_vocabulary(model, model.parent)
