@@ -1,7 +1,7 @@
-"""The body of a request, taken out of the connection's buffer as it arrives.
+"""The body of a request, taken from the connection's buffer as it arrives.
 
-h11 does not read bodies here: of chunked ones it accepts line ends in extensions, bare LF in the
-trailer section and any amount of framing a byte of data.
+We do not let h11 read bodies: in chunked bodies it accepts line ends in extensions, bare LF in the
+trailer section, and any amount of framing per byte of data.
 """
 
 import re
@@ -12,15 +12,15 @@ from llmsrv.errors import ApiError
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 QUOTED = rb"\"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*\""
-# RFC 9112 section 7.1.1, without the optional spaces that nobody may send.
+# RFC 9112 section 7.1.1, without the optional spaces, which senders must not generate.
 CHUNK_LINE = re.compile(
     rb"([0-9A-Fa-f]{1,16})(?:;%b(?:=(?:%b|%b))?)*" % (TOKEN, TOKEN, QUOTED)
 )
 TRAILER_LINE = re.compile(rb"(%b):[\t\x20-\x7e\x80-\xff]*" % TOKEN)
 MAX_CHUNK_LINE_BYTES = 256
 MAX_TRAILER_BYTES = 8 * 1024
-# Size lines, extensions and line ends of one body: chunks of a byte would otherwise cost the
-# server far more than the sender (CVE-2023-39326).
+# Size lines, extensions and line ends of one body.  Without a limit, one-byte chunks would cost
+# the server far more than the sender (CVE-2023-39326).
 MAX_OVERHEAD_BYTES = 64 * 1024
 FORBIDDEN_TRAILERS = frozenset(
     (b"content-length", b"transfer-encoding", b"host", b"authorization", b"content-type")
@@ -33,14 +33,14 @@ class BodyReader(Protocol):
     is_complete: bool
 
     def read(self, buffer: bytearray) -> bytes:
-        """What of the body is in the buffer, decoded and removed from it; may be empty.
+        """Returns the body bytes in the buffer, decoded, and removes them; may be empty.
 
         Raises ApiError 400 for bad framing and 413 for a body over the limit.
         """
 
 
 class LengthBody:
-    """A body of a length known beforehand, 0 for a request without one."""
+    """A body of known length; 0 for a request without a body."""
 
     def __init__(self, length: int) -> None:
         self._remaining = length
@@ -54,7 +54,7 @@ class LengthBody:
         return data
 
 
-class _Expect(Enum):
+class _ChunkState(Enum):
     SIZE_LINE = 1
     DATA = 2
     DATA_END = 3
@@ -62,14 +62,14 @@ class _Expect(Enum):
 
 
 class ChunkedBody:
-    """A body in chunks of at most limit_bytes together; the trailers are checked and dropped."""
+    """A chunked body of at most limit_bytes in total; trailers are checked and dropped."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.is_complete = False
         self._limit_bytes = limit_bytes
         self._size = 0
         self._overhead = 0
-        self._expect = _Expect.SIZE_LINE
+        self._state = _ChunkState.SIZE_LINE
         self._chunk_remaining = 0
         self._trailer_bytes = 0
 
@@ -77,7 +77,7 @@ class ChunkedBody:
         pieces: list[bytes] = []
         position = 0
         while not self.is_complete:
-            if self._expect is _Expect.DATA:
+            if self._state is _ChunkState.DATA:
                 piece = bytes(buffer[position : position + self._chunk_remaining])
                 if not piece:
                     break
@@ -85,7 +85,7 @@ class ChunkedBody:
                 position += len(piece)
                 self._chunk_remaining -= len(piece)
                 if self._chunk_remaining == 0:
-                    self._expect = _Expect.DATA_END
+                    self._state = _ChunkState.DATA_END
             else:
                 end = self._line_end(buffer, position)
                 if end < 0:
@@ -96,11 +96,11 @@ class ChunkedBody:
         return b"".join(pieces)
 
     def _line_end(self, buffer: bytearray, position: int) -> int:
-        """Where the line from position ends, -1 while it is incomplete."""
+        """Returns where the line at position ends, or -1 while it is incomplete."""
         limit = MAX_CHUNK_LINE_BYTES
-        if self._expect is _Expect.DATA_END:
+        if self._state is _ChunkState.DATA_END:
             limit = 0
-        elif self._expect is _Expect.TRAILER_LINE:
+        elif self._state is _ChunkState.TRAILER_LINE:
             limit = MAX_TRAILER_BYTES
         end = buffer.find(b"\r\n", position, position + limit + 2)
         unfinished = buffer[position : position + limit + 2]
@@ -112,13 +112,13 @@ class ChunkedBody:
         self._overhead += len(line) + 2
         if self._overhead > MAX_OVERHEAD_BYTES:
             raise ApiError(400, "The chunked body has too much framing for its data.")
-        if self._expect is _Expect.SIZE_LINE:
+        if self._state is _ChunkState.SIZE_LINE:
             match = CHUNK_LINE.fullmatch(line)
             if not match:
                 raise _malformed()
             self._start_chunk(int(match[1], 16))
-        elif self._expect is _Expect.DATA_END:
-            self._expect = _Expect.SIZE_LINE
+        elif self._state is _ChunkState.DATA_END:
+            self._state = _ChunkState.SIZE_LINE
         else:
             self._take_trailer(line)
 
@@ -127,7 +127,7 @@ class ChunkedBody:
         if self._size > self._limit_bytes:
             raise body_too_large(self._limit_bytes)
         self._chunk_remaining = size
-        self._expect = _Expect.DATA if size else _Expect.TRAILER_LINE
+        self._state = _ChunkState.DATA if size else _ChunkState.TRAILER_LINE
 
     def _take_trailer(self, line: bytes) -> None:
         if not line:

@@ -1,13 +1,13 @@
-"""One connection: requests in, one after the other, responses out in the same order.
+"""One connection: reads requests one at a time and writes the responses in the same order.
 
-                 a whole head                    the application returned, kept alive
+                complete head                   the application returned, kept alive
     HEAD -----------------------> RUNNING ------------------------------------------> HEAD
       | refused, idle too long       | refused, not kept alive, broken off
       +------------------------------+------> LINGERING -------> CLOSED
                                               FIN sent, input dropped until the client's FIN
 
-Bytes wait in one buffer until the head, the body or the next request takes them; while it is full
-nothing is read, and TCP slows the client down.
+Bytes wait in one buffer until the head, the body or the next request takes them.  While the buffer
+is full nothing is read, and TCP flow control slows the client down.
 """
 
 import asyncio
@@ -23,18 +23,18 @@ from llmsrv.errors import ApiError
 from llmsrv.server.exchange import Exchange
 from llmsrv.server.head import HeadReader
 from llmsrv.server.head import RequestHead
-from llmsrv.server.response import error_bytes
+from llmsrv.server.response import error_response
 from llmsrv.server.settings import ServerCounters
 from llmsrv.server.settings import ServerSettings
 from llmsrv.server.timing import Deadline
-from llmsrv.server.timing import LogBrake
+from llmsrv.server.timing import LogRateLimit
 
 log = logging.getLogger("llmsrv.server")
 
 ASGI = {"version": "3.0", "spec_version": "2.4"}
 
 
-class Context:
+class ServerState:
     """What the connections of one server share."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, counters: ServerCounters) -> None:
@@ -45,12 +45,12 @@ class Context:
         self.is_draining = False
         self.connections: set[Connection] = set()
         self.tasks: set[asyncio.Task[None]] = set()
-        self.all_gone = asyncio.Event()  # set once draining and nothing is left
-        # The loop fills it and the connection empties it in one go, so all can read into the same.
+        self.all_gone = asyncio.Event()  # set when draining and nothing is left
+        # Shared by all connections: each copies its bytes out as soon as the loop has read them.
         self.read_buffer = memoryview(bytearray(settings.read_ahead_bytes))
-        self.refusals_brake = LogBrake()
+        self.refusal_log_limit = LogRateLimit()
 
-    def note_gone(self) -> None:
+    def check_all_gone(self) -> None:
         if self.is_draining and not self.connections and not self.tasks:
             self.all_gone.set()
 
@@ -63,13 +63,13 @@ class _Phase(Enum):
 
 
 class Connection(asyncio.BufferedProtocol):
-    """The loop's protocol of one socket, and the Wire of the exchange that is running."""
+    """The asyncio protocol of one socket, and the Wire of the running exchange."""
 
-    def __init__(self, context: Context) -> None:
-        self._context = context
-        self._settings = context.settings
+    def __init__(self, state: ServerState) -> None:
+        self._server_state = state
+        self._settings = state.settings
 
-        # While the connection lasts.
+        # Per connection.
         self.buffer = bytearray()
         self.changed = asyncio.Event()
         self.writable = asyncio.Event()
@@ -78,37 +78,38 @@ class Connection(asyncio.BufferedProtocol):
         self._client: tuple[str, int] | None = None
         self._server: tuple[str, int] | None = None
         self._phase = _Phase.HEAD
-        self._head_reader = HeadReader(context.settings)
-        self._read_deadline = Deadline(context.loop, self._on_read_deadline)
-        self._write_deadline = Deadline(context.loop, self._on_write_deadline)
+        self._head_reader = HeadReader(state.settings)
+        self._read_deadline = Deadline(state.loop, self._on_read_deadline)
+        self._write_deadline = Deadline(state.loop, self._on_write_deadline)
         self._is_reading = True
         self._has_eof = False
         self._written_bytes = 0
         self._drained_bytes = 0  # when the write deadline was last set
         self._lingered_bytes = 0
 
-        # For each request anew.
+        # Per request.
         self._exchange: Exchange | None = None
-        self._head_began = True  # the first head's time runs from the connection's start
+        self._head_began = True  # the first head is timed from the start of the connection
         self._body_began_at: float | None = None
 
-    # What the loop calls.
+    # Called by the event loop.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is not a subclass
         self._transport.set_write_buffer_limits(high=self._settings.write_high_water_bytes)
         self._client = _address(transport.get_extra_info("peername"))
         self._server = _address(transport.get_extra_info("sockname"))
-        self._context.connections.add(self)
-        self._context.counters.connections += 1
-        self._context.counters.open_connections += 1
+        self._server_state.connections.add(self)
+        self._server_state.counters.connections += 1
+        self._server_state.counters.open_connections += 1
         self._read_deadline.set(self._settings.header_timeout_s)
         self.close_if_idle()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         if self._phase is not _Phase.LINGERING and self.buffer:
-            return self._context.read_buffer[: self._settings.read_ahead_bytes - len(self.buffer)]
-        return self._context.read_buffer
+            room_bytes = self._settings.read_ahead_bytes - len(self.buffer)
+            return self._server_state.read_buffer[:room_bytes]
+        return self._server_state.read_buffer
 
     def buffer_updated(self, nbytes: int) -> None:
         if self._phase is _Phase.LINGERING:
@@ -116,7 +117,7 @@ class Connection(asyncio.BufferedProtocol):
             if self._lingered_bytes > self._settings.linger_bytes:
                 self.abort()
             return
-        self.buffer += self._context.read_buffer[:nbytes]
+        self.buffer += self._server_state.read_buffer[:nbytes]
         if len(self.buffer) >= self._settings.read_ahead_bytes:
             self._pause_reading()
         if self._phase is _Phase.HEAD:
@@ -125,11 +126,12 @@ class Connection(asyncio.BufferedProtocol):
             self.changed.set()
 
     def eof_received(self) -> bool:
-        """True to go on writing: the request that is running is complete.
+        """Returns True to keep the connection open for writing.
 
-        The client may be gone for good or have closed its half only.  A reset will tell when a
-        stream is written to, which is done at once and once more; other answers get a moment's
-        grace.
+        That is the case while a request runs whose body has arrived.  The client may have left, or
+        may only have closed its half.  If a stream has begun, a ping is written now and again
+        after half_close_grace_s: a client that has left answers with a reset.  A response that
+        has not begun gets that time to begin.
         """
         self._has_eof = True
         exchange = self._exchange
@@ -141,14 +143,14 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._phase is _Phase.RUNNING and self._exchange:
-            self._context.counters.client_disconnected += 1
+            self._server_state.counters.client_disconnected += 1
             self._exchange.disconnect()
         self._phase = _Phase.CLOSED
         self._read_deadline.close()
         self._write_deadline.close()
-        self._context.counters.open_connections -= 1
-        self._context.connections.discard(self)
-        self._context.note_gone()
+        self._server_state.counters.open_connections -= 1
+        self._server_state.connections.discard(self)
+        self._server_state.check_all_gone()
 
     def pause_writing(self) -> None:
         self.writable.clear()
@@ -159,25 +161,25 @@ class Connection(asyncio.BufferedProtocol):
         if self._phase is _Phase.RUNNING:
             self._write_deadline.clear()
 
-    # What the server calls.
+    # Called by the server.
 
     def close_if_idle(self) -> None:
-        """Closes while draining, unless a request is running or on its way in.
+        """Closes the connection if draining, unless a request is running or arriving.
 
-        Without lingering: nothing was sent that could be lost, and whoever stops a server should
-        not wait for clients that keep a connection in store.
+        This needs no lingering: nothing was sent that could be lost, and a server that stops
+        should not wait for clients that hold connections in a pool.
         """
-        if self._context.is_draining and self._phase is _Phase.HEAD and not self.buffer:
+        if self._server_state.is_draining and self._phase is _Phase.HEAD and not self.buffer:
             self._transport.close()
 
     def abort(self) -> None:
         self._transport.abort()
 
-    # What the exchange calls.
+    # Called by the exchange.
 
     @property
     def may_keep_alive(self) -> bool:
-        return not self._context.is_draining
+        return not self._server_state.is_draining
 
     def write(self, data: bytes) -> None:
         self._written_bytes += len(data)
@@ -188,13 +190,13 @@ class Connection(asyncio.BufferedProtocol):
             self._linger()
             return
         if self._body_began_at is None:
-            self._body_began_at = self._context.loop.time()
+            self._body_began_at = self._server_state.loop.time()
             self._read_deadline.set(self._settings.body_timeout_s)
         self._resume_reading()
 
     def refuse(self, error: ApiError) -> None:
-        self._context.counters.refused_requests += 1
-        if self._context.refusals_brake.is_open():
+        self._server_state.counters.refused_requests += 1
+        if self._server_state.refusal_log_limit.allows_line():
             log.info("refused %s: %d %s", self._client, error.status, error.message)
         self._answer_and_close(error)
 
@@ -215,15 +217,15 @@ class Connection(asyncio.BufferedProtocol):
             self._read_deadline.set(self._settings.header_timeout_s)
 
     def _start_request(self, head: RequestHead) -> None:
-        self._context.counters.requests += 1
+        self._server_state.counters.requests += 1
         self._phase = _Phase.RUNNING
         self._body_began_at = None
         self._read_deadline.clear()
         if self._has_eof:
             self._read_deadline.set(self._settings.half_close_grace_s)
         self._exchange = Exchange(self, head, self._scope(head))
-        task = self._context.loop.create_task(self._run(self._exchange))
-        self._context.tasks.add(task)
+        task = self._server_state.loop.create_task(self._run(self._exchange))
+        self._server_state.tasks.add(task)
 
     def _scope(self, head: RequestHead) -> Scope:
         return {
@@ -246,16 +248,16 @@ class Connection(asyncio.BufferedProtocol):
         task = asyncio.current_task()
         assert task is not None
         try:
-            await self._context.app(exchange.scope, exchange.receive, exchange.send)
+            await self._server_state.app(exchange.scope, exchange.receive, exchange.send)
         except (ClientDisconnected, StreamBroken):
             pass
         except Exception:
-            self._context.counters.app_errors += 1
+            self._server_state.counters.app_errors += 1
             path = exchange.scope["raw_path"].decode("latin-1")
             log.exception("%s %s failed", exchange.scope["method"], path)
         finally:
-            self._context.tasks.discard(task)
-            self._context.note_gone()
+            self._server_state.tasks.discard(task)
+            self._server_state.check_all_gone()
             if self._phase is _Phase.RUNNING:
                 self._end_request(exchange)
 
@@ -278,18 +280,18 @@ class Connection(asyncio.BufferedProtocol):
         self._resume_reading()
         self.close_if_idle()
 
-    # The end.
+    # Closing.
 
     def _answer_and_close(self, error: ApiError) -> None:
-        """Closes with an error answer, or without one inside a response: that one breaks off."""
+        """Sends the error and closes; a response that has started is just broken off."""
         if not self._exchange or not self._exchange.response.is_started:
-            self.write(error_bytes(error))
+            self.write(error_response(error))
         self._linger()
 
     def _linger(self) -> None:
-        """Sends what is written and FIN, and drops input until the client's FIN.
+        """Sends pending output and FIN, then drops input until the client's FIN.
 
-        Not abort(), even to break a stream off: that would drop the error event with the rest.
+        Does not abort(), even to break off a stream: that would discard a pending error event.
         """
         if self._exchange:
             self._exchange.disconnect()
@@ -303,10 +305,10 @@ class Connection(asyncio.BufferedProtocol):
             try:
                 self._transport.write_eof()
             except OSError:
-                self.abort()  # the client has reset it, and the loop has yet to tell
+                self.abort()  # the client sent a reset that the loop has not reported yet
         self._watch_drain()
 
-    # Deadlines and flow.
+    # Deadlines and flow control.
 
     def _on_read_deadline(self) -> None:
         if self._phase is _Phase.HEAD:
@@ -325,13 +327,13 @@ class Connection(asyncio.BufferedProtocol):
     def _check_body_or_grace(self, exchange: Exchange) -> None:
         if self._has_eof:
             if exchange.response.is_started:
-                exchange.ping()  # fails, if the one that met the FIN was answered with a reset
+                exchange.ping()  # fails if the client answered the first ping with a reset
             else:
                 self.abort()
         elif self._body_began_at is not None and not exchange.has_whole_body():
             earned_s = exchange.body_bytes / self._settings.min_rate_bytes
             due_at = self._body_began_at + self._settings.body_timeout_s + earned_s
-            left_s = due_at - self._context.loop.time()
+            left_s = due_at - self._server_state.loop.time()
             if left_s > 0:
                 self._read_deadline.set(left_s)
             else:
@@ -344,9 +346,9 @@ class Connection(asyncio.BufferedProtocol):
     def _on_write_deadline(self) -> None:
         waiting_bytes = self._transport.get_write_buffer_size()
         drained_bytes = self._written_bytes - waiting_bytes - self._drained_bytes
-        least_bytes = self._settings.min_rate_bytes * self._settings.write_stall_timeout_s
-        if waiting_bytes and drained_bytes < least_bytes:
-            self._context.counters.client_stalled += 1
+        min_bytes = self._settings.min_rate_bytes * self._settings.write_stall_timeout_s
+        if waiting_bytes and drained_bytes < min_bytes:
+            self._server_state.counters.client_stalled += 1
             self.abort()
         elif waiting_bytes:
             self._watch_drain()
@@ -364,5 +366,5 @@ class Connection(asyncio.BufferedProtocol):
 
 
 def _address(name: object) -> tuple[str, int] | None:
-    """Host and port of a socket's name; None for what has none, as a Unix socket."""
+    """Host and port of a socket name; None if it has none, as for a Unix socket."""
     return (name[0], name[1]) if isinstance(name, tuple) else None

@@ -1,4 +1,4 @@
-"""One request and its response, as the ASGI application talks to them."""
+"""One request and its response: the receive() and send() of an ASGI application."""
 
 import asyncio
 from typing import Protocol
@@ -14,9 +14,9 @@ DISCONNECT: Message = {"type": "http.disconnect"}
 
 
 class Wire(Protocol):
-    """What an exchange needs of its connection.
+    """What an exchange needs from its connection.
 
-    buffer          what the client sent beyond the head
+    buffer          what the client sent after the head
     changed         set when the buffer has grown
     writable        clear while too much of the response waits to be sent
     may_keep_alive  whether the connection may serve another request
@@ -32,16 +32,16 @@ class Wire(Protocol):
     def write(self, data: bytes) -> None: ...
 
     def want_body(self) -> None:
-        """The application waits for the body: read on, and start the client's deadline."""
+        """The application is waiting for the body: keep reading, and start the body deadline."""
 
     def refuse(self, error: ApiError) -> None:
-        """The body is malformed: answer if that is still possible, and close."""
+        """The body is malformed: send the error if no response has started, and close."""
 
 
 class Exchange:
     """receive() and send() of one request.
 
-    After disconnect() receive() says so, and send() does nothing.
+    After disconnect(), receive() returns http.disconnect and send() does nothing.
     """
 
     def __init__(self, wire: Wire, head: RequestHead, scope: Scope) -> None:
@@ -51,7 +51,7 @@ class Exchange:
         self.body_bytes = 0
         self._wire = wire
         self._body = head.body
-        self._pending = b""  # of the body, read but not yet received by the application
+        self._pending = b""  # body bytes that were read but not yet received by the application
         self._has_received_all = False
         self._awaits_continue = head.expects_continue
         self._is_disconnected = False
@@ -59,7 +59,8 @@ class Exchange:
 
     async def receive(self) -> Message:
         while not (self._is_disconnected or self.response.is_complete):
-            # Before looking and not after: to look can itself end the exchange, for a bad body.
+            # Clear before looking, not after: _maybe_body may find a bad body, which ends the
+            # exchange and sets the event.
             self._wire.changed.clear()
             if not self._has_received_all and (message := self._maybe_body()):
                 return message
@@ -70,7 +71,7 @@ class Exchange:
         if self._is_disconnected:
             return
         if message["type"] == "http.response.body":
-            data = self._framed(message.get("body", b""), message.get("more_body", False))
+            data = self._frame(message.get("body", b""), message.get("more_body", False))
             if data:
                 self._wire.write(data)
             if self.response.is_complete:
@@ -89,20 +90,20 @@ class Exchange:
         self._wire.writable.set()
 
     def ping(self) -> None:
-        """Sends a stream that has begun what says nothing; who is gone answers with a reset."""
+        """Writes a no-op to a stream that has begun; a client that left answers with a reset."""
         if self._ping and self.response.is_started and not self.response.is_complete:
-            self._wire.write(self._framed(self._ping, more_body=True))
+            self._wire.write(self._frame(self._ping, more_body=True))
 
     def has_whole_body(self) -> bool:
-        """Whether the client has sent all of the body; takes what there is from the buffer."""
-        self._pull()
+        """True if the client has sent the whole body; takes what has arrived from the buffer."""
+        self._read_body()
         return self._body.is_complete
 
-    def _framed(self, body: bytes, more_body: bool) -> bytes:
+    def _frame(self, body: bytes, more_body: bool) -> bytes:
         response = self.response
         if not response.is_started:
-            # An answer that does not wait for the body ends the connection: what follows is
-            # body, and cheaper to drop than to read.
+            # A response that does not wait for the body ends the connection: the bytes that follow
+            # are body, and dropping them is cheaper than reading them.
             self.keep_alive = (
                 self.keep_alive and self._wire.may_keep_alive and self.has_whole_body()
             )
@@ -111,8 +112,8 @@ class Exchange:
         return response.body(body, more_body, close=not self.keep_alive)
 
     def _maybe_body(self) -> Message | None:
-        """The next part of the body, None when there is none yet."""
-        self._pull()
+        """Returns the next part of the body, or None if it has not arrived."""
+        self._read_body()
         if self._is_disconnected:
             return None
         if not self._pending and not self._body.is_complete:
@@ -125,7 +126,7 @@ class Exchange:
         self._has_received_all = self._body.is_complete
         return {"type": "http.request", "body": body, "more_body": not self._body.is_complete}
 
-    def _pull(self) -> None:
+    def _read_body(self) -> None:
         if self._body.is_complete or self._is_disconnected:
             return
         try:

@@ -1,9 +1,9 @@
 """The head of a request: a strict check, and then h11 as the parser.
 
-h11 0.16 is lenient where a server on an open network must not be: it takes Content-Length beside
+h11 0.16 is too lenient for a server on an open network: it accepts Content-Length together with
 Transfer-Encoding, bare LF, folded lines, control characters in values, a malformed Host, HTTP/2.0.
-Everything of that kind decides differently in different parsers, which is how requests are
-smuggled.  So the check comes first; it only says no and changes nothing.
+Different parsers read such input differently, and that is how requests are smuggled.  So our
+check comes first.  It only refuses requests; it never changes them.
 """
 
 import ipaddress
@@ -22,10 +22,10 @@ from llmsrv.server.settings import ServerSettings
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 REQUEST_LINE = re.compile(rb"(%b{1,32}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % TOKEN)
-# RFC 9112 section 5: no space before the colon, no folding; values of visible characters, spaces,
-# tabs and opaque bytes from 0x80 up.
+# RFC 9112 section 5: no space before the colon, no folding.  Values hold visible characters,
+# spaces, tabs, and opaque bytes from 0x80 up.
 FIELDS = re.compile(rb"(?:%b+:[\t\x20-\x7e\x80-\xff]*\r\n)*" % TOKEN)
-# What an unfinished head must match already, so that garbage is refused before any deadline.
+# An unfinished head must already match this, so that garbage is refused before any deadline.
 METHOD_START = re.compile(rb"%b{1,32}(?: |\Z)" % TOKEN)
 BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r[^\n]")
 
@@ -33,13 +33,13 @@ MAX_METHOD_BYTES = 32
 MAX_HOST_BYTES = 255
 HOST = re.compile(rb"([0-9A-Za-z._~-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{0,5}))?")
 ABSOLUTE_FORM = re.compile(rb"https?://([^/?]*)([^?]*)(.*)", re.IGNORECASE)
-# More than 19 digits may not fit 64 bits at the next hop; a leading zero is decimal all the same.
+# More than 19 digits may not fit 64 bits at the next hop.  A leading zero does not mean octal.
 CONTENT_LENGTH = re.compile(rb"[0-9]{1,19}")
 
 ONCE = frozenset(
     (b"host", b"content-length", b"transfer-encoding", b"content-type", b"authorization")
 )
-# Servers that turn `_` into `-` (CGI and its heirs) would take these for framing.
+# Servers that turn `_` into `-` (CGI and its descendants) would read these as framing.
 LOOKALIKES = frozenset((b"content_length", b"transfer_encoding"))
 
 Field = tuple[bytes, bytes]
@@ -47,10 +47,10 @@ Field = tuple[bytes, bytes]
 
 @dataclass(slots=True)
 class RequestHead:
-    """A request up to its body, as the ASGI scope wants it.
+    """A request up to its body, in the form the ASGI scope needs.
 
     http_version  "1.0", or "1.1" for 1.1 to 1.9 (RFC 9110 section 2.5)
-    body          reads the body that follows out of the connection's buffer
+    body          reads the body that follows from the connection's buffer
     """
 
     method: str
@@ -67,19 +67,19 @@ class RequestHead:
 class HeadReader:
     """Takes heads off the front of a connection's buffer.
 
-    Every byte is looked at a bounded number of times, however small the pieces it comes in.
+    Each byte is examined a bounded number of times, however small the reads are.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
-        self._searched = 0  # so many bytes of the buffer hold no blank line
+        self._searched = 0  # bytes at the front of the buffer known to hold no blank line
         self._line_is_checked = False
 
     def read(self, buffer: bytearray) -> RequestHead | None:
-        """The next head, removed from the buffer; None while it is incomplete.
+        """Returns the next head and removes it from the buffer; None while it is incomplete.
 
-        Raises ApiError 400, 405, 413, 414, 417, 431, 501 or 505, after which the connection must
-        be closed: where the next request would begin is unknown.
+        Raises ApiError 400, 405, 413, 414, 417, 431, 501 or 505.  The connection must then be
+        closed, because nothing says where the next request would begin.
         """
         # One empty line before the request line is tolerated (RFC 9112 section 2.2).
         start = 2 if buffer.startswith(b"\r\n") else 0
@@ -95,7 +95,7 @@ class HeadReader:
         return parse_head(head, self._settings)
 
     def _check_unfinished(self, buffer: bytearray, start: int) -> None:
-        """Refuses what cannot become a head any more, within the limits and before a deadline."""
+        """Refuses input that cannot become a valid head, without waiting for the deadline."""
         if len(buffer) == start or buffer == b"\r":
             return
         if not METHOD_START.match(buffer[start : start + MAX_METHOD_BYTES + 1]):
@@ -115,7 +115,7 @@ class HeadReader:
 
 
 def parse_head(head: bytes, settings: ServerSettings) -> RequestHead:
-    """A complete head, its blank line included, checked and parsed; raises as HeadReader.read."""
+    """Checks and parses a complete head with its blank line; raises like HeadReader.read."""
     line, _, block = head.partition(b"\r\n")
     _check_line_size(len(line), settings)
     method, target, is_http_1_0 = _check_request_line(line)
@@ -129,7 +129,7 @@ def parse_head(head: bytes, settings: ServerSettings) -> RequestHead:
     _check_names(fields, values)
     authority, raw_path, query = _split_target(method, target)
     _check_host(values.get(b"host"), authority, is_http_1_0)
-    body = _body_of(values, is_http_1_0, settings.body_limit_bytes)
+    body = _body_reader(values, is_http_1_0, settings.body_limit_bytes)
     expects_continue = not is_http_1_0 and _expects_continue(values.get(b"expect"))
     headers = _parse_with_h11(head)
     if authority is not None and b"host" not in values:
@@ -148,8 +148,8 @@ def parse_head(head: bytes, settings: ServerSettings) -> RequestHead:
 
 
 def _parse_with_h11(head: bytes) -> list[Field]:
-    # A connection of its own for each head: our answers are not framed by h11, so its state
-    # machine would never reach the next request.
+    # Each head needs a new h11 connection: h11 does not see our responses, so its state machine
+    # would never reach the next request.
     connection = h11.Connection(h11.SERVER)
     connection.receive_data(head)
     try:
@@ -174,7 +174,7 @@ def _check_line_size(size: int, settings: ServerSettings) -> None:
 
 
 def _check_request_line(line: bytes) -> tuple[bytes, bytes, bool]:
-    """Method, target, and whether it is HTTP/1.0."""
+    """Returns the method, the target, and whether it is HTTP/1.0."""
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise bad_request("The request line is malformed.")
@@ -182,7 +182,7 @@ def _check_request_line(line: bytes) -> tuple[bytes, bytes, bool]:
     if major != b"1":
         raise ApiError(505, "This server speaks HTTP/1.1.")
     if method == b"CONNECT":
-        # An empty Allow: no method at all can be used on what CONNECT names (RFC 9110 10.2.1).
+        # Allow is empty: no method works on a CONNECT target (RFC 9110 section 10.2.1).
         raise ApiError(405, "This server is no proxy.", headers={"Allow": ""})
     return method, target, minor == b"0"
 
@@ -203,7 +203,7 @@ def _check_names(fields: list[Field], values: dict[bytes, bytes]) -> None:
 
 
 def _split_target(method: bytes, target: bytes) -> tuple[bytes | None, bytes, bytes]:
-    """Authority (of the absolute form only), raw path and query (RFC 9112 section 3.2)."""
+    """Returns authority (absolute form only), raw path and query (RFC 9112 section 3.2)."""
     authority = None
     if target == b"*" and method == b"OPTIONS":
         return None, target, b""
@@ -220,7 +220,7 @@ def _split_target(method: bytes, target: bytes) -> tuple[bytes | None, bytes, by
 
 
 def _check_host(host: bytes | None, authority: bytes | None, is_http_1_0: bool) -> None:
-    """RFC 9112 section 3.2; an authority in the target replaces Host, so they must agree."""
+    """RFC 9112 section 3.2.  An authority in the target overrides Host, so they must agree."""
     if host is None and not is_http_1_0:
         raise bad_request("The header field Host is missing.")
     for name in (host, authority):
@@ -245,8 +245,8 @@ def _is_ipv6(text: str) -> bool:
     return True
 
 
-def _body_of(values: dict[bytes, bytes], is_http_1_0: bool, limit_bytes: int) -> BodyReader:
-    """How the body is framed (RFC 9112 section 6); what is ambiguous is refused, not guessed."""
+def _body_reader(values: dict[bytes, bytes], is_http_1_0: bool, limit_bytes: int) -> BodyReader:
+    """Finds out how the body is framed (RFC 9112 section 6); refuses what is ambiguous."""
     length = values.get(b"content-length")
     codings = values.get(b"transfer-encoding")
     if codings is not None:
@@ -266,7 +266,7 @@ def _body_of(values: dict[bytes, bytes], is_http_1_0: bool, limit_bytes: int) ->
 
 
 def _check_codings(value: bytes) -> None:
-    """Only `chunked` alone is served: 501 for other codings, 400 for what makes no sense."""
+    """Accepts only a single `chunked`; raises 501 for other codings, 400 for nonsense."""
     if value == b"chunked":
         return
     names = [coding.partition(b";")[0].strip(b" \t") for coding in value.split(b",")]

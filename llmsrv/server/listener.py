@@ -1,4 +1,4 @@
-"""Listening sockets: binding them, and accepting from them when file descriptors run out too."""
+"""Binds listening sockets and accepts connections, even when file descriptors run out."""
 
 import asyncio
 import errno
@@ -10,23 +10,23 @@ from collections.abc import Sequence
 
 from llmsrv.errors import ApiError
 from llmsrv.errors import StartupError
-from llmsrv.server.response import error_bytes
+from llmsrv.server.response import error_response
 from llmsrv.server.settings import ServerCounters
-from llmsrv.server.timing import LogBrake
+from llmsrv.server.timing import LogRateLimit
 
 log = logging.getLogger("llmsrv.server")
 
 BACKLOG = 4096
-# So that a burst of connections does not keep the loop from those there are.
+# Limited so that a burst of new connections does not starve the existing ones.
 MAX_ACCEPTS_PER_TURN = 64
-# A peer that vanished without a FIN, or that reads nothing, is given up by the kernel after this.
+# After this the kernel drops a peer that vanished without a FIN or that reads nothing.
 USER_TIMEOUT_MS = 30_000
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """Listens on every address of host, all at the same port; port 0 takes a free one.
+    """Listens on every address of host, all on the same port; port 0 picks a free one.
 
-    Raises StartupError saying what to do when the port is taken or the host is none of ours.
+    Raises StartupError, with a suggestion, if the port is taken or the host is not local.
     """
     try:
         found = socket.getaddrinfo(
@@ -74,27 +74,27 @@ def _advice(error: OSError, host: str, port: int) -> str:
 
 
 class Acceptor:
-    """Hands each accepted socket to `connect`.
+    """Passes each accepted socket to `on_accept`.
 
-    Not loop.create_server: on EMFILE asyncio stops accepting for a second and uvloop closes
-    whoever waits without a word.  Here one waiting client gets a 503, by means of a descriptor
-    kept in reserve, the others wait in the backlog, and connections that there are go on.
+    We do not use loop.create_server: on EMFILE, asyncio stops accepting for a second and uvloop
+    silently closes the waiting connections.  Here a descriptor kept in reserve lets us send one
+    waiting client a 503.  The others wait in the backlog, and open connections are not affected.
     """
 
     def __init__(
         self,
         sockets: Sequence[socket.socket],
-        connect: Callable[[socket.socket], None],
+        on_accept: Callable[[socket.socket], None],
         counters: ServerCounters,
         pause_s: float,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._sockets = list(sockets)
-        self._connect = connect
+        self._on_accept = on_accept
         self._counters = counters
         self._pause_s = pause_s
         self._reserve_fd = os.open(os.devnull, os.O_RDONLY)
-        self._brake = LogBrake()
+        self._log_limit = LogRateLimit()
         for sock in self._sockets:
             self._loop.add_reader(sock, self._accept, sock)
 
@@ -119,14 +119,14 @@ class Acceptor:
                 self._pause(listener, error)
                 return
             sock.setblocking(False)
-            self._connect(sock)
+            self._on_accept(sock)
 
     def _pause(self, listener: socket.socket, error: OSError) -> None:
         self._counters.accept_failures += 1
-        if self._brake.is_open():
+        if self._log_limit.allows_line():
             log.error("cannot accept connections: %s", error.strerror)
         if error.errno in (errno.EMFILE, errno.ENFILE):
-            self._turn_one_away(listener)
+            self._refuse_one(listener)
         self._loop.remove_reader(listener)
         self._loop.call_later(self._pause_s, self._resume, listener)
 
@@ -134,7 +134,7 @@ class Acceptor:
         if listener in self._sockets:
             self._loop.add_reader(listener, self._accept, listener)
 
-    def _turn_one_away(self, listener: socket.socket) -> None:
+    def _refuse_one(self, listener: socket.socket) -> None:
         error = ApiError(
             503,
             "The server has too many connections.",
@@ -145,9 +145,9 @@ class Acceptor:
         try:
             with listener.accept()[0] as sock:
                 sock.setblocking(False)
-                sock.send(error_bytes(error))
+                sock.send(error_response(error))
                 sock.shutdown(socket.SHUT_WR)
-                # Closing over unread bytes would reset the connection and lose the answer.
+                # Closing with unread bytes would reset the connection and lose the response.
                 sock.recv(65536)
         except OSError:
             pass

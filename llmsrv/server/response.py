@@ -1,4 +1,4 @@
-"""The bytes of a response, framed by hand: as h11 would write them, at a tenth of its cost."""
+"""The bytes of a response, framed by hand: as h11 writes them, at a tenth of the cost."""
 
 import secrets
 from email.utils import formatdate
@@ -11,13 +11,13 @@ from llmsrv.errors import ApiError
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}".encode() for s in HTTPStatus}
-# Framing is ours alone; what an application says about it is dropped.
+# The server writes these itself; of an application's own it only uses Content-Length.
 FRAMING_HEADERS = frozenset((b"content-length", b"transfer-encoding", b"connection"))
 
 
 class _State(Enum):
     WAITING = 1  # for http.response.start
-    STARTED = 2  # the head is held back, to leave in one write with the first of the body
+    STARTED = 2  # the head is held back, to be sent in one write with the first body bytes
     BODY = 3
     COMPLETE = 4
 
@@ -26,13 +26,13 @@ class _Framing(Enum):
     NO_BODY = 1  # HEAD, 204, 304
     LENGTH = 2
     CHUNKED = 3
-    UNTIL_CLOSE = 4  # HTTP/1.0 has nothing else for a length unknown
+    UNTIL_CLOSE = 4  # all that HTTP/1.0 offers when the length is unknown
 
 
 class ResponseWriter:
     """Turns the ASGI messages of one response into bytes.
 
-    Raises RuntimeError when the application breaks the protocol: messages out of order, a header
+    Raises RuntimeError if the application breaks the protocol: messages out of order, a header
     that would split the head, more or fewer bytes than its Content-Length.
     """
 
@@ -47,7 +47,7 @@ class ResponseWriter:
 
     @property
     def is_started(self) -> bool:
-        """Whether the head has been handed out, so that no other answer can be given."""
+        """True once the head has been returned: no other response can be sent then."""
         return self._state in (_State.BODY, _State.COMPLETE)
 
     @property
@@ -62,9 +62,9 @@ class ResponseWriter:
         self._state = _State.STARTED
 
     def body(self, data: bytes, more_body: bool, close: bool) -> bytes:
-        """The bytes of one http.response.body, the head before the first.
+        """Returns the bytes of one http.response.body; the first are preceded by the head.
 
-        close  say in the head that the connection closes after this response
+        close  announce in the head that the connection closes after this response
         """
         if self._state is _State.BODY and self._framing is _Framing.CHUNKED and more_body:
             return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
@@ -83,7 +83,7 @@ class ResponseWriter:
         if self._framing is _Framing.LENGTH:
             self._remaining -= len(data)
             if self._remaining < 0 or (self._remaining and not more_body):
-                raise RuntimeError("the body has not the length that its Content-Length says")
+                raise RuntimeError("the length of the body differs from its Content-Length")
             return data
         if self._framing is _Framing.UNTIL_CLOSE:
             return data
@@ -91,7 +91,7 @@ class ResponseWriter:
         return chunk if more_body else chunk + b"0\r\n\r\n"
 
     def _head(self, length: int | None, close: bool) -> bytes:
-        """length: of the whole body, where that is known."""
+        """length is that of the whole body, or None if unknown."""
         lines = [STATUS_LINES.get(self._status) or b"HTTP/1.1 %d " % self._status]
         for name, value in self._headers:
             if name not in FRAMING_HEADERS:
@@ -104,11 +104,11 @@ class ResponseWriter:
             lines.append(b"connection: close")
         head = b"\r\n".join(lines) + b"\r\n\r\n"
         if not head.count(b"\r") == head.count(b"\n") == len(lines) + 1 or b"\0" in head:
-            raise RuntimeError("a response header holds a line end or NUL")
+            raise RuntimeError("a response header contains a line end or NUL")
         return head
 
     def _choose_framing(self, length: int | None) -> list[bytes]:
-        """Sets the framing and returns its header lines; a HEAD's are those of the GET."""
+        """Sets the framing and returns its header lines; HEAD gets the same lines as GET."""
         if self._status in (204, 304):
             return []
         self._remaining = length or 0
@@ -122,8 +122,8 @@ class ResponseWriter:
         return lines
 
 
-def error_bytes(error: ApiError) -> bytes:
-    """A whole response with the error object, after which the connection closes."""
+def error_response(error: ApiError) -> bytes:
+    """A complete response with the error object; the connection closes after it."""
     headers = [
         (b"content-type", b"application/json"),
         (b"x-request-id", secrets.token_hex(16).encode()),
@@ -139,7 +139,7 @@ _date = b""
 
 
 def _date_line() -> bytes:
-    """The header line Date, made once a second."""
+    """The Date header line, formatted once per second."""
     global _date_second, _date
     now = int(time())
     if now != _date_second:

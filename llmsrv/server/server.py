@@ -1,7 +1,7 @@
 """Serves an ASGI 3 application over HTTP/1.1: starting, draining, and the event loop.
 
-Only the `http` protocol of ASGI: no lifespan, whoever starts a server starts its application too,
-and no websockets.  Signals are the caller's business.
+Supports only ASGI's `http` protocol.  There are no websockets, and no lifespan: the caller starts
+the application as well as the server.  The caller also handles signals.
 """
 
 import asyncio
@@ -13,12 +13,12 @@ from typing import TypeVar
 
 from llmsrv.asgi.types import ASGIApp
 from llmsrv.server.connection import Connection
-from llmsrv.server.connection import Context
+from llmsrv.server.connection import ServerState
 from llmsrv.server.listener import Acceptor
 from llmsrv.server.settings import ServerCounters
 from llmsrv.server.settings import ServerSettings
 
-# What applications get to notice that their clients were cut off.
+# How long applications have to notice that their clients were cut off.
 ABORT_GRACE_S = 1.0
 
 T = TypeVar("T")
@@ -34,38 +34,38 @@ class Server:
         self._app = app
         self._sockets = sockets
         self._settings = settings
-        self._context: Context
+        self._server_state: ServerState
         self._acceptor: Acceptor
         self._attaching: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        self._context = Context(self._app, self._settings, self.counters)
+        self._server_state = ServerState(self._app, self._settings, self.counters)
         self._acceptor = Acceptor(
             self._sockets, self._connect, self.counters, self._settings.accept_pause_s
         )
 
     async def drain(self, grace_s: float) -> None:
-        """Stops accepting, closes idle connections, and lets running requests end.
+        """Stops accepting, closes idle connections, and lets running requests finish.
 
-        What still runs after grace_s is cut off, and its application told by http.disconnect.
-        May be cancelled and called again with less grace.
+        Requests still running after grace_s are cut off; their applications receive
+        http.disconnect.  May be cancelled and called again with a shorter grace period.
         """
-        context = self._context
-        context.is_draining = True
+        state = self._server_state
+        state.is_draining = True
         self._acceptor.close()
         if self._attaching:
             await asyncio.wait(self._attaching)
-        for connection in list(context.connections):
+        for connection in list(state.connections):
             connection.close_if_idle()
-        context.note_gone()
-        if not await self._are_all_gone(grace_s):
-            for connection in list(context.connections):
+        state.check_all_gone()
+        if not await self._wait_all_gone(grace_s):
+            for connection in list(state.connections):
                 connection.abort()
-            await self._are_all_gone(ABORT_GRACE_S)
+            await self._wait_all_gone(ABORT_GRACE_S)
 
-    async def _are_all_gone(self, within_s: float) -> bool:
+    async def _wait_all_gone(self, timeout_s: float) -> bool:
         try:
-            await asyncio.wait_for(self._context.all_gone.wait(), within_s)
+            await asyncio.wait_for(self._server_state.all_gone.wait(), timeout_s)
         except TimeoutError:
             return False
         return True
@@ -78,13 +78,13 @@ class Server:
     async def _attach(self, sock: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         try:
-            await loop.connect_accepted_socket(lambda: Connection(self._context), sock)
+            await loop.connect_accepted_socket(lambda: Connection(self._server_state), sock)
         except OSError:
-            sock.close()  # the client was gone before we came to it
+            sock.close()  # the client left before we got to it
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """Runs main on uvloop where that is installed, else on asyncio's own loop."""
+    """Runs main on uvloop if it is installed, else on asyncio's own loop."""
     try:
         from uvloop import new_event_loop
     except ImportError:

@@ -1,4 +1,4 @@
-"""Deadlines that are cheap to move, and a brake for log lines."""
+"""Deadlines that are cheap to move, and a rate limit for log lines."""
 
 import asyncio
 from collections.abc import Callable
@@ -7,10 +7,10 @@ from time import monotonic
 
 
 class Deadline:
-    """Calls back when its time has come.
+    """Calls back when the deadline passes.
 
     A request moves its connection's deadline several times and hardly ever reaches it.  So moving
-    it only notes the time; there is at most one timer, which goes on when it finds itself early.
+    it later only records the time.  There is at most one timer; if it fires early, it is rearmed.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
@@ -51,13 +51,13 @@ class Deadline:
         self._callback()
 
 
-class LogBrake:
-    """Lets one line a second through, so that hostile clients cannot flood the log."""
+class LogRateLimit:
+    """Allows one line per second, so that hostile clients cannot flood the log."""
 
     def __init__(self) -> None:
         self._next_at = 0.0
 
-    def is_open(self) -> bool:
+    def allows_line(self) -> bool:
         now = monotonic()
         if now < self._next_at:
             return False

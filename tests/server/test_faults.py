@@ -1,4 +1,4 @@
-"""What comes in on a socket, and what goes out: one table, a row for each fault."""
+"""What comes in on a socket and what goes out: tables with a row for each case."""
 
 import json
 from collections.abc import Iterator
@@ -31,8 +31,8 @@ def chunked(body: bytes) -> bytes:
     return post(b"Transfer-Encoding: chunked\r\n", body)
 
 
-# Each is refused: exactly one error object, and the connection closes although the client says
-# nothing more, not even FIN.  What follows the fault must never be taken for a request.
+# Each is refused with exactly one error object, and the connection closes even though the client
+# sends nothing more, not even FIN.  Bytes after the fault must never be read as a request.
 REFUSED = [
     ("1-http-0.9", b"GET /\r\n", 400),
     ("2-http-0.9-spelled-out", get(version=b"0.9"), 505),
@@ -173,14 +173,14 @@ REFUSED = [
     ("48-chunked-body-over-the-limit", chunked(b"10000\r\n" + b"x" * 65536 + b"\r\n1\r\n"), 413),
     ("56-cl-te", post(b"Content-Length: 6\r\nTransfer-Encoding: chunked\r\n", LAST), 400),
     (
-        "56-smuggled-behind-an-obsolete-extension",
+        "56-smuggled-after-an-obsolete-extension",
         chunked(b"2;\rxx\r\n4c\r\n0\r\n\r\n" + LAST + b"\r\n0\r\n\r\n"),
         400,
     ),
 ]
 
-# Each is served, in order, and so is what follows on the same connection: (what the application
-# sees of it as method, raw path, query, body) for every request.
+# Each is served in order, and so is the next request on the same connection.  The last column is
+# what the application sees of every request: method, raw path, query, body.
 SERVED = [
     ("2-http-1.2", get(version=b"1.2"), [("GET", b"/", b"", b"")]),
     ("2-http-1.9", get(version=b"1.9"), [("GET", b"/", b"", b"")]),
@@ -292,13 +292,13 @@ def test_a_fault_is_refused_once_and_the_connection_closes(
 
 
 @pytest.mark.parametrize(("data", "seen"), [r[1:] for r in SERVED], ids=[r[0] for r in SERVED])
-def test_a_request_is_served_and_the_connection_goes_on(
+def test_a_request_is_served_and_the_connection_stays_open(
     server: Serving, data: bytes, seen: list[tuple[str, bytes, bytes, bytes]]
 ) -> None:
     scopes.clear()
     answers = server.exchange(data + LAST)
     assert [answer.status for answer in answers] == [200] * (len(seen) + 1)
-    # An application of the test before may have noticed the end of its client only now.
+    # An application from the previous test may notice only now that its client left.
     whole = [scope for scope in scopes if scope["body"] is not None]
     requests = [(s["method"], s["raw_path"], s["query_string"], s["body"]) for s in whole]
     assert requests == [*seen, ("GET", b"/last", b"", b"")]
@@ -306,7 +306,7 @@ def test_a_request_is_served_and_the_connection_goes_on(
 
 
 @pytest.mark.parametrize("data", [row[1] for row in SILENT], ids=[row[0] for row in SILENT])
-def test_half_a_request_and_fin_is_closed_without_an_answer(server: Serving, data: bytes) -> None:
+def test_half_a_request_and_fin_is_closed_without_a_response(server: Serving, data: bytes) -> None:
     scopes.clear()
     with server.connect() as client:
         client.send(data)
@@ -329,12 +329,12 @@ def test_half_a_request_and_fin_is_closed_without_an_answer(server: Serving, dat
         ),
     ],
 )
-def test_one_answer_and_close(server: Serving, data: bytes) -> None:
+def test_one_response_and_then_the_connection_closes(server: Serving, data: bytes) -> None:
     (answer,) = server.exchange(data + LAST)
     assert (answer.status, answer.headers["connection"]) == (200, "close")
 
 
-def test_7_an_absolute_form_names_the_host_of_a_http_1_0_request(server: Serving) -> None:
+def test_7_an_absolute_form_sets_the_host_of_an_http_1_0_request(server: Serving) -> None:
     scopes.clear()
     server.exchange(get(b"http://example:81/x", b"", b"1.0"))
     assert scopes[0]["headers"] == [(b"host", b"example:81")]
@@ -350,7 +350,7 @@ def test_12_head_has_the_headers_of_get_and_no_body(server: Serving) -> None:
     assert head.headers == got.headers
 
 
-def test_the_scope_is_that_of_asgi_3(server: Serving) -> None:
+def test_the_scope_follows_asgi_3(server: Serving) -> None:
     scopes.clear()
     fields = H + b"X-One:  a \t\r\nx-TWO:\r\n"
     server.exchange(get(b"/a%20%C3%A9?b=%20", fields) + LAST)

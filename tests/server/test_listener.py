@@ -1,4 +1,4 @@
-"""Binding, and accepting when there are no file descriptors left."""
+"""Binding, and accepting connections when no file descriptors are left."""
 
 import asyncio
 import os
@@ -30,14 +30,14 @@ async def answer_ok(scope: Scope, receive: Receive, send: Send) -> None:
     await send_response(send, b"ok")
 
 
-def test_a_port_in_use_is_named_with_one_to_try() -> None:
+def test_the_error_for_a_port_in_use_suggests_another() -> None:
     with bind("127.0.0.1", 0)[0] as taken:
         port = taken.getsockname()[1]
         with pytest.raises(StartupError, match=f"port {port} is in use; try --port {port + 1}"):
             bind("127.0.0.1", port)
 
 
-def test_a_host_that_is_none_of_ours_is_named() -> None:
+def test_the_error_for_a_host_that_is_not_local_names_it() -> None:
     with pytest.raises(StartupError, match="'192.0.2.1'.*try --host 127.0.0.1"):
         bind("192.0.2.1", 0)
 
@@ -50,14 +50,14 @@ def test_all_addresses_of_a_host_share_one_port() -> None:
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux has it")
-def test_66_a_client_that_vanishes_without_a_word_is_given_up_after_30_s() -> None:
+def test_66_a_client_that_vanishes_silently_is_dropped_after_30_s() -> None:
     with bind("127.0.0.1", 0)[0] as listener, socket.create_connection(listener.getsockname()):
         listener.setblocking(True)
         with listener.accept()[0] as accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
 
 
-def test_run_takes_uvloop_and_returns_the_result() -> None:
+def test_run_uses_uvloop_and_returns_the_result() -> None:
     async def main() -> str:
         return type(asyncio.get_running_loop()).__module__
 
@@ -66,7 +66,7 @@ def test_run_takes_uvloop_and_returns_the_result() -> None:
 
 @contextmanager
 def no_more_descriptors() -> Iterator[None]:
-    """The process can open no file while the block runs."""
+    """The process cannot open any file while the block runs."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest_free = os.open(os.devnull, os.O_RDONLY)
     os.close(lowest_free)
@@ -78,32 +78,32 @@ def no_more_descriptors() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_73_without_descriptors_one_gets_503_and_nobody_is_lost(loop: str) -> None:
+def test_73_without_descriptors_one_client_gets_503_and_none_is_lost(loop: str) -> None:
     with serving(answer_ok, loop=loop) as server:
         with server.connect() as before, socket.socket() as first, socket.socket() as second:
             before.send(CLOSE[:20])
-            assert server.call(_settled(lambda: server.counters.open_connections == 1))
+            assert server.call(_wait_until(lambda: server.counters.open_connections == 1))
             with no_more_descriptors():
                 for sock in (first, second):
                     sock.settimeout(PATIENCE_S)
                     sock.connect(("127.0.0.1", server.port))
                     sock.send(CLOSE)
-                (turned_away,) = parse_answers(first.recv(65536))
+                (refused,) = parse_answers(first.recv(65536))
                 before.send(CLOSE[20:])
                 assert before.answers()[0].status == 200
             assert parse_answers(second.recv(65536))[0].status == 200
         assert server.counters.accept_failures >= 1
-    assert turned_away.status == 503 and turned_away.headers["retry-after"] == "1"
+    assert refused.status == 503 and refused.headers["retry-after"] == "1"
 
 
-async def _settled(condition: Callable[[], bool]) -> bool:
+async def _wait_until(condition: Callable[[], bool]) -> bool:
     while not condition():
         await asyncio.sleep(0)
     return True
 
 
 @pytest.mark.parametrize("loop", slow_but(LOOPS, "uvloop"))
-def test_74_a_burst_of_connections_is_accepted_to_the_last(loop: str) -> None:
+def test_74_every_connection_of_a_burst_is_accepted(loop: str) -> None:
     with serving(answer_ok, loop=loop) as server:
         clients = [server.connect() for _ in range(400)]
         for client in clients:

@@ -27,7 +27,7 @@ CASES = [
 def by_us(
     method: str, version: str, status: int, length: int | None, body: Sequence[bytes]
 ) -> tuple[bytes, list[bytes]]:
-    """The bytes up to the first of the body, and those of each part of the body."""
+    """Returns the bytes before the body, and those of each part of the body."""
     writer = ResponseWriter(method, version)
     length_header = [] if length is None else [(b"content-length", b"%d" % length)]
     writer.start(status, [(b"x-one", b"1"), *length_header])
@@ -59,19 +59,19 @@ def fields(head: bytes) -> set[bytes]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{c[0]}-{c[1]}-{c[2]}-{c[3]}" for c in CASES])
-def test_a_response_in_parts_is_that_of_h11(
+def test_a_response_in_parts_equals_that_of_h11(
     case: tuple[str, str, int, int | None, Sequence[bytes]]
 ) -> None:
     head, parts = by_us(*case)
     h11_head, h11_parts = by_h11(*case)
-    # h11 frames an empty 304 or 204 as if a body could follow; RFC 9110 section 8.6 forbids it.
+    # h11 frames an empty 204 or 304 as if a body could follow; RFC 9110 section 8.6 forbids it.
     framing = b"transfer-encoding: chunked" if case[2] in (204, 304) else b"nothing"
     assert fields(head) == fields(h11_head) - {framing}
     assert parts == h11_parts
 
 
 @pytest.mark.parametrize("body", [b"", b"abc"])
-def test_a_body_that_is_whole_at_once_has_a_content_length(body: bytes) -> None:
+def test_a_body_sent_at_once_has_a_content_length(body: bytes) -> None:
     writer = ResponseWriter("GET", "1.1")
     writer.start(200, [])
     head, _, rest = writer.body(body, False, close=False).partition(b"\r\n\r\n")
@@ -87,7 +87,7 @@ def test_a_body_that_is_whole_at_once_has_a_content_length(body: bytes) -> None:
         pytest.param(["start", "last", "start"], id="start-after-the-end"),
     ],
 )
-def test_messages_out_of_order_are_an_error_of_the_application(messages: list[str]) -> None:
+def test_messages_out_of_order_raise_in_the_application(messages: list[str]) -> None:
     writer = ResponseWriter("GET", "1.1")
     steps: dict[str, Callable[[], object]] = {
         "start": lambda: writer.start(200, []),
@@ -108,7 +108,7 @@ def test_a_header_cannot_split_the_head(value: bytes) -> None:
         writer.body(b"", False, close=False)
 
 
-def test_a_status_without_a_name_is_sent_all_the_same() -> None:
+def test_a_status_without_a_standard_phrase_is_sent() -> None:
     writer = ResponseWriter("GET", "1.1")
     writer.start(299, [])
     assert writer.body(b"", False, close=False).startswith(b"HTTP/1.1 299 \r\n")

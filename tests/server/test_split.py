@@ -1,5 +1,7 @@
-"""However the bytes of requests are cut into reads, and wherever FIN comes, the application and
-the client see the same.  In memory, with a transport that behaves as a socket's."""
+"""The application and the client see the same however the bytes of requests are cut into reads.
+
+These tests run in memory, with a transport that behaves like that of a socket.
+"""
 
 import asyncio
 import re
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from llmsrv.asgi.types import Scope
 from llmsrv.server.connection import Connection
-from llmsrv.server.connection import Context
+from llmsrv.server.connection import ServerState
 from llmsrv.server.settings import ServerCounters
 from llmsrv.server.settings import ServerSettings
 from tests.support.serving import recording
@@ -41,7 +43,7 @@ ENDS = [
 
 
 class MemoryTransport:
-    """What a connection uses of a transport; written data is kept and drained at once."""
+    """The transport methods that a connection uses; written data is kept and drained at once."""
 
     def __init__(self, connection: Connection) -> None:
         self.written = b""
@@ -99,16 +101,16 @@ class MemoryTransport:
 
 
 async def converse(pieces: list[bytes]) -> tuple[bytes, list[Scope]]:
-    """What the client reads and the application sees, a few turns of the loop between pieces."""
+    """Feeds the pieces, a few loop turns apart; returns what the client and the app see."""
     scopes: list[Scope] = []
-    context = Context(recording(scopes), ServerSettings(), ServerCounters())
-    transport = MemoryTransport(Connection(context))
+    state = ServerState(recording(scopes), ServerSettings(), ServerCounters())
+    transport = MemoryTransport(Connection(state))
     for piece in pieces:
         transport.feed(piece)
         for _ in range(3):
             await asyncio.sleep(0)
     transport.feed_eof()
-    while context.tasks:
+    while state.tasks:
         await asyncio.sleep(0)
     return masked(transport.written), scopes
 
@@ -130,18 +132,18 @@ conversations = st.builds(
 
 
 @given(data=conversations, places=st.lists(st.integers(0, 2000), max_size=20))
-def test_55_requests_cut_anywhere_give_the_same(data: bytes, places: list[int]) -> None:
+def test_55_requests_cut_anywhere_get_the_same_responses(data: bytes, places: list[int]) -> None:
     assert asyncio.run(converse(cut(data, places))) == asyncio.run(converse([data]))
 
 
-def test_55_requests_byte_by_byte_give_the_same() -> None:
+def test_55_requests_byte_by_byte_get_the_same_responses() -> None:
     for end in ENDS:
         data = b"".join(REQUESTS) + end
         pieces = [b"%c" % byte for byte in data]
         assert asyncio.run(converse(pieces)) == asyncio.run(converse([data]))
 
 
-def test_memory_answers_as_sockets_do() -> None:
+def test_the_memory_transport_behaves_like_a_socket() -> None:
     for end in ENDS:
         data = b"".join(REQUESTS) + end
         scopes: list[Scope] = []
