@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,14 @@ QUESTION = {"role": "user", "content": "Hello!"}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(tmp_path_factory.mktemp("m") / "tiny.gguf", context_length=16384)
+
+
+def start_long_request(server: RunningServer, is_streamed: bool) -> http.client.HTTPConnection:
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=10)
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 16000, "ignore_eos": True}
+    data = json.dumps(body | {"stream": is_streamed})
+    connection.request("POST", "/v1/completions", data, {"Content-Type": "application/json"})
+    return connection
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +61,24 @@ def test_head_has_the_length_of_the_body_and_no_body(server: RunningServer) -> N
         assert response.headers["Content-Length"] == str(len('{"status":"ok"}'))
 
 
+def test_a_stream_that_fails_ends_with_an_error_event_and_is_visibly_incomplete(
+    model: Path,
+) -> None:
+    with run_server(command=UVICORN, environment={"LLMSRV_MODEL": str(model)}) as server:
+        response = start_long_request(server, is_streamed=True).getresponse()
+        assert response.readline().startswith(b"data:")
+        os.kill(server.engine_pid(), signal.SIGKILL)
+        with pytest.raises(http.client.IncompleteRead) as caught:
+            response.read()
+        last_event = caught.value.partial.split(b"\n\n")[-2]
+        assert b'"code": "engine_restarted"' in last_event
+        assert server.stop() in (0, -signal.SIGTERM)
+        assert "Traceback" not in server.output
+
+
 def leave(server: RunningServer, is_streamed: bool) -> None:
     """Starts a long request and closes the connection while it runs."""
-    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=10)
-    body = {"model": "tiny", "prompt": "a", "max_tokens": 16000, "ignore_eos": True}
-    data = json.dumps(body | {"stream": is_streamed})
-    connection.request("POST", "/v1/completions", data, {"Content-Type": "application/json"})
+    connection = start_long_request(server, is_streamed)
     if is_streamed:
         assert connection.getresponse().readline().startswith(b"data:")
     else:
