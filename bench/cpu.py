@@ -56,17 +56,17 @@ class Roofs:
         self._num_threads = backend.num_threads
         self._bytes = np.ones(num_bytes, np.uint8)
 
-    def bytes_a_second(self) -> float:
+    def bytes_per_s(self) -> float:
         address, size = self._bytes.ctypes.data, len(self._bytes)
         rate: float = self._library.read_rate(address, size, READ_PASSES, self._num_threads)
         return rate
 
-    def products_a_second(self) -> float:
+    def products_per_s(self) -> float:
         """Of bytes, by vectors."""
         rate: float = self._library.multiply_rate(MULTIPLY_PASSES, self._num_threads)
         return rate
 
-    def matrix_products_a_second(self) -> float:
+    def matrix_products_per_s(self) -> float:
         """Of bytes, by matrix registers; 0 without them."""
         rate: float = self._library.matrix_rate(MATRIX_PASSES, self._num_threads)
         return rate
@@ -103,12 +103,12 @@ def main() -> None:
 
 def measure(plan: Plan, roofs: Roofs, weights: int, products: int) -> dict[str, float]:
     decode(plan, 1, 4)
-    read = roofs.bytes_a_second()
+    read = roofs.bytes_per_s()
     one = decode(plan, 1, 64)
     eight = decode(plan, 8, 32)
     thirty_two = decode(plan, 32, 16)
     far = decode(plan, 1, 64, FAR_TOKENS)
-    multiply = roofs.products_a_second()
+    multiply = roofs.products_per_s()
     prompt_s = prefill(plan)
     return {
         "read, GB/s": read / 1e9,

@@ -144,8 +144,8 @@ def measure(backend: CPUBackend, roofs: Roofs, kernel: Kernel, rounds: int) -> s
     seconds(kernel, plan)
     found = []
     for _ in range(rounds):
-        read = roofs.bytes_a_second()
-        multiply = max(roofs.products_a_second(), roofs.matrix_products_a_second())
+        read = roofs.bytes_per_s()
+        multiply = max(roofs.products_per_s(), roofs.matrix_products_per_s())
         took_s = seconds(kernel, plan)
         bytes_s, products_s = kernel.num_bytes / took_s, kernel.num_products / took_s
         found.append((took_s, bytes_s, bytes_s / read, products_s, products_s / multiply))

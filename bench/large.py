@@ -90,8 +90,8 @@ def measure(type: str, backend: CPUBackend, path: Path, runs: int) -> str:
     roofs = Roofs(backend, 256 << 20)
     found = []
     for _ in range(runs):
-        read, tokens = roofs.bytes_a_second(), decode(plan, 1, DECODE_TOKENS)
-        multiply, matrix = roofs.products_a_second(), roofs.matrix_products_a_second()
+        read, tokens = roofs.bytes_per_s(), decode(plan, 1, DECODE_TOKENS)
+        multiply, matrix = roofs.products_per_s(), roofs.matrix_products_per_s()
         rows = 1000 / prefill(plan)
         of_matrix = rows * products / matrix if matrix else 0
         of_roofs = tokens * num_bytes / read, rows * products / multiply, of_matrix
