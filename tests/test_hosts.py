@@ -4,6 +4,8 @@ import asyncio
 import dataclasses
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from tests.support.application import lifespan
 from tests.support.engines import has_exited
 from tests.support.engines import in_loop
 from tests.support.gguf_writer import write_tiny_llama
+from tests.support.server import ROOT
 from tests.support.server import child_pids
 
 JSON = {"content-type": "application/json"}
@@ -76,6 +79,15 @@ async def test_a_model_that_the_engine_refuses_fails_the_startup(tmp_path: Path)
         async with lifespan(build(Config(model=[str(path)]))):
             pass
     assert engine_pids() == []
+
+
+def test_the_engines_can_start_before_slow_packages_are_imported() -> None:
+    script = (
+        "import sys, llmsrv.app, llmsrv.serve\n"
+        "slow = {'tokenizers', 'jinja2', 'prometheus_client', 'llmsrv.http_app'}\n"
+        "assert not slow & set(sys.modules), sorted(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=60)
 
 
 ROOT_PATHS = [
