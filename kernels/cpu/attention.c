@@ -44,14 +44,16 @@ void attention_prepare(Plan *plan)
         if (chunks > plan->num_kv_chunks)
             plan->num_kv_chunks = chunks;
     }
-    int is_uneven = plan->num_query_spans * plan->num_kv_heads < MIN_UNITS_PER_THREAD * plan->num_threads;
+    int is_uneven = plan->num_query_spans * plan->num_kv_heads
+                    < MIN_UNITS_PER_THREAD * plan->num_threads;
     int fits = batch->num_rows <= plan->max_split_rows;
     plan->is_kv_split = is_uneven && fits && plan->num_kv_chunks > 1;
 }
 
 int attention_units(const Plan *plan)
 {
-    return plan->num_query_spans * plan->num_kv_heads * (plan->is_kv_split ? plan->num_kv_chunks : 1);
+    return plan->num_query_spans * plan->num_kv_heads
+           * (plan->is_kv_split ? plan->num_kv_chunks : 1);
 }
 
 /* Joins a chunk's m, l, o to the state M, L, O of what lies before it. */
@@ -176,10 +178,12 @@ static void run_unit(const Plan *plan, const Operation *operation, int unit, int
     float *states = scratch + query_tile_floats(tile.count, dim);
     float *range_memory = states + (int64_t)tile.count * (2 + dim);
     int first = plan->is_kv_split ? chunk : first_visible(&tile, 0) / KV_CHUNK;
-    attend_kv_chunks(&tile, kv_head, first, plan->is_kv_split ? chunk + 1 : end, states, range_memory);
+    attend_kv_chunks(&tile, kv_head, first, plan->is_kv_split ? chunk + 1 : end, states,
+                     range_memory);
     for (int i = 0; i < tile.count; i++) {
         const float *state = states + i * (2 + dim);
-        int group = heads_per_kv_head(plan), row = span.first + i / group, head = kv_head * group + i % group;
+        int group = heads_per_kv_head(plan), row = span.first + i / group,
+            head = kv_head * group + i % group;
         if (plan->is_kv_split)
             memcpy(partial_at(plan, row, head, chunk), state, sizeof(float) * (size_t)(2 + dim));
         else

@@ -22,7 +22,8 @@ void repack_values(const KVRange *range, int dim)
     const int piece = TILE_BYTES / 4;
     for (int position = range->begin; position < range->end; position += BLOCK_SIZE) {
         const uint8_t *v = kv_block(range, range->v, position);
-        uint8_t *out = range->repacked_v + chunk_offset(position) / STEP_POSITIONS * repacked_step(dim);
+        uint8_t *out = range->repacked_v
+                       + chunk_offset(position) / STEP_POSITIONS * repacked_step(dim);
         out += position % STEP_POSITIONS / BLOCK_SIZE * piece;
         for (int i = 0; i < dim; i += 16)
             for (int plane = 0; plane < KV_BYTES; plane++, out += TILE_BYTES)
@@ -102,18 +103,21 @@ static void scores_amx(const ScorePass *pass, const KVRange *range, const int di
 }
 
 /* Sixteen columns' products are made while those of the ones before them are scaled. */
-static void weighted_values_amx(int N, const KVRange *range, int dim, const AttentionWeights *weights, float *o)
+static void weighted_values_amx(
+    int N, const KVRange *range, int dim, const AttentionWeights *weights, float *o)
 {
     TileSums sums[2] __attribute__((aligned(64)));
-    const int first = chunk_offset(range->begin) / STEP_POSITIONS, end = chunk_offset(range->end - 1) / STEP_POSITIONS + 1;
+    const int first = chunk_offset(range->begin) / STEP_POSITIONS,
+              end = chunk_offset(range->end - 1) / STEP_POSITIONS + 1;
     const int step_bytes = repacked_step(dim), columns_bytes = KV_BYTES * TILE_BYTES;
     for (int i = 0; i <= dim / 16; i++) {
         const uint8_t *values = range->repacked_v + i * columns_bytes;
         if (i < dim / 16) {
             clear_sums();
             for (int step = first; step < end; step++)
-                dot_tiles(weights->high[0] + step * STEP_POSITIONS, weights->low[0] + step * STEP_POSITIONS, KV_CHUNK,
-                               values + step * step_bytes, TILE_BYTES);
+                dot_tiles(weights->high[0] + step * STEP_POSITIONS,
+                          weights->low[0] + step * STEP_POSITIONS, KV_CHUNK,
+                          values + step * step_bytes, TILE_BYTES);
             store_sums(sums[i % 2]);
         }
         for (int n = 0; i > 0 && n < N; n++) {

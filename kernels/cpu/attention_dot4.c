@@ -69,13 +69,20 @@ INLINE void weighted_values_dot4(
                     broadcast_word(weights->low[n] + at));
             }
         }
-        UNROLL for (int n = 0; n < N; n++) store(
-            o + n * dim + i, combine_sums(&sums[n], weights->compensation[n]) * splat(weights->scales[n]));
+        UNROLL for (int n = 0; n < N; n++)
+            store(o + n * dim + i,
+                  combine_sums(&sums[n], weights->compensation[n]) * splat(weights->scales[n]));
     }
 }
 
 INLINE void attend_pass(
-    const int N, const QueryTile *queries, int first, const KVRange *range, float *m, float *l, float *o)
+    const int N,
+    const QueryTile *queries,
+    int first,
+    const KVRange *range,
+    float *m,
+    float *l,
+    float *o)
 {
     const int dim = queries->plan->padded_dim;
     float scores[LARGE_PASS][KV_CHUNK] __attribute__((aligned(64)));

@@ -24,7 +24,10 @@ void prepare_kv_range(const QueryTile *queries, float *memory, KVRange *range)
 int pass_size(const QueryTile *queries, int left)
 {
     (void)queries;
-    return left >= LARGE_PASS ? LARGE_PASS : left >= MEDIUM_PASS ? MEDIUM_PASS : left < SMALL_PASS ? left : SMALL_PASS;
+    return left >= LARGE_PASS    ? LARGE_PASS
+           : left >= MEDIUM_PASS ? MEDIUM_PASS
+           : left < SMALL_PASS   ? left
+                                 : SMALL_PASS;
 }
 
 void store_query(const QueryTile *queries, int i, const float *x)
@@ -105,7 +108,13 @@ INLINE void weighted_values(
 
 /* m, l [N] and o [N][dim] of N queries over one chunk. */
 INLINE void attend_pass(
-    const int N, const QueryTile *queries, int first, const KVRange *range, float *m, float *l, float *o)
+    const int N,
+    const QueryTile *queries,
+    int first,
+    const KVRange *range,
+    float *m,
+    float *l,
+    float *o)
 {
     const int dim = queries->plan->padded_dim;
     const float *q = (const float *)queries->scaled + (int64_t)first * dim;

@@ -38,7 +38,8 @@ INLINE DotSums zero_sums(void) { return (DotSums){splat_int(0), splat_int(0), sp
 /* x . w */
 INLINE f32v combine_sums(const DotSums *sums, int32_t compensation)
 {
-    u32v value = ((u32v)sums->high_high << 8) + (u32v)sums->high_low - (u32v)splat_int(compensation);
+    u32v value = ((u32v)sums->high_high << 8) + (u32v)sums->high_low
+                 - (u32v)splat_int(compensation);
     return to_float((i32v)(KV_BITS == 16 ? value + (u32v)sums->low_high : value));
 }
 
@@ -65,7 +66,12 @@ INLINE int is_unmasked_block(const ScorePass *pass, int position)
 
 /* Sixteen scores of query n. */
 INLINE void store_scores(
-    const ScorePass *pass, int n, int position, int is_unmasked_block, f32v k_scales, const DotSums *sums)
+    const ScorePass *pass,
+    int n,
+    int position,
+    int is_unmasked_block,
+    f32v k_scales,
+    const DotSums *sums)
 {
     f32v s = combine_sums(sums, pass->compensation[n]) * (k_scales * splat(pass->scales[n]));
     if (pass->cap > 0)
@@ -85,8 +91,12 @@ typedef struct {
 
 /* Scores of N queries to shares, m and l; in three loops, for what one query needs of itself takes
  * longer to come than what others do. */
-void softmax_weights(
-    int N, const KVRange *range, float (*scores)[KV_CHUNK], float *m, float *l, AttentionWeights *shares);
+void softmax_weights(int N,
+                     const KVRange *range,
+                     float (*scores)[KV_CHUNK],
+                     float *m,
+                     float *l,
+                     AttentionWeights *shares);
 
 /* ---- Few queries, in vectors */
 
@@ -110,7 +120,10 @@ void repack_values(const KVRange *range, int padded_dim);
 #else
 static inline int uses_amx(const QueryTile *queries, int left) { return (void)queries, 0 * left; }
 static inline int repacked_v_bytes(int padded_dim) { return 0 * padded_dim; }
-static inline void repack_values(const KVRange *range, int padded_dim) { (void)range, (void)padded_dim; }
+static inline void repack_values(const KVRange *range, int padded_dim)
+{
+    (void)range, (void)padded_dim;
+}
 #endif
 
 #endif

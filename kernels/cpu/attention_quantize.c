@@ -144,12 +144,17 @@ INLINE void store_planes(
     store_in_order(low, _mm512_packus_epi16(_mm512_and_si512(a, mask), _mm512_and_si512(b, mask)));
 }
 
-void softmax_weights(
-    int N, const KVRange *range, float (*scores)[KV_CHUNK], float *m, float *l, AttentionWeights *weights)
+void softmax_weights(int N,
+                     const KVRange *range,
+                     float (*scores)[KV_CHUNK],
+                     float *m,
+                     float *l,
+                     AttentionWeights *weights)
 {
     const int begin = chunk_offset(range->begin);
     const int end = rounded_up(chunk_offset(range->end - 1) + 1, BLOCK_SIZE);
-    const int first = begin / STEP_POSITIONS * STEP_POSITIONS, last = rounded_up(end, STEP_POSITIONS);
+    const int first = begin / STEP_POSITIONS * STEP_POSITIONS,
+              last = rounded_up(end, STEP_POSITIONS);
     float largest[MAX_PASS_QUERIES];
     for (int n = 0; n < N; n++)
         m[n] = max_score(scores[n], begin, end);
@@ -163,9 +168,10 @@ void softmax_weights(
         f32v inverse = splat(is_finite && largest[n] > 0x1p-100f ? WEIGHT_MAX / largest[n] : 0);
         __m512i sum = _mm512_setzero_si512(), high_sum = sum;
         for (int at = first; at < last; at += STEP_POSITIONS)
-            store_planes(
-                scores[n] + at, inverse, weights->high[n] + at, weights->low[n] + at, &sum, &high_sum);
-        weights->compensation[n] = zero_point_compensation(reduce_add_int((i32v)sum), reduce_add_int((i32v)high_sum));
+            store_planes(scores[n] + at, inverse, weights->high[n] + at, weights->low[n] + at, &sum,
+                         &high_sum);
+        weights->compensation[n] = zero_point_compensation(reduce_add_int((i32v)sum),
+                                                           reduce_add_int((i32v)high_sum));
         weights->scales[n] = is_finite ? largest[n] / WEIGHT_MAX : NAN;
     }
 }

@@ -18,13 +18,15 @@ static float kv_scale(const float *x, int dim, float most, float *inverse)
 enum { KV_MAX = KV_BITS == 8 ? 127 : 127 * 256, KV_ZERO_POINT = 1 << (KV_BITS - 1) };
 
 /* A head's keys, or values, of position `offset` of a block: each byte of a lane to its plane. */
-static void store_kv_head(const float *x, int dim, int padded_dim, int offset, int is_key, uint8_t *head)
+static void store_kv_head(
+    const float *x, int dim, int padded_dim, int offset, int is_key, uint8_t *head)
 {
     float inverse, scale = kv_scale(x, dim, KV_MAX, &inverse);
     int plane_bytes = padded_dim * BLOCK_SIZE;
     memcpy(head + kv_head_bytes(padded_dim) - 4 * (BLOCK_SIZE - offset), &scale, 4);
     for (int i = 0; i < dim; i += 16) {
-        i32v q = round_to_int(load_partial(x + i, lanes_left(dim, i)) * splat(inverse)) + KV_ZERO_POINT;
+        i32v q = round_to_int(load_partial(x + i, lanes_left(dim, i)) * splat(inverse))
+                 + KV_ZERO_POINT;
         uint8_t *at = head + i * BLOCK_SIZE + KV_BYTES * plane_bytes;
         for (int plane = 0; plane < KV_BYTES; plane++, q >>= 8) {
             at -= plane_bytes;
@@ -44,7 +46,8 @@ static void store_kv_head(const float *x, int dim, int padded_dim, int offset, i
 
 #else
 
-static void store_kv_head(const float *x, int dim, int padded_dim, int offset, int is_key, uint8_t *head)
+static void store_kv_head(
+    const float *x, int dim, int padded_dim, int offset, int is_key, uint8_t *head)
 {
     float inverse = 1;
     int step = KV_BYTES * (is_key ? BLOCK_SIZE : 1);
@@ -79,7 +82,8 @@ static int64_t layer_offset(const Plan *plan, int layer, int64_t slot)
 
 void prefetch_kv(const Plan *plan, int layer, int64_t slot)
 {
-    int64_t at = layer_offset(plan, layer, slot), bytes = kv_head_bytes(plan->padded_dim) * plan->num_kv_heads;
+    int64_t at = layer_offset(plan, layer, slot),
+            bytes = kv_head_bytes(plan->padded_dim) * plan->num_kv_heads;
     for (int64_t u = at; u < at + bytes; u += 64) {
         prefetch_write(plan->k_cache + u);
         prefetch_write(plan->v_cache + u);

@@ -4,7 +4,7 @@
 #include "simd.h"
 
 /* Weights are fetched so far ahead to the second-level cache. */
-enum { AHEAD = 10240 };
+enum { PREFETCH_L2 = 10240 };
 
 /* Rows that one pass over a group of floats takes. */
 #ifdef TIER_AVX512
@@ -16,7 +16,13 @@ enum { FLOAT_ROWS = 3 };
 /* One part of sixteen weight rows that are floats, times floats.  Four sums, by column modulo 4, hide
  * the latency. */
 INLINE void float_dot(
-    const int format, const int R, const uint8_t *w, int columns, const float *x, int stride, float *y)
+    const int format,
+    const int R,
+    const uint8_t *w,
+    int columns,
+    const float *x,
+    int stride,
+    float *y)
 {
     const size_t size = block_bytes(format);
     f32v sums[4][FLOAT_ROWS];
@@ -26,14 +32,15 @@ INLINE void float_dot(
     {                                                                                              \
         const uint8_t *p = w + size * (size_t)(c + i);                                             \
         f32v v = format == F32   ? load((const float *)p)                                          \
-                 : format == F16 ? load_f16((const uint16_t *)p)                                  \
-                                 : load_bf16((const uint16_t *)p);                               \
+                 : format == F16 ? load_f16((const uint16_t *)p)                                   \
+                                 : load_bf16((const uint16_t *)p);                                 \
         UNROLL for (int r = 0; r < R; r++) sums[i][r] =                                            \
             fma_v(v, splat(x[r * stride + c + i]), sums[i][r]);                                    \
     }
     for (; c + 4 <= columns; c += 4) {
         if (R == 1)
-            UNROLL for (size_t u = 0; u < 4 * size; u += 64) prefetch_far(w + size * (size_t)c + AHEAD + u);
+            UNROLL for (size_t u = 0; u < 4 * size; u += 64)
+                prefetch_far(w + size * (size_t)c + PREFETCH_L2 + u);
         UNROLL for (int i = 0; i < 4; i++) STEP(i)
     }
     for (; c < columns; c++)
@@ -45,11 +52,11 @@ INLINE void float_dot(
 
 typedef void (*FloatKernel)(const uint8_t *w, int columns, const float *x, int stride, float *y);
 
-#define DEFINE_FLOAT_KERNEL(format, R)                                                                       \
+#define DEFINE_FLOAT_KERNEL(format, R)                                                             \
     static void format##_##R(const uint8_t *w, int columns, const float *x, int stride, float *y)  \
     {                                                                                              \
-        for (int p = 0; p < VECTORS; p++, w += block_bytes(format) / VECTORS, y += LANES)              \
-            float_dot(format, R, w, columns, x, stride, y);                                    \
+        for (int p = 0; p < VECTORS; p++, w += block_bytes(format) / VECTORS, y += LANES)          \
+            float_dot(format, R, w, columns, x, stride, y);                                        \
     }
 
 #ifdef TIER_AVX512
@@ -69,7 +76,8 @@ static const FloatKernel float_kernels[3][FLOAT_ROWS] = {
     [F32] = NAMES(F32), [F16] = NAMES(F16), [BF16] = NAMES(BF16)};
 
 /* Rows x_row .. x_row + R - 1 of x to rows out_row .. of out. */
-static void multiply_floats(const Operation *operation, WeightGroups pair, int x_row, int out_row, int R)
+static void multiply_floats(
+    const Operation *operation, WeightGroups pair, int x_row, int out_row, int R)
 {
     const WeightPart *part = pair.part;
     size_t size = group_bytes(part->format, part->columns);
@@ -126,7 +134,8 @@ static WeightGroups weight_groups_at(const WeightPart *part, int queue, int pair
     return (WeightGroups){part, part->groups[queue] + 2 * size * (size_t)pair, group, stop - group};
 }
 
-static void multiply(const Operation *operation, WeightGroups groups, int num_rows, int first, int end)
+static void multiply(
+    const Operation *operation, WeightGroups groups, int num_rows, int first, int end)
 {
     if (!is_float(groups.part->format)) {
         multiply_tiles(operation, groups, num_rows, first, end);
@@ -139,7 +148,8 @@ static void multiply(const Operation *operation, WeightGroups groups, int num_ro
 
 void run_linear(const Operation *operation, int num_rows, int queue, int first, int end)
 {
-    int pairs = linear_pairs(operation, queue), all = num_tiles(num_rows), chunk = chunk_tiles(operation);
+    int pairs = linear_pairs(operation, queue), all = num_tiles(num_rows),
+        chunk = chunk_tiles(operation);
     for (int unit = first, count; unit < end; unit += count) {
         int tile = unit / pairs * chunk, pair = unit % pairs;
         int last_pair = pair + end - unit < pairs ? pair + end - unit : pairs;
@@ -150,7 +160,12 @@ void run_linear(const Operation *operation, int num_rows, int queue, int first, 
 }
 
 void run_linear_row(
-    const Operation *operation, const WeightPart *parts, int queue, int pair, int x_row, int out_row)
+    const Operation *operation,
+    const WeightPart *parts,
+    int queue,
+    int pair,
+    int x_row,
+    int out_row)
 {
     WeightGroups one = weight_groups_at(parts, queue, pair, pair + 1);
     if (is_float(one.part->format))

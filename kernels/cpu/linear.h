@@ -10,8 +10,12 @@ void run_linear(const Operation *operation, int num_rows, int queue, int first, 
 
 /* For experts: pairs of groups in a queue, and one pair for one row, a tile by itself. */
 int linear_pairs(const Operation *operation, int queue);
-void run_linear_row(
-    const Operation *operation, const WeightPart *parts, int queue, int pair, int x_row, int out_row);
+void run_linear_row(const Operation *operation,
+                    const WeightPart *parts,
+                    int queue,
+                    int pair,
+                    int x_row,
+                    int out_row);
 
 /* QUANTIZE: rows of x to tiles. */
 void run_quantize(const Operation *operation, int first, int end);

@@ -2,7 +2,8 @@
 #ifdef TIER_AMX
 #include "linear_amx.h"
 
-void multiply_tiles(const Operation *operation, WeightGroups groups, int num_rows, int first, int end)
+void multiply_tiles(
+    const Operation *operation, WeightGroups groups, int num_rows, int first, int end)
 {
     int row = tile_start(num_rows, first), R = tile_start(num_rows, end) - row;
     if (R <= GEMV_ROWS) {

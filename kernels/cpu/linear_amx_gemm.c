@@ -31,7 +31,8 @@ INLINE Wide make_wide(const int format, i32v x)
 {
     if (weight_planes(format) == 2)
         return (Wide){duplicate_low_half(x), _mm512_setzero_si512()};
-    return (Wide){_mm512_and_si512(duplicate_low_half(x), _mm512_set1_epi16(255)), duplicate_low_half(x >> 8)};
+    return (Wide){_mm512_and_si512(duplicate_low_half(x), _mm512_set1_epi16(255)),
+                  duplicate_low_half(x >> 8)};
 }
 
 /* D q + M */
@@ -68,7 +69,8 @@ INLINE void make_planes(
 {
     const size_t size = block_bytes(format);
     for (int i = 0; i < 2; i++, k++) {
-        const uint8_t *w = blocks + block_offset(format, k), *head = blocks + head_offset(format, k);
+        const uint8_t *w = blocks + block_offset(format, k),
+                      *head = blocks + head_offset(format, k);
         uint8_t *out = planes[0][8 * i];
         i32v D, M;
         if (k == num_blocks) {
@@ -126,8 +128,8 @@ typedef struct {
     int row, R, is_first, is_last;
     float *y, *gate, *out; /* of the tile's first row */
     int out_stride;
-    Epilogue finish;
-    f32v total_units;
+    Epilogue epilogue;
+    f32v units;
 } PendingTile;
 
 INLINE void reduce_row(const int format, PendingTile *pending)
@@ -145,7 +147,8 @@ INLINE void reduce_row(const int format, PendingTile *pending)
     f32v sum = pending->is_first ? splat(0) : load(y);
     sum = fma_v(to_float(total), splat(pending->load_scales[r]), sum);
     if (pending->is_last)
-        apply_epilogue(&pending->finish, 0, sum * pending->total_units, pending->gate + GROUP_ROWS * r, out);
+        apply_epilogue(&pending->epilogue, 0, sum * pending->units, pending->gate + GROUP_ROWS * r,
+                       out);
     else
         store(y, sum);
 }
@@ -212,17 +215,21 @@ INLINE void gemm(
 {
     Planes ring[SEGMENT_COLUMNS / STEP_COLUMNS + 1] __attribute__((aligned(64)));
     TileSums sums[2] __attribute__((aligned(64)));
-    const int columns = groups.part->columns, ring_size = end - first == 1 ? 2 : SEGMENT_COLUMNS / STEP_COLUMNS + 1;
-    const int num_blocks = columns / BLOCK_COLUMNS, segment_blocks = segment_steps(columns) * STEP_COLUMNS / BLOCK_COLUMNS;
-    const int first_row = tile_start(num_rows, first), all_rows = tile_start(num_rows, end) - first_row;
+    const int columns = groups.part->columns,
+              ring_size = end - first == 1 ? 2 : SEGMENT_COLUMNS / STEP_COLUMNS + 1;
+    const int num_blocks = columns / BLOCK_COLUMNS,
+              segment_blocks = segment_steps(columns) * STEP_COLUMNS / BLOCK_COLUMNS;
+    const int first_row = tile_start(num_rows, first),
+              all_rows = tile_start(num_rows, end) - first_row;
     PlaneCursor cursor = {groups.w, 0, groups.num_groups, inverse_units(groups.w)};
     PendingTile pending = {.out_stride = operation->out_stride};
     int start = 0, turn = 0;
     make_next_planes(format, &cursor, columns, ring[0]);
     for (int g = 0; g < groups.num_groups; g++) {
         const WeightGroups pair = pair_of(groups, g / 2);
-        const Epilogue finish = make_epilogue(operation, pair, g % 2);
-        const f32v group_units = total_units(format, pair.w + group_bytes(format, columns) * (size_t)(g % 2));
+        const Epilogue epilogue = make_epilogue(operation, pair, g % 2);
+        const f32v group_units = total_units(
+            format, pair.w + group_bytes(format, columns) * (size_t)(g % 2));
         for (int i = 0, begin = 0, stop; begin < num_blocks; i++, begin = stop) {
             stop = begin + segment_blocks < num_blocks ? begin + segment_blocks : num_blocks;
             int slot = start;
@@ -253,8 +260,8 @@ INLINE void gemm(
                 pending.gate = y + GROUP_ROWS * (row - first_row);
                 pending.y = pending.gate + GROUP_ROWS * all_rows * (g % 2);
                 pending.out = out;
-                pending.finish = finish;
-                pending.total_units = group_units;
+                pending.epilogue = epilogue;
+                pending.units = group_units;
             }
             start = slot;
         }

@@ -18,7 +18,8 @@ INLINE void add_scaled(Totals *totals, i32v a, i32v b, __m512i odd_b)
 /* The totals of sixteen rows without their last bits. */
 INLINE f32v shift_totals(const Totals *totals, const int shift)
 {
-    __m512i even = _mm512_srai_epi64(totals->even, shift), odd = _mm512_srai_epi64(totals->odd, shift);
+    __m512i even = _mm512_srai_epi64(totals->even, shift),
+            odd = _mm512_srai_epi64(totals->odd, shift);
     return to_float((i32v)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32)));
 }
 
@@ -55,7 +56,8 @@ INLINE void gemv(
     const int format, const int R, const uint8_t *group, int columns, const int32_t *tile, float *y)
 {
     const size_t size = block_bytes(format);
-    const int num_blocks = columns / BLOCK_COLUMNS, segment = segment_steps(columns) * STEP_COLUMNS / BLOCK_COLUMNS;
+    const int num_blocks = columns / BLOCK_COLUMNS,
+              segment = segment_steps(columns) * STEP_COLUMNS / BLOCK_COLUMNS;
     const int32_t *sums = tile + sums_at(columns, R);
     const float *scale = (const float *)(tile + scales_at(columns, R));
     const f32v inverse = inverse_units(group);
@@ -67,7 +69,8 @@ INLINE void gemv(
         UNROLL for (int r = 0; r < R; r++) totals[r].even = totals[r].odd = _mm512_setzero_si512();
         int end = k + segment < num_blocks ? k + segment : num_blocks;
         for (; k < end; k++, sums += 2 * R) {
-            const uint8_t *w = blocks + block_offset(format, k), *head = blocks + head_offset(format, k);
+            const uint8_t *w = blocks + block_offset(format, k),
+                          *head = blocks + head_offset(format, k);
             const int32_t *words = tile + k / 2 * 32 * R + k % 2 * 8;
             u32v q[8];
             i32v D, M;
@@ -90,7 +93,8 @@ INLINE void gemv(
             sum[r] = fma_v(total, splat(scale[r]), sum[r]);
         }
     }
-    UNROLL for (int r = 0; r < R; r++) store(y + GROUP_ROWS * r, sum[r] * total_units(format, group));
+    UNROLL for (int r = 0; r < R; r++)
+        store(y + GROUP_ROWS * r, sum[r] * total_units(format, group));
 }
 
 /* ---- One function for each format and number of rows */
@@ -130,7 +134,8 @@ void run_gemv(const Operation *operation, WeightGroups pair, int row, int R, con
     size_t size = group_bytes(part->format, part->columns);
     float y[2 * GEMV_ROWS * GROUP_ROWS] __attribute__((aligned(64)));
     for (int g = 0; g < pair.num_groups; g++)
-        gemvs[part->format][R - 1](pair.w + (size_t)g * size, part->columns, tile, y + GROUP_ROWS * R * g);
+        gemvs[part->format][R - 1](pair.w + (size_t)g * size, part->columns, tile,
+                                   y + GROUP_ROWS * R * g);
     apply_epilogue_rows(operation, pair, row, R, y, R);
 }
 

@@ -12,7 +12,8 @@ INLINE float max_abs(const float *x, int count)
 }
 
 /* Columns first .. end - 1 of row r of R; the tile's scale for them is returned. */
-INLINE float quantize_segment(const float *x, int first, int end, int width, int r, int R, int32_t *tile)
+INLINE float quantize_segment(
+    const float *x, int first, int end, int width, int r, int R, int32_t *tile)
 {
     float largest = max_abs(x + first, end - first);
     int is_finite = largest < INFINITY;
@@ -21,7 +22,8 @@ INLINE float quantize_segment(const float *x, int first, int end, int width, int
     for (int c = first; c < end; c += 16) {
         f32v value = is_finite ? load(x + c) : splat(0);
         i32v q = round_to_int(value * inverse);
-        int8_t *out = (int8_t *)tile + (2 * (c / STEP_COLUMNS) * R + r) * STEP_COLUMNS + c % STEP_COLUMNS;
+        int8_t *out = (int8_t *)tile + (2 * (c / STEP_COLUMNS) * R + r) * STEP_COLUMNS
+                      + c % STEP_COLUMNS;
         store_low_bytes(out, (q + 128) >> 8);
         store_low_bytes(out + STEP_COLUMNS * R, q);
         if (R <= GEMV_ROWS)
@@ -39,7 +41,8 @@ static void quantize_row(const float *x, int width, int r, int R, int32_t *tile)
         *load_scales = quantize_segment(x, first, end, width, r, R, tile);
     }
     if (width % STEP_COLUMNS) {
-        int8_t *rest = (int8_t *)tile + (2 * (width / STEP_COLUMNS) * R + r) * STEP_COLUMNS + STEP_COLUMNS / 2;
+        int8_t *rest = (int8_t *)tile + (2 * (width / STEP_COLUMNS) * R + r) * STEP_COLUMNS
+                       + STEP_COLUMNS / 2;
         memset(rest, 0, STEP_COLUMNS / 2);
         memset(rest + STEP_COLUMNS * R, 0, STEP_COLUMNS / 2);
     }

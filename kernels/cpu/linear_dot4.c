@@ -17,19 +17,19 @@
 /* Words of 32 values at x, `R` apart. */
 INLINE void quantize_block_words(const float *x, int R, int32_t *words)
 {
-    QuantizedBlock unpack_words = quantize_block(x);
+    QuantizedBlock block = quantize_block(x);
     int32_t packed[8 * PLANES];
     int8_t *bytes = (int8_t *)packed;
     UNROLL for (int v = 0; v < 2 * VECTORS; v++, bytes += LANES) {
         if (PLANES == 2)
-            store_low_bytes(bytes, (unpack_words.q[v] + 128) >> 8);
-        store_low_bytes(bytes + BLOCK_COLUMNS * (PLANES - 1), unpack_words.q[v]);
+            store_low_bytes(bytes, (block.q[v] + 128) >> 8);
+        store_low_bytes(bytes + BLOCK_COLUMNS * (PLANES - 1), block.q[v]);
     }
     for (int i = 0; i < 8 * PLANES; i++)
         words[i * R] = packed[i];
-    int32_t neg_half_sum = -half_sum(&unpack_words, 1), neg_sum = neg_half_sum - half_sum(&unpack_words, 0);
-    float sum = -unpack_words.d * (float)neg_sum;
-    memcpy(words + 8 * PLANES * R, &unpack_words.d, 4);
+    int32_t neg_half_sum = -half_sum(&block, 1), neg_sum = neg_half_sum - half_sum(&block, 0);
+    float sum = -block.d * (float)neg_sum;
+    memcpy(words + 8 * PLANES * R, &block.d, 4);
     memcpy(words + (8 * PLANES + 1) * R, &sum, 4);
     words[(8 * PLANES + 2) * R] = neg_sum;
     words[(8 * PLANES + 3) * R] = neg_half_sum;
@@ -39,7 +39,8 @@ void quantize_tile(const float *x, int stride, int width, int R, int32_t *tile)
 {
     for (int r = 0; r < R; r++)
         for (int k = 0; k < width / BLOCK_COLUMNS; k++)
-            quantize_block_words(x + (int64_t)r * stride + BLOCK_COLUMNS * k, R, tile + BLOCK_WORDS * R * k + r);
+            quantize_block_words(x + (int64_t)r * stride + BLOCK_COLUMNS * k, R,
+                                 tile + BLOCK_WORDS * R * k + r);
 }
 
 /* ---- Products */
@@ -111,7 +112,8 @@ INLINE void multiply_groups(
     const int V = G * VECTORS;
     UNROLL for (int i = 0; i < V * R; i++) store(y + LANES * i, splat(0));
     for (int k = 0; k < num_blocks; k++, tile += BLOCK_WORDS * R) {
-        const uint8_t *w = blocks + block_offset(format, k), *head = blocks + head_offset(format, k);
+        const uint8_t *w = blocks + block_offset(format, k),
+                      *head = blocks + head_offset(format, k);
         const float *d_x = (const float *)(tile + 8 * PLANES * R), *sum_x = d_x + R;
         const int32_t *neg_sum = (const int32_t *)(sum_x + R);
         u32v q[8][MAX_VECTORS];
@@ -120,8 +122,8 @@ INLINE void multiply_groups(
         if (G == 2)
             UNROLL for (size_t u = 0; u < size; u += 64) prefetch(w + group_size + PREFETCH_L1 + u);
         UNROLL for (int v = 0; v < V; v++) {
-            UNROLL for (int j = 0; j < 4; j++)
-                unpack_words(format, w + v / VECTORS * group_size, j, v % VECTORS, &q[j][v], &q[j + 4][v]);
+            UNROLL for (int j = 0; j < 4; j++) unpack_words(format, w + v / VECTORS * group_size, j,
+                                                            v % VECTORS, &q[j][v], &q[j + 4][v]);
             UNROLL for (int r = 0; r < R; r++) dots[v][r] = initial_dot(format, neg_sum[r]);
         }
         dot_products(V, R, 0, 8, q, tile, dots);
@@ -142,7 +144,12 @@ INLINE void multiply_groups(
 
 /* Q6_K has a scale for each half of a block, and so two dot products: one group at a time. */
 INLINE void multiply_group_q6_k(
-    const int R, const uint8_t *blocks, int num_blocks, const int32_t *tile, NextWeights next, float *y)
+    const int R,
+    const uint8_t *blocks,
+    int num_blocks,
+    const int32_t *tile,
+    NextWeights next,
+    float *y)
 {
     const size_t size = block_bytes(Q6_K);
     UNROLL for (int i = 0; i < VECTORS * R; i++) store(y + LANES * i, splat(0));
@@ -158,8 +165,8 @@ INLINE void multiply_group_q6_k(
             UNROLL for (int j = 0; j < 4; j++) unpack_words(Q6_K, w, j, p, &q[j][0], &q[j + 4][0]);
             UNROLL for (int h = 0; h < 2; h++) {
                 i32v dots[1][TILE_ROWS];
-                UNROLL for (int r = 0; r < R; r++)
-                    dots[0][r] = initial_dot(Q6_K, h ? neg_half_sum[r] : neg_sum[r] - neg_half_sum[r]);
+                UNROLL for (int r = 0; r < R; r++) dots[0][r] = initial_dot(
+                    Q6_K, h ? neg_half_sum[r] : neg_sum[r] - neg_half_sum[r]);
                 dot_products(1, R, 4 * h, 4 * h + 4, q, tile, dots);
                 UNROLL for (int r = 0; r < R; r++) halves[h][r] = to_float(dots[0][r]);
             }
@@ -175,26 +182,31 @@ INLINE void multiply_group_q6_k(
 
 /* ---- One function for each format and number of rows */
 
-typedef void (*BlockKernel)(
-    const uint8_t *w, size_t group_size, int num_blocks, const int32_t *tile, NextWeights next, float *y);
+typedef void (*BlockKernel)(const uint8_t *w,
+                            size_t group_size,
+                            int num_blocks,
+                            const int32_t *tile,
+                            NextWeights next,
+                            float *y);
 
-#define DEFINE_KERNEL(format, R)                                                                             \
+#define DEFINE_KERNEL(format, R)                                                                   \
     static void format##_##R(                                                                      \
         const uint8_t *w,                                                                          \
         size_t group_size,                                                                         \
         int num_blocks,                                                                            \
         const int32_t *tile,                                                                       \
-        NextWeights next,                                                                                 \
+        NextWeights next,                                                                          \
         float *y)                                                                                  \
     {                                                                                              \
         if (format == Q6_K) {                                                                      \
-            multiply_group_q6_k(R, w, num_blocks, tile, next, y);                                         \
-            multiply_group_q6_k(R, w + group_size, num_blocks, tile, next, y + GROUP_ROWS * R);                 \
-        } else if (R == 1 || TILE_GROUPS == 1) {                                                        \
-            multiply_groups(format, 1, R, w, 0, num_blocks, tile, next, y);                                \
-            multiply_groups(format, 1, R, w + group_size, 0, num_blocks, tile, next, y + GROUP_ROWS * R);        \
+            multiply_group_q6_k(R, w, num_blocks, tile, next, y);                                  \
+            multiply_group_q6_k(R, w + group_size, num_blocks, tile, next, y + GROUP_ROWS * R);    \
+        } else if (R == 1 || TILE_GROUPS == 1) {                                                   \
+            multiply_groups(format, 1, R, w, 0, num_blocks, tile, next, y);                        \
+            y += GROUP_ROWS * R;                                                                   \
+            multiply_groups(format, 1, R, w + group_size, 0, num_blocks, tile, next, y);           \
         } else {                                                                                   \
-            multiply_groups(format, 2, R, w, group_size, num_blocks, tile, next, y);                       \
+            multiply_groups(format, 2, R, w, group_size, num_blocks, tile, next, y);               \
         }                                                                                          \
     }
 

@@ -16,8 +16,12 @@ typedef struct {
 INLINE Epilogue make_epilogue(const Operation *operation, WeightGroups pair, int g)
 {
     const WeightPart *part = pair.part;
-    Epilogue epilogue = {{splat(0)}, splat(operation->scale), OUT, part->rows - GROUP_ROWS * (pair.group + g),
-                     operation->accumulate, operation->gated == 2};
+    Epilogue epilogue = {{splat(0)},
+                         splat(operation->scale),
+                         OUT,
+                         part->rows - GROUP_ROWS * (pair.group + g),
+                         operation->accumulate,
+                         operation->gated == 2};
     int column = part->first_column + GROUP_ROWS * (pair.group + g);
     if (operation->gated) {
         epilogue.kind = g ? GATED : GATE;
@@ -53,7 +57,8 @@ INLINE void apply_epilogue(const Epilogue *epilogue, int p, f32v sums, float *ga
 INLINE float *output_at(const Operation *operation, WeightGroups pair, int g, int row)
 {
     int column = operation->gated ? pair.group / 2 : pair.group + g;
-    return operation->out + (int64_t)row * operation->out_stride + pair.part->first_column + GROUP_ROWS * column;
+    return operation->out + (int64_t)row * operation->out_stride + pair.part->first_column
+           + GROUP_ROWS * column;
 }
 
 /* The sums y[g][r][16], y_rows apart, of R rows from `row` on. */
@@ -64,8 +69,8 @@ INLINE void apply_epilogue_rows(
         Epilogue epilogue = make_epilogue(operation, pair, g);
         for (int r = 0; r < R; r++)
             for (int p = 0; p < VECTORS; p++)
-                apply_epilogue(&epilogue, p, load(y + GROUP_ROWS * (y_rows * g + r) + LANES * p), y + GROUP_ROWS * r,
-                           output_at(operation, pair, g, row + r));
+                apply_epilogue(&epilogue, p, load(y + GROUP_ROWS * (y_rows * g + r) + LANES * p),
+                               y + GROUP_ROWS * r, output_at(operation, pair, g, row + r));
     }
 }
 

@@ -18,17 +18,17 @@
 /* Words of 32 values at x, `S` apart. */
 INLINE void quantize_block_words(const float *x, int S, int32_t *words)
 {
-    QuantizedBlock unpack_words = quantize_block(x);
-    int32_t sums[2] = {half_sum(&unpack_words, 0), half_sum(&unpack_words, 1)};
-    float sum = unpack_words.d * (float)(sums[0] + sums[1]);
+    QuantizedBlock block = quantize_block(x);
+    int32_t sums[2] = {half_sum(&block, 0), half_sum(&block, 1)};
+    float sum = block.d * (float)(sums[0] + sums[1]);
     uint32_t q[BLOCK_COLUMNS];
-    memcpy(q, unpack_words.q, sizeof q);
+    memcpy(q, block.q, sizeof q);
     for (int j = 0; j < BLOCK_COLUMNS; j += 4)
         for (int i = j; i < j + PLANES; i++, words += S)
             *words = (int32_t)(PLANES == 2 ? (q[i] & 0xffff) | q[i + 2] << 16
                                            : (q[i] & 255) | (q[i + 1] & 255) << 8
                                                  | (q[i + 2] & 255) << 16 | q[i + 3] << 24);
-    memcpy(words, &unpack_words.d, sizeof sum);
+    memcpy(words, &block.d, sizeof sum);
     memcpy(words + S, &sum, sizeof sum);
     if (PLANES == 1) {
         words[2 * S] = sums[0];
@@ -39,7 +39,8 @@ INLINE void quantize_block_words(const float *x, int S, int32_t *words)
 void quantize_tile(const float *x, int stride, int width, int R, int32_t *tile)
 {
     for (int r = 0; r < R; r++) {
-        int first = r / STRIPE_ROWS * STRIPE_ROWS, S = R - first < STRIPE_ROWS ? R - first : STRIPE_ROWS;
+        int first = r / STRIPE_ROWS * STRIPE_ROWS,
+            S = R - first < STRIPE_ROWS ? R - first : STRIPE_ROWS;
         for (int k = 0; k < width / BLOCK_COLUMNS; k++)
             quantize_block_words(x + (int64_t)r * stride + BLOCK_COLUMNS * k, S,
                         tile + BLOCK_WORDS * (R * k + first) + r - first);
@@ -96,15 +97,15 @@ INLINE Accumulators zero_accumulators(int format, const int32_t *sums_x, int S)
 
 /* Adds a word times that of a row, whose words lie `S` apart. */
 INLINE void madd_word(
-    int format, int word, const u32v *w, const int32_t *x, int S, Accumulators *kernels)
+    int format, int word, const u32v *w, const int32_t *x, int S, Accumulators *accumulators)
 {
-    i32v *dot = &kernels->dots[which_half(format, word)];
+    i32v *dot = &accumulators->dots[which_half(format, word)];
     x += PLANES * word * S;
 #if PLANES == 2
     *dot = madd(*dot, w[0], splat_int(x[0]));
     *dot = madd(*dot, w[1], splat_int(x[S]));
 #else
-    i32v *sums = &kernels->sums[which_half(format, word)], v = splat_int(x[0]);
+    i32v *sums = &accumulators->sums[which_half(format, word)], v = splat_int(x[0]);
     if (is_signed(format))
         *dot = widen_i8_sums(*dot, add_i8_products(splat_int(0), abs_i8(w[0]), sign_i8(v, w[0])));
     else
@@ -113,16 +114,16 @@ INLINE void madd_word(
 }
 
 /* Sums of bytes join the others once they are of so many words that 16 bits might not hold more. */
-INLINE void flush_i8_sums(int format, int half, int num_words, Accumulators *kernels)
+INLINE void flush_i8_sums(int format, int half, int num_words, Accumulators *accumulators)
 {
 #if PLANES == 1
     int max_words = format == Q6_K ? 2 : has_high_bits(format) ? 4 : 8;
     if (is_signed(format) || num_words % max_words)
         return;
-    kernels->dots[half] = widen_i8_sums(kernels->dots[half], kernels->sums[half]);
-    kernels->sums[half] = splat_int(0);
+    accumulators->dots[half] = widen_i8_sums(accumulators->dots[half], accumulators->sums[half]);
+    accumulators->sums[half] = splat_int(0);
 #else
-    (void)format, (void)half, (void)num_words, (void)kernels;
+    (void)format, (void)half, (void)num_words, (void)accumulators;
 #endif
 }
 
@@ -148,12 +149,16 @@ INLINE BlockScales load_block_scales(int format, const uint8_t *w, const uint8_t
 }
 
 /* y and what a block of weights adds to it, times one of a row. */
-INLINE f32v scale_and_add(
-    int format, const BlockScales *of, const Accumulators *kernels, float d_x, float sum_x, f32v y)
+INLINE f32v scale_and_add(int format,
+                          const BlockScales *of,
+                          const Accumulators *accumulators,
+                          float d_x,
+                          float sum_x,
+                          f32v y)
 {
-    f32v dot = to_float(kernels->dots[0]);
+    f32v dot = to_float(accumulators->dots[0]);
     if (format == Q6_K) {
-        dot = fma_v(to_float(kernels->dots[1]), of->halves[1], dot * of->halves[0]);
+        dot = fma_v(to_float(accumulators->dots[1]), of->halves[1], dot * of->halves[0]);
         return fma_v(dot, of->d * splat(d_x), y);
     }
     return fma_v(of->m, splat(sum_x), fma_v(dot, of->d * splat(d_x), y));
@@ -162,36 +167,44 @@ INLINE f32v scale_and_add(
 /* ---- A few rows, which are one stripe */
 
 INLINE void multiply_few_rows(
-    const int format, const int R, const uint8_t *blocks, int num_blocks, const int32_t *tile, NextWeights next,
+    const int format,
+    const int R,
+    const uint8_t *blocks,
+    int num_blocks,
+    const int32_t *tile,
+    NextWeights next,
     float *y)
 {
     f32v sums[STRIPE_ROWS][VECTORS];
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < VECTORS; p++) sums[r][p] = splat(0);
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int p = 0; p < VECTORS; p++) sums[r][p] = splat(0);
     for (int k = 0; k < num_blocks; k++, tile += BLOCK_WORDS * R) {
-        const uint8_t *w = blocks + block_offset(format, k), *head = blocks + head_offset(format, k);
+        const uint8_t *w = blocks + block_offset(format, k),
+                      *head = blocks + head_offset(format, k);
         const float *d_x = (const float *)(tile + WORDS * R), *sum_x = d_x + R;
         const int32_t *sums_x = tile + (WORDS + 2) * R;
         prefetch_weights(w, block_bytes(format), &next);
         UNROLL for (int p = 0; p < VECTORS; p++) {
-            Accumulators kernels[STRIPE_ROWS];
-            UNROLL for (int r = 0; r < R; r++) kernels[r] = zero_accumulators(format, sums_x + r, R);
+            Accumulators accumulators[STRIPE_ROWS];
+            UNROLL for (int r = 0; r < R; r++)
+                accumulators[r] = zero_accumulators(format, sums_x + r, R);
             UNROLL for (int j = 0; j < 4; j++) {
                 u32v words[2][PLANES];
                 load_words(format, w, j, p, words[0], words[1]);
                 UNROLL for (int r = 0; r < R; r++) {
-                    madd_word(format, j, words[0], tile + r, R, &kernels[r]);
-                    madd_word(format, j + 4, words[1], tile + r, R, &kernels[r]);
+                    madd_word(format, j, words[0], tile + r, R, &accumulators[r]);
+                    madd_word(format, j + 4, words[1], tile + r, R, &accumulators[r]);
                     if (format == Q6_K) {
-                        flush_i8_sums(format, 0, j + 1, &kernels[r]);
-                        flush_i8_sums(format, 1, j + 1, &kernels[r]);
+                        flush_i8_sums(format, 0, j + 1, &accumulators[r]);
+                        flush_i8_sums(format, 1, j + 1, &accumulators[r]);
                     } else {
-                        flush_i8_sums(format, 0, 2 * (j + 1), &kernels[r]);
+                        flush_i8_sums(format, 0, 2 * (j + 1), &accumulators[r]);
                     }
                 }
             }
             BlockScales of = load_block_scales(format, w, head, p);
-            UNROLL for (int r = 0; r < R; r++)
-                sums[r][p] = scale_and_add(format, &of, &kernels[r], d_x[r], sum_x[r], sums[r][p]);
+            UNROLL for (int r = 0; r < R; r++) sums[r][p] = scale_and_add(
+                format, &of, &accumulators[r], d_x[r], sum_x[r], sums[r][p]);
         }
     }
     UNROLL for (int r = 0; r < R; r++)
@@ -203,15 +216,16 @@ INLINE void multiply_few_rows(
 /* A block of weights taken apart. */
 typedef struct {
     u32v words[VECTORS][8][PLANES];
-    BlockScales load_scales[VECTORS];
+    BlockScales scales[VECTORS];
 } UnpackedBlock;
 
-INLINE void unpack_block(const int format, const uint8_t *w, const uint8_t *head, UnpackedBlock *block)
+INLINE void unpack_block(
+    const int format, const uint8_t *w, const uint8_t *head, UnpackedBlock *block)
 {
     UNROLL for (int p = 0; p < VECTORS; p++) {
         UNROLL for (int j = 0; j < 4; j++) load_words(
             format, w, j, p, block->words[p][j], block->words[p][j + 4]);
-        block->load_scales[p] = load_block_scales(format, w, head, p);
+        block->scales[p] = load_block_scales(format, w, head, p);
     }
 }
 
@@ -222,30 +236,35 @@ INLINE void add_stripe(
 {
     const float *d_x = (const float *)(stripe + WORDS * S), *sum_x = d_x + S;
     const int32_t *sums_x = stripe + (WORDS + 2) * S;
-    Accumulators kernels[STRIPE_ROWS][VECTORS];
+    Accumulators accumulators[STRIPE_ROWS][VECTORS];
     UNROLL for (int r = 0; r < S; r++)
-        UNROLL for (int p = 0; p < VECTORS; p++) kernels[r][p] = zero_accumulators(format, sums_x + r, S);
+        UNROLL for (int p = 0; p < VECTORS; p++)
+            accumulators[r][p] = zero_accumulators(format, sums_x + r, S);
     UNROLL for (int word = 0; word < 8; word++)
         UNROLL for (int r = 0; r < S; r++) UNROLL for (int p = 0; p < VECTORS; p++) {
-            madd_word(format, word, block->words[p][word], stripe + r, S, &kernels[r][p]);
-            flush_i8_sums(format, which_half(format, word), word + 1, &kernels[r][p]);
+            madd_word(format, word, block->words[p][word], stripe + r, S, &accumulators[r][p]);
+            flush_i8_sums(format, which_half(format, word), word + 1, &accumulators[r][p]);
         }
     UNROLL for (int r = 0; r < S; r++)
         UNROLL for (int p = 0; p < VECTORS; p++) {
             float *at = y + GROUP_ROWS * r + LANES * p;
-            store(at, scale_and_add(format, &block->load_scales[p], &kernels[r][p], d_x[r], sum_x[r], load(at)));
+            store(at, scale_and_add(format, &block->scales[p], &accumulators[r][p], d_x[r],
+                                    sum_x[r], load(at)));
         }
 }
 
 typedef void (*StripeKernel)(const UnpackedBlock *block, const int32_t *stripe, float *y);
 
-#define DEFINE_STRIPE(format, S)                                                                             \
-    static void add_##format##_##S(const UnpackedBlock *block, const int32_t *stripe, float *y)            \
+#define DEFINE_STRIPE(format, S)                                                                   \
+    static void add_##format##_##S(const UnpackedBlock *block, const int32_t *stripe, float *y)    \
     {                                                                                              \
         add_stripe(format, S, block, stripe, y);                                                   \
     }
-#define DEFINE_STRIPES(format) DEFINE_STRIPE(format, 1) DEFINE_STRIPE(format, 2) DEFINE_STRIPE(format, 3) DEFINE_STRIPE(format, 4)
-#define STRIPE_NAMES(format) {add_##format##_1, add_##format##_2, add_##format##_3, add_##format##_4}
+#define DEFINE_STRIPES(format)                                                                     \
+    DEFINE_STRIPE(format, 1) DEFINE_STRIPE(format, 2)                                              \
+    DEFINE_STRIPE(format, 3) DEFINE_STRIPE(format, 4)
+#define STRIPE_NAMES(format)                                                                       \
+    {add_##format##_1, add_##format##_2, add_##format##_3, add_##format##_4}
 
 /* Once taken apart, blocks of most formats are alike. */
 DEFINE_STRIPES(Q4_0)
@@ -267,7 +286,13 @@ INLINE const StripeKernel *stripe_kernels(int format)
 }
 
 INLINE void multiply_stripes(
-    const int format, const uint8_t *blocks, int num_blocks, int R, const int32_t *tile, NextWeights next, float *y)
+    const int format,
+    const uint8_t *blocks,
+    int num_blocks,
+    int R,
+    const int32_t *tile,
+    NextWeights next,
+    float *y)
 {
     const StripeKernel *stripes = stripe_kernels(format);
     UnpackedBlock block;
@@ -289,16 +314,16 @@ INLINE void multiply_stripes(
 typedef void (*BlockKernel)(
     const uint8_t *w, int num_blocks, int R, const int32_t *tile, NextWeights next, float *y);
 
-#define DEFINE_KERNEL(format)                                                                                \
+#define DEFINE_KERNEL(format)                                                                      \
     static void times_##format(                                                                    \
-        const uint8_t *w, int num_blocks, int R, const int32_t *tile, NextWeights next, float *y)         \
+        const uint8_t *w, int num_blocks, int R, const int32_t *tile, NextWeights next, float *y)  \
     {                                                                                              \
         switch (R) {                                                                               \
-        case 1: multiply_few_rows(format, 1, w, num_blocks, tile, next, y); break;                      \
-        case 2: multiply_few_rows(format, 2, w, num_blocks, tile, next, y); break;                      \
-        case 3: multiply_few_rows(format, 3, w, num_blocks, tile, next, y); break;                      \
-        case 4: multiply_few_rows(format, 4, w, num_blocks, tile, next, y); break;                      \
-        default: multiply_stripes(format, w, num_blocks, R, tile, next, y);                           \
+        case 1: multiply_few_rows(format, 1, w, num_blocks, tile, next, y); break;                 \
+        case 2: multiply_few_rows(format, 2, w, num_blocks, tile, next, y); break;                 \
+        case 3: multiply_few_rows(format, 3, w, num_blocks, tile, next, y); break;                 \
+        case 4: multiply_few_rows(format, 4, w, num_blocks, tile, next, y); break;                 \
+        default: multiply_stripes(format, w, num_blocks, R, tile, next, y);                        \
         }                                                                                          \
     }
 

@@ -190,7 +190,8 @@ void llmsrv_pack(
     uint8_t *groups)
 {
     for (int i = first; i < first + num_rows; i++, rows += row_bytes) {
-        uint8_t *out = groups + group_bytes(format, columns) * (size_t)(i / GROUP_ROWS * group_stride);
+        uint8_t *out = groups
+                       + group_bytes(format, columns) * (size_t)(i / GROUP_ROWS * group_stride);
         if (is_float(format)) {
             pack_floats(format, out, rows, columns, i % GROUP_ROWS);
             continue;
@@ -200,7 +201,8 @@ void llmsrv_pack(
         out += UNITS_BYTES;
         for (int k = 0; k < columns / BLOCK_COLUMNS; k++) {
             FileBlock block = unpack_file_block(format, rows, k);
-            pack_block(format, out + block_offset(format, k), out + head_offset(format, k), &block, i % GROUP_ROWS);
+            pack_block(format, out + block_offset(format, k), out + head_offset(format, k), &block,
+                       i % GROUP_ROWS);
         }
     }
 }

@@ -3,7 +3,8 @@
 #include "linear_blocks.h"
 #include "linear_epilogue.h"
 
-static void multiply_pair(const Operation *operation, WeightGroups pair, int num_rows, int first, int end)
+static void multiply_pair(
+    const Operation *operation, WeightGroups pair, int num_rows, int first, int end)
 {
     const WeightPart *part = pair.part;
     size_t size = group_bytes(part->format, part->columns);
@@ -23,7 +24,8 @@ static void multiply_pair(const Operation *operation, WeightGroups pair, int num
     }
 }
 
-void multiply_tiles(const Operation *operation, WeightGroups groups, int num_rows, int first, int end)
+void multiply_tiles(
+    const Operation *operation, WeightGroups groups, int num_rows, int first, int end)
 {
     for (int i = 0; i < num_pairs(groups); i++)
         multiply_pair(operation, pair_of(groups, i), num_rows, first, end);
@@ -34,8 +36,9 @@ void multiply_row(const Operation *operation, WeightGroups pair, int x_row, int 
     const WeightPart *part = pair.part;
     size_t size = group_bytes(part->format, part->columns);
     float y[2 * GROUP_ROWS] __attribute__((aligned(64)));
-    multiply_blocks(part->format, pair.w, pair.num_groups == 1 ? 0 : size, part->columns / BLOCK_COLUMNS, 1,
-                    tile_at(operation, x_row), (NextWeights){0, 0}, y);
+    multiply_blocks(part->format, pair.w, pair.num_groups == 1 ? 0 : size,
+                    part->columns / BLOCK_COLUMNS, 1, tile_at(operation, x_row),
+                    (NextWeights){0, 0}, y);
     apply_epilogue_rows(operation, pair, out_row, 1, y, 1);
 }
 

@@ -32,7 +32,8 @@ static inline WeightGroups pair_of(WeightGroups groups, int i)
 }
 
 /* Times tiles first .. end - 1 of the step's rows, finished (linear_epilogue.h). */
-void multiply_tiles(const Operation *operation, WeightGroups groups, int num_rows, int first, int end);
+void multiply_tiles(
+    const Operation *operation, WeightGroups groups, int num_rows, int first, int end);
 
 /* A pair times one row, which is a tile by itself. */
 void multiply_row(const Operation *operation, WeightGroups pair, int x_row, int out_row);

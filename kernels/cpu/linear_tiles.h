@@ -41,7 +41,10 @@ enum {
  *     float  scales[stretch][R]
  * Columns beyond the width, in the last step, are 0. */
 static inline int num_steps(int width) { return (width + STEP_COLUMNS - 1) / STEP_COLUMNS; }
-static inline int num_segments(int width) { return (width + SEGMENT_COLUMNS - 1) / SEGMENT_COLUMNS; }
+static inline int num_segments(int width)
+{
+    return (width + SEGMENT_COLUMNS - 1) / SEGMENT_COLUMNS;
+}
 
 /* All but the last are equally long. */
 static inline int segment_steps(int width)

@@ -31,7 +31,8 @@ enum { SMALL_TASK = 4096, SMALL_ATTENTION = 32 << 10 };
 static int rows_of(const Plan *plan, const Operation *operation)
 {
     int rows = operation->logit_rows_only ? plan->batch.num_logit_rows : plan->batch.num_rows;
-    return operation->kind == ACTIVATE && operation->num_chosen ? rows * operation->num_chosen : rows;
+    return operation->kind == ACTIVATE && operation->num_chosen ? rows * operation->num_chosen
+                                                                : rows;
 }
 
 /* What goes row by row has rows as its units, or tiles where it writes them; queues get equal shares. */
@@ -59,7 +60,9 @@ static int is_small(void *context, int task)
     case ATTENTION:
         return num_rows * plan->num_heads * plan->head_dim * plan->num_kv_chunks * KV_CHUNK / 8
                <= SMALL_ATTENTION;
-    case COMBINE: return !plan->is_kv_split || num_rows * plan->num_kv_chunks * operation->width <= SMALL_TASK;
+    case COMBINE:
+        return !plan->is_kv_split
+               || num_rows * plan->num_kv_chunks * operation->width <= SMALL_TASK;
     default: return num_rows * operation->width <= SMALL_TASK || units_of_all(plan, operation) == 1;
     }
 }
@@ -165,7 +168,8 @@ int64_t llmsrv_scratch_floats(int32_t num_heads, int32_t num_kv_heads, int32_t p
 /* Zeroed memory that takes pages as they are touched, huge ones where wanted; null: there is none. */
 void *llmsrv_allocate(int64_t size, int32_t wants_huge_pages)
 {
-    void *memory = mmap(0, (size_t)size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void *memory = mmap(0, (size_t)size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
+                        0);
     if (memory == MAP_FAILED)
         return 0;
 #ifdef MADV_HUGEPAGE

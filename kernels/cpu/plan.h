@@ -8,8 +8,8 @@
 enum { BLOCK_SIZE = 16, KV_CHUNK = 256 }; /* positions: of a cache block, of a step of attention */
 
 enum Kind {
-    COS_SIN, NORM, QUANTIZE, LINEAR, ROPE, ATTENTION, COMBINE, ACTIVATE, SELECT, SOFTCAP, POOL, ROUTE, EXPERTS,
-    SUM_EXPERTS
+    COS_SIN, NORM, QUANTIZE, LINEAR, ROPE, ATTENTION, COMBINE, ACTIVATE, SELECT,
+    SOFTCAP, POOL, ROUTE, EXPERTS, SUM_EXPERTS
 };
 
 /* Rows of a stacked weight that have one format.  Thread t owns groups bounds[t] .. bounds[t + 1]

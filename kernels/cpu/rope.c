@@ -57,16 +57,19 @@ void run_rope(const Plan *plan, const Operation *operation, int first, int end)
     int dim = plan->head_dim, heads = plan->num_heads, kv_heads = plan->num_kv_heads;
     const int64_t *slots = plan->batch.slot_mapping;
     for (int row = first; row < end; row++) {
-        if (row + 1 < plan->batch.num_rows && slots[row + 1] / BLOCK_SIZE != slots[row] / BLOCK_SIZE)
+        if (row + 1 < plan->batch.num_rows
+            && slots[row + 1] / BLOCK_SIZE != slots[row] / BLOCK_SIZE)
             prefetch_kv(plan, operation->layer, slots[row + 1]);
         float *q = out_row(operation, row), *k = q + heads * dim;
         if (operation->weight)
-            norm_heads(q, heads, dim, operation->weight, operation->eps, operation->norms_across_heads & 1);
+            norm_heads(q, heads, dim, operation->weight, operation->eps,
+                       operation->norms_across_heads & 1);
         if (operation->second_weight)
             norm_heads(k, kv_heads, dim, operation->second_weight, operation->eps,
                        operation->norms_across_heads & 2);
         if (operation->cos_sin) {
-            const float *cosines = operation->cos_sin + (int64_t)row * 2 * operation->half_rotary_dim;
+            const float *cosines = operation->cos_sin
+                                   + (int64_t)row * 2 * operation->half_rotary_dim;
             for (int h = 0; h < heads + kv_heads; h++)
                 rotate(q + h * dim, cosines, operation->half_rotary_dim, operation->option);
         }

@@ -286,8 +286,8 @@ static int32_t sample_id(const Sampling *sampling, int32_t r, LogitRow row, Scra
     if (parameters->has_extras) {
         while (draft[-num_drafted] >= 0)
             num_drafted++;
-        adjust_logits(s, row.logits, row.vocab_size, parameters, &sampling->extras[slot], output_position,
-               draft - num_drafted + 1, num_drafted);
+        adjust_logits(s, row.logits, row.vocab_size, parameters, &sampling->extras[slot],
+                      output_position, draft - num_drafted + 1, num_drafted);
         row.logits = s->adjusted;
         row.best = max_logit(s, row.logits, row.vocab_size);
         if (isnan(row.best))

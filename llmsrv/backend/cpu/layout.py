@@ -30,7 +30,6 @@ from llmsrv.backend.cpu.library import Memory
 from llmsrv.backend.cpu.library import NORM
 from llmsrv.backend.cpu.library import OperationStruct
 from llmsrv.backend.cpu.library import POOL
-
 from llmsrv.backend.cpu.library import QUANTIZE
 from llmsrv.backend.cpu.library import ROPE
 from llmsrv.backend.cpu.library import ROUTE
