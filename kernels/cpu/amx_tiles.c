@@ -21,7 +21,7 @@ void configure_amx_tiles(int rows)
     } config = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {0}};
     memset(config.rows, rows, 6);
     config.rows[6] = config.rows[7] = 16;
-    __asm__ volatile("" : : "r"(&config) : "memory"); /* gcc knows of the first 8 bytes alone */
+    __asm__ volatile("" : : "r"(&config) : "memory"); /* gcc knows only of 8 bytes */
     _tile_loadconfig(&config);
 }
 

@@ -1,26 +1,30 @@
 /* Causal attention over the paged KV cache, with sliding windows and soft caps.
  *
- * Positions are taken in chunks of 256, aligned to position 0: in each the largest score m, the sum
- * l of exp(score - m), and the sum o of exp(score - m) v.  Chunks are joined in ascending order:
+ * Positions are processed in chunks of 256, aligned to position 0.  Each chunk yields the largest
+ * score m, the sum l of exp(score - m), and the sum o of exp(score - m) v.  Chunks are merged in
+ * ascending order:
  *     M' = max(M, m);  L' = L exp(M - M') + l exp(m - M');  O' likewise;  out = O / L
- * (Milakov & Gimelshein 2018, algorithm 3, by chunks).  What a row computes depends on its position
- * alone, so that its bits are the same in any batch and chunking of the prompt; who computes which
- * chunk is free.  A thread takes whole rows, some of one sequence at a time, which share k and v; where
- * that would give the threads uneven work, they share the chunks, which COMBINE joins.
+ * (Milakov & Gimelshein 2018, algorithm 3, by chunks; flash-decoding's split KV).  What a row
+ * computes depends only on its position, so its bits are the same in any batch and however its
+ * prompt was cut.  Any thread may compute any chunk.  Normally a thread takes whole rows, several
+ * of one sequence at a time, because they share k and v.  If that would give the threads uneven
+ * work, they share out the chunks, and COMBINE merges the results.
  *
- * Several queries of one kv head go through k and v together: what is loaded serves all
+ * Several queries of one kv head go through k and v together, so that each load serves all of them
  * (attention_chunk.h). */
 #include "attention.h"
 #include "attention_chunk.h"
 
-/* So many units for each thread come out even enough, though some are much longer than others. */
+/* SPAN_QUERIES: queries of a span and kv head, at most.  MIN_UNITS_PER_THREAD: with this many units
+ * each, threads finish at about the same time, although some units are much longer than others. */
 enum { SPAN_QUERIES = 64, MIN_UNITS_PER_THREAD = 16 };
 
 static int heads_per_kv_head(const Plan *plan) { return plan->num_heads / plan->num_kv_heads; }
 
 static int max_span_rows(int group) { return group < SPAN_QUERIES ? SPAN_QUERIES / group : 1; }
 
-/* A thread's: queries; the state of each, [2 + padded_dim]: M, L, O; what prepare_kv_range makes. */
+/* One thread's scratch: the queries; the state of each, [2 + padded_dim]: M, L, O; the memory of
+ * prepare_kv_range. */
 int64_t attention_scratch(int num_heads, int num_kv_heads, int padded_dim)
 {
     int group = num_heads / num_kv_heads, count = max_span_rows(group) * group;
@@ -56,7 +60,7 @@ int attention_units(const Plan *plan)
            * (plan->is_kv_split ? plan->num_kv_chunks : 1);
 }
 
-/* Joins a chunk's m, l, o to the state M, L, O of what lies before it. */
+/* Merges a chunk's m, l, o into the state M, L, O of the chunks before it. */
 static void merge_state(float *state, float m, float l, const float *o, int dim)
 {
     if (m == MASKED)
@@ -94,7 +98,7 @@ static float *partial_at(const Plan *plan, int row, int head, int chunk)
     return plan->partials + index * (2 + plan->padded_dim);
 }
 
-/* A span's rows in the heads of one kv head. */
+/* The queries of a span's rows, for the heads that share one kv head. */
 static QueryTile load_query_tile(
     const Plan *plan, const Operation *operation, QuerySpan span, int kv_head, float *scratch)
 {
@@ -107,8 +111,8 @@ static QueryTile load_query_tile(
     return tile;
 }
 
-/* What queries first .. first + N - 1 see of a range: rows of a sequence ascend, so that the first
- * begins first and the last one ends last. */
+/* The part of a range that queries first .. first + N - 1 see.  Rows of a sequence ascend, so the
+ * first query's part starts first and the last query's part ends last. */
 static KVRange visible_range(const QueryTile *tile, int first, int N, const KVRange *range)
 {
     KVRange part = *range;
@@ -121,8 +125,8 @@ static KVRange visible_range(const QueryTile *tile, int first, int N, const KVRa
     return part;
 }
 
-/* One chunk for all queries, joined to their states; queries that end before it, or begin behind it,
- * take no part. */
+/* Processes one chunk for all queries and merges it into their states.  Skips queries that end
+ * before the chunk or whose window starts after it. */
 static void attend_passes(const QueryTile *tile, const KVRange *range, float *states)
 {
     int dim = tile->plan->padded_dim, i = 0;
@@ -141,7 +145,7 @@ static void attend_passes(const QueryTile *tile, const KVRange *range, float *st
     }
 }
 
-/* Chunks first .. end - 1 for a span of rows and one kv head. */
+/* Processes chunks first .. end - 1 for a span of rows and one kv head. */
 static void attend_kv_chunks(
     const QueryTile *tile, int kv_head, int first, int end, float *states, float *range_memory)
 {
@@ -167,7 +171,8 @@ static void attend_kv_chunks(
 static void run_unit(const Plan *plan, const Operation *operation, int unit, int thread)
 {
     int chunks = plan->is_kv_split ? plan->num_kv_chunks : 1, dim = plan->padded_dim;
-    /* Heads of the same positions, which lie side by side, follow each other. */
+    /* Consecutive units are the kv heads of the same positions, which lie side by side in
+     * memory. */
     int kv_head = unit % plan->num_kv_heads, chunk = unit / plan->num_kv_heads % chunks;
     QuerySpan span = plan->query_spans[unit / plan->num_kv_heads / chunks];
     int end = plan->batch.positions[span.first + span.count - 1] / KV_CHUNK + 1;

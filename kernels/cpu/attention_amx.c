@@ -1,4 +1,4 @@
-/* Attention in integers, of up to sixteen queries, in matrix registers. */
+/* Attention with int8 planes, for up to sixteen queries, in AMX tiles. */
 #include "attention_int8.h"
 
 #if defined(TIER_AMX) && KV_INT8
@@ -6,7 +6,7 @@
 
 enum { TILE_BYTES = 16 * STEP_POSITIONS };
 
-/* Sixty-four positions of gathered values: [padded_dim / 16][plane][16][64]. */
+/* Bytes of 64 positions of repacked values: [padded_dim / 16][plane][16][64]. */
 static int repacked_step(int dim) { return dim / 16 * KV_BYTES * TILE_BYTES; }
 
 int repacked_v_bytes(int dim) { return KV_CHUNK / STEP_POSITIONS * repacked_step(dim); }
@@ -16,7 +16,7 @@ int uses_amx(const QueryTile *queries, int left)
     return left > SMALL_PASS && queries->plan->padded_dim % STEP_POSITIONS == 0;
 }
 
-/* Values of four blocks side by side, as a matrix register takes them. */
+/* Puts the values of four blocks side by side, as an AMX tile takes them. */
 void repack_values(const KVRange *range, int dim)
 {
     const int piece = TILE_BYTES / 4;
@@ -31,7 +31,7 @@ void repack_values(const KVRange *range, int dim)
     }
 }
 
-/* Of sixteen queries with sixteen keys, or columns of values. */
+/* The sums of sixteen queries with sixteen keys, or sixteen columns of values. */
 typedef int32_t TileSums[3][16][16];
 
 INLINE void dot_tiles(
@@ -73,11 +73,11 @@ INLINE DotSums load_sums(TileSums tile, int n)
     return sums;
 }
 
-/* A block's products are made while those of the one before it become scores. */
+/* Multiplies one block while it converts the sums of the previous block to scores. */
 static void scores_amx(const ScorePass *pass, const KVRange *range, const int dim)
 {
     TileSums sums[2] __attribute__((aligned(64)));
-    const ScorePass s = *pass; /* what is stored below is none of it */
+    const ScorePass s = *pass; /* a copy: the stores below cannot alias it */
     const int bytes = dim * BLOCK_SIZE * KV_BYTES;
     for (int position = range->begin; position < range->end + BLOCK_SIZE; position += BLOCK_SIZE) {
         int i = position / BLOCK_SIZE % 2, before = position - BLOCK_SIZE;
@@ -102,7 +102,7 @@ static void scores_amx(const ScorePass *pass, const KVRange *range, const int di
     }
 }
 
-/* Sixteen columns' products are made while those of the ones before them are scaled. */
+/* Multiplies sixteen columns while it scales the sums of the previous sixteen. */
 static void weighted_values_amx(
     int N, const KVRange *range, int dim, const AttentionWeights *weights, float *o)
 {
@@ -141,7 +141,7 @@ void attend_amx(
     configure_amx_tiles(MAX_PASS_QUERIES);
     scores_amx(&pass, range, dim);
     softmax_weights(N, range, scores, m, l, &weights);
-    __asm__ volatile("" ::: "memory"); /* loads of matrix registers name no memory to gcc */
+    __asm__ volatile("" ::: "memory"); /* tile loads name no memory to gcc */
     weighted_values_amx(N, range, dim, &weights, o);
     _tile_release();
 }

@@ -1,9 +1,9 @@
-/* Attention in int8, of up to eight queries, by dot products of four bytes. */
+/* Attention with int8 planes, for up to eight queries, by int8 dot products of four. */
 #include "attention_int8.h"
 
 #if KV_INT8
 
-enum { WORD_BYTES = 4 /* bytes that a product sums up */ };
+enum { WORD_BYTES = 4 /* bytes that one dot product sums */ };
 
 INLINE i32v broadcast_word(const int8_t *bytes)
 {
@@ -22,8 +22,9 @@ INLINE void add_dots(DotSums *sums, u32v high, u32v low, i32v x_high, i32v x_low
         sums->low_high = dot4(sums->low_high, low, x_high);
 }
 
-/* Meanwhile the values of this block and the keys of the next one are fetched, for blocks lie scattered,
- * and line by line, for the CPU itself fetches what seems to come next. */
+/* The scores of N queries.  Also prefetches this block's values and the next block's keys,
+ * because blocks are scattered; line by line, because the CPU's own prefetcher handles
+ * consecutive lines. */
 INLINE void scores_dot4(const int N, const ScorePass *pass, const KVRange *range, int dim)
 {
     const int plane = dim * BLOCK_SIZE;
@@ -50,7 +51,7 @@ INLINE void scores_dot4(const int N, const ScorePass *pass, const KVRange *range
     }
 }
 
-/* ---- Values */
+/* ---- Weighted sums of values */
 
 INLINE void weighted_values_dot4(
     const int N, const KVRange *range, int dim, const AttentionWeights *weights, float *o)

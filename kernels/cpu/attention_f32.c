@@ -1,10 +1,11 @@
-/* Attention in floats: keys and values as halves, floats, or bytes with scales. */
+/* Attention in float32.  The cache holds halves, floats, or int8 with a scale for each position. */
 #include "attention_chunk.h"
 
 #if !KV_INT8
 
-/* QueryTile that go through a chunk together, and sums of a score beside each other, which hide their
- * latency: a score's order of sums must be the same for all numbers of queries. */
+/* The numbers of queries that go through a chunk together, and CHAINS, the partial sums of each
+ * score that hide the latency of fma.  The order of a score's sums must not depend on the number of
+ * queries. */
 #ifdef TIER_AVX512
 enum { LARGE_PASS = 12, MEDIUM_PASS = 8, SMALL_PASS = 4, CHAINS = 2 };
 #elif defined(TIER_AVX2)
@@ -39,7 +40,7 @@ void store_query(const QueryTile *queries, int i, const float *x)
         q[j] = x[j] * queries->operation->scale;
 }
 
-/* A vector of values of a cache from number `i` on, without their scales. */
+/* A vector of the cache's elements from number `i` on, not yet multiplied by their scales. */
 INLINE f32v load_kv(const uint8_t *values, int i)
 {
     const uint8_t *at = values + i * KV_BYTES;
@@ -48,7 +49,8 @@ INLINE f32v load_kv(const uint8_t *values, int i)
                            : load((const float *)at);
 }
 
-/* Meanwhile the v of this block and the k of the next one are fetched: blocks lie scattered. */
+/* s = q . k for the positions of one block.  Also prefetches this block's v and the next block's k,
+ * since blocks are scattered in memory. */
 INLINE void block_scores(
     const int N,
     const float *q,
@@ -80,7 +82,7 @@ INLINE void block_scores(
     }
 }
 
-/* o[n][0 .. S) += sum of p[n] v over the positions of one block, in S vectors. */
+/* o[n][0 .. S - 1] += sum of p[n] v over the positions of one block, in S vectors. */
 INLINE void add_weighted_values(
     const int N, const int S, const float *p, int count, const uint8_t *v, int dim, f32v (*o)[4])
 {
@@ -156,7 +158,7 @@ INLINE void attend_pass(
             }
         l[n] = reduce_add(sum);
     }
-    int at = 0, S = N > SMALL_PASS ? 2 : 4; /* so that the sums fit the registers */
+    int at = 0, S = N > SMALL_PASS ? 2 : 4; /* vectors of o; the sums fit the registers */
     for (; at + LANES * S <= dim; at += LANES * S)
         weighted_values(N, S, range, dim, p, at, o);
     for (; at < dim; at += LANES)

@@ -1,9 +1,10 @@
-/* Attention in int8: chooses between dot products of four bytes, for few queries, and AMX tiles. */
+/* Attention with int8 planes: chooses between dot products of four bytes, for few queries, and AMX
+ * tiles, for many. */
 #include "attention_int8.h"
 
 #if KV_INT8
 
-/* ---- What calls share: scales of keys and of values [KV_CHUNK], gathered values */
+/* ---- What all passes share: scales of keys and of values [KV_CHUNK], repacked values */
 
 int64_t kv_range_floats(int padded_dim) { return 2 * KV_CHUNK + repacked_v_bytes(padded_dim) / 4; }
 
@@ -16,7 +17,7 @@ void prepare_kv_range(const QueryTile *queries, float *memory, KVRange *range)
     for (int position = range->begin; position < range->end; position += BLOCK_SIZE) {
         int at = chunk_offset(position), left = range->end - position;
         store(memory + at, load(kv_scales(kv_block(range, range->k, position), dim)));
-        /* What lies behind the last position is of others, who may have left NaN there. */
+        /* Positions after the last belong to others, who may have left NaN there. */
         const float *scales = kv_scales(kv_block(range, range->v, position), dim);
         store(memory + KV_CHUNK + at, load_partial(scales, left));
     }

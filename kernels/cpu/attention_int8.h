@@ -1,17 +1,18 @@
-/* Attention in integers, as products of bytes take them: what vectors, for few queries
- * (attention_dot4.c), and matrix registers, for many (attention_amx.c), have in common.
+/* Attention with int8 planes: what dot products of four bytes, for few queries (attention_dot4.c),
+ * and AMX tiles, for many (attention_amx.c), have in common.
  *
- * Keys and values have 16 or 8 bits and a scale for each position, queries 15 bits and one scale, and
- * the shares exp(score - m) of a chunk, times the scales of the values, 15 bits and one scale.  What
- * integers sum up to does not depend on who sums them or how, so that the bits of a row are the same
- * in vectors, for few queries, and in matrix registers, for many.
+ * Keys and values have 16 or 8 bits and a scale for each position.  Queries have 15 bits and one
+ * scale.  A chunk's attention weights exp(score - m), times the scales of the values, also have 15
+ * bits and one scale.  Integer sums are exact in any order, so a row has the same bits whether its
+ * queries were few or many.
  *
- * x = 256 high + low, both signed; w = 256 high + low - 2^15, both unsigned, or high - 2^7.  In units of
- * 256 high bytes, and of the scales,
- *     x . w = 256 top + middle - 128 sum(x) + sum(low of x) / 2
- *     top = sum(high high), middle = sum(high low) + sum(low high)
- * where the products of two low bytes are taken as if w's were all 127.5, which is off by less than
- * keys of 14 bits would be.  Scores are in units of ln 2, so that exp is 2^score. */
+ * x = 256 high + low, both signed; w = 256 high + low - 2^15, both unsigned, or high - 2^7 with 8
+ * bits.  In units of 256 high bytes, and of the scales,
+ *     x . w = 256 high_high + high_low + low_high - 128 sum(x) + sum(low of x) / 2
+ *     high_high = sum(w's high, x's high), high_low = sum(w's high, x's low), low_high likewise
+ * where products of two low bytes are computed as if all of w's low bytes were 127.5.  The error is
+ * smaller than that of keys of 14 bits.  The last two terms are the zero-point compensation.
+ * Scores are in units of ln 2, so that exp is 2^score. */
 #ifndef ATTENTION_INT8_H
 #define ATTENTION_INT8_H
 
@@ -19,8 +20,8 @@
 
 enum {
     LARGE_PASS = 8,  /* queries whose sums fit the vector registers */
-    SMALL_PASS = 4,   /* queries that vectors take, where there are matrix registers */
-    STEP_POSITIONS = 64, /* positions whose shares are made at once; bytes of a row of a matrix register */
+    SMALL_PASS = 4,   /* with AMX, up to this many queries use dot4 */
+    STEP_POSITIONS = 64, /* positions whose weights are computed at once: a row of an AMX tile */
 };
 
 static const float LOG2_E = 0x1.715476p+0f;
@@ -30,12 +31,12 @@ static inline int rounded_up(int count, int to) { return (count + to - 1) / to *
 /* ---- DotSums */
 
 typedef struct {
-    i32v high_high, high_low, low_high; /* `other` is another part of the middle */
+    i32v high_high, high_low, low_high; /* the last two are added together */
 } DotSums;
 
 INLINE DotSums zero_sums(void) { return (DotSums){splat_int(0), splat_int(0), splat_int(0)}; }
 
-/* x . w */
+/* x . w, without the scales */
 INLINE f32v combine_sums(const DotSums *sums, int32_t compensation)
 {
     u32v value = ((u32v)sums->high_high << 8) + (u32v)sums->high_low
@@ -45,7 +46,7 @@ INLINE f32v combine_sums(const DotSums *sums, int32_t compensation)
 
 /* ---- Scores */
 
-/* QueryTile first .. first + N - 1, and where their scores go. */
+/* The arguments of a pass: queries first .. first + N - 1, and where their scores go. */
 typedef struct {
     const int8_t *high, *low;
     const float *scales;
@@ -64,7 +65,7 @@ INLINE int is_unmasked_block(const ScorePass *pass, int position)
            && position + BLOCK_SIZE - 1 <= pass->lasts[0];
 }
 
-/* Sixteen scores of query n. */
+/* Stores sixteen scores of query n. */
 INLINE void store_scores(
     const ScorePass *pass,
     int n,
@@ -81,7 +82,7 @@ INLINE void store_scores(
     store(pass->scores[n] + chunk_offset(position), s);
 }
 
-/* ---- AttentionWeights */
+/* ---- Attention weights */
 
 typedef struct {
     int8_t high[MAX_PASS_QUERIES][KV_CHUNK], low[MAX_PASS_QUERIES][KV_CHUNK];
@@ -89,8 +90,8 @@ typedef struct {
     float scales[MAX_PASS_QUERIES];
 } AttentionWeights;
 
-/* Scores of N queries to shares, m and l; in three loops, for what one query needs of itself takes
- * longer to come than what others do. */
+/* Turns the scores of N queries into attention weights, m and l.  Three loops over the queries,
+ * because the steps for a single query would wait for each other. */
 void softmax_weights(int N,
                      const KVRange *range,
                      float (*scores)[KV_CHUNK],
@@ -98,23 +99,23 @@ void softmax_weights(int N,
                      float *l,
                      AttentionWeights *shares);
 
-/* ---- Few queries, in vectors */
+/* ---- Few queries: dot products of four bytes */
 
-/* As attention_chunk, of 1 to 4 queries or LARGE_PASS. */
+/* As attention_chunk, for 1 to SMALL_PASS queries or LARGE_PASS. */
 void attend_dot4(
     int N, const QueryTile *queries, int first, const KVRange *range, float *m, float *l, float *o);
 
-/* ---- Many queries, in matrix registers */
+/* ---- Many queries: AMX tiles */
 
-/* As attention_chunk, of at most MAX_PASS_QUERIES. */
+/* As attention_chunk, for up to MAX_PASS_QUERIES. */
 void attend_amx(
     int N, const QueryTile *queries, int first, const KVRange *range, float *m, float *l, float *o);
 
 #ifdef TIER_AMX
-/* Whether `left` queries are many. */
+/* True if `left` queries are enough for AMX. */
 int uses_amx(const QueryTile *queries, int left);
 
-/* Bytes of a chunk's gathered values, and these themselves. */
+/* Bytes of a chunk's repacked values, and the repacking itself. */
 int repacked_v_bytes(int padded_dim);
 void repack_values(const KVRange *range, int padded_dim);
 #else

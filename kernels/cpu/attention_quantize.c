@@ -1,19 +1,20 @@
-/* Attention in int8: queries and attention weights quantized to planes of int8. */
+/* Attention with int8 planes: quantizes queries, and turns scores into quantized attention
+ * weights. */
 #include "attention_int8.h"
 
 #if KV_INT8
 
 enum { QUERY_MAX = 127 * 128, WEIGHT_MAX = 127 * 256 };
 
-/* x . w for bytes of w that are 0, where x and its high bytes sum up to so much; unsigned, for what is
- * not a number may overflow. */
+/* The terms of x . w that depend only on x: `sum` is the sum of x, `high_sum` that of its high
+ * bytes.  Unsigned, because inputs with NaN may overflow. */
 INLINE int32_t zero_point_compensation(int32_t sum, int32_t high_sum)
 {
     int32_t low_sum = (int32_t)((uint32_t)sum - 256u * (uint32_t)high_sum);
     return (int32_t)(128u * (uint32_t)sum - (uint32_t)(KV_BITS == 16 ? low_sum / 2 : 0));
 }
 
-/* ---- QueryTile: planes [high, low][rows][padded_dim]; scales [rows]; offsets [rows] */
+/* ---- Queries: planes [high, low][rows][padded_dim]; scales, compensation [rows] */
 
 typedef struct {
     int8_t *high, *low;
@@ -72,13 +73,13 @@ ScorePass make_score_pass(const QueryTile *queries, int first, int N, float (*sc
     return pass;
 }
 
-/* ---- AttentionWeights */
+/* ---- Softmax */
 
-/* 2^x for x <= 0, to 2e-7 of itself; 2^0 is 1.  For x below -100 it is that of -100: nothing beside 1,
- * and far from numbers that are slow because they are denormal. */
+/* 2^x for x <= 0, with a relative error of 2e-7; exact for 0.  Below -100 it returns 2^-100:
+ * negligible next to 1, yet far from denormal numbers, which are slow. */
 INLINE f32v exp2_v(f32v x)
 {
-    x = max_v(splat(-100.0f), x); /* this way round NaN passes */
+    x = max_v(splat(-100.0f), x); /* in this order of arguments NaN passes */
     __m512 whole = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     f32v r = x - (f32v)whole;
     f32v y = splat(0x1.5bba14p-10f);
@@ -98,7 +99,8 @@ INLINE float max_score(const float *scores, int begin, int end)
     return reduce_max(largest);
 }
 
-/* exp(score - m), times the values' scales, in place; their sum before that, and their largest. */
+/* Replaces the scores by exp(score - m) times the values' scales; returns the largest.  *l is the
+ * sum of exp(score - m). */
 INLINE float exp_scores(
     const float *scales, float *scores, int begin, int end, float m, float *l)
 {
@@ -120,14 +122,14 @@ INLINE __m512i round_scaled(const float *x, f32v inverse)
     return (__m512i)round_to_int(load(x) * inverse);
 }
 
-/* Bytes of four vectors, side by side in each lane, to the order of the vectors. */
+/* Stores the bytes of four vectors, which lie interleaved by 128-bit lanes, in order. */
 INLINE void store_in_order(int8_t *out, __m512i x)
 {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     _mm512_storeu_si512(out, _mm512_permutexvar_epi32(order, x));
 }
 
-/* Sixty-four values, not negative, to their high and low bytes. */
+/* Splits 64 values, none of them negative, into high and low bytes. */
 INLINE void store_planes(
     const float *x, f32v inverse, int8_t *high, int8_t *low, __m512i *sum, __m512i *high_sum)
 {

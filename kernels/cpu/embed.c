@@ -1,4 +1,5 @@
-/* out = table[ids] * scale, of a table as the file has it; the values are those of quants.py. */
+/* EMBED: out = table[ids] * scale.  The table is as the file has it; the values equal those of
+ * quants/ggml_types.py. */
 #include "linear_pack.h"
 #include "simd.h"
 
@@ -8,9 +9,9 @@ typedef struct {
     const uint8_t *table;
     int64_t row_bytes;
     float *out;
-    int64_t out_stride; /* floats from a row to the next */
+    int64_t out_stride; /* floats from one row to the next */
     float scale;
-    const int32_t *ids;     /* -1 - r: what row r of the last sampling call drew, 0 if it failed */
+    const int32_t *ids;     /* -1 - r: the id sampled for row r by the last call, 0 if it failed */
     const int32_t *sampled;
 } Embedding;
 
@@ -42,7 +43,7 @@ static f32v float_values(int format, const uint8_t *p)
                            : load_bf16((const uint16_t *)p);
 }
 
-/* Columns need not be whole vectors. */
+/* `columns` need not be a multiple of LANES. */
 static void float_row(int format, const uint8_t *row, int columns, float *out)
 {
     int size = format == F32 ? 4 : 2;

@@ -1,11 +1,11 @@
-/* Experts by lists: ROUTE sorts the choices of the step by expert, so that products read each chosen
- * expert once.  A choice is one row to the kernels: its sums never depend on the others. */
+/* ROUTE sorts the choices of the step by expert, so that products read each chosen expert's weights
+ * once.  Each choice is a row of its own to the kernels: its sums never depend on the others. */
 #include "experts.h"
 #include "linear.h"
 #include "simd.h"
 
-/* What ROUTE leaves: expert and weight of each choice, the choices sorted by expert (those of expert e
- * at starts[e] .. starts[e + 1] - 1), and the experts that have any. */
+/* What ROUTE writes: the expert and the weight of each choice, the choices sorted by expert (those
+ * of expert e at offsets[e] .. offsets[e + 1] - 1), and the experts that have any. */
 typedef struct {
     int32_t *topk_ids, *sorted, *offsets, *active, *num_active;
     float *topk_weights;
@@ -21,7 +21,7 @@ static Routing routing_of(const Operation *operation)
     return c;
 }
 
-/* The largest logits, best first, the lowest expert first among equals. */
+/* The experts with the largest logits, best first, the lowest number first among equals. */
 static void topk_row(const Operation *operation, const float *logits, int32_t *topk_ids)
 {
     for (int j = 0; j < operation->num_chosen; j++) {

@@ -1,8 +1,9 @@
-/* Keys and values to the cache. */
+/* Writes keys and values to the KV cache, quantized as kv_cache.h says. */
 #include "kv_cache.h"
 #include "simd.h"
 
-/* The scale of integers up to `most`, and what to multiply by for them. */
+/* The scale of x: the value of 1 in an int8, or in the high byte of 16 bits.  *inverse maps x to
+ * integers of at most `most`. */
 static float kv_scale(const float *x, int dim, float most, float *inverse)
 {
     i32v sizes = splat_int(0);
@@ -17,7 +18,8 @@ static float kv_scale(const float *x, int dim, float most, float *inverse)
 
 enum { KV_MAX = KV_BITS == 8 ? 127 : 127 * 256, KV_ZERO_POINT = 1 << (KV_BITS - 1) };
 
-/* A head's keys, or values, of position `offset` of a block: each byte of a lane to its plane. */
+/* Stores a head's keys, or values, at position `offset` of a block: each byte of a lane in its
+ * plane. */
 static void store_kv_head(
     const float *x, int dim, int padded_dim, int offset, int is_key, uint8_t *head)
 {
@@ -73,7 +75,7 @@ static void store_kv_head(
 
 #endif
 
-/* Where the heads of one layer are in the block of a slot. */
+/* Byte offset of the heads of one layer in the block of a slot. */
 static int64_t layer_offset(const Plan *plan, int layer, int64_t slot)
 {
     int64_t bytes = kv_head_bytes(plan->padded_dim) * plan->num_kv_heads;

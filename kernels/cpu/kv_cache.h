@@ -1,16 +1,18 @@
-/* What one head's keys, or values, of a block of the cache look like, D being the padded dimension.
+/* The layout of one head's keys, or values, in a block of the KV cache.  D is the padded head
+ * dimension.
  *
  * Floats, halves, or signed bytes with a scale for each position:
- *     keys    [D][BLOCK_SIZE]     so that sixteen positions are a vector
+ *     keys    [D][BLOCK_SIZE]     so that sixteen positions make a vector
  *     values  [BLOCK_SIZE][D]
- *     float   scales[BLOCK_SIZE]  of bytes
+ *     float   scales[BLOCK_SIZE]  of bytes only
  *
- * QuantizedBlock, where there are products of bytes (KV_INT8): of 16 or 8 bits, with a scale for each
- * position, 2^15 or 2^7 added so that no byte has a sign, in planes of bytes, the high ones first.
- * Four that a product sums up lie side by side: dimensions of keys, positions of values.
+ * int8 planes, where there are int8 dot products (KV_INT8): integers of 16 or 8 bits with a scale
+ * for each position, plus 2^15 or 2^7 so that no byte has a sign, split into planes of bytes, the
+ * high ones first.  The four bytes that a dot product sums lie side by side: four dimensions of
+ * keys, four positions of values.
  *     keys    [plane][D / 4][BLOCK_SIZE][4]
  *     values  [plane][D / 16][BLOCK_SIZE / 4][16][4]
- *     float   scales[BLOCK_SIZE]  what 1 of a high byte is worth */
+ *     float   scales[BLOCK_SIZE]  the value of 1 in a high byte */
 #ifndef KV_CACHE_H
 #define KV_CACHE_H
 
@@ -38,10 +40,10 @@ static inline const float *kv_scales(const uint8_t *head, int padded_dim)
     return (const float *)(head + (int64_t)padded_dim * BLOCK_SIZE * KV_BYTES);
 }
 
-/* Has the cache lines of a slot's block fetched, that store_kv is to write soon. */
+/* Prefetches the cache lines of a slot's block that store_kv is about to write. */
 void prefetch_kv(const Plan *plan, int layer, int64_t slot);
 
-/* k and v, [kv head][head_dim] each, of one row to their places. */
+/* Stores k and v of one row, [kv head][head_dim] each, in a slot. */
 void store_kv(const Plan *plan, int layer, int64_t slot, const float *k, const float *v);
 
 #endif

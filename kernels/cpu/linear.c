@@ -1,20 +1,20 @@
-/* LINEAR: the work of products cut into units, and products with weights that are floats. */
+/* LINEAR: cuts products into units of work, and multiplies weights that are floats. */
 #include "linear.h"
 #include "linear_epilogue.h"
 #include "simd.h"
 
-/* Weights are fetched so far ahead to the second-level cache. */
+/* Bytes ahead of their use at which weights are prefetched to the L2 cache. */
 enum { PREFETCH_L2 = 10240 };
 
-/* Rows that one pass over a group of floats takes. */
+/* Rows multiplied in one pass over a group of floats. */
 #ifdef TIER_AVX512
 enum { FLOAT_ROWS = 6 };
 #else
 enum { FLOAT_ROWS = 3 };
 #endif
 
-/* One part of sixteen weight rows that are floats, times floats.  Four sums, by column modulo 4, hide
- * the latency. */
+/* y[r] = w x[r] for R rows and the weights of one vector of a group's rows.  Four sums, by column
+ * modulo 4, hide the latency of fma. */
 INLINE void float_dot(
     const int format,
     const int R,
@@ -75,7 +75,7 @@ ROW_COUNTS(DEFINE_FLOAT_KERNEL, BF16)
 static const FloatKernel float_kernels[3][FLOAT_ROWS] = {
     [F32] = NAMES(F32), [F16] = NAMES(F16), [BF16] = NAMES(BF16)};
 
-/* Rows x_row .. x_row + R - 1 of x to rows out_row .. of out. */
+/* Rows x_row .. x_row + R - 1 of x times a pair of groups, to rows out_row .. of out. */
 static void multiply_floats(
     const Operation *operation, WeightGroups pair, int x_row, int out_row, int R)
 {
@@ -95,7 +95,7 @@ static void multiply_floats(
 
 /* ---- Units of work */
 
-/* So many activation bytes stay in the second-level cache while weights pass by. */
+/* Tiles in a chunk of rows: as many as stay in the L2 cache while weights stream past. */
 static int chunk_tiles(const Operation *operation)
 {
     int tiles = CHUNK_BYTES / (tile_words(operation->width) * 4 * TILE_ROWS + 1);
@@ -121,7 +121,8 @@ int linear_units(const Operation *operation, int num_rows, int queue)
     return linear_pairs(operation, queue) * ((num_tiles(num_rows) + chunk - 1) / chunk);
 }
 
-/* Of a thread's queue and one part the pair of groups, and as many behind it as there are up to `end`. */
+/* The pair of groups with number `pair` in a thread's queue, and those after it in the same part,
+ * up to pair `end`. */
 static WeightGroups weight_groups_at(const WeightPart *part, int queue, int pair, int end)
 {
     for (; pair >= num_pairs_of_part(part, queue); part++) {

@@ -1,14 +1,16 @@
-/* LINEAR: out = (x W' + bias) * scale, or out += that. */
+/* LINEAR: out = (x W' + bias) * scale, or out += that, or out = activation(gate) * up of two such
+ * products. */
 #ifndef LINEAR_H
 #define LINEAR_H
 
 #include "plan.h"
 
-/* The work of one thread's queue, in units of two groups of weights and a chunk of rows. */
+/* The work in one thread's queue, in units of two groups of weights and a chunk of rows. */
 int linear_units(const Operation *operation, int num_rows, int queue);
 void run_linear(const Operation *operation, int num_rows, int queue, int first, int end);
 
-/* For experts: pairs of groups in a queue, and one pair for one row, a tile by itself. */
+/* For EXPERTS: the pairs of groups in a queue, and the product of one pair with one row, which is a
+ * tile of its own. */
 int linear_pairs(const Operation *operation, int queue);
 void run_linear_row(const Operation *operation,
                     const WeightPart *parts,
@@ -17,7 +19,7 @@ void run_linear_row(const Operation *operation,
                     int x_row,
                     int out_row);
 
-/* QUANTIZE: rows of x to tiles. */
+/* QUANTIZE: writes rows of x as tiles. */
 void run_quantize(const Operation *operation, int first, int end);
 
 #endif

@@ -1,4 +1,4 @@
-/* Products on CPUs with AMX: few rows by dot4 (linear_amx_gemv.c), many in AMX tiles (linear_amx_gemm.c). */
+/* Products on CPUs with AMX: few rows by linear_amx_gemv.c, many by linear_amx_gemm.c. */
 #ifdef TIER_AMX
 #include "linear_amx.h"
 

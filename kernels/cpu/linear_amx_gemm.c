@@ -1,10 +1,11 @@
-/* Many rows: weights made planes of int8, once for all rows, and multiplied in AMX tiles. */
+/* Many rows: expands weights to planes of int8, once for all rows, and multiplies them in AMX
+ * tiles. */
 #ifdef TIER_AMX
 #include "amx_tiles.h"
 #include "linear_amx.h"
 #include "linear_epilogue.h"
 
-/* The low bytes of 16-bit lanes, twice, or the high ones. */
+/* Shuffles that take the low bytes of 16-bit lanes, each twice, or the high ones. */
 INLINE __m512i low_byte_order(void)
 {
     return _mm512_set4_epi32(0x0e0e0c0c, 0x0a0a0808, 0x06060404, 0x02020000);
@@ -15,14 +16,14 @@ INLINE __m512i high_byte_order(void)
     return _mm512_set4_epi32(0x0f0f0d0d, 0x0b0b0909, 0x07070505, 0x03030101);
 }
 
-/* The low half of each lane in both of its halves. */
+/* The low half of each 32-bit lane, in both of its halves. */
 INLINE __m512i duplicate_low_half(i32v x)
 {
     const __m512i places = _mm512_set4_epi32(0x0d0c0d0c, 0x09080908, 0x05040504, 0x01000100);
     return _mm512_shuffle_epi8((__m512i)x, places);
 }
 
-/* QuantizedBlock as 16-bit lanes of their low byte and of the rest; of 16-bit weights `low` is all. */
+/* Integers as 16-bit lanes: their low byte, and the rest.  Weights of 16 bits are all in `low`. */
 typedef struct {
     __m512i low, rest;
 } Wide;
@@ -45,7 +46,7 @@ INLINE Wide integer_weights(const int format, __m512i q, Wide D, Wide M)
     return (Wide){low, _mm512_add_epi16(rest, _mm512_srli_epi16(low, 8))};
 }
 
-/* Four columns and sixteen rows, to one plane after the other: lowest bytes first. */
+/* Stores four columns of sixteen rows in one plane after the other, the lowest bytes first. */
 INLINE void store_planes(const int format, u32v q, Wide D, Wide M, uint8_t *out)
 {
     const __mmask64 odd = 0xaaaaaaaaaaaaaaaa, even = ~odd;
@@ -63,7 +64,7 @@ INLINE void store_planes(const int format, u32v q, Wide D, Wide M, uint8_t *out)
 
 typedef uint8_t Planes[3][16][STEP_COLUMNS]; /* of a step: four columns by sixteen rows each */
 
-/* A step's planes of blocks k and k + 1; they are 0 where there are no more. */
+/* Expands blocks k and k + 1 to a step's planes; a missing last block becomes 0. */
 INLINE void make_planes(
     const int format, const uint8_t *blocks, int k, int num_blocks, f32v inverse, Planes planes)
 {
@@ -94,10 +95,10 @@ INLINE void make_planes(
             store_planes(format, high, second_D, second_M, out + STEP_COLUMNS * (j + 4));
         }
     }
-    __asm__ volatile("" ::: "memory"); /* loads of matrix registers name no memory to gcc */
+    __asm__ volatile("" ::: "memory"); /* tile loads name no memory to gcc */
 }
 
-/* The step whose planes are made next: of block k of the first of the groups that are left. */
+/* The next step to expand: block k of the first of the remaining groups. */
 typedef struct {
     const uint8_t *group;
     int k, num_groups;
@@ -120,8 +121,8 @@ INLINE void make_next_planes(const int format, PlaneCursor *cursor, int columns,
 
 typedef int32_t TileSums[4][16][16];
 
-/* The sums of a tile and stretch that are still to be added to y, or finished if they are the last,
- * while the next are multiplied. */
+/* The sums of a tile and segment that still have to be added to y, or stored through the epilogue
+ * if they are the last.  They are reduced while the next ones are multiplied. */
 typedef struct {
     int32_t (*sums)[16][16];
     const float *load_scales;
@@ -170,7 +171,7 @@ INLINE void store_sums(const int format, TileSums sums)
         _tile_stored(3, sums[3], STEP_COLUMNS);
 }
 
-/* One step of a tile of R rows at x; two rows of another one are folded meanwhile. */
+/* Multiplies one step of a tile of R rows at x, and reduces two rows of the pending tile. */
 INLINE void multiply_step(
     const int format, Planes planes, const uint8_t *x, int R, PendingTile *pending)
 {
@@ -201,9 +202,10 @@ INLINE void reduce_rest(const int format, PendingTile *pending)
         reduce_row(format, pending);
 }
 
-/* WeightGroups times tiles first .. end - 1.  y[0][row][16] keeps gates, and y[g % 2] sums of several
- * stretches.  Planes are made beside the products of the step before, by the first tile, and for the
- * next stretch or group by the last one; a ring of two serves a single tile. */
+/* Groups times tiles first .. end - 1.  y[0][row][16] holds gates, and y[g % 2] the sums of several
+ * segments.  The first tile of a segment expands each step's planes next to the products of the
+ * step before, and the last tile those of the next segment or group.  A single tile needs a ring of
+ * only two steps. */
 INLINE void gemm(
     const int format,
     const Operation *operation,

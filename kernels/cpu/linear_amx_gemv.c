@@ -1,13 +1,14 @@
-/* Few rows: products of weights as they lie in memory, by dot4, summed in 64 bits. */
+/* Few rows: multiplies weights as they lie in memory, by int8 dot products of four, and sums in 64
+ * bits. */
 #ifdef TIER_AMX
 #include "linear_amx.h"
 #include "linear_epilogue.h"
 
 typedef struct {
-    __m512i even, odd; /* 64-bit sums of eight rows of weights each */
+    __m512i even, odd; /* 64-bit sums of eight weight rows each */
 } Totals;
 
-/* totals += a * b, lane by lane, of which b's odd lanes are also at odd_b's even ones. */
+/* totals += a * b, lane by lane.  odd_b has b's odd lanes in its even lanes. */
 INLINE void add_scaled(Totals *totals, i32v a, i32v b, __m512i odd_b)
 {
     __m512i odd_a = _mm512_srli_epi64((__m512i)a, 32);
@@ -15,7 +16,7 @@ INLINE void add_scaled(Totals *totals, i32v a, i32v b, __m512i odd_b)
     totals->odd = _mm512_add_epi64(totals->odd, _mm512_mul_epi32(odd_a, odd_b));
 }
 
-/* The totals of sixteen rows without their last bits. */
+/* The totals of sixteen weight rows, without their last `shift` bits. */
 INLINE f32v shift_totals(const Totals *totals, const int shift)
 {
     __m512i even = _mm512_srai_epi64(totals->even, shift),
@@ -23,7 +24,7 @@ INLINE f32v shift_totals(const Totals *totals, const int shift)
     return to_float((i32v)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32)));
 }
 
-/* D (q . x) + M sum(x) of words first .. last - 1 of a block, for R rows. */
+/* totals += D (q . x) + M sum(x) over words first .. last - 1 of a block, for R rows. */
 INLINE void accumulate_half(
     const int R,
     const int first,
@@ -51,7 +52,7 @@ INLINE void accumulate_half(
     }
 }
 
-/* y[r][0..15] of one group and R <= GEMV_ROWS rows, in units. */
+/* y[r][0..15] of one group and R <= GEMV_ROWS rows. */
 INLINE void gemv(
     const int format, const int R, const uint8_t *group, int columns, const int32_t *tile, float *y)
 {

@@ -1,8 +1,8 @@
-/* Activations to tiles of int8 planes. */
+/* Activations to tiles of int8 planes, in the AMX layout of linear_tiles.h. */
 #ifdef TIER_AMX
 #include "linear_tiles.h"
 
-/* The largest size of x[0..count-1], a multiple of 32; infinity and NaN are larger than all. */
+/* The largest |x[i]|, i < count, a multiple of 16; infinity and NaN count as larger than all. */
 INLINE float max_abs(const float *x, int count)
 {
     i32v largest = splat_int(0);
@@ -11,7 +11,7 @@ INLINE float max_abs(const float *x, int count)
     return float_from_bits(reduce_max_int(largest));
 }
 
-/* Columns first .. end - 1 of row r of R; the tile's scale for them is returned. */
+/* Quantizes columns first .. end - 1 of row r of R.  Returns their scale. */
 INLINE float quantize_segment(
     const float *x, int first, int end, int width, int r, int R, int32_t *tile)
 {

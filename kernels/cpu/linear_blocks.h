@@ -1,23 +1,24 @@
-/* Products of blocks, in one of two arithmetics: of bytes (linear_dot4.c), or of pairs of 16-bit integers
- * (linear_madd.c), as the tier has dot4 or dot2.
+/* Products of quantized blocks in one of two arithmetics: int8 dot products of four
+ * (linear_dot4.c), or int16 pairs by madd (linear_madd.c), as the tier has dot4 or not.
  *
  * y[r][i] = sum over blocks k of  d_w d_x (q_w . q_x)  +  m_w sum_x
  *
- * in float32, block by block, the dot product of integers exact: the order never depends on the
- * number of rows, so neither do the bits of y. */
+ * in float32, block by block, with exact integer dot products.  The order of sums never depends on
+ * the number of rows, so neither do the bits of y. */
 #ifndef LINEAR_BLOCKS_H
 #define LINEAR_BLOCKS_H
 
 #include "linear_tiles.h"
 
-/* Few rows read each weight once, at the speed of memory.  It is fetched to the second-level cache far
- * ahead, where more requests fit than in the first, and from there a little ahead of the product:
- * 143 tokens/s instead of 109 (one thread of a Xeon that reads 14 GB/s). */
+/* Few rows read each weight once, at the speed of memory.  Weights are prefetched to the L2 cache
+ * far ahead, because it takes more outstanding requests than L1, and from there to L1 shortly
+ * before use: 143 tokens/s instead of 109 (one thread of a Xeon that reads 14 GB/s).  In bytes. */
 enum { PREFETCH_L2 = 10240, PREFETCH_L1 = 2048 };
 
-/* What one tile has to fetch of the weights that come next, all tiles together all of it. */
+/* The share of the next weights that one tile prefetches; all tiles together prefetch all of
+ * them. */
 typedef struct {
-    const uint8_t *bytes; /* null: what lies PREFETCH_L2 */
+    const uint8_t *bytes; /* null: prefetch PREFETCH_L2 ahead */
     int lines_per_block;
 } NextWeights;
 
@@ -32,7 +33,7 @@ INLINE void prefetch_weights(const uint8_t *w, size_t size, NextWeights *next)
     }
 }
 
-/* y[2][R][16] of two neighbouring groups, group_size apart, and a tile of R rows. */
+/* y[2][R][16] of two neighbouring groups, group_size bytes apart, and a tile of R rows. */
 void multiply_blocks(
     int format,
     const uint8_t *w,
@@ -44,12 +45,13 @@ void multiply_blocks(
     float *y);
 
 #if PLANES == 2
-static const float ACTIVATION_MAX = 32512; /* 127 * 256: of bytes, the high one must not reach 128 */
+static const float ACTIVATION_MAX = 32512; /* 127 * 256: the high byte must not reach 128 */
 #else
 static const float ACTIVATION_MAX = 127;
 #endif
 
-/* 32 values as integers, and what 1 of them is worth: 16 bits are exact to 2e-5 of the largest. */
+/* 32 values as integers, and the value of 1.  With 16 bits the error is 2e-5 of the largest
+ * value. */
 typedef struct {
     i32v q[2 * VECTORS];
     float d;
@@ -72,7 +74,7 @@ INLINE QuantizedBlock quantize_block(const float *x)
     return of;
 }
 
-/* Of one half of them. */
+/* The sum of one half of them. */
 INLINE int32_t half_sum(const QuantizedBlock *integers, int half)
 {
     i32v sum = splat_int(0);

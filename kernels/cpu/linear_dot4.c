@@ -1,12 +1,12 @@
-/* Products with activations in two planes of bytes, or one, where dot4 multiplies bytes.
+/* Products by int8 dot products of four, with activations in two planes of bytes, or one.
  *
- * Signed weights are stored with an offset, taken off again by starting the integers at minus offset
- * times the sum of the activations.
+ * Signed weights are stored plus a zero point.  Starting the integer sums at minus zero point times
+ * the sum of the activations takes it off again.
  *
- * One vector holds four columns of sixteen weight rows (linear_formats.h), and each activation word is
- * broadcast from memory, which is free beside the dot products: their number bounds many rows, and
- * the bytes of the weights bound a few.  Sizes of arrays must be literals, or the compiler makes
- * them variable and spills them. */
+ * One vector holds four columns of sixteen weight rows (linear_formats.h).  Each activation word is
+ * broadcast from memory, which is free next to the dot products.  The number of dot products limits
+ * many rows, and the bytes of the weights limit a few.  Array sizes must be literals: the compiler
+ * makes others variable-length and spills them. */
 #include "linear_blocks.h"
 
 #if HAS_DOT4 && !defined(TIER_AMX)
@@ -14,7 +14,7 @@
 
 /* ---- Activations to tiles */
 
-/* Words of 32 values at x, `R` apart. */
+/* Quantizes 32 values at x to words, `R` apart. */
 INLINE void quantize_block_words(const float *x, int R, int32_t *words)
 {
     QuantizedBlock block = quantize_block(x);
@@ -54,8 +54,9 @@ INLINE i32v initial_dot(int format, int32_t neg_sum)
 enum { TILE_GROUPS = LANES == 16 ? 2 : 1, MAX_VECTORS = TILE_GROUPS * VECTORS };
 
 /* The dot products of one block: V vectors of integers q with R rows of a tile, both planes.  Many
- * rows add the low plane to the shifted high one, in half the registers; a few keep two sums each,
- * so that enough products are in flight to hide their latency.  QuantizedBlock are exact either way. */
+ * rows add the low plane to the shifted high one, in half the registers.  A few rows keep two sums
+ * each, so that enough dot products are in flight to hide their latency.  Integers are exact either
+ * way. */
 INLINE void dot_products(
     const int V,
     const int R,
@@ -95,8 +96,8 @@ INLINE void dot_products(
             dots[v][r] += high[v][r] << 8;
 }
 
-/* y[g][r][0..15] for G groups and R rows of a tile; the sums of many rows stay in memory, since the
- * integers of two groups take half of the registers. */
+/* y[g][r][0..15] for G groups and R rows of a tile.  The sums of many rows stay in memory, because
+ * the integers of two groups take half of the registers. */
 INLINE void multiply_groups(
     const int format,
     const int G,
@@ -142,7 +143,7 @@ INLINE void multiply_groups(
     }
 }
 
-/* Q6_K has a scale for each half of a block, and so two dot products: one group at a time. */
+/* Q6_K has a scale for each half of a block, so it needs two dot products: one group at a time. */
 INLINE void multiply_group_q6_k(
     const int R,
     const uint8_t *blocks,

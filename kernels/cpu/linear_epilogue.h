@@ -1,4 +1,4 @@
-/* What becomes of the sums of a product: bias, scale, gate and residual. */
+/* The epilogue of a product: bias, scale, gated activation and residual. */
 #ifndef LINEAR_EPILOGUE_H
 #define LINEAR_EPILOGUE_H
 
@@ -7,10 +7,10 @@
 
 enum OutputKind { OUT, GATE, GATED };
 
-/* Of group g of a pair, whose first row of weights is sums[0]. */
+/* The epilogue of group g of a pair, whose sums start at its first weight row. */
 typedef struct {
     f32v bias[VECTORS], scale;
-    int kind, count, accumulate, is_gelu; /* count: of the rows of weights that are left */
+    int kind, count, accumulate, is_gelu; /* count: weight rows left */
 } Epilogue;
 
 INLINE Epilogue make_epilogue(const Operation *operation, WeightGroups pair, int g)
@@ -35,7 +35,8 @@ INLINE Epilogue make_epilogue(const Operation *operation, WeightGroups pair, int
     return epilogue;
 }
 
-/* One row's sums of part p, to `out`; those of a gate to `gate`, for the sums of the other group. */
+/* Stores one row's sums of vector p in `out`.  Sums of a gate go to `gate`, where the other group's
+ * sums find them. */
 INLINE void apply_epilogue(const Epilogue *epilogue, int p, f32v sums, float *gate, float *out)
 {
     f32v value = (sums + epilogue->bias[p]) * epilogue->scale;
@@ -53,7 +54,7 @@ INLINE void apply_epilogue(const Epilogue *epilogue, int p, f32v sums, float *ga
     store_partial(out, value, count);
 }
 
-/* Where the first sum of group g goes in row `row` of out. */
+/* The place of group g's first sum in row `row` of out. */
 INLINE float *output_at(const Operation *operation, WeightGroups pair, int g, int row)
 {
     int column = operation->gated ? pair.group / 2 : pair.group + g;
@@ -61,7 +62,8 @@ INLINE float *output_at(const Operation *operation, WeightGroups pair, int g, in
            + GROUP_ROWS * column;
 }
 
-/* The sums y[g][r][16], y_rows apart, of R rows from `row` on. */
+/* Applies the epilogue to the sums y[g][r][16] of R rows from `row` on; groups are y_rows rows
+ * apart. */
 INLINE void apply_epilogue_rows(
     const Operation *operation, WeightGroups pair, int row, int R, float *y, int y_rows)
 {

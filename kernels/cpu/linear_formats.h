@@ -1,26 +1,26 @@
-/* Weights as the products want them: sixteen rows side by side.
+/* The layout of weights: sixteen rows side by side.
  *
- * A matrix is cut into groups of 16 rows, a group into blocks of 32 columns (of one column where
- * weights are floats), and a block holds, for the rows in order:
+ * A matrix is cut into groups of 16 rows and a group into blocks of 32 columns (of one column if
+ * weights are floats).  A block holds, with the rows in order:
  *
- *              integers                     then, 16 of each            value of integer q     bytes
- *   Q4_0       256 nibbles                  half d                      d (q - 8)                288
- *   Q4_1       256 nibbles                  half d, half m              d q + m                  320
- *   Q5_0       256 nibbles, 64 high bits    half d                      d (q - 16)               352
- *   Q5_1       256 nibbles, 64 high bits    half d, half m              d q + m                  384
- *   Q8_0       512 bytes                    half d                      d (q - 128)              544
- *   Q4_K       256 nibbles                  u8 s, u8 t                  d s q - m t              288
- *   Q5_K       256 nibbles, 64 high bits    u8 s, u8 t                  d s q - m t              352
- *   Q6_K       256 nibbles, 128 high pairs  s8 s[2]                     d s[column / 16] (q - 32)  416
- *   F32        float                                                                              64
- *   F16, BF16  half, bfloat                                                                       32
+ *              integers                     then, 16 of each   value of integer q           bytes
+ *   Q4_0       256 nibbles                  half d             d (q - 8)                      288
+ *   Q4_1       256 nibbles                  half d, half m     d q + m                        320
+ *   Q5_0       256 nibbles, 64 high bits    half d             d (q - 16)                     352
+ *   Q5_1       256 nibbles, 64 high bits    half d, half m     d q + m                        384
+ *   Q8_0       512 bytes                    half d             d (q - 128)                    544
+ *   Q4_K       256 nibbles                  u8 s, u8 t         d s q - m t                    288
+ *   Q5_K       256 nibbles, 64 high bits    u8 s, u8 t         d s q - m t                    352
+ *   Q6_K       256 nibbles, 128 high pairs  s8 s[2]            d s[column / 16] (q - 32)      416
+ *   F32        float                                                                           64
+ *   F16, BF16  half, bfloat                                                                    32
  *
- * Eight blocks of a K format have a head of 64 bytes before them: 16 half d, then 16 half m.
- * Byte 64 j + 4 r + i of the nibbles holds, of row r, column 4 j + i in its low half and column
- * 16 + 4 j + i in its high half; byte 64 j + 4 r + i of 512 holds column 4 j + i.  So one vector
- * has four columns of sixteen rows, and no product ever sums across lanes.  Bit j of the high byte
- * 4 r + i belongs to column 4 j + i, j < 8; of the high pairs, byte 64 h + 4 r + i has those of
- * columns 16 h + 4 j + i at bits 2 j. */
+ * Each eight blocks of a K format follow a head of 64 bytes: 16 half d, then 16 half m.  Byte 64 j
+ * + 4 r + i of the nibbles holds, for row r, column 4 j + i in its low half and column 16 + 4 j + i
+ * in its high half.  Byte 64 j + 4 r + i of the 512 bytes holds column 4 j + i.  So one vector has
+ * four columns of sixteen rows, and no product ever sums across lanes.  Bit j of high byte 4 r + i
+ * belongs to column 4 j + i, j < 8.  In the high pairs, byte 64 h + 4 r + i has those of columns 16
+ * h + 4 j + i at bits 2 j. */
 #ifndef LINEAR_FORMATS_H
 #define LINEAR_FORMATS_H
 
@@ -40,7 +40,7 @@ static inline size_t block_bytes(int format)
 
 static inline size_t head_bytes(int format) { return format >= Q4_K ? 64 : 0; }
 
-/* Where block k begins among a group's blocks, and the head of the eight with it. */
+/* Byte offsets in a group: of block k, and of the head of its eight blocks. */
 static inline size_t block_offset(int format, int k)
 {
     return block_bytes(format) * (size_t)k + head_bytes(format) * (size_t)(k / 8 + 1);
@@ -51,8 +51,8 @@ static inline size_t head_offset(int format, int k)
     return (8 * block_bytes(format) + head_bytes(format)) * (size_t)(k / 8);
 }
 
-/* Where weights are multiplied as integers (linear_amx.c), a group begins with the unit of each row, a float,
- * and its weights are integers of so many bytes. */
+/* With AMX (linear_amx.h), a group begins with the unit of each row, a float, and its weights
+ * become integers of this many bytes. */
 static inline int weight_planes(int format)
 {
     return format == Q4_0 || format == Q4_1 || format == Q4_K ? 2 : 3;

@@ -1,13 +1,14 @@
-/* Accumulators where there are none of bytes that add to 32 bits (dot4): of pairs of 16-bit integers, or of
- * bytes whose sums are 16 bits long as far as they reach.
+/* Products on CPUs without dot4, in one of two arithmetics.  With 16 bits: madd of int16 pairs.
+ * With 8 bits: products of bytes, whose sums are widened before they overflow (maddubs), or 32 bits
+ * long anyway (AVX-VNNI).
  *
- * A word of a block, four columns of sixteen rows (linear_formats.h), becomes two vectors of pairs: columns
- * 4 j and 4 j + 2, and 4 j + 1 and 4 j + 3, which is where masks and shifts leave them.  With
- * activations of 8 bits it stays what it is.
+ * A word of a block, four columns of sixteen rows (linear_formats.h), becomes two vectors of int16
+ * pairs: columns 4 j and 4 j + 2, and columns 4 j + 1 and 4 j + 3, which is where masks and shifts
+ * leave them.  With 8 bits it stays as it is.
  *
- * A few rows take words as they come.  For more a block is taken apart once, and what is left to do is
- * the same for all formats: 32 rows are 1.13 times as fast so as in fours that take them as they come,
- * 4 rows 0.85. */
+ * A few rows use words as they come.  For more rows a block is unpacked once, and the rest is the
+ * same code for all formats.  That makes 32 rows 1.13 times as fast as groups of four that unpack
+ * again, and 4 rows 0.85 times. */
 #include "linear_blocks.h"
 
 #if !HAS_DOT4
@@ -15,7 +16,7 @@
 
 /* ---- Activations to tiles */
 
-/* Words of 32 values at x, `S` apart. */
+/* Quantizes 32 values at x to words, `S` apart. */
 INLINE void quantize_block_words(const float *x, int S, int32_t *words)
 {
     QuantizedBlock block = quantize_block(x);
@@ -53,25 +54,26 @@ typedef int16_t i16v __attribute__((vector_size(4 * LANES)));
 
 typedef int8_t i8v __attribute__((vector_size(4 * LANES)));
 
-/* Of 16 bits Q6_K's integers become signed, and Q8_0's are so: else their sums would be large beside what
- * is left of them once the offset's share is off.  Of 8 bits that share is an integer. */
+/* Whether weights are multiplied as signed integers.  With 16 bits Q8_0's and Q6_K's are, or their
+ * sums would be large compared to what is left after subtracting the zero point's share.  With 8
+ * bits that share is an exact integer. */
 INLINE int is_signed(int format) { return format == Q8_0 || (PLANES == 2 && format == Q6_K); }
 
-/* A word as it is multiplied. */
+/* A word in the form that is multiplied. */
 INLINE void split_word(int format, u32v word, u32v *out)
 {
 #if PLANES == 2
     if (format == Q6_K)
         word = (u32v)((i8v)word - 32);
     out[0] = is_signed(format) ? (u32v)((i16v)(word << 8) >> 8) : word & 0x00ff00ff;
-    out[1] = (u32v)((i16v)word >> 8); /* of the others the highest bit is 0 */
+    out[1] = (u32v)((i16v)word >> 8); /* other formats have a clear highest bit */
 #else
     (void)format;
     out[0] = word;
 #endif
 }
 
-/* Words j and j + 4 of part p. */
+/* Words j and j + 4 of vector p. */
 INLINE void load_words(int format, const uint8_t *w, int j, int p, u32v *first, u32v *second)
 {
     u32v low, high;
@@ -80,7 +82,8 @@ INLINE void load_words(int format, const uint8_t *w, int j, int p, u32v *first, 
     split_word(format, high, second);
 }
 
-/* What words sum up to: of Q6_K the halves of a block apart.  `sums` are those of bytes. */
+/* Sums of words; in Q6_K, of the halves of a block separately.  `sums` are 16-bit sums of byte
+ * products. */
 typedef struct {
     i32v dots[2], sums[2];
 } Accumulators;
@@ -95,7 +98,7 @@ INLINE Accumulators zero_accumulators(int format, const int32_t *sums_x, int S)
     return (Accumulators){{splat_int(-32 * sums_x[0]), splat_int(-32 * sums_x[S])}, {zero, zero}};
 }
 
-/* Adds a word times that of a row, whose words lie `S` apart. */
+/* Adds a word of weights times a row's word; a row's words lie `S` apart. */
 INLINE void madd_word(
     int format, int word, const u32v *w, const int32_t *x, int S, Accumulators *accumulators)
 {
@@ -113,7 +116,7 @@ INLINE void madd_word(
 #endif
 }
 
-/* Sums of bytes join the others once they are of so many words that 16 bits might not hold more. */
+/* Widens the sums of byte products once 16 bits might not hold another word. */
 INLINE void flush_i8_sums(int format, int half, int num_words, Accumulators *accumulators)
 {
 #if PLANES == 1
@@ -127,7 +130,7 @@ INLINE void flush_i8_sums(int format, int half, int num_words, Accumulators *acc
 #endif
 }
 
-/* Of one part of sixteen rows the scales and minima; of Q6_K no minima, but scales of the halves. */
+/* Scales and minima for vector p of sixteen rows; Q6_K has no minima but scales of the halves. */
 typedef struct {
     f32v d, m, halves[2];
 } BlockScales;
@@ -148,7 +151,7 @@ INLINE BlockScales load_block_scales(int format, const uint8_t *w, const uint8_t
     return of;
 }
 
-/* y and what a block of weights adds to it, times one of a row. */
+/* y plus a block of weights times a block of a row. */
 INLINE f32v scale_and_add(int format,
                           const BlockScales *of,
                           const Accumulators *accumulators,
@@ -213,7 +216,7 @@ INLINE void multiply_few_rows(
 
 /* ---- Stripes of rows */
 
-/* A block of weights taken apart. */
+/* An unpacked block of weights. */
 typedef struct {
     u32v words[VECTORS][8][PLANES];
     BlockScales scales[VECTORS];
@@ -229,8 +232,8 @@ INLINE void unpack_block(
     }
 }
 
-/* y[0 .. S - 1][16] += a block of weights times a stripe; the sums stay in memory, for the integers
- * take all registers. */
+/* y[0 .. S - 1][16] += a block of weights times a stripe.  The sums stay in memory, because the
+ * integers take all registers. */
 INLINE void add_stripe(
     const int format, const int S, const UnpackedBlock *block, const int32_t *stripe, float *y)
 {
@@ -266,7 +269,7 @@ typedef void (*StripeKernel)(const UnpackedBlock *block, const int32_t *stripe, 
 #define STRIPE_NAMES(format)                                                                       \
     {add_##format##_1, add_##format##_2, add_##format##_3, add_##format##_4}
 
-/* Once taken apart, blocks of most formats are alike. */
+/* Most formats are alike once unpacked. */
 DEFINE_STRIPES(Q4_0)
 DEFINE_STRIPES(Q6_K)
 #if PLANES == 1

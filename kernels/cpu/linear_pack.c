@@ -1,4 +1,4 @@
-/* Rows of a file's tensors to groups of linear_formats.h; the values stay what they are.
+/* Repacks rows of a file's tensors into the groups of linear_formats.h; the values stay the same.
  *
  * The file's blocks are those of ggml-common.h.  A K block has 256 columns and becomes eight. */
 #include "linear_pack.h"
@@ -20,7 +20,8 @@ static void unpack_high_bits(uint8_t *q, const uint8_t *p)
         q[i] |= (uint8_t)((p[i / 8] >> i % 8 & 1) << 4);
 }
 
-/* Six-bit scale and minimum of sub-block `i`: the first four are whole, the others in two parts. */
+/* Six-bit scale and minimum of sub-block `i`: whole for the first four, in two parts for the
+ * others. */
 static void unpack_scales_k4(FileBlock *block, const uint8_t *p, int i)
 {
     if (i < 4) {
@@ -104,7 +105,7 @@ FileBlock unpack_file_block(int format, const uint8_t *row, int k)
     return block;
 }
 
-/* Puts a block of row r where linear_formats.h has it. */
+/* Packs a block of row r at its place in linear_formats.h. */
 static void pack_block(int format, uint8_t *out, uint8_t *head, const FileBlock *block, int r)
 {
     const uint8_t *q = block->q;
@@ -138,7 +139,7 @@ static void pack_block(int format, uint8_t *out, uint8_t *head, const FileBlock 
         memcpy(scales + 32 + 2 * r, &block->m, 2);
 }
 
-/* The largest size of a weight in the block, or a little more. */
+/* An upper bound of |w| in the block, equal to the largest or slightly more. */
 static float max_abs_weight(int format, const FileBlock *block)
 {
     static const float largest[NUM_FORMATS] = {
@@ -155,7 +156,8 @@ static float max_abs_weight(int format, const FileBlock *block)
     return d + m;
 }
 
-/* The unit of row r of a group.  Its largest weight is as long as rounded scales allow. */
+/* Stores the unit of row r of a group, such that its largest weight uses all the bits that rounded
+ * scales allow. */
 static void pack_unit(int format, uint8_t *group, const uint8_t *row, int columns, int r)
 {
     float largest = 0, unit = 1;
@@ -177,8 +179,8 @@ static void pack_floats(int format, uint8_t *out, const uint8_t *row, int column
         memcpy(out + size * (size_t)(GROUP_ROWS * c + r), row + size * (size_t)c, size);
 }
 
-/* Adds num_rows rows of a file, row_bytes apart, as rows `first` .. of the groups, which are zero;
- * `every` groups apart. */
+/* Packs num_rows rows of a file, row_bytes apart, as rows `first` .. of the groups at `groups`,
+ * which must be zero.  Consecutive groups of these rows are group_stride groups apart. */
 void llmsrv_pack(
     int32_t format,
     int32_t columns,

@@ -1,4 +1,4 @@
-/* The blocks of a file's tensors. */
+/* Reads the quantized blocks of a file's tensors. */
 #ifndef LINEAR_PACK_H
 #define LINEAR_PACK_H
 
@@ -6,15 +6,14 @@
 
 #include "linear_formats.h"
 
-/* One row of 32 columns taken out of a file's block: its integers and its scales, as linear_formats.h has
- * them. */
+/* 32 columns of one row, from a file's block: integers and scales as in linear_formats.h. */
 typedef struct {
     uint8_t q[BLOCK_COLUMNS];
     uint16_t d, m;
     uint8_t s, t;
 } FileBlock;
 
-/* FileBlock k of a row whose file blocks begin at `row`. */
+/* Block k of the row at `row`. */
 FileBlock unpack_file_block(int format, const uint8_t *row, int k);
 
 #endif

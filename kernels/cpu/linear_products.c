@@ -1,4 +1,4 @@
-/* WeightGroups of weights times tiles of activations, where there are no matrix registers. */
+/* Products of groups of weights with tiles of activations, on CPUs without AMX. */
 #ifndef TIER_AMX
 #include "linear_blocks.h"
 #include "linear_epilogue.h"

@@ -1,5 +1,5 @@
-/* QUANTIZE: rows to the tiles that products read.  Operations that write such rows do so at once, while
- * these are in the cache. */
+/* QUANTIZE: writes rows as the tiles that products read.  Operations that produce such rows
+ * quantize them at once, while they are in the cache. */
 #include "linear.h"
 #include "linear_tiles.h"
 #include "rows.h"

@@ -1,4 +1,8 @@
-/* Tiles: the activations of a few rows as integers, as products read them. */
+/* Tiles: the activations of a few rows as integers, in the layout that a tier's products read.
+ *
+ * The layout differs between the arithmetics: AMX (linear_amx.h), int8 dot products of four
+ * (linear_dot4.c), and madd (linear_madd.c).  Whoever writes rows for a product to read next calls
+ * quantize_tile; the buffer belongs to the plan. */
 #ifndef LINEAR_TILES_H
 #define LINEAR_TILES_H
 
@@ -11,16 +15,16 @@
 #endif
 #define PLANES (ACTIVATION_BITS / 8)
 
-/* A tile is the activations of so many rows at most; its form is its products' own (linear_tiles.h). */
+/* TILE_ROWS: the most rows in a tile. */
 enum {
 #if defined(TIER_AMX)
-    TILE_ROWS = 16, /* rows of a matrix register */
+    TILE_ROWS = 16, /* rows of an AMX tile */
 #elif defined(TIER_AVX512)
-    TILE_ROWS = 6, /* rows by two groups of weights: as many sums as registers hold */
+    TILE_ROWS = 6, /* times two groups of weights: as many sums as registers hold */
 #elif defined(TIER_NEON)
-    TILE_ROWS = 4, /* rows by one group */
+    TILE_ROWS = 4, /* times one group */
 #else
-    STRIPE_ROWS = 4, /* rows by one group; the group is taken apart once for a tile */
+    STRIPE_ROWS = 4, /* times one group, which is unpacked once for a whole tile */
     TILE_ROWS = 8 * STRIPE_ROWS,
 #endif
 };
@@ -30,27 +34,27 @@ enum {
 #if defined(TIER_AMX)
 
 enum {
-    STEP_COLUMNS = 64,     /* columns of a matrix register */
+    STEP_COLUMNS = 64,     /* columns in an AMX tile */
     SEGMENT_COLUMNS = 640, /* columns with one scale, at most */
-    GEMV_ROWS = 4,       /* rows for which weights are not made planes */
+    GEMV_ROWS = 4,         /* up to this many rows use gemv */
 };
 
 /* A tile of R rows is
  *     int8   planes[step][2][R][64]  high and low bytes, both signed: 256 high + low
- *     int32  sums[half block][R]     of 16 columns; only where R <= GEMV_ROWS
- *     float  scales[stretch][R]
- * Columns beyond the width, in the last step, are 0. */
+ *     int32  sums[half block][R]     of 16 columns; only if R <= GEMV_ROWS
+ *     float  scales[segment][R]
+ * Columns of the last step beyond the width are 0. */
 static inline int num_steps(int width) { return (width + STEP_COLUMNS - 1) / STEP_COLUMNS; }
 static inline int num_segments(int width)
 {
     return (width + SEGMENT_COLUMNS - 1) / SEGMENT_COLUMNS;
 }
 
-/* All but the last are equally long. */
+/* Steps in a segment; the last segment may be shorter. */
 static inline int segment_steps(int width)
 {
-    int stretches = num_segments(width);
-    return (num_steps(width) + stretches - 1) / stretches;
+    int segments = num_segments(width);
+    return (num_steps(width) + segments - 1) / segments;
 }
 
 static inline int sums_at(int width, int R) { return num_steps(width) * STEP_COLUMNS / 2 * R; }
@@ -61,23 +65,24 @@ static inline int tile_words(int width) { return scales_at(width, 1) + num_segme
 #elif HAS_DOT4
 
 /* A tile of R rows is cut into blocks of 32 columns, each of
- *     int32  high[8][R]    four columns each, signed bytes
- *     int32  low[8][R]     with 16 bits only: the value is d (256 high + low)
+ *     int32  high[8][R]        four columns each, signed bytes
+ *     int32  low[8][R]         with 16 bits only: the value is d (256 high + low)
  *     float  d[R]
- *     float  sum[R]        of the 32 values
- *     int32  negative[R]   minus the sum of the 32 integers, and
- *     int32  second[R]     of the last 16 of them
- * 16 bits are exact to 2e-5 of a block's largest value; products with them cost two of 8 bits. */
-enum { BLOCK_WORDS = 8 * PLANES + 4 /* a row and block */ };
+ *     float  sum[R]            of the 32 values
+ *     int32  neg_sum[R]        minus the sum of the 32 integers
+ *     int32  neg_half_sum[R]   minus the sum of the last 16
+ * With 16 bits the error is 2e-5 of a block's largest value; products then cost twice those of 8
+ * bits. */
+enum { BLOCK_WORDS = 8 * PLANES + 4 /* for each row and block */ };
 
 static inline int tile_words(int width) { return width / BLOCK_COLUMNS * BLOCK_WORDS; }
 
 #else
 
-/* A tile of R rows is cut into blocks of 32 columns, and each of these into stripes of STRIPE_ROWS rows, of
- * which the last has what is left.  A stripe of S rows is
- *     int32  words[8][PLANES][S]  pairs of a word, 4 j and 4 j + 2 and the others, or its bytes
- *     float  d[S]                 what 1 of these integers is worth
+/* A tile of R rows is cut into blocks of 32 columns, and each block into stripes of STRIPE_ROWS
+ * rows; the last stripe has the rest.  A stripe of S rows is
+ *     int32  words[8][PLANES][S]  int16 pairs, as linear_madd.c describes; 8 bits: four bytes
+ *     float  d[S]                 the value of 1 in these integers
  *     float  sum[S]               of the 32 values
  *     int32  sums[2][S]           with 8 bits only: of the integers of each half */
 enum { WORDS = 8 * PLANES, BLOCK_WORDS = WORDS + (PLANES == 2 ? 2 : 4) /* a row and block */ };
@@ -88,7 +93,7 @@ static inline int tile_words(int width) { return width / BLOCK_COLUMNS * BLOCK_W
 
 /* ---- Tiles of a step */
 
-/* Floats of scaled rows to the tile at `tile`; R rows of `width` floats, `stride` apart. */
+/* Quantizes R rows of `width` floats, `stride` floats apart, to the tile at `tile`. */
 void quantize_tile(const float *x, int stride, int width, int R, int32_t *tile);
 
 /* The rows of a step are cut into as few tiles as possible, of nearly equal size. */

@@ -1,11 +1,11 @@
-/* What a block of linear_formats.h holds, taken apart in registers. */
+/* Unpacks a block of linear_formats.h in registers. */
 #ifndef LINEAR_UNPACK_H
 #define LINEAR_UNPACK_H
 
 #include "linear_formats.h"
 #include "simd.h"
 
-/* What 8-bit weights, stored plus 128, are xored with; all others are below 128 anyway. */
+/* 8-bit weights, stored plus 128, are xored with this; all other integers are below 128. */
 enum { SIGN = WEIGHTS_ARE_SIGNED ? 128 : 0 };
 
 INLINE int32_t zero_point(int format)
@@ -22,11 +22,11 @@ INLINE int has_minimum(int format)
     return format == Q4_1 || format == Q5_1 || format == Q4_K || format == Q5_K;
 }
 
-/* Whether integers have five bits, one of them apart. */
+/* Whether integers have five bits, the fifth stored separately. */
 INLINE int has_high_bits(int format) { return format == Q5_0 || format == Q5_1 || format == Q5_K; }
 
-/* Words j (`low`) and j + 4 (`high`) of a block, each four columns of its rows; of sixteen rows what one
- * vector holds, those of part p. */
+/* Words j (`low`) and j + 4 (`high`) of a block, each with four columns; of its sixteen rows, those
+ * of vector p. */
 INLINE void unpack_words(int format, const uint8_t *w, int j, int p, u32v *low, u32v *high)
 {
     w += 4 * LANES * p;
@@ -50,13 +50,13 @@ INLINE void unpack_words(int format, const uint8_t *w, int j, int p, u32v *low, 
     }
 }
 
-/* Where a block's integers end. */
+/* Bytes of a block's integers, after which its scales follow. */
 INLINE int integers_bytes(int format)
 {
     return format == Q8_0 ? 512 : has_high_bits(format) ? 320 : format == Q6_K ? 384 : 256;
 }
 
-/* Scale and minimum of the rows of part p in a block; of Q6_K the scale of its half. */
+/* Scale and minimum of a block's rows in vector p; in Q6_K, the scale of half `half`. */
 INLINE void load_scales(
     int format, const uint8_t *w, const uint8_t *head, int half, int p, f32v *d, f32v *m)
 {

@@ -1,4 +1,5 @@
-/* SELECT and POOL: the rows that the model's head reads.  SOFTCAP: logits bent by tanh. */
+/* SELECT: out[r] = x[logit_rows[r]].  POOL: out[r] = the last row of a sequence, or the mean of its
+ * rows.  SOFTCAP: out = c tanh(out / c). */
 #ifndef LOGIT_ROWS_H
 #define LOGIT_ROWS_H
 

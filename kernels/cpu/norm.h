@@ -6,7 +6,7 @@
 
 void run_norm(const Operation *operation, int first, int end);
 
-/* One row; x may be out. */
+/* One row of `width` floats; x and out may be the same. */
 void norm_row(const float *x, const float *weight, int width, float eps, float *out, int adds);
 
 #endif

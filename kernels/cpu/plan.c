@@ -1,4 +1,4 @@
-/* Runs the operations of a plan, in one call a step. */
+/* Runs the operations of a plan, one call for each step. */
 #include "plan.h"
 
 #include <sys/mman.h>
@@ -18,14 +18,14 @@
 #include "threads.h"
 
 #if defined(__linux__) && !defined(MADV_POPULATE_WRITE)
-#define MADV_POPULATE_WRITE 23 /* since 5.14; older C libraries do not name it */
+#define MADV_POPULATE_WRITE 23 /* since Linux 5.14; older C libraries lack the name */
 #endif
 
 #ifdef TIER_AMX
 #include "amx_tiles.h"
 #endif
 
-/* Rows times floats that one thread does sooner than two can agree on. */
+/* Rows times floats that one thread finishes before two could share them out. */
 enum { SMALL_TASK = 4096, SMALL_ATTENTION = 32 << 10 };
 
 static int rows_of(const Plan *plan, const Operation *operation)
@@ -35,7 +35,8 @@ static int rows_of(const Plan *plan, const Operation *operation)
                                                                 : rows;
 }
 
-/* What goes row by row has rows as its units, or tiles where it writes them; queues get equal shares. */
+/* Row-wise operations have rows as their units, or tiles if they write tiles.  Each queue gets an
+ * equal share. */
 static int units_of_all(const Plan *plan, const Operation *operation)
 {
     if (operation->kind == ATTENTION)
@@ -135,9 +136,9 @@ void llmsrv_forward(Plan *plan, const Batch *batch)
     pool_run(plan->pool, &job);
 }
 
-/* ---- For laying a plan out */
+/* ---- Laying out a plan */
 
-/* 0 when this process may run the kernels. */
+/* Returns 0 if this process may run the kernels. */
 int32_t llmsrv_prepare(void)
 {
 #ifdef TIER_AMX
@@ -165,7 +166,8 @@ int64_t llmsrv_scratch_floats(int32_t num_heads, int32_t num_kv_heads, int32_t p
     return (floats + 31) / 32 * 32;
 }
 
-/* Zeroed memory that takes pages as they are touched, huge ones where wanted; null: there is none. */
+/* Zeroed memory whose pages the system provides as they are touched; huge pages if wanted.  Returns
+ * null if there is none. */
 void *llmsrv_allocate(int64_t size, int32_t wants_huge_pages)
 {
     void *memory = mmap(0, (size_t)size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
@@ -179,9 +181,9 @@ void *llmsrv_allocate(int64_t size, int32_t wants_huge_pages)
     return memory;
 }
 
-/* Has all of some memory that wants huge pages given, its contents unchanged; a system that cannot
- * gives it later.  In small pages, of which the system makes huge ones in its own time, and with rests:
- * one huge page would keep the thread's core from all others until it is cleared. */
+/* Pre-faults memory that was allocated for huge pages, without changing its contents; a no-op on
+ * systems that cannot.  It takes small pages, which the system later merges into huge ones, and
+ * rests in between: faulting in one huge page would hold the core until it is cleared. */
 void llmsrv_prefault(uint8_t *memory, int64_t size)
 {
 #ifdef MADV_POPULATE_WRITE

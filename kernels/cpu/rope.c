@@ -3,8 +3,8 @@
 #include "norm.h"
 #include "rows.h"
 
-/* cos and sin of positions times frequencies, which are `weight`, of long sequences
- * `second_weight`. */
+/* cos_sin[row] = [cos, sin] of position * frequency.  The frequencies are `weight`, or
+ * `second_weight` for long sequences. */
 void run_cos_sin(const Plan *plan, const Operation *operation, int first, int end)
 {
     const Batch *batch = &plan->batch;
@@ -20,7 +20,7 @@ void run_cos_sin(const Plan *plan, const Operation *operation, int first, int en
     }
 }
 
-/* The pairs of one head, turned in place. */
+/* Rotates the pairs of one head in place. */
 static void rotate(float *x, const float *cosines, int half, int is_interleaved)
 {
     const float *sines = cosines + half;
@@ -51,7 +51,7 @@ static void norm_heads(float *x, int heads, int dim, const float *weight, float 
         norm_row(x + h * dim, weight, dim, eps, x + h * dim, 0);
 }
 
-/* x is [q heads, k heads, v heads] side by side. */
+/* A row is [q heads, k heads, v heads], side by side. */
 void run_rope(const Plan *plan, const Operation *operation, int first, int end)
 {
     int dim = plan->head_dim, heads = plan->num_heads, kv_heads = plan->num_kv_heads;

@@ -1,4 +1,5 @@
-/* ROPE: norm and turn q and k of each row, and store k and v in the paged cache. */
+/* COS_SIN: the cosines and sines of a step's positions.  ROPE: normalizes and rotates q and k of
+ * each row, and stores k and v in the paged cache. */
 #ifndef ROPE_H
 #define ROPE_H
 

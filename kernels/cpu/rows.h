@@ -1,4 +1,4 @@
-/* What operations that take each row by itself have in common. */
+/* Shared by operations that process each row on its own. */
 #ifndef ROWS_H
 #define ROWS_H
 
@@ -17,7 +17,8 @@ static inline const float *x_row(const Operation *operation, int row)
     return operation->x + (int64_t)row * operation->x_stride;
 }
 
-/* Rows first .. end - 1 to the operation's tiles, if it has any; x is row `first`. */
+/* Quantizes rows first .. end - 1 to the operation's tiles, if it has any; x points at row
+ * `first`. */
 void quantize_rows(const Operation *operation, const float *x, int stride, int first, int end);
 
 #endif

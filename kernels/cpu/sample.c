@@ -1,6 +1,6 @@
 /* The sampling contract: steps 3 to 9, log-probabilities, and the rows of a step.
  *
- * Floats are rounded operation by operation as numpy does; everything after exp is an integer. */
+ * Floats are rounded operation by operation, as numpy does; everything after exp is an integer. */
 #include "sample.h"
 
 #include <stdlib.h>
@@ -11,14 +11,14 @@
 enum { WEIGHT_BITS = 40, FRACTION_BITS = 32, SURPRISAL_BITS = 20 };
 
 #define ONE ((int64_t)1 << WEIGHT_BITS)
-#define MIN_X -28.0f /* below, weights are 0 */
+#define MIN_X -28.0f /* weights of smaller x are 0 */
 
-/* Half of the lanes of a vector. */
+/* Half of a vector's lanes. */
 typedef int64_t i64h __attribute__((vector_size(4 * LANES)));
 typedef float f32h __attribute__((vector_size(2 * LANES)));
 enum { HALF = LANES / 2 };
 
-/* ---- What may be drawn */
+/* ---- Filters */
 
 /* exp(x) * 2^40 for x from -28 to 0. */
 INLINE f32v scaled_exp(f32v x)
@@ -36,7 +36,7 @@ INLINE f32v scaled_exp(f32v x)
     return y * (f32v)((n + (127 + WEIGHT_BITS)) << 23);
 }
 
-/* The integers in half of them. */
+/* Half of the lanes as integers. */
 INLINE i64h weights_of(f32v y, int half)
 {
     f32h some;
@@ -69,7 +69,7 @@ INLINE i64h load_weights(const Scratch *s, int32_t i)
     return weights;
 }
 
-/* Of all weights that are not below `least`. */
+/* The sum of all weights that are at least `least`. */
 static int64_t sum_from(const Scratch *s, int64_t least)
 {
     i64h sums = {0};
@@ -80,7 +80,7 @@ static int64_t sum_from(const Scratch *s, int64_t least)
     return sum_lanes(sums);
 }
 
-/* The least integer that is `fraction` / 2^32 of the total, at least 1. */
+/* The least integer that is at least fraction / 2^32 of the total; at least 1. */
 static int64_t ceil_fraction(int64_t total, int64_t fraction)
 {
     __int128 product = (__int128)total * fraction;
@@ -127,14 +127,14 @@ static void gather_weights(Scratch *s, const LogitRow *row, float least_x)
     fill_weights(s);
 }
 
-/* Leaves all ids whose weight is not below `least`, and few others: exp is that exact. */
+/* Keeps all ids whose weight is at least `least`, and few others: exp is accurate enough. */
 static void gather_weights_from(Scratch *s, const LogitRow *row, int64_t least)
 {
     float x = logf((float)least * 0x1p-40f) - 0.01f;
     gather_weights(s, row, x > MIN_X ? x : MIN_X);
 }
 
-/* Leaves all ids whose weights are among the largest that reach the goal. */
+/* Keeps at least the ids with the largest weights that together reach the goal. */
 static void gather_likely(Scratch *s, const LogitRow *row, int64_t goal)
 {
     for (int64_t least = ONE >> 6; least >= ONE >> 16; least >>= 5) {
@@ -145,7 +145,7 @@ static void gather_likely(Scratch *s, const LogitRow *row, int64_t goal)
     gather_weights(s, row, MIN_X);
 }
 
-/* Weights have 24 significant bits at most, so that they are floats. */
+/* Weights have at most 24 significant bits, so floats hold them exactly. */
 static void keep_until(Scratch *s, int64_t goal)
 {
     for (int32_t i = 0; i < s->count; i++)
@@ -168,7 +168,7 @@ static void keep_typical_p(Scratch *s, int64_t fraction)
 
 /* ---- The draw */
 
-/* Philox4x32-10, philox.py's uniform_bits. */
+/* Philox4x32-10, as uniform_bits of backend/sampling/philox.py. */
 static uint64_t uniform_bits(uint64_t seed, uint32_t choice, int64_t position)
 {
     uint32_t c[4] = {choice, (uint32_t)position, (uint32_t)((uint64_t)position >> 32), 0};
@@ -185,13 +185,13 @@ static uint64_t uniform_bits(uint64_t seed, uint32_t choice, int64_t position)
     return (uint64_t)c[1] << 32 | c[0];
 }
 
-/* A share of the total that is random from 0 to below 1. */
+/* A uniform random integer from 0 to total - 1. */
 static int64_t target_of(uint64_t bits, int64_t total)
 {
     return (int64_t)((unsigned __int128)bits * (uint64_t)total >> 64);
 }
 
-/* The first id at which the running sum of what is left exceeds the target. */
+/* The first id at which the running sum of the kept weights exceeds the target. */
 static int32_t id_at(const Scratch *s, int64_t target)
 {
     int32_t i = 0;
@@ -244,7 +244,7 @@ static int32_t draw(
 
 /* ---- Log-probabilities */
 
-/* Of the sum of exp(logit - best) over the vocabulary. */
+/* The logarithm of the sum of exp(logit - best) over the vocabulary. */
 static double log_sum_exp(const Scratch *s, const LogitRow *row)
 {
     return log((double)fill_sums(s, row) * 0x1p-40);
@@ -255,7 +255,7 @@ static float logprob_of(float logit, float best, double log_sum)
     return (float)((double)(logit - best) - log_sum);
 }
 
-/* The k largest, the largest first, of equals the lowest id. */
+/* Reports the k largest log-probabilities, the largest first, among equals the lowest id first. */
 static void report_top_logprobs(
     Scratch *s, const LogitRow *row, int32_t k, double log_sum, int32_t *ids, float *logprobs)
 {
@@ -275,7 +275,7 @@ static void report_top_logprobs(
 
 /* ---- The rows of a step */
 
-/* The id drawn from a row whose logits are sound. */
+/* Samples an id from a row whose logits are valid. */
 static int32_t sample_id(const Sampling *sampling, int32_t r, LogitRow row, Scratch *s)
 {
     const int32_t *draft = sampling->drafts + r;
@@ -321,7 +321,7 @@ static void sample_row(const Sampling *sampling, int32_t r, Scratch *s)
         sampling->logprobs[r] = logprob_of(row.logits[id], row.best, log_sum);
 }
 
-/* Counts what the sequences have put out: the ids of rows before which every draft was drawn. */
+/* Counts the generated tokens: the ids of rows whose drafts before them were all sampled. */
 static void count_ids(const Sampling *s)
 {
     int is_reached = 0;

@@ -1,4 +1,5 @@
-/* The sampling contract of backend/sampling/reference_sampler.py, to the bit.  Mirrored by backend/cpu/sampling.py. */
+/* The sampling contract of backend/sampling/reference_sampler.py, bit for bit.  Mirrored by
+ * backend/cpu/sampling.py. */
 #ifndef SAMPLE_H
 #define SAMPLE_H
 
@@ -9,7 +10,7 @@
 
 enum { FAILED = -1 };
 
-/* sampling_table.py's PARAMETERS */
+/* PARAMETERS of backend/sampling/table.py */
 typedef struct {
     uint64_t seed;
     int64_t top_p, typical_p, min_p;
@@ -19,36 +20,36 @@ typedef struct {
     int32_t num_logprobs, has_extras;
 } Parameters;
 
-/* Its ADDRESSES: of the arrays of Extras, null where there is none. */
+/* ADDRESSES of backend/cpu/sampling.py: the arrays of Extras, null if absent. */
 typedef struct {
     const int32_t *bias_ids;
     const float *bias_values;
     const int32_t *end_ids;
-    const uint32_t *allowed, *grammar; /* bit masks; of grammar a line for each drafted row */
+    const uint32_t *allowed, *grammar; /* bit masks; grammar has a line for each drafted row */
     const uint8_t *in_prompt;
     int32_t *counts;
     int32_t num_biases, num_end_ids, min_tokens, num_grammar_rows;
 } Extras;
 
-/* One call: R rows of logits, and what becomes of each. */
+/* One call: R rows of logits, and the results of each. */
 typedef struct {
     const float *logits;
-    int64_t stride; /* floats from a row to the next */
+    int64_t stride; /* floats from one row to the next */
     int32_t vocab_size, num_rows;
-    const Parameters *parameters; /* by slot, as extras */
+    const Parameters *parameters; /* indexed by slot, like extras */
     const Extras *extras;
     const int32_t *slots, *targets, *drafts;
     const int64_t *output_positions;
-    uint8_t *scratch; /* [thread] of llmsrv_sample_scratch_bytes */
+    uint8_t *scratch; /* [thread][llmsrv_sample_scratch_bytes] */
     int32_t *ids;
     float *logprobs;
-    int32_t num_alternatives; /* columns of the following, at least every row's num_logprobs */
+    int32_t num_alternatives; /* columns of the next two, at least every row's num_logprobs */
     int32_t *alternative_ids;
     float *alternative_logprobs;
 } Sampling;
 
-/* Steps 1 and 2 of the contract: logits with bias, masks and penalties, at `adjusted`.  drafted: the
- * ids that are supposed to be put out in this step before the row. */
+/* Steps 1 and 2 of the contract: writes logits with bias, masks and penalties to `adjusted`.
+ * drafted: the draft tokens that precede the row in this step. */
 void adjust_logits(
     const Scratch *scratch,
     const float *logits,

@@ -1,7 +1,7 @@
 /* Steps 1 and 2 of the sampling contract: bias, masks and penalties. */
 #include "sample.h"
 
-/* Masks have a bit for each id; `adjusted` has room for all bits of the last word. */
+/* A mask has one bit for each id; `adjusted` has room for all bits of the last word. */
 static void apply_mask(float *adjusted, int32_t vocab_size, const uint32_t *mask)
 {
     for (int32_t i = 0; i < vocab_size; i += 32) {
@@ -26,7 +26,7 @@ static float penalised(float value, const Parameters *parameters, int32_t count)
     return value - parameters->frequency_penalty * (float)count;
 }
 
-/* Whether none of sixteen ids has been seen. */
+/* True if none of sixteen ids has been seen. */
 static int none_seen(const uint8_t *in_prompt, const int32_t *counts)
 {
     uint64_t words[2];
@@ -54,7 +54,7 @@ static void penalise(
     }
 }
 
-/* The counts with the drafted ids; `own` has room for them. */
+/* The counts including the drafted ids; `own` has room for them. */
 static const int32_t *counts_after(
     const int32_t *counts,
     int32_t vocab_size,

@@ -1,8 +1,8 @@
-/* What is left of a vocabulary: the largest logits, the smallest keys.
+/* Selects candidates without sorting.
  *
- * Nothing is sorted: what a filter keeps is all whose key is below a threshold and the first few that
- * have it for key.  The threshold is found by its digits, the highest first (`radix_threshold`).  The
- * largest logit of each stride of ids tells most of them apart from the few that top_k can keep. */
+ * A filter keeps all ids whose key is below a threshold, and the first few whose key equals it.
+ * The threshold is found digit by digit, the highest first (radix_threshold).  The largest logit of
+ * each stride of ids rules out most ids before top_k looks at them. */
 #include "sample_select.h"
 
 enum { DIGIT_BITS = 11 };
@@ -64,8 +64,8 @@ int32_t argmax(const Scratch *s, const LogitRow *row)
 
 /* ---- Keeping the smallest keys */
 
-/* The least key at which the amounts (each 1 where null) of all keys up to it reach the goal, which
- * becomes what those below it leave to reach. */
+/* The least key such that the amounts (1 each if null) of all keys up to it reach the goal.
+ * Subtracts the amounts of smaller keys from *goal. */
 static uint32_t radix_threshold(
     const uint32_t *keys, const int64_t *amounts, int32_t count, int64_t *goal)
 {
@@ -94,7 +94,7 @@ void keep_smallest(Scratch *s, const int64_t *amounts, int64_t goal)
         is_kept |= is_last & (goal > 0);
         goal -= is_last ? (amounts ? amounts[i] : 1) : 0;
         move_candidate(s, i, count);
-        count += is_kept; /* no branch: it would be anybody's guess */
+        count += is_kept; /* no branch: the CPU could not predict it */
     }
     truncate_candidates(s, count);
 }

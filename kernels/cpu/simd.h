@@ -1,10 +1,11 @@
-/* Vectors of 32-bit lanes, as wide as the registers of the tier: kernels are written for any number of
- * lanes that divides sixteen.
+/* Vectors of 32-bit lanes, as wide as the tier's registers.  Kernels work with any number of lanes
+ * that divides sixteen.
  *
- * A tier is a header that defines LANES, and the primitives below for its instruction set; kernels
- * know no other difference between tiers.  Wider vectors than registers would be cut up by the
- * compiler, but gcc keeps those in memory.  Everything compiles with -ffp-contract=off, so that a
- * product and a sum are fused only where `fma_v` says so. */
+ * A tier is a header that implements the primitives below for its instruction set, over the
+ * types of simd_types.h.  Otherwise kernels refer to tiers only for the number of registers and
+ * for AMX.  Vectors wider than registers would be split by the compiler, but gcc keeps those in
+ * memory.  Everything is compiled with -ffp-contract=off, so a product and a sum are fused only
+ * by `fma_v`. */
 #ifndef SIMD_H
 #define SIMD_H
 
@@ -20,13 +21,13 @@
 #include "simd_portable.h"
 #endif
 
-/* Of a tier is expected, beside what its header shows:
- *     HAS_DOT4            whether it has products of bytes, dot4; else of 16-bit integers, dot2
- *     WEIGHTS_ARE_SIGNED  whether these take weights of 8 bits as signed; else they are unsigned */
+/* Besides functions, a tier defines:
+ *     HAS_DOT4            1 if it has int8 dot products of four (dot4), else 0, and it has madd
+ *     WEIGHTS_ARE_SIGNED  1 if these take 8-bit weights as signed, else 0 */
 
 INLINE void prefetch_write(const void *p) { __builtin_prefetch(p, 1); }
 
-/* The sizes of x as integers, which compare as the sizes do; NaN is larger than all. */
+/* |x| as integers, which compare like |x|; NaN is larger than all. */
 INLINE i32v abs_bits(f32v x) { return (i32v)x & splat_int(0x7fffffff); }
 
 INLINE float float_from_bits(int32_t bits)
@@ -38,8 +39,8 @@ INLINE float float_from_bits(int32_t bits)
 
 INLINE int lanes_left(int width, int i) { return width - i < LANES ? width - i : LANES; }
 
-/* The first n lanes, all of them if n is larger; the others are 0.  Of the parts of sixteen some may
- * have none. */
+/* The first n lanes, or all if n is larger; the other lanes are 0.  n may be negative if sixteen
+ * values take several vectors. */
 INLINE f32v load_partial(const float *p, int n)
 {
     f32v x = {0};
@@ -66,11 +67,11 @@ INLINE i32v lane_numbers(void)
     return x;
 }
 
-/* exp(x) to 1e-7 of itself, for x below -87 that of -87; exp(0) is 1.  The method is that of the
- * sampling contract: 2^n exp(r), |r| <= ln 2 / 2. */
+/* exp(x) with a relative error of 1e-7; exact for 0; below -87 it returns exp(-87).  The method is
+ * that of the sampling contract: 2^n exp(r), |r| <= ln 2 / 2. */
 INLINE f32v exp_v(f32v x)
 {
-    x = max_v(splat(-87.0f), min_v(splat(88.0f), x)); /* this way round NaN passes */
+    x = max_v(splat(-87.0f), min_v(splat(88.0f), x)); /* in this order of arguments NaN passes */
     i32v n = round_to_int(x * splat(0x1.715476p+0f));
     f32v whole = to_float(n);
     f32v r = fma_v(whole, splat(-0x1.7f7d1cp-20f), fma_v(whole, splat(-0x1.62e4p-1f), x));

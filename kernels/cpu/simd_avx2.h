@@ -1,4 +1,4 @@
-/* AVX2, with VNNI where TIER_AVX_VNNI says so. */
+/* AVX2, with VNNI if TIER_AVX_VNNI is defined. */
 #include <immintrin.h>
 
 #include "simd_types.h"
@@ -11,7 +11,7 @@ INLINE f32v fma_v(f32v a, f32v b, f32v c)
     return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
 
-/* Of NaN and a number the second: callers look for NaN by other means. */
+/* If a or b is NaN, these return b; callers detect NaN by other means. */
 INLINE f32v max_v(f32v a, f32v b) { return (f32v)_mm256_max_ps((__m256)a, (__m256)b); }
 INLINE f32v min_v(f32v a, f32v b) { return (f32v)_mm256_min_ps((__m256)a, (__m256)b); }
 
@@ -23,32 +23,32 @@ INLINE i32v round_to_int(f32v x) { return (i32v)_mm256_cvtps_epi32((__m256)x); }
 #define HAS_DOT4 0
 #define WEIGHTS_ARE_SIGNED 1
 
-/* c + the dot product of two signed 16-bit integers of w with those of x in each lane */
+/* c + the dot product of two int16 of w with two of x, in each lane */
 INLINE i32v madd(i32v c, u32v w, i32v x)
 {
 #ifdef TIER_AVX_VNNI
     return (i32v)_mm256_dpwssd_avx_epi32((__m256i)c, (__m256i)w, (__m256i)x);
 #else
     c = (i32v)_mm256_add_epi32((__m256i)c, _mm256_madd_epi16((__m256i)w, (__m256i)x));
-    __asm__("" : "+x"(c)); /* or gcc sums up in another order, which takes too many registers */
+    __asm__("" : "+x"(c)); /* no reordering by gcc: it takes too many registers */
     return c;
 #endif
 }
 
-/* Sums of products of bytes, those of w unsigned: of four each in 32 bits, or of two each, w below 128, in
- * 16 bits, to be added up only as far as these reach. */
+/* Adds products of bytes to sums; w is unsigned.  VNNI: four products in each 32 bits.  Otherwise:
+ * two in each 16 bits with w below 128; the caller widens the sums before they overflow. */
 INLINE i32v add_i8_products(i32v sums, u32v w, i32v x)
 {
 #ifdef TIER_AVX_VNNI
     return (i32v)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)w, (__m256i)x);
 #else
     sums = (i32v)_mm256_add_epi16((__m256i)sums, _mm256_maddubs_epi16((__m256i)w, (__m256i)x));
-    __asm__("" : "+x"(sums)); /* as in dot2 */
+    __asm__("" : "+x"(sums)); /* as in madd */
     return sums;
 #endif
 }
 
-/* c + such sums */
+/* c + the sums of add_i8_products */
 INLINE i32v widen_i8_sums(i32v c, i32v sums)
 {
 #ifdef TIER_AVX_VNNI
@@ -58,7 +58,7 @@ INLINE i32v widen_i8_sums(i32v c, i32v sums)
 #endif
 }
 
-/* The size of bytes, and x with their signs: |w| sign(x, w) is w x. */
+/* The absolute value of bytes, and x with their signs: |w| sign(x, w) = w x. */
 INLINE u32v abs_i8(u32v w) { return (u32v)_mm256_abs_epi8((__m256i)w); }
 INLINE i32v sign_i8(i32v x, u32v w) { return (i32v)_mm256_sign_epi8((__m256i)x, (__m256i)w); }
 
@@ -88,7 +88,7 @@ INLINE f32v load_i8(const uint8_t *p)
     return (f32v)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)));
 }
 
-/* The low bytes of the lanes. */
+/* Stores the low byte of each lane. */
 INLINE void store_low_bytes(int8_t *p, i32v x)
 {
     const __m256i first = _mm256_set1_epi32(0x0c080400);

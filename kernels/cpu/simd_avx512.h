@@ -11,7 +11,7 @@ INLINE f32v fma_v(f32v a, f32v b, f32v c)
     return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 
-/* Of NaN and a number the second: callers look for NaN by other means. */
+/* If a or b is NaN, these return b; callers detect NaN by other means. */
 INLINE f32v max_v(f32v a, f32v b) { return (f32v)_mm512_max_ps((__m512)a, (__m512)b); }
 INLINE f32v min_v(f32v a, f32v b) { return (f32v)_mm512_min_ps((__m512)a, (__m512)b); }
 
@@ -26,7 +26,7 @@ INLINE i32v round_to_int(f32v x) { return (i32v)_mm512_cvtps_epi32((__m512)x); }
 #define HAS_DOT4 1
 #define WEIGHTS_ARE_SIGNED 0
 
-/* c + the dot product of four unsigned bytes of w and four signed bytes of x in each lane */
+/* c + the dot product of four unsigned bytes of w with four signed bytes of x, in each lane */
 INLINE i32v dot4(i32v c, u32v w, i32v x)
 {
     return (i32v)_mm512_dpbusd_epi32((__m512i)c, (__m512i)w, (__m512i)x);
@@ -58,7 +58,7 @@ INLINE f32v load_i8(const uint8_t *p)
     return (f32v)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
 }
 
-/* The low bytes of the lanes. */
+/* Stores the low byte of each lane. */
 INLINE void store_low_bytes(int8_t *p, i32v x)
 {
     _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8((__m512i)x));

@@ -1,4 +1,4 @@
-/* NEON with dot products, and with those of unsigned by signed bytes where TIER_I8MM says so. */
+/* NEON with int8 dot products, also of unsigned by signed bytes if TIER_I8MM is defined. */
 #include <arm_neon.h>
 
 #include "simd_types.h"
@@ -11,7 +11,7 @@ INLINE f32v fma_v(f32v a, f32v b, f32v c)
     return (f32v)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 }
 
-/* Of NaN and a number the second, as on other machines, where NEON's own maximum has NaN. */
+/* If a or b is NaN, these return b, as on other CPUs; NEON's own maximum returns NaN. */
 INLINE f32v max_v(f32v a, f32v b) { return blend(a > b, a, b); }
 INLINE f32v min_v(f32v a, f32v b) { return blend(a < b, a, b); }
 
@@ -20,8 +20,8 @@ INLINE i32v max_int(i32v a, i32v b) { return (i32v)vmaxq_s32((int32x4_t)a, (int3
 INLINE f32v to_float(i32v x) { return (f32v)vcvtq_f32_s32((int32x4_t)x); }
 INLINE i32v round_to_int(f32v x) { return (i32v)vcvtnq_s32_f32((float32x4_t)x); }
 
-/* c + the dot product of four bytes of w and four signed bytes of x in each lane; those of w are
- * signed if WEIGHTS_ARE_SIGNED. */
+/* c + the dot product of four bytes of w with four signed bytes of x, in each lane; w is signed if
+ * WEIGHTS_ARE_SIGNED. */
 #define HAS_DOT4 1
 #ifdef TIER_I8MM
 #define WEIGHTS_ARE_SIGNED 0
@@ -57,7 +57,7 @@ INLINE f32v load_i8(const uint8_t *p)
     return to_float(x);
 }
 
-/* The low bytes of the lanes. */
+/* Stores the low byte of each lane. */
 INLINE void store_low_bytes(int8_t *p, i32v x)
 {
     int16x4_t narrow = vmovn_s32((int32x4_t)x);
@@ -79,5 +79,5 @@ INLINE int32_t reduce_max_int(i32v x) { return vmaxvq_s32((int32x4_t)x); }
 INLINE void prefetch(const void *p) { __builtin_prefetch(p); }
 INLINE void prefetch_far(const void *p) { __builtin_prefetch(p, 0, 2); }
 
-/* Takes about as long as the others' pause, which yield does not. */
+/* isb takes about as long as other CPUs' pause; yield is much shorter. */
 INLINE void cpu_pause(void) { __asm__ volatile("isb"); }

@@ -1,4 +1,4 @@
-/* Any CPU: GNU vector extensions, in the registers that nearly all of them have. */
+/* Any CPU: GNU vector extensions over 128-bit registers, which nearly all CPUs have. */
 #include "simd_types.h"
 
 INLINE f32v splat(float x) { return (f32v){x, x, x, x}; }
@@ -16,7 +16,7 @@ INLINE i32v max_int(i32v a, i32v b)
 
 INLINE f32v to_float(i32v x) { return __builtin_convertvector(x, f32v); }
 
-/* To the nearest integer, ties to even, for |x| < 2^22: 1.5 * 2^23 has units of 1. */
+/* Rounds to the nearest integer, ties to even, for |x| < 2^22: 1.5 * 2^23 has units of 1. */
 INLINE i32v round_to_int(f32v x)
 {
     f32v shifted = x + splat(0x1.8p+23f);
@@ -49,8 +49,8 @@ INLINE f32v load_f16(const uint16_t *p)
     return (f32v)((u32v)blend(is_special, (f32v)special, size) | ((h & 0x8000) << 16));
 }
 
-/* Rounded to nearest, ties to even; a subnormal half is aligned by adding a number whose units are
- * those of subnormal halves.  Beyond the largest half lies infinity, and NaN stays NaN. */
+/* Rounds to nearest, ties to even.  A subnormal half is aligned by adding a number whose units are
+ * those of subnormal halves.  Numbers beyond the largest half become infinity; NaN stays NaN. */
 INLINE uint16_t f16_from_float(float x)
 {
     uint32_t bits, sign, aligned;

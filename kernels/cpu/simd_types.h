@@ -1,4 +1,4 @@
-/* The vector types of a tier, and what GNU C does with them on any CPU. */
+/* A tier's vector types, and what GNU C can do with them on any CPU. */
 #ifndef SIMD_TYPES_H
 #define SIMD_TYPES_H
 
@@ -14,7 +14,7 @@ enum { LANES = 8 };
 enum { LANES = 4 };
 #endif
 
-/* Vectors that sixteen values take: rows of a group of weights, positions of a block of the cache. */
+/* Vectors that hold sixteen values: the rows of a weight group, the positions of a cache block. */
 enum { VECTORS = 16 / LANES };
 
 typedef float f32v __attribute__((vector_size(4 * LANES)));
@@ -44,7 +44,7 @@ INLINE u32v load_bytes(const uint8_t *p)
     return x;
 }
 
-/* Where mask is -1 a, where it is 0 b. */
+/* a in lanes where mask is -1, b where it is 0. */
 INLINE f32v blend(i32v mask, f32v a, f32v b)
 {
     return (f32v)((mask & (i32v)a) | (~mask & (i32v)b));

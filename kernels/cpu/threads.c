@@ -1,20 +1,21 @@
 /* Threads that run one list of tasks after another.
  *
- * A task is over when all its units have been done, not when all threads have come: a thread that
- * lost its core holds up nobody unless it lost it within a unit.  Whoever does the last unit opens
- * the next task, and does small ones on the way by itself.
+ * A task ends when all its units are done, not when all threads have arrived.  So a thread that
+ * lost its core delays the others only if it lost it within a unit.  The thread that finishes the
+ * last unit opens the next task, and runs small tasks on the way alone.
  *
- * Each thread has a queue, one word [task + 1 : 16][units : 24][next : 24].  Whoever replaces `next` has
- * claimed the units that it skipped; since the word names its task, they are of the task that is open.
- * Opening a task sets `remaining` before any queue.  A claim is half of what is left, for units run
- * faster one after the other than with a claim before each, and others may still have the rest.
+ * Each thread has a queue: one word [task + 1 : 16][units : 24][next : 24].  A thread that replaces
+ * `next` has claimed the units it skipped.  The word names its task, so they belong to the task
+ * that is open.  Opening a task sets `remaining` before any queue.  A claim takes half of what is
+ * left: units run faster in sequence than with a claim before each, and the rest stays free for
+ * others.
  *
- * Who has emptied his own queue gives the others a moment to empty theirs: each unit that is taken
- * from a thread that is there costs both of them more than it saves.
+ * A thread with an empty queue first gives the others a moment to empty theirs: taking a unit from
+ * a thread that is running costs both of them more than it saves.
  *
- * A thread without work watches `epoch` for some microseconds, then sleeps: an idle server uses no
- * CPU.  A sleeper counts itself before it looks at `epoch` for the last time, and whoever raises
- * `epoch` looks at the count afterwards; both are sequentially consistent, so no wake-up is lost. */
+ * A thread without work watches `epoch` for some microseconds, then sleeps, so an idle server uses
+ * no CPU.  A sleeper counts itself before its last look at `epoch`, and whoever raises `epoch`
+ * looks at the count afterwards.  Both are sequentially consistent, so no wake-up is lost. */
 #include "threads.h"
 
 #include <pthread.h>
@@ -23,7 +24,8 @@
 
 #include "simd.h"
 
-enum { UNITS_BITS = 24, IDLE_SPINS = 2000, STEAL_SPINS = 20 }; /* of pause: some 30 to 80 us, and 1 us */
+/* Spins are cpu_pause: IDLE_SPINS take some 30 to 80 us, STEAL_SPINS 1 us. */
+enum { UNITS_BITS = 24, IDLE_SPINS = 2000, STEAL_SPINS = 20 };
 
 #define UNITS_MASK ((1u << UNITS_BITS) - 1)
 
@@ -44,7 +46,7 @@ struct ThreadPool {
     Worker *workers;
     pthread_mutex_t mutex;
     pthread_cond_t changed;
-    _Alignas(128) _Atomic uint32_t epoch; /* raised when a task is opened, a job ends, the pool stops */
+    _Alignas(128) _Atomic uint32_t epoch; /* raised when a task opens or a job or the pool ends */
     _Alignas(128) _Atomic int64_t remaining;
     _Alignas(128) _Atomic int is_running;
     _Atomic int is_stopping;
@@ -93,14 +95,14 @@ static void run_alone(ThreadPool *pool, int task, int thread)
     }
 }
 
-/* Gives the units of a task to the queues; whether any are left then. */
+/* Gives the units of a task to the queues.  Returns true if any are left afterwards. */
 static int open_task(ThreadPool *pool, int task)
 {
     const Job *job = pool->job;
     int64_t total = 0;
     for (int queue = 0; queue < pool->num_threads; queue++)
         total += job->units(job->context, task, queue);
-    atomic_store(&pool->remaining, total + 1); /* one more is ours, until all queues are set */
+    atomic_store(&pool->remaining, total + 1); /* one more is ours until all queues are set */
     for (int queue = 0; queue < pool->num_threads; queue++) {
         uint64_t units = (uint64_t)job->units(job->context, task, queue);
         uint64_t word = (uint64_t)(task + 1) << 2 * UNITS_BITS | units << UNITS_BITS;
@@ -126,7 +128,7 @@ static void open_next_task(ThreadPool *pool, int task, int thread)
     raise_epoch(pool);
 }
 
-/* Does what can be claimed of one queue; whether that was anything. */
+/* Runs what can be claimed of one queue.  Returns true if that was anything. */
 static int run_queue(ThreadPool *pool, int queue, int thread)
 {
     _Atomic uint64_t *word = &pool->queues[queue].word;
@@ -145,13 +147,13 @@ static int run_queue(ThreadPool *pool, int queue, int thread)
         done += count;
         seen = atomic_load(word);
     }
-    /* What is not reported yet keeps its task open, so that all of it is of one task. */
+    /* Units not yet subtracted keep their task open, so all of `done` belongs to one task. */
     if (done && atomic_fetch_sub(&pool->remaining, done) == done)
         open_next_task(pool, task + 1, thread);
     return done > 0;
 }
 
-/* Whether there was anything to do, or may be now. */
+/* Returns true if there was work, or may be now. */
 static int run_queues(ThreadPool *pool, int thread)
 {
     uint32_t seen = atomic_load(&pool->epoch);
@@ -213,7 +215,7 @@ ThreadPool *pool_start(int num_threads)
         workers[i].pool = pool;
         workers[i].number = i;
         if (pthread_create(&workers[i].thread, 0, work, &workers[i])) {
-            pool->num_threads = i; /* those that run see empty queues alone */
+            pool->num_threads = i; /* the threads that run see only empty queues */
             pool_stop(pool);
             return 0;
         }

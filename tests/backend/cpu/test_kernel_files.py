@@ -70,3 +70,13 @@ def test_a_circle_of_calls_is_found():
     }
     assert set(circle(calls(texts))) == {"a.c", "b.h", "c.c"}
     assert circle(includes(texts)) == []
+
+
+def test_lines_of_kernels_have_at_most_100_columns():
+    long = [
+        f"{name}:{number}"
+        for name, text in TEXTS.items()
+        for number, line in enumerate(text.splitlines(), 1)
+        if len(line) > 100
+    ]
+    assert long == []
