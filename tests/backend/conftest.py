@@ -6,7 +6,7 @@ import pytest
 
 from llmsrv.backend.cpu.backend import CPUBackend
 from llmsrv.backend.cpu.backend import CPUOptions
-from llmsrv.backend.cpu.backend import TIERS
+from llmsrv.backend.cpu.tiers import TIERS
 from llmsrv.backend.reference.backend import ReferenceBackend
 from llmsrv.backend.source import cpu_features
 from llmsrv.config import default_cache_dir

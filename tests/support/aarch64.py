@@ -19,6 +19,7 @@ from typing import Any
 from llmsrv.backend import source
 from llmsrv.backend.cpu import backend
 from llmsrv.backend.cpu import library as cpu_library
+from llmsrv.backend.cpu.tiers import TIERS
 from tests.support.arena import ADDRESS
 from tests.support.arena import Arena
 from tests.support.arena import SIZE
@@ -61,7 +62,7 @@ def pytest_load_initial_conftests() -> None:  # before they ask what the CPU can
 
 
 def install(name: str) -> None:
-    tier = next(tier for tier in backend.TIERS if tier.name == name)
+    tier = next(tier for tier in TIERS if tier.name == name)
     arena = Arena()
     for module in (backend, source):
         setattr(module, "cpu_features", lambda: tier.needs)

@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
-from llmsrv.backend.cpu.backend import TIERS
+from llmsrv.backend.cpu.tiers import TIERS
 from llmsrv.backend.source import CompileError
 from llmsrv.backend.source import cpu_features
 from llmsrv.backend.source import find_compiler

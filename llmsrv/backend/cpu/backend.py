@@ -1,12 +1,12 @@
-"""The CPU backend: a plan's operations in C (kernels/cpu), a step in one call.
+"""The CPU backend: a plan's operations in C (kernels/cpu), one call for a whole step.
 
-Exactly the same logits alone and in any batch.  Linear reads each weight once for all rows of a
-step; activations are integers of 16 bits, or of 8 where asked for, each stretch with one scale.
+A sequence gets exactly the same logits alone and in any batch.  Linear reads each weight once for
+all rows of a step.  Activations are quantized to 16-bit integers, or 8-bit ones if an option asks
+for them, with one scale for each group.
 """
 
 import ctypes
 import logging
-import os
 import weakref
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -28,6 +28,7 @@ from llmsrv.backend.base import MemoryLimit
 from llmsrv.backend.base import Plan
 from llmsrv.backend.check import check_backend
 from llmsrv.backend.cpu.cache_memory import CacheMemory
+from llmsrv.backend.cpu.cores import default_threads
 from llmsrv.backend.cpu.embed import Embedding
 from llmsrv.backend.cpu.layout import Layout
 from llmsrv.backend.cpu.library import BatchStruct
@@ -40,6 +41,8 @@ from llmsrv.backend.cpu.library import address_of
 from llmsrv.backend.cpu.library import declare
 from llmsrv.backend.cpu.sampling import CPUSamplingTable
 from llmsrv.backend.cpu.sampling import Sampler
+from llmsrv.backend.cpu.tiers import TIERS
+from llmsrv.backend.cpu.tiers import Tier
 from llmsrv.backend.host_memory import host_memory
 from llmsrv.backend.kv_blocks import read_blocks
 from llmsrv.backend.kv_blocks import write_blocks
@@ -55,72 +58,19 @@ from llmsrv.errors import StartupError
 log = logging.getLogger("llmsrv.backend")
 
 FLAGS = ("-std=gnu11", "-O2", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-pthread")
-# By the fewest bits that activations or KV cache have: several times what sound kernels measure.
+# The error that the check allows, by the bits of activations or KV cache, whichever has fewer:
+# several times that of correct kernels.
 MAX_ERRORS = {16: 2e-3, 8: 5e-2}
-# Up to so many rows the chunks of one row's attention may be shared among the threads.
+NO_LOGITS = np.zeros((0, 1), np.float32)  # for programs without logits, as tests have them
+# In steps of at most this many rows, threads may share the chunks of one row's attention.
 MAX_SPLIT_ROWS = 32
-
-
-@dataclass(frozen=True)
-class Tier:
-    """An instruction set, and how to compile the kernels for it.
-
-    needs              the cpu_features() it takes
-    always_16_bits     its kernels have activations of 16 bits only, faster than others with 8
-    has_integer_cache  its KV cache stores integers, unless of 32 bits (KV_INTEGERS in kv_cache.h)
-    """
-
-    name: str
-    needs: frozenset[str]
-    flags: tuple[str, ...]
-    always_16_bits: bool = False
-    has_integer_cache: bool = False
-
-
-AVX512 = Tier(
-    "AVX-512",
-    frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "fma", "f16c"}),
-    (
-        "-DTIER_AVX512",
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
-        *("-mfma", "-mf16c"),
-    ),
-    has_integer_cache=True,
-)
-TIERS = (
-    Tier(
-        "AMX",
-        AVX512.needs | {"amx_tile", "amx_int8"},
-        (*AVX512.flags, "-DTIER_AMX", "-mamx-tile", "-mamx-int8"),
-        always_16_bits=True,
-        has_integer_cache=True,
-    ),
-    AVX512,
-    Tier(
-        "AVX2 with VNNI",
-        frozenset({"avx2", "fma", "f16c", "avx_vnni"}),
-        ("-DTIER_AVX2", "-DTIER_AVX_VNNI", "-mavx2", "-mfma", "-mf16c", "-mavxvnni"),
-    ),
-    Tier(
-        "AVX2",
-        frozenset({"avx2", "fma", "f16c"}),
-        ("-DTIER_AVX2", "-mavx2", "-mfma", "-mf16c"),
-    ),
-    Tier(
-        "NEON with I8MM",
-        frozenset({"asimddp", "i8mm"}),
-        ("-DTIER_NEON", "-DTIER_I8MM", "-march=armv8.2-a+dotprod+i8mm"),
-    ),
-    Tier("NEON", frozenset({"asimddp"}), ("-DTIER_NEON", "-march=armv8.2-a+dotprod")),
-    Tier("portable", frozenset(), (), always_16_bits=True),
-)
 
 
 @dataclass(frozen=True)
 class CPUOptions:
     """The backend's options, by their names in config.Config.
 
-    cache_dir        where compiled kernels are kept
+    cache_dir        where compiled kernels are cached
     threads          0: one for each physical core
     activation_bits  16 or 8
     kv_cache_bits    8, 16 or 32: the size of one element of a key or a value in the KV cache
@@ -142,8 +92,8 @@ class CPUBackend(Backend):
         return cls(CPUOptions(cache_dir, **options))
 
     def __init__(self, options: CPUOptions) -> None:
-        """Compiles the kernels of the best tier that CPU and compiler support and that agrees with
-        the reference backend, or takes them from the cache.  Raises CannotRun if there is none."""
+        """Loads the kernels of the fastest tier that works: this CPU and compiler support it, and
+        its results agree with the reference backend's.  Raises CannotRun if there is none."""
         self.num_threads = options.threads or default_threads()
         self.kv_cache_bits = options.kv_cache_bits
         find_compiler()
@@ -159,14 +109,14 @@ class CPUBackend(Backend):
             except CannotRun as error:
                 if self.tier is tiers[-1] or isinstance(error, CompilerHangs):
                     raise
-                log.warning("%s; the next slower ones are tried", error)
+                log.warning("%s; trying the next slower ones", error)
 
     def _load(self, options: CPUOptions) -> ctypes.CDLL:
         bits = f"-DACTIVATION_BITS={self.activation_bits}", f"-DKV_BITS={options.kv_cache_bits}"
         flags = (*FLAGS, *bits, *self.tier.flags)
         library = declare(load_library(kernel_sources("cpu"), flags, options.cache_dir))
         if library.llmsrv_prepare() != 0:
-            raise CannotRun(f"the system does not let this process use {self.tier.name}")
+            raise CannotRun(f"the system does not allow this process to use {self.tier.name}")
         return library
 
     @property
@@ -188,7 +138,7 @@ class CPUBackend(Backend):
         return plan
 
     def _kv_layout(self, program: Program) -> str:
-        """Names what the bytes of a block depend on (kernels/cpu/kv_cache.h)."""
+        """Everything that the bytes of a block depend on (kernels/cpu/kv_cache.h)."""
         has_integers = self.tier.has_integer_cache and self.kv_cache_bits != 32
         elements = f"{'integers' if has_integers else 'floats'} of {self.kv_cache_bits} bits"
         shape = f"{program.num_layers} layers, {program.num_kv_heads} heads, {_padded_dim(program)}"
@@ -196,7 +146,7 @@ class CPUBackend(Backend):
 
 
 class CPUPlan(Plan):
-    """A program laid out in memory, its threads, its KV cache and its sampling table."""
+    """A compiled program: its buffers and weights, threads, KV cache and sampling table."""
 
     def __init__(
         self,
@@ -339,43 +289,6 @@ def _padded_dim(program: Program) -> int:
 
 
 def _kv_head_bytes(library: ctypes.CDLL, program: Program) -> int:
-    """The bytes that a block of the KV cache has for one head's keys, or its values."""
+    """The bytes that a block of the KV cache takes for the keys of one head, or for its values."""
     num_bytes: int = library.llmsrv_kv_head_bytes(_padded_dim(program))
     return num_bytes
-
-
-NO_LOGITS = np.zeros((0, 1), np.float32)  # of single operations, as checks run them
-
-
-# ---- Threads
-
-
-def default_threads() -> int:
-    """The physical cores that this process may run on, at most the cgroup's quota of CPU time."""
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    if cpus is None:  # macOS, whose cores have one thread each
-        return os.cpu_count() or 1
-    cores = {_siblings(cpu) for cpu in cpus}
-    return max(1, min(len(cores), _cgroup_cpus()))
-
-
-def _siblings(cpu: int) -> str:
-    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return str(cpu)
-
-
-def _cgroup_cpus() -> int:
-    """Whole CPUs of time that cgroup v2 or v1 grants; a large number when it sets no limit."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        directory = Path("/sys/fs/cgroup/cpu")
-        try:
-            quota = (directory / "cpu.cfs_quota_us").read_text()
-            period = (directory / "cpu.cfs_period_us").read_text()
-        except OSError:
-            return 1 << 16
-    return max(1, int(quota) // int(period)) if quota.strip() not in ("max", "-1") else 1 << 16

@@ -10,11 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from llmsrv.backend.base import Limits
-from llmsrv.backend.cpu import backend as cpu_module
 from llmsrv.backend.cpu.backend import CPUBackend
 from llmsrv.backend.cpu.backend import CPUOptions
-from llmsrv.backend.cpu.backend import TIERS
-from llmsrv.backend.cpu.backend import Tier
+from llmsrv.backend.cpu.tiers import TIERS
+from llmsrv.backend.cpu.tiers import Tier
 from llmsrv.backend.cpu.library import FLOATS
 from llmsrv.backend.cpu.library import FORMATS
 from llmsrv.backend.program import Attention
@@ -31,6 +30,7 @@ from llmsrv.backend.program import Softcap
 from llmsrv.backend.quants.ggml_types import GGML_TYPES
 from llmsrv.backend.reference.backend import ReferenceBackend
 from llmsrv.backend.sampling.table import SamplingParameters
+from llmsrv.backend.source import load_library
 from llmsrv.config import default_cache_dir
 from tests.support.parameters import slow_but
 from tests.support.plans import Piece
@@ -496,14 +496,13 @@ def test_a_row_that_is_not_a_number_fails_alone(cpu):
 
 @pytest.mark.slow  # compiles everything once more
 def test_kernels_that_disagree_with_the_reference_are_refused(monkeypatch, caplog):
-    load = cpu_module.load_library
-
-    def load_some_wrong(texts, flags, cache_dir):
+    def load_some_wrong(sources, flags, cache_dir):
         if "-DWRONG" in flags:
-            texts = texts | {"activation.h": texts["activation.h"].replace(b"(1) +", b"(2) +")}
-        return load(texts, flags, cache_dir)
+            wrong = sources["activation.h"].replace(b"(1) +", b"(2) +")
+            sources = sources | {"activation.h": wrong}
+        return load_library(sources, flags, cache_dir)
 
-    monkeypatch.setattr(cpu_module, "load_library", load_some_wrong)
+    monkeypatch.setattr("llmsrv.backend.cpu.backend.load_library", load_some_wrong)
     tiers = Tier("wrong", frozenset(), ("-DWRONG",)), *TIERS
     backend = CPUBackend(CPUOptions(default_cache_dir(), threads=1, tiers=tiers))
     assert backend.tier.name != "wrong"

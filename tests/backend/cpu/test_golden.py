@@ -9,7 +9,7 @@ import pytest
 from llmsrv.backend.base import Limits
 from llmsrv.backend.cpu.backend import CPUBackend
 from llmsrv.backend.cpu.backend import CPUOptions
-from llmsrv.backend.cpu.backend import TIERS
+from llmsrv.backend.cpu.tiers import TIERS
 from llmsrv.config import default_cache_dir
 from llmsrv.model.load import load_model
 from tests.support.golden import steps
