@@ -167,7 +167,8 @@ class EngineCore:
         if self._pending and not may_run_ahead(self._pending, self._scheduler, self._speculation):
             self._read(self._pending)
             self._pending = None
-        pending, self._pending = self._pending, self._enqueue_behind(self._pending)
+        pending = self._pending
+        self._pending = self._schedule_and_enqueue(pending)
         if pending:
             remove_placeholders(pending)
             self._read(pending)
@@ -176,8 +177,8 @@ class EngineCore:
             self._pending = None
         return self._report()
 
-    def _enqueue_behind(self, pending: PendingStep | None) -> PendingStep | None:
-        """Schedules and enqueues the next step; None if there is nothing to compute."""
+    def _schedule_and_enqueue(self, pending: PendingStep | None) -> PendingStep | None:
+        """Enqueues the next step, ahead of the pending one's tokens; None if there is no work."""
         if pending:
             append_placeholders(pending)
         start_s = self._clock()

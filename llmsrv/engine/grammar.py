@@ -68,7 +68,7 @@ class Grammar:
         return self._matcher.is_accepting()
 
     def forced(self) -> list[int]:
-        """The ids of the next text, as far as only one text is allowed."""
+        """The ids that must come next, up to the first choice."""
         return self._matcher.compute_ff_tokens()
 
 

@@ -106,8 +106,8 @@ def _needs_host(row: LogitRow) -> bool:
 def append_placeholders(pending: PendingStep) -> None:
     """Lets every sequence that the pending step samples decode in the next step.
 
-    A sequence that ends with the pending token in any case gets no placeholder: all of its tokens
-    are computed then, and it is not scheduled.
+    A sequence that reaches max_tokens with the pending token gets no placeholder.  So it has no
+    uncomputed token, and is not scheduled.
     """
     for index, row in enumerate(pending.rows):
         sequence = row.sequence

@@ -54,7 +54,7 @@ MAX_LONG_PREFILL_SLOWDOWN = 0.5
 MAX_DRAFT_SLOWDOWN = 0.25
 # With more prompts than streams, prompts may slow down decode further, but only to this duration.
 SMOOTH_STEP_S = 0.04
-# If decode alone takes about that long, prompts slow it down less, but may always do so by this.
+# If decode alone takes nearly that long, prompts may still slow it down by this much.
 MIN_PREFILL_SLOWDOWN = 0.5
 # Prompts always get this many rows.  Four rows with one stream would more than double the duration
 # of a step where rows are expensive (AVX2).  Two rows alone would not lead to larger steps.
@@ -68,7 +68,7 @@ MAX_OVERTAKE_CANDIDATES = 8
 
 
 class Chunk(NamedTuple):
-    """The next num_tokens uncomputed tokens of a sequence, followed by a draft if they are all."""
+    """The next num_tokens uncomputed tokens of a sequence, and a draft after its last token."""
 
     sequence: Sequence
     num_tokens: int
@@ -226,7 +226,7 @@ class Scheduler:
         return chunks
 
     def _with_drafts(self, chunks: list[Chunk]) -> list[Chunk]:
-        """Adds drafts to the chunks of decode, as far as no other sequence needs the room soon."""
+        """Adds drafts to the decode chunks, unless others will soon need the rows or blocks."""
         budget = min(self._num_spare_logit_rows, self._max_rows - len(chunks))
         if chunks and self._num_prompts():
             max_step_s = self._costs.of(len(chunks)) * (1 + MAX_DRAFT_SLOWDOWN)

@@ -65,7 +65,7 @@ def test_a_sequence_that_ends_by_an_end_id_wastes_one_row() -> None:
     engine.assert_idle()
 
 
-def test_a_failed_row_fails_its_request_and_the_row_behind_it_is_dropped() -> None:
+def test_a_failed_row_fails_its_request_and_its_next_row_is_dropped() -> None:
     engine, plan = async_engine()
     healthy = engine.submit(1, healthy_prompt(5))
     engine.submit(2, [4, NAN_ID], n=2)
