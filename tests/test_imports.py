@@ -74,6 +74,15 @@ def test_a_module_imports_only_what_its_layer_may(path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    "path", [p for p in modules() if p.parts[:2] == ("api", "generation")], ids=str
+)
+def test_the_generation_of_an_answer_knows_no_dialect_and_no_route(path: Path) -> None:
+    for name in imports_of(path):
+        if name.startswith("llmsrv.api."):
+            assert name.split(".")[2] == "generation", f"{path} imports {name}"
+
+
 @pytest.mark.parametrize("path", [p for p in modules() if p.parts[0] in STANDARD_ONLY], ids=str)
 def test_the_asgi_toolkit_needs_only_the_standard_library(path: Path) -> None:
     import sys

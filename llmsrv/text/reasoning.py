@@ -19,11 +19,14 @@ class ReasoningParser:
     """Of one answer.  Blanks before each part are dropped with the tags.
 
     has_thoughts  there is a tag that opens them
+    thoughts_end  where in the text the tag that closes them ends, in characters; None before it
     """
 
     def __init__(self, is_open: bool) -> None:
         """is_open: the prompt itself ends with the opening tag, as some templates have it."""
         self.has_thoughts = is_open
+        self.thoughts_end: int | None = None
+        self._num_read = 0  # characters that came in
         self._state: Callable[[str], tuple[str, str]] = (
             self._in_thoughts if is_open else self._before_tag
         )
@@ -38,15 +41,24 @@ class ReasoningParser:
 
     def push(self, text: str) -> tuple[str, str]:
         """Takes the next text; returns what is new of the reasoning, and of the answer."""
+        self._num_read += len(text)
         text, self._pending = self._pending + text, ""
         return self._state(text)
 
-    def flush(self) -> tuple[str, str]:
-        """At the end: what may have been a tag is none."""
+    def flush(self, cut_off: str = "") -> tuple[str, str]:
+        """At the end: what may have been a tag is none.
+
+        cut_off: text that a stop string has taken away.  Only has_thoughts and thoughts_end look at
+        it."""
         pending, self._pending = self._pending, ""
         if self._state == self._in_thoughts:
-            return pending, ""
-        return "", self._with_blanks(pending)
+            rest = pending, ""
+        else:
+            rest = "", self._with_blanks(pending)
+        if cut_off:
+            self._num_read -= len(pending)
+            self.push(pending + cut_off)
+        return rest
 
     def _before_tag(self, text: str) -> tuple[str, str]:
         begun = text.lstrip()
@@ -72,6 +84,7 @@ class ReasoningParser:
         if tag:
             thoughts = self._without_blanks(thoughts)
             self._is_begun = False
+            self.thoughts_end = self._num_read - len(rest)
             self._state = self._in_answer
             return thoughts, self._without_blanks(rest)
         lengths = range(len(CLOSING) - 1, 0, -1)

@@ -1,20 +1,23 @@
-"""One request's generation, whatever its route: submitted, and followed until every choice has
-ended.
+"""The generation of one request: submitted to the engine, and followed until every choice ends.
 
-Knows token ids and deltas of text; the shapes of chat and completions are in their own modules.
+Knows token ids and deltas; how an answer looks is the dialects' affair.
 """
 
 import asyncio
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence
 from contextlib import aclosing
-from typing import Any
+from dataclasses import dataclass
 
+from llmsrv.api.generation.options import GenerationOptions
 from llmsrv.api.generation.output import ChoiceOutput
 from llmsrv.api.generation.output import Delta
-from llmsrv.api.generation.output import TextRules
-from llmsrv.api.generation.output import TokenEntry
-from llmsrv.api.operations import debug
+from llmsrv.api.generation.output import OutputRules
+from llmsrv.api.generation.output import TokenLogprob
+from llmsrv.api.generation.submit import make_submits
+from llmsrv.api.generation.submit import output_rules
+from llmsrv.api.generation.submit import tenant_of
+from llmsrv.api.generation.tools import ToolUse
 from llmsrv.asgi.request import Request
 from llmsrv.engine.client import Generation
 from llmsrv.engine.messages import Finished
@@ -28,27 +31,44 @@ from llmsrv.registry.service import Service
 ADMISSION_S = 10.0  # after this a stream's 200 goes out although its request still waits
 
 
-class Job:
-    """The choices of one request: choice i * n + j is the j-th choice of prompt i.
+@dataclass(frozen=True)
+class Usage:
+    """What a request has cost so far, all its prompts and choices together.
 
-    prompt_entries  of each prompt, what was asked of its tokens' log-probabilities, from the second
-                    token on; complete before the first delta of its choices
+    num_cached_tokens   of the prompts, found in the prefix cache
+    num_thought_tokens  of the output
+    finished            the engine's counts and times of the choices that it has ended
     """
 
-    def __init__(self, service: Service, submits: Sequence[Submit], rules: TextRules) -> None:
-        """submits: one a prompt, all of the same n."""
-        self.num_prompt_tokens = sum(len(submit.prompt_ids) for submit in submits)
-        self.prompt_entries: list[list[TokenEntry]] = [[] for _ in submits]
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int
+    num_thought_tokens: int
+    finished: Sequence[Finished]
+
+
+class Job:
+    """The choices of one request.  Choice i * n + j is the j-th choice of prompt i.
+
+    num_choices      of all prompts together
+    prompt_logprobs  per prompt: its tokens from the second on, if their log-probabilities are
+                     wanted; complete before the first delta of the prompt's choices
+    """
+
+    def __init__(self, service: Service, submits: Sequence[Submit], rules: OutputRules) -> None:
+        """submits: one per prompt, all with the same n."""
+        self.prompt_logprobs: list[list[TokenLogprob]] = [[] for _ in submits]
         self._service = service
         self._n = submits[0].n
+        self._num_prompt_tokens = sum(len(submit.prompt_ids) for submit in submits)
         self._has_ended = False
         self._finished: list[Finished] = []
-        self.outputs = [
-            ChoiceOutput(index, service.text.tokenizer, rules)
-            for index in range(len(submits) * self._n)
+        self.num_choices = len(submits) * self._n
+        self._outputs = [
+            ChoiceOutput(index, service.text.tokenizer, rules) for index in range(self.num_choices)
         ]
-        self._clocks = [ChoiceClock(service.counters) for _ in self.outputs]
-        self._unfinished = "abort"  # why a choice ended without a finish_reason of its own
+        self._clocks = [ChoiceClock(service.counters) for _ in self._outputs]
+        self._unfinished_reason = "abort"  # counted for choices without a finish_reason
         self._generations: list[Generation] = []
         try:
             for submit in submits:
@@ -58,40 +78,41 @@ class Job:
             raise
 
     async def admitted(self) -> None:
-        """Returns when every prompt is, or after ADMISSION_S; raises what came instead."""
+        """Returns when every prompt is admitted, or after ADMISSION_S.  Raises the ApiError that
+        came instead."""
         try:
             async with asyncio.timeout(ADMISSION_S):
                 for generation in self._generations:
                     await generation.admitted()
         except ApiError:
-            self._unfinished = "error"
+            self._unfinished_reason = "error"
             raise
         except TimeoutError:
-            pass  # the answer begins now, and pings keep it alive until there is a token
+            pass  # a stream begins now, and pings keep it alive until there is a token
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """Every choice's deltas as they come; ends the job when it is exhausted or closed."""
+        """Every choice's deltas as they come.  Ends the job when exhausted or closed."""
         streams = [self._follow(i, generation) for i, generation in enumerate(self._generations)]
         try:
             async with aclosing(streams[0] if len(streams) == 1 else _merge(streams)) as merged:
                 async for delta in merged:
                     yield delta
         except Exception:
-            self._unfinished = "error"
+            self._unfinished_reason = "error"
             raise
         finally:
             self.end()
 
-    async def whole(self) -> list[Delta]:
+    async def collect(self) -> list[Delta]:
         """Each choice as one delta, when all have ended."""
-        whole = [Delta(output.index, "") for output in self.outputs]
+        choices = [Delta(output.index) for output in self._outputs]
         async with aclosing(self.deltas()) as deltas:
             async for delta in deltas:
-                whole[delta.index].add(delta)
-        return whole
+                choices[delta.index].add(delta)
+        return choices
 
     def end(self) -> None:
-        """Aborts what still runs and counts the request, once."""
+        """Aborts the choices that still run and counts the request.  May be called again."""
         if self._has_ended:
             return
         self._has_ended = True
@@ -99,35 +120,25 @@ class Job:
             generation.abort()
         self._count()
 
-    def usage(self) -> dict[str, Any]:
-        num_output_tokens = sum(output.num_tokens for output in self.outputs)
-        num_cached_tokens = sum(generation.num_cached_tokens for generation in self._generations)
-        usage = {
-            "prompt_tokens": self.num_prompt_tokens,
-            "completion_tokens": num_output_tokens,
-            "total_tokens": self.num_prompt_tokens + num_output_tokens,
-            "prompt_tokens_details": {"audio_tokens": 0, "cached_tokens": num_cached_tokens},
-            "completion_tokens_details": {
-                "accepted_prediction_tokens": 0,
-                "audio_tokens": 0,
-                "reasoning_tokens": sum(output.num_thought_tokens for output in self.outputs),
-                "rejected_prediction_tokens": 0,
-            },
-        }
-        if self._service.config.enable_debug:
-            usage["extra"] = debug.figures(self._finished, num_cached_tokens)
-        return usage
+    def usage(self) -> Usage:
+        return Usage(
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_output_tokens=sum(output.num_tokens for output in self._outputs),
+            num_cached_tokens=sum(each.num_cached_tokens for each in self._generations),
+            num_thought_tokens=sum(output.num_thought_tokens for output in self._outputs),
+            finished=self._finished,
+        )
 
     async def _follow(self, prompt: int, generation: Generation) -> AsyncGenerator[Delta, None]:
-        outputs = self.outputs[prompt * self._n : (prompt + 1) * self._n]
+        outputs = self._outputs[prompt * self._n : (prompt + 1) * self._n]
         async for event in generation:
             if event.choice == PROMPT:
                 assert isinstance(event, Tokens)
-                self.prompt_entries[prompt] += _prompt_entries(event)
+                self.prompt_logprobs[prompt] += _token_logprobs(event)
                 continue
             output = outputs[event.choice]
             if output.finish_reason:
-                continue  # what the engine sent before it learnt of the stop string
+                continue  # sent before the engine learnt of the stop string
             if isinstance(event, Finished):
                 self._finished.append(event)
                 self._service.counters.request_num_preemptions.observe(event.num_preemptions)
@@ -146,16 +157,50 @@ class Job:
         counters = self._service.counters
         for i, generation in enumerate(self._generations):
             submit, choices = generation.submit, range(i * self._n, (i + 1) * self._n)
-            for output, clock in ((self.outputs[c], self._clocks[c]) for c in choices):
-                reason = output.finish_reason or self._unfinished
+            for output, clock in ((self._outputs[c], self._clocks[c]) for c in choices):
+                reason = output.finish_reason or self._unfinished_reason
                 clock.note_end(reason, output.num_tokens, generation.admitted_s)
             if generation.is_admitted:
-                longest = max(self.outputs[c].num_tokens for c in choices)
+                longest = max(self._outputs[c].num_tokens for c in choices)
                 counters.note_prompt(len(submit.prompt_ids), self._n, submit.max_tokens, longest)
 
 
-async def start(request: Request, job: Job) -> Job:
-    """Waits until the job is admitted; a client that leaves meanwhile ends it."""
+async def start_job(
+    request: Request,
+    service: Service,
+    options: GenerationOptions,
+    prompts: Sequence[list[int]],
+    max_tokens: Sequence[int],
+    *,
+    n: int,
+    num_logprobs: int,
+    wants_prompt_logprobs: bool = False,
+    grammar: str = "",
+    tools: ToolUse | None = None,
+    is_thinking: bool | None = None,
+) -> Job:
+    """Submits a request and waits until it is admitted.  A client that leaves meanwhile ends it.
+
+    prompts                token ids
+    max_tokens, grammar    as in submit.make_submits(), which says what is raised
+    num_logprobs           alternatives per output token; -1: no log-probabilities
+    wants_prompt_logprobs  even if options.prompt_logprobs is None
+    tools, is_thinking     as in OutputRules
+    """
+    num_prompt_logprobs = -1 if options.prompt_logprobs is None else options.prompt_logprobs
+    submits = make_submits(
+        service,
+        options,
+        prompts,
+        max_tokens,
+        n=n,
+        num_logprobs=max(num_logprobs, num_prompt_logprobs),
+        wants_prompt_logprobs=wants_prompt_logprobs or options.prompt_logprobs is not None,
+        tenant=tenant_of(request),
+        grammar=grammar,
+    )
+    rules = output_rules(options, service.text.tokenizer, tools, is_thinking)
+    job = Job(service, submits, rules)
     try:
         async with request.cancel_on_disconnect():
             await job.admitted()
@@ -165,13 +210,13 @@ async def start(request: Request, job: Job) -> Job:
     return job
 
 
-def _prompt_entries(tokens: Tokens) -> list[TokenEntry]:
+def _token_logprobs(tokens: Tokens) -> list[TokenLogprob]:
     parts = zip(tokens.ids, tokens.logprobs, tokens.alternatives, strict=True)
-    return [TokenEntry(id, logprob, alternatives) for id, logprob, alternatives in parts]
+    return [TokenLogprob(id, logprob, alternatives) for id, logprob, alternatives in parts]
 
 
 async def _merge(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
-    """The deltas of several streams in the order they come; the first error ends them all."""
+    """The deltas of several streams in the order they come.  The first error ends them all."""
     deltas: asyncio.Queue[Delta | None] = asyncio.Queue()
 
     async def forward(stream: AsyncGenerator[Delta, None]) -> None:

@@ -1,113 +1,145 @@
-"""From the tokens of one choice to the text that a client sees.
+"""From the tokens of one choice to what its reader gets: thoughts, text and tool calls.
 
-The engine ends a choice by token; here it ends by text: stop strings are matched on decoded text,
-and every token after a match is dropped.  Knows nothing of chat, completions or HTTP.
+Text passes the detokenizer, then the stop strings, then the parser of thoughts and calls.  The
+engine ends a choice by token; a stop string ends it here by text, and every later token is dropped.
+Knows no dialect and no HTTP.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 
+from llmsrv.api.generation.answer_parser import AnswerParser
+from llmsrv.api.generation.answer_parser import ToolCallDelta
+from llmsrv.api.generation.tools import ToolUse
 from llmsrv.engine.messages import Tokens
 from llmsrv.text.detokenizer import Detokenizer
-from llmsrv.text.reasoning import ReasoningParser
 from llmsrv.text.stop import StopMatcher
 from llmsrv.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class TokenEntry:
-    """One token with its log-probability and the alternatives to it, most likely first."""
+class TokenLogprob:
+    """A token with its log-probability.
+
+    alternatives  the most likely tokens at its position, most likely first
+    text_offset   where its text begins, in characters of the choice's text
+    """
 
     id: int
     logprob: float
     alternatives: list[tuple[int, float]]
-    start: int = 0  # where its text begins, in characters of the choice's text
+    text_offset: int = 0
 
 
 @dataclass
 class Delta:
-    """What one event adds to a choice."""
+    """What one event adds to a choice.
+
+    thought, text, tool_calls  new pieces, in the order in which a model writes them
+    token_ids                  the tokens that came, an end token included
+    logprobs                   of the tokens whose text begins in what was added so far
+    finish_reason              "stop", "length", "tool_calls" or "abort"; None if more may follow
+    """
 
     index: int
-    text: str
-    entries: list[TokenEntry] = field(default_factory=list)
+    text: str = ""
+    thought: str = ""
+    tool_calls: list[ToolCallDelta] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
-    ids: list[int] = field(default_factory=list)  # tokens that came, an end token included
 
     def add(self, other: "Delta") -> None:
         self.text += other.text
-        self.entries += other.entries
+        self.thought += other.thought
+        self.token_ids += other.token_ids
+        self.logprobs += other.logprobs
         self.finish_reason = other.finish_reason
-        self.ids += other.ids
+        for call in other.tool_calls:
+            if call.index < len(self.tool_calls):
+                self.tool_calls[call.index].arguments += call.arguments
+            else:
+                self.tool_calls.append(call)
 
 
 @dataclass(frozen=True)
-class TextRules:
-    """How the text of a request's choices is made, and what ends it.
+class OutputRules:
+    """How the output of a request's choices is read, and which text ends it.
 
-    stops         stop strings
-    keeps_stop    whether what ended the text is part of it
-    end_ids       of tokens that end a choice
-    min_tokens    no stop string is looked for in the text of so many
-    skip_special  whether special tokens are left out, but for those `shown`
-    is_thinking   whether the prompt has begun the thoughts before the answer; None: the model has
-                  none
+    stop_strings         the first to be complete ends a choice
+    includes_stop        the text includes the stop string or end token that ended it
+    end_ids              tokens that end a choice
+    min_tokens           stop strings are not matched before this many tokens
+    skip_special_tokens  special tokens have no text, except visible_special_ids
+    tools                None if the model may not call tools
+    is_thinking          True if the prompt already opened the thinking block; None if the model
+                         does not think
     """
 
-    stops: Sequence[str] = ()
-    keeps_stop: bool = False
+    stop_strings: Sequence[str] = ()
+    includes_stop: bool = False
     end_ids: frozenset[int] = frozenset()
     min_tokens: int = 0
-    skip_special: bool = True
-    shown: frozenset[int] = frozenset()
+    skip_special_tokens: bool = True
+    visible_special_ids: frozenset[int] = frozenset()
+    tools: ToolUse | None = None
     is_thinking: bool | None = None
 
 
 class ChoiceOutput:
-    """The text of one choice as it grows.
+    """One choice as it grows.
 
-    num_tokens          tokens that count in usage: up to the end token, or to the one that
+    num_tokens          tokens that count in usage: up to the end token, or to the token that
                         completed a stop string
-    num_thought_tokens  of these, those of the thoughts and the tags around them
-    finish_reason       None while the choice goes on
+    num_thought_tokens  of these, the tokens of the thoughts and of the tags around them
+    finish_reason       None while more may follow
     """
 
-    def __init__(self, index: int, tokenizer: Tokenizer, rules: TextRules) -> None:
+    def __init__(self, index: int, tokenizer: Tokenizer, rules: OutputRules) -> None:
         self.index = index
         self.num_tokens = 0
         self.num_thought_tokens = 0
         self.finish_reason: str | None = None
         self._rules = rules
-        self._detokenizer = Detokenizer(tokenizer, rules.skip_special, rules.shown)
-        self._stop = StopMatcher(rules.stops, rules.keeps_stop) if rules.stops else None
-        self._thoughts = None
-        if rules.is_thinking is not None:
-            self._thoughts = ReasoningParser(rules.is_thinking)
+        self._detokenizer = Detokenizer(
+            tokenizer, rules.skip_special_tokens, rules.visible_special_ids
+        )
+        self._stop = None
+        if rules.stop_strings:
+            self._stop = StopMatcher(rules.stop_strings, rules.includes_stop)
+        self._parser = AnswerParser(rules.tools, rules.is_thinking)
+        # Where each token's text begins, until the answer after the thoughts does.
+        self._offsets: list[int] | None = None if rules.is_thinking is None else []
         self._is_cut = False  # a stop string ended the text
-        self._num_decoded = 0  # characters decoded, sent or not
-        self._num_sent = 0
-        self._entries: list[TokenEntry] = []  # of tokens whose text is not all sent
-        self._ids: list[int] = []  # not sent
+        self._unreleased = ""  # decoded, and held back or cut off by the stop strings
+        self._num_decoded = 0  # characters decoded, released or not
+        self._num_released = 0
+        self._logprobs: list[TokenLogprob] = []  # of tokens whose text is not all released
+        self._token_ids: list[int] = []  # in no delta yet
 
     def push(self, tokens: Tokens) -> Delta | None:
-        """Takes what the engine sent; None when there is nothing to show yet."""
+        """Takes what the engine sent; None if no text can be released yet."""
         text = ""
         for position, id in enumerate(tokens.ids):
             self.num_tokens += 1
-            self._ids.append(id)
-            if id in self._rules.end_ids and not self._rules.keeps_stop:
-                break  # the engine ends here too
+            self._token_ids.append(id)
+            if id in self._rules.end_ids and not self._rules.includes_stop:
+                break  # the engine ends the choice here too
+            if self._offsets is not None:
+                self._offsets.append(self._num_decoded)
             decoded = self._detokenizer.push([id])
-            if self._thoughts and not self._thoughts.is_answering:
-                self._count_thoughts(self._thoughts, decoded)
             if tokens.logprobs:
-                self._remember(tokens, position)
+                self._note_logprob(tokens, position)
             self._num_decoded += len(decoded)
             text += self._release(decoded)
             if self.finish_reason:
-                return self._delta(text)
-        return self._delta(text) if text else None
+                break
+        if text or self.finish_reason:
+            return self._delta(text)
+        self._count_thoughts()
+        return None
 
     def finish(self, reason: str) -> Delta:
         """The choice's last delta, when the engine ended it."""
@@ -120,31 +152,57 @@ class ChoiceOutput:
         return self._delta(text)
 
     def _release(self, decoded: str) -> str:
-        """What of the text may be shown now: all but the beginning of a possible stop string."""
+        """The text that may be sent now: all but what may be the beginning of a stop string."""
         if self._stop is None or self.num_tokens <= self._rules.min_tokens:
             return decoded
-        text, matched = self._stop.push(decoded)
-        if matched:
+        text, is_matched = self._stop.push(decoded)
+        self._unreleased = (self._unreleased + decoded)[len(text) :]
+        if is_matched:
             self._is_cut = True
             self.finish_reason = "stop"
         return text
 
-    def _count_thoughts(self, thoughts: ReasoningParser, decoded: str) -> None:
-        thoughts.push(decoded)
-        if thoughts.has_thoughts:
-            self.num_thought_tokens = self.num_tokens
-
-    def _remember(self, tokens: Tokens, position: int) -> None:
+    def _note_logprob(self, tokens: Tokens, position: int) -> None:
         alternatives = tokens.alternatives[position] if tokens.alternatives else []
         id, logprob = tokens.ids[position], tokens.logprobs[position]
-        self._entries.append(TokenEntry(id, logprob, alternatives, self._num_decoded))
+        self._logprobs.append(TokenLogprob(id, logprob, alternatives, self._num_decoded))
 
     def _delta(self, text: str) -> Delta:
-        """Log-probabilities go with their text; what a stop string cut off has none."""
-        self._num_sent += len(text)
-        shown = [entry for entry in self._entries if entry.start < self._num_sent]
+        cut_off = self._unreleased if self._is_cut else ""
+        parts = self._parser.push(text, self.finish_reason is not None, cut_off)
+        self._count_thoughts()
+        token_ids, self._token_ids = self._token_ids, []
+        return Delta(
+            self.index,
+            text=parts.text,
+            thought=parts.thought,
+            tool_calls=parts.tool_calls,
+            token_ids=token_ids,
+            logprobs=self._logprobs_of_released(len(text)),
+            finish_reason=self._delta_finish_reason(),
+        )
+
+    def _count_thoughts(self) -> None:
+        """A token counts if its text begins before the end of the thoughts."""
+        reasoning = self._parser.reasoning
+        if reasoning is None or self._offsets is None:
+            return
+        if reasoning.has_thoughts:
+            end = reasoning.thoughts_end
+            offsets = self._offsets
+            self.num_thought_tokens = len(offsets) if end is None else bisect_left(offsets, end)
+        if reasoning.is_answering:
+            self._offsets = None
+
+    def _logprobs_of_released(self, num_chars: int) -> list[TokenLogprob]:
+        """Log-probabilities go with their text; a token that a stop string cut off has none."""
+        self._num_released += num_chars
+        released = [entry for entry in self._logprobs if entry.text_offset < self._num_released]
         if self.finish_reason and not self._is_cut:
-            shown = self._entries  # the last may be half a character and have no text of its own
-        self._entries = self._entries[len(shown) :]
-        ids, self._ids = self._ids, []
-        return Delta(self.index, text, shown, self.finish_reason, ids)
+            released = self._logprobs  # the last token may be half a character, without text
+        self._logprobs = self._logprobs[len(released) :]
+        return released
+
+    def _delta_finish_reason(self) -> str | None:
+        has_calls = self._parser.num_tool_calls > 0
+        return "tool_calls" if self.finish_reason == "stop" and has_calls else self.finish_reason

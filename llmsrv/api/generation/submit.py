@@ -1,14 +1,16 @@
-"""What the routes that generate have in common: from a request's fields to what the engine is asked
-for, checked against the model and the server's options."""
+"""From the options and prompts of a request to what the engine gets, checked against the model."""
 
 import hashlib
 import math
 import secrets
 import time
 from collections.abc import Mapping
+from collections.abc import Sequence
 
+from llmsrv.api.generation.answer_parser import visible_special_tokens
 from llmsrv.api.generation.options import GenerationOptions
-from llmsrv.api.generation.output import TextRules
+from llmsrv.api.generation.output import OutputRules
+from llmsrv.api.generation.tools import ToolUse
 from llmsrv.asgi.request import Request
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.messages import Submit
@@ -30,9 +32,9 @@ def tenant_of(request: Request) -> bytes:
 
 def make_submits(
     service: Service,
-    request: GenerationOptions,
-    prompts: list[list[int]],
-    max_tokens: list[int],
+    options: GenerationOptions,
+    prompts: Sequence[list[int]],
+    max_tokens: Sequence[int],
     *,
     n: int,
     num_logprobs: int,
@@ -40,13 +42,15 @@ def make_submits(
     tenant: bytes,
     grammar: str = "",
 ) -> list[Submit]:
-    """What the engine is asked for, a Submit a prompt.
+    """One Submit per prompt.
 
-    num_logprobs  alternatives at each token that is told; -1 for no log-probabilities at all
-    tenant        requests of different tenants share no prefix, so none can time another's
+    max_tokens    of each prompt's choices
+    num_logprobs  alternatives per token; -1: no log-probabilities
+    tenant        requests of different tenants share no prefix, so that none can time another's
+    Raises ApiError 400 as check_budget().
     """
     check_budget(prompts, max_tokens, n, 1 + num_logprobs if wants_prompt_logprobs else 0)
-    sampling = sampling_of(request, service.text.sampling_defaults, num_logprobs)
+    sampling = sampling_of(options, service.text.sampling_defaults, num_logprobs)
     timeout_s = service.config.request_timeout_s
     deadline_s = time.monotonic() + timeout_s if timeout_s else math.inf
     return [
@@ -54,13 +58,13 @@ def make_submits(
             request=0,
             prompt_ids=ids,
             max_tokens=limit,
-            end_ids=_end_ids(request, service.text.tokenizer),
+            end_ids=_end_ids(options, service.text.tokenizer),
             sampling=sampling,
             n=n,
-            salt=_salt(tenant, request.cache_salt),
-            min_tokens=min(request.min_tokens or 0, limit),
+            salt=_salt(tenant, options.cache_salt),
+            min_tokens=min(options.min_tokens or 0, limit),
             grammar=grammar,
-            priority=request.priority or 0,
+            priority=options.priority or 0,
             tenant=tenant,
             deadline_s=deadline_s,
             prompt_logprobs=wants_prompt_logprobs,
@@ -70,14 +74,14 @@ def make_submits(
 
 
 def check_budget(
-    prompts: list[list[int]], max_tokens: list[int], n: int, num_prompt_logprobs: int
+    prompts: Sequence[list[int]], max_tokens: Sequence[int], n: int, num_prompt_logprobs: int
 ) -> None:
-    """ApiError 400 for more than one request may ask for.
+    """ApiError 400 if one request asks for too much.
 
-    num_prompt_logprobs  log-probabilities of each token of the prompts
+    num_prompt_logprobs  log-probabilities per prompt token
     """
     num_prompt_logprobs *= sum(map(len, prompts))
-    for param, number, most, what in (
+    for param, number, most, unit in (
         ("n", len(prompts) * n, MAX_CHOICES, "choices"),
         ("max_tokens", sum(max_tokens) * n, MAX_OUTPUT_TOKENS, "tokens of output"),
         (
@@ -88,31 +92,31 @@ def check_budget(
         ),
     ):
         if number > most:
-            raise invalid(param, f"expected at most {most} {what} in all, but got {number}")
+            raise invalid(param, f"expected at most {most} {unit} in all, but got {number}")
 
 
-def text_rules(
-    request: GenerationOptions,
+def output_rules(
+    options: GenerationOptions,
     tokenizer: Tokenizer,
-    shown: frozenset[int] = frozenset(),
+    tools: ToolUse | None = None,
     is_thinking: bool | None = None,
-) -> TextRules:
-    """shown, is_thinking: as in TextRules."""
-    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    return TextRules(
-        stops=stops,
-        keeps_stop=bool(request.include_stop_str_in_output),
-        end_ids=frozenset(_end_ids(request, tokenizer)),
-        min_tokens=request.min_tokens or 0,
-        skip_special=request.skip_special_tokens is not False,
-        shown=shown,
+) -> OutputRules:
+    """tools, is_thinking: as in OutputRules."""
+    return OutputRules(
+        stop_strings=[options.stop] if isinstance(options.stop, str) else options.stop or [],
+        includes_stop=bool(options.include_stop_str_in_output),
+        end_ids=frozenset(_end_ids(options, tokenizer)),
+        min_tokens=options.min_tokens or 0,
+        skip_special_tokens=options.skip_special_tokens is not False,
+        visible_special_ids=visible_special_tokens(tokenizer, tools, is_thinking),
+        tools=tools,
         is_thinking=is_thinking,
     )
 
 
-def _end_ids(request: GenerationOptions, tokenizer: Tokenizer) -> list[int]:
-    end_ids = [] if request.ignore_eos else sorted(tokenizer.end_ids)
-    return end_ids + (request.stop_token_ids or [])
+def _end_ids(options: GenerationOptions, tokenizer: Tokenizer) -> list[int]:
+    end_ids = [] if options.ignore_eos else sorted(tokenizer.end_ids)
+    return end_ids + (options.stop_token_ids or [])
 
 
 def _salt(tenant: bytes, cache_salt: str | None) -> bytes:
@@ -122,17 +126,20 @@ def _salt(tenant: bytes, cache_salt: str | None) -> bytes:
 
 
 def sampling_of(
-    request: GenerationOptions, defaults: Mapping[str, float], num_logprobs: int
+    options: GenerationOptions, defaults: Mapping[str, float], num_logprobs: int
 ) -> Sampling:
-    """The request's parameters as the engine takes them, with the model's defaults for those that
-    it leaves out; without a seed, with a random one."""
+    """The sampling parameters for the engine.
+
+    Parameters that the request leaves out come from `defaults`, the model's own.  Without a seed,
+    the seed is random.
+    """
 
     def value(name: str, neutral: float) -> float:
-        asked: float | None = getattr(request, name)
-        return defaults.get(name, neutral) if asked is None else asked
+        own: float | None = getattr(options, name)
+        return defaults.get(name, neutral) if own is None else own
 
     return Sampling(
-        seed=secrets.randbits(64) if request.seed is None else request.seed % 2**64,
+        seed=secrets.randbits(64) if options.seed is None else options.seed % 2**64,
         temperature=value("temperature", 1.0),
         top_k=max(int(value("top_k", 0)), 0),
         top_p=value("top_p", 1.0),
@@ -141,48 +148,54 @@ def sampling_of(
         repetition_penalty=value("repetition_penalty", 1.0),
         presence_penalty=value("presence_penalty", 0.0),
         frequency_penalty=value("frequency_penalty", 0.0),
-        logit_bias=request.logit_bias or {},
-        allowed_ids=request.allowed_token_ids or [],
+        logit_bias=options.logit_bias or {},
+        allowed_ids=options.allowed_token_ids or [],
         num_logprobs=num_logprobs,
     )
 
 
-def output_limit(
-    service: Service, num_prompt_tokens: int, asked: int | None, default: int | None, param: str
-) -> int:
-    """How many tokens may be put out after a prompt; `default` None means all that the context has.
+# ---- Prompts and the context
 
-    ApiError 400 context_length_exceeded when prompt and what was asked for do not fit.
+
+def max_output_tokens(
+    service: Service, num_prompt_tokens: int, wanted: int | None, default: int | None, param: str
+) -> int:
+    """How many tokens may follow a prompt.
+
+    wanted   what the request asks for; else `default`, else all that the context leaves
+    param    the field of the prompt
+    Raises ApiError 400 context_length_exceeded if prompt and output do not fit the context.
     """
     assert service.engine.ready is not None
     context = service.engine.ready.context_length
     left = context - num_prompt_tokens
-    if left < (asked or 1):
+    if left < (wanted or 1):
         raise ApiError(
             400,
             f"This model's maximum context length is {context} tokens. However, you requested "
-            f"{num_prompt_tokens + (asked or 1)} tokens ({num_prompt_tokens} in the {param}, "
-            f"{asked or 1} in the completion). Please reduce the length of the {param}"
-            + (" or the completion." if asked else "."),
+            f"{num_prompt_tokens + (wanted or 1)} tokens ({num_prompt_tokens} in the {param}, "
+            f"{wanted or 1} in the completion). Please reduce the length of the {param}"
+            + (" or the completion." if wanted else "."),
             param=param,
             code="context_length_exceeded",
         )
-    return asked or min(left, default or left)
+    return wanted or min(left, default or left)
 
 
-def truncated(service: Service, request: GenerationOptions, ids: list[int]) -> list[int]:
-    """The end of a prompt, as long as truncate_prompt_tokens says; -1: as the context allows."""
-    asked = request.truncate_prompt_tokens
-    if asked is None:
+def truncate_prompt(service: Service, options: GenerationOptions, ids: list[int]) -> list[int]:
+    """The last truncate_prompt_tokens of a prompt; -1: as many as the context leaves room for."""
+    num_kept = options.truncate_prompt_tokens
+    if num_kept is None:
         return ids
     assert service.engine.ready is not None
-    most = service.engine.ready.context_length - (request.max_tokens or 1)
-    return ids[-(max(1, most) if asked < 1 else asked) :]
+    most = service.engine.ready.context_length - (options.max_tokens or 1)
+    return ids[-(max(1, most) if num_kept < 1 else num_kept) :]
 
 
-def refuse_too_long(service: Service, tokenizer: Tokenizer, text: str, param: str) -> None:
-    """Refuses before any work a text whose length alone shows that it cannot fit the context."""
+def check_fits_context(service: Service, text: str, param: str) -> None:
+    """ApiError 400 for a text whose length alone shows that it cannot fit, before any work on
+    it."""
     assert service.engine.ready is not None
-    at_least = len(text) // tokenizer.longest_token
+    at_least = len(text) // service.text.tokenizer.longest_token
     if at_least >= service.engine.ready.context_length:
-        output_limit(service, at_least, None, None, param)
+        max_output_tokens(service, at_least, None, None, param)

@@ -10,22 +10,21 @@ from typing import Any
 import orjson
 
 from llmsrv.api.decode import BodyDecoder
-from llmsrv.api.generation import submit
-from llmsrv.api.generation.job import Job
-from llmsrv.api.generation.job import start
-from llmsrv.api.generation.message import MessageReader
-from llmsrv.api.generation.message import begins_thinking
-from llmsrv.api.generation.message import shown_tokens
+from llmsrv.api.generation.answer_parser import ToolCallDelta
+from llmsrv.api.generation.chat_turn import ChatTurn
+from llmsrv.api.generation.chat_turn import RunningTurn
 from llmsrv.api.generation.output import Delta
-from llmsrv.api.generation.prompt import prompt_ids
-from llmsrv.api.generation.tools import ToolUse
-from llmsrv.api.generation.tools import grammar_of
-from llmsrv.api.generation.tools import tool_use
-from llmsrv.api.openai import logprobs
+from llmsrv.api.generation.submit import tenant_of
 from llmsrv.api.openai.checks import check_shared_fields
+from llmsrv.api.openai.conversation import conversation_of
+from llmsrv.api.openai.conversation import tool_choice_of
+from llmsrv.api.openai.logprobs import LogprobFormatter
+from llmsrv.api.openai.logprobs import prompt_logprobs
 from llmsrv.api.openai.reply import Reply
+from llmsrv.api.openai.reply import respond
 from llmsrv.api.openai.schema import ChatCompletionRequest
 from llmsrv.api.openai.schema import UNSUPPORTED
+from llmsrv.api.openai.structured import wanted_grammar
 from llmsrv.asgi.request import Request
 from llmsrv.asgi.response import Response
 from llmsrv.asgi.sse import EventStream
@@ -33,6 +32,7 @@ from llmsrv.config import Config
 from llmsrv.errors import invalid
 from llmsrv.registry.models import Models
 from llmsrv.registry.service import Service
+from llmsrv.text.tokenizer import Tokenizer
 
 
 class ChatCompletions:
@@ -41,131 +41,133 @@ class ChatCompletions:
         self._decoder = BodyDecoder(ChatCompletionRequest, UNSUPPORTED)
 
     async def __call__(self, request: Request) -> Response | EventStream:
-        asked = await self._decoder.read(request, self._models)
-        _check(asked, self._models.config)
-        service = self._models.find(asked.model, submit.tenant_of(request))
-        tools = tool_use(service, asked)
-        ids = await prompt_ids(service, asked, tools.tools if tools else [])
-        is_thinking = _is_thinking(service, ids)
-        submits = submit.make_submits(
-            service,
-            asked,
-            [ids],
-            [submit.output_limit(service, len(ids), asked.max_tokens, None, "messages")],
-            n=asked.n or 1,
-            num_logprobs=_num_logprobs(asked),
-            wants_prompt_logprobs=asked.prompt_logprobs is not None,
-            tenant=submit.tenant_of(request),
-            grammar=await grammar_of(service, asked, tools, is_thinking),
-        )
-        shown = shown_tokens(service.text.tokenizer, tools, is_thinking)
-        rules = submit.text_rules(asked, service.text.tokenizer, shown, is_thinking)
-        job = await start(request, Job(service, submits, rules))
-        answer = _Answer(service, asked, job, ids, tools, is_thinking)
-        if asked.stream:
-            return EventStream(answer.events(), on_end=job.end)
-        async with request.cancel_on_disconnect():
-            return Response(body=await answer.whole())
+        body = await self._decoder.read(request, self._models)
+        _check(body, self._models.config)
+        service = self._models.find(body.model, tenant_of(request))
+        turn = await chat_turn(body, service.text.tokenizer).start(request, service)
+        return await respond(request, body, turn.job, ChatAnswer(service, body, turn))
 
 
-class _Answer:
-    """One request's answer in OpenAI's shape."""
+def _check(body: ChatCompletionRequest, config: Config) -> None:
+    check_shared_fields(body, config)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise invalid("top_logprobs", "it is only allowed when 'logprobs' is true")
+    body.max_tokens = body.max_completion_tokens or body.max_tokens
 
-    def __init__(
-        self,
-        service: Service,
-        asked: ChatCompletionRequest,
-        job: Job,
-        prompt_ids: list[int],
-        tools: ToolUse | None,
-        is_thinking: bool | None,
-    ) -> None:
+
+def chat_turn(body: ChatCompletionRequest, tokenizer: Tokenizer) -> ChatTurn:
+    """The request in neutral terms; ApiError 400 naming what is invalid in it."""
+    tool_choice = tool_choice_of(body)
+    return ChatTurn(
+        conversation=conversation_of(body),
+        options=body,
+        tool_choice=tool_choice,
+        num_logprobs=(body.top_logprobs or 0) if body.logprobs else -1,
+        # An answer that must call tools has no other form.
+        answer_format=None if tool_choice.must_call else wanted_grammar(body, tokenizer),
+    )
+
+
+class ChatAnswer:
+    """One turn's answer in OpenAI's shape."""
+
+    def __init__(self, service: Service, body: ChatCompletionRequest, turn: RunningTurn) -> None:
         self._tokenizer = service.text.tokenizer
-        self._asked = asked
-        self._job = job
-        self._prompt_ids = prompt_ids
-        self._shapes = logprobs.Shapes(
-            self._tokenizer, asked.top_logprobs or 0, bool(asked.return_tokens_as_token_ids)
+        self._body = body
+        self._turn = turn
+        self._logprobs = LogprobFormatter(
+            self._tokenizer, body.top_logprobs or 0, bool(body.return_tokens_as_token_ids)
         )
-        self._readers = [MessageReader(tools, is_thinking) for _ in job.outputs]
-        kind = "chat.completion.chunk" if asked.stream else "chat.completion"
-        self._reply = Reply(service, asked, job, kind, "chatcmpl")
+        kind = "chat.completion.chunk" if body.stream else "chat.completion"
+        self._reply = Reply(service, body, turn.job, kind, "chatcmpl")
 
     async def whole(self) -> bytes:
-        """The answer as one object, when every choice has ended."""
-        body = self._reply.whole([self._choice(delta) for delta in await self._job.whole()])
-        if (num_asked := self._asked.prompt_logprobs) is not None:
-            entries = self._job.prompt_entries[0]
-            body["prompt_logprobs"] = await asyncio.to_thread(
-                logprobs.of_prompt, self._tokenizer, entries, num_asked
+        job = self._turn.job
+        fields = self._reply.whole([self._choice(choice) for choice in await job.collect()])
+        if (num_alternatives := self._body.prompt_logprobs) is not None:
+            fields["prompt_logprobs"] = await asyncio.to_thread(
+                prompt_logprobs, self._tokenizer, job.prompt_logprobs[0], num_alternatives
             )
-        if self._asked.return_token_ids:
-            body["prompt_token_ids"] = self._prompt_ids
-        return orjson.dumps(body)
+        if self._body.return_token_ids:
+            fields["prompt_token_ids"] = self._turn.prompt_ids
+        return orjson.dumps(fields)
 
     def events(self) -> AsyncGenerator[bytes, None]:
-        """The answer as the payloads of server-sent events."""
         first = {"role": "assistant", "content": ""}
-        opening = [self._chunk(Delta(output.index, ""), first) for output in self._job.outputs]
-        return self._reply.events(self._chunks, opening)
+        indices = range(self._turn.job.num_choices)
+        return self._reply.events(self._chunks, [self._chunk(Delta(i), first) for i in indices])
 
-    def _choice(self, delta: Delta) -> dict[str, Any]:
-        reader = self._readers[delta.index]
-        assert delta.finish_reason is not None
-        choice = {
-            "index": delta.index,
-            "message": reader.message(delta.text),
-            "logprobs": self._logprobs(delta),
-            "finish_reason": reader.finish_reason(delta.finish_reason),
+    def _choice(self, choice: Delta) -> dict[str, Any]:
+        fields = {
+            "index": choice.index,
+            "message": message_of(choice, self._turn.is_thinking is not None),
+            "logprobs": self._logprobs.chat(choice.logprobs) if self._body.logprobs else None,
+            "finish_reason": choice.finish_reason,
         }
-        return choice | ({"token_ids": delta.ids} if self._asked.return_token_ids else {})
+        return fields | ({"token_ids": choice.token_ids} if self._body.return_token_ids else {})
 
     def _chunks(self, delta: Delta) -> list[bytes]:
-        """Of one delta: its parts, the first with all log-probabilities; the reason by itself."""
-        reader, reason = self._readers[delta.index], delta.finish_reason
-        parts = reader.deltas(delta.text, is_last=reason is not None)
-        if not parts and (delta.entries or (delta.ids and self._asked.return_token_ids)):
+        """One chunk per kind of part, then one with the finish_reason.  The first has all token ids
+        and log-probabilities."""
+        parts = message_deltas(delta)
+        if not parts and (delta.logprobs or (delta.token_ids and self._body.return_token_ids)):
             parts = [{}]
         chunks = [self._chunk(delta, part) for part in parts[:1]]
-        chunks += [self._chunk(Delta(delta.index, ""), part) for part in parts[1:]]
-        if reason is not None:
-            told = reader.finish_reason(reason)
-            chunks.append(self._chunk(Delta(delta.index, ""), {}, told))
+        chunks += [self._chunk(Delta(delta.index), part) for part in parts[1:]]
+        if delta.finish_reason is not None:
+            chunks.append(self._chunk(Delta(delta.index), {}, delta.finish_reason))
         return chunks
 
-    def _chunk(self, delta: Delta, part: dict[str, Any], reason: str | None = None) -> bytes:
+    def _chunk(
+        self, delta: Delta, part: dict[str, Any], finish_reason: str | None = None
+    ) -> bytes:
+        has_logprobs = self._body.logprobs and delta.logprobs
         choice = {
             "index": delta.index,
             "delta": part,
-            "logprobs": self._logprobs(delta) if delta.entries else None,
-            "finish_reason": reason,
+            "logprobs": self._logprobs.chat(delta.logprobs) if has_logprobs else None,
+            "finish_reason": finish_reason,
         }
-        if not self._asked.return_token_ids:
+        if not self._body.return_token_ids:
             return self._reply.chunk(choice)
-        choice["token_ids"] = delta.ids
-        prompt = {"prompt_token_ids": self._prompt_ids} if "role" in part else {}
+        choice["token_ids"] = delta.token_ids
+        prompt = {"prompt_token_ids": self._turn.prompt_ids} if "role" in part else {}
         return self._reply.chunk(choice, **prompt)
 
-    def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
-        return self._shapes.chat(delta.entries) if self._asked.logprobs else None
+
+def message_of(choice: Delta, has_reasoning: bool) -> dict[str, Any]:
+    """A whole choice as an assistant's message."""
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": choice.text if choice.text or not choice.tool_calls else None,
+        "refusal": None,
+        "annotations": [],
+    }
+    if has_reasoning:
+        message["reasoning_content"] = choice.thought or None
+    if choice.tool_calls:
+        message["tool_calls"] = [_tool_call(call) for call in choice.tool_calls]
+    return message
 
 
-def _check(asked: ChatCompletionRequest, config: Config) -> None:
-    check_shared_fields(asked, config)
-    if asked.top_logprobs is not None and not asked.logprobs:
-        raise invalid("top_logprobs", "it is only allowed when 'logprobs' is true")
-    asked.max_tokens = asked.max_completion_tokens or asked.max_tokens
+def message_deltas(delta: Delta) -> list[dict[str, Any]]:
+    """The pieces of the message that a delta adds, one per kind."""
+    parts: list[dict[str, Any]] = []
+    if delta.thought:
+        parts.append({"reasoning_content": delta.thought})
+    if delta.text:
+        parts.append({"content": delta.text})
+    if delta.tool_calls:
+        parts.append({"tool_calls": [_tool_call_delta(call) for call in delta.tool_calls]})
+    return parts
 
 
-def _num_logprobs(asked: ChatCompletionRequest) -> int:
-    """How many alternatives the engine is asked for."""
-    of_answer = (asked.top_logprobs or 0) if asked.logprobs else -1
-    return max(of_answer, -1 if asked.prompt_logprobs is None else asked.prompt_logprobs)
+def _tool_call_delta(call: ToolCallDelta) -> dict[str, Any]:
+    if call.id is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    return {"index": call.index, **_tool_call(call)}
 
 
-def _is_thinking(service: Service, prompt_ids: list[int]) -> bool | None:
-    """Whether the prompt has begun the thoughts before the answer; None: the model has none."""
-    asked, template = service.config.reasoning_parser, service.text.template
-    if asked == "think" or (asked == "auto" and template and template.has_thoughts):
-        return begins_thinking(service.text.tokenizer, prompt_ids)
-    return None
+def _tool_call(call: ToolCallDelta) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}

@@ -1,16 +1,16 @@
-"""Log-probabilities in the shapes that clients know: of chat, of completions, vLLM's of prompts."""
+"""Log-probabilities in OpenAI's shapes for chat and for completions, and in vLLM's for prompts."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from llmsrv.api.generation.output import TokenEntry
+from llmsrv.api.generation.output import TokenLogprob
 from llmsrv.text.tokenizer import Tokenizer
 
 
-class Shapes:
-    """For one request.
+class LogprobFormatter:
+    """Formats the log-probabilities of one request's output.
 
-    num_alternatives  how many of those that came are shown
+    num_alternatives  alternatives listed per token, at most
     ids_as_text       tokens are written as "token_id:7" instead of their text
     """
 
@@ -19,38 +19,39 @@ class Shapes:
         self._num_alternatives = num_alternatives
         self._ids_as_text = ids_as_text
 
-    def chat(self, entries: Sequence[TokenEntry]) -> dict[str, Any]:
+    def chat(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
         content = [
             {
-                **self._token(entry.id, entry.logprob),
-                "top_logprobs": [self._token(*pair) for pair in self._shown(entry)],
+                **self._chat_token(token.id, token.logprob),
+                "top_logprobs": [self._chat_token(*pair) for pair in self._top(token)],
             }
-            for entry in entries
+            for token in tokens
         ]
         return {"content": content, "refusal": None}
 
-    def completion(self, entries: Sequence[TokenEntry], first_id: int | None) -> dict[str, Any]:
-        """first_id: a token before them that nothing came before, so that it has no probability."""
+    def completion(self, tokens: Sequence[TokenLogprob], first_id: int | None) -> dict[str, Any]:
+        """first_id: a token to list before the others.  Nothing precedes it, so it has no
+        log-probability."""
         lists: dict[str, list[Any]] = {
-            "tokens": [self._text(entry.id) for entry in entries],
-            "token_logprobs": [finite(entry.logprob) for entry in entries],
+            "tokens": [self._text(token.id) for token in tokens],
+            "token_logprobs": [finite(token.logprob) for token in tokens],
             "top_logprobs": [
-                {self._text(id): finite(value) for id, value in self._shown(entry)}
-                for entry in entries
+                {self._text(id): finite(value) for id, value in self._top(token)}
+                for token in tokens
             ],
-            "text_offset": [entry.start for entry in entries],
+            "text_offset": [token.text_offset for token in tokens],
         }
         if first_id is not None:
             first = {"tokens": self._text(first_id), "text_offset": 0}
             lists = {name: [first.get(name), *values] for name, values in lists.items()}
         return lists
 
-    def _shown(self, entry: TokenEntry) -> list[tuple[int, float]]:
-        return entry.alternatives[: self._num_alternatives]
+    def _top(self, token: TokenLogprob) -> list[tuple[int, float]]:
+        return token.alternatives[: self._num_alternatives]
 
-    def _token(self, id: int, logprob: float) -> dict[str, Any]:
-        spelled = list(self._tokenizer.token_bytes(id))
-        return {"token": self._text(id), "logprob": finite(logprob), "bytes": spelled}
+    def _chat_token(self, id: int, logprob: float) -> dict[str, Any]:
+        utf8_bytes = list(self._tokenizer.token_bytes(id))
+        return {"token": self._text(id), "logprob": finite(logprob), "bytes": utf8_bytes}
 
     def _text(self, id: int) -> str:
         if self._ids_as_text:
@@ -58,18 +59,20 @@ class Shapes:
         return self._tokenizer.token_bytes(id).decode(errors="replace")
 
 
-def of_prompt(
-    tokenizer: Tokenizer, entries: Sequence[TokenEntry], num_alternatives: int
+def prompt_logprobs(
+    tokenizer: Tokenizer, tokens: Sequence[TokenLogprob], num_alternatives: int
 ) -> list[dict[str, Any] | None]:
-    """vLLM's prompt_logprobs: of each token by id, itself and the alternatives to it; the first has
-    none.  A token's rank is null where it is not among the alternatives."""
-    return [None, *(_ranked(tokenizer, entry, num_alternatives) for entry in entries)]
+    """vLLM's prompt_logprobs: for each prompt token, itself and its alternatives by id.
+
+    The first token has none.  The rank of a token that is not among the alternatives is null.
+    """
+    return [None, *(_by_id(tokenizer, token, num_alternatives) for token in tokens)]
 
 
-def _ranked(tokenizer: Tokenizer, entry: TokenEntry, num_alternatives: int) -> dict[str, Any]:
-    ranks: dict[int, tuple[float, int | None]] = {entry.id: (entry.logprob, None)}
-    shown = entry.alternatives[:num_alternatives]
-    ranks |= {id: (value, rank) for rank, (id, value) in enumerate(shown, start=1)}
+def _by_id(tokenizer: Tokenizer, token: TokenLogprob, num_alternatives: int) -> dict[str, Any]:
+    ranks: dict[int, tuple[float, int | None]] = {token.id: (token.logprob, None)}
+    top = token.alternatives[:num_alternatives]
+    ranks |= {id: (value, rank) for rank, (id, value) in enumerate(top, start=1)}
     return {
         str(id): {
             "logprob": finite(value),
@@ -81,5 +84,5 @@ def _ranked(tokenizer: Tokenizer, entry: TokenEntry, num_alternatives: int) -> d
 
 
 def finite(value: float) -> float:
-    """JSON has no infinity; -9999 is what OpenAI sends for a token that cannot be."""
+    """JSON has no infinity.  OpenAI sends -9999 for a token that cannot be sampled."""
     return value if value > -9999.0 else -9999.0

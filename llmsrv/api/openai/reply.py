@@ -1,5 +1,5 @@
-"""What the answers of chat and completions have in common: the fields around their choices, usage,
-and the order of a stream's events.
+"""What the answers of chat and completions share: the fields around their choices, usage, and the
+order of a stream's events.
 
 Source: OpenAI API reference, "Chat Completions" and "Completions".
 """
@@ -11,21 +11,48 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from contextlib import aclosing
 from typing import Any
+from typing import Protocol
 
 import orjson
 
 from llmsrv.api.generation.job import Job
 from llmsrv.api.generation.output import Delta
 from llmsrv.api.openai.schema import GenerationRequest
+from llmsrv.api.openai.usage import usage_object
+from llmsrv.asgi.request import Request
+from llmsrv.asgi.response import Response
+from llmsrv.asgi.sse import EventStream
 from llmsrv.errors import ApiError
 from llmsrv.registry.service import Service
 
 
+class Answer(Protocol):
+    """One request's answer in the shape of its route."""
+
+    async def whole(self) -> bytes:
+        """The answer as one object, when every choice has ended."""
+        ...
+
+    def events(self) -> AsyncGenerator[bytes, None]:
+        """The answer as the payloads of server-sent events."""
+        ...
+
+
+async def respond(
+    request: Request, body: GenerationRequest, job: Job, answer: Answer
+) -> Response | EventStream:
+    """Streamed or whole, as the request wants.  A client that leaves ends the job."""
+    if body.stream:
+        return EventStream(answer.events(), on_end=job.end)
+    async with request.cancel_on_disconnect():
+        return Response(body=await answer.whole())
+
+
 class Reply:
-    """The response objects of one request, around the choices that its route makes."""
+    """The objects of one answer, around the choices that its route makes."""
 
     def __init__(
-        self, service: Service, asked: GenerationRequest, job: Job, kind: str, prefix: str
+        self, service: Service, body: GenerationRequest, job: Job, kind: str, prefix: str
     ) -> None:
         """kind: the value of `object`; prefix: of the id."""
         self._job = job
@@ -33,31 +60,32 @@ class Reply:
             "id": f"{prefix}-{secrets.token_hex(16)}",
             "object": kind,
             "created": int(time.time()),
-            "model": asked.model,
+            "model": body.model,
             "system_fingerprint": service.fingerprint,
         }
-        if asked.service_tier:
+        if body.service_tier:
             self._head["service_tier"] = "default"
-        options = asked.stream_options
-        self._includes_usage = bool(options and options.include_usage)
-        self._counts_chunks = bool(options and options.continuous_usage_stats)
+        options = body.stream_options
+        self._streams_usage = bool(options and options.include_usage)
+        self._has_usage_in_chunks = bool(options and options.continuous_usage_stats)
+        self._has_usage_extra = service.config.enable_debug
 
     def whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return self._head | {"choices": choices, "usage": self._job.usage()}
+        return self._head | {"choices": choices, "usage": self._usage()}
 
     def chunk(self, choice: dict[str, Any], **further: Any) -> bytes:
-        """What is new of one choice; `usage` in it is null, or what it is so far."""
+        """One piece of one choice.  Its `usage`, if the stream has it, is null or that so far."""
         chunk = {**self._head, "choices": [choice], **further}
-        if self._includes_usage:
-            chunk["usage"] = self._job.usage() if self._counts_chunks else None
+        if self._streams_usage:
+            chunk["usage"] = self._usage() if self._has_usage_in_chunks else None
         return orjson.dumps(chunk)
 
     async def events(
         self, chunks_of: Callable[[Delta], Iterable[bytes]], opening: Iterable[bytes] = ()
     ) -> AsyncGenerator[bytes, None]:
-        """The payloads of a stream's events: the opening, the chunks of each delta, usage.
+        """The payloads of a stream: the opening, the chunks of each delta, usage, [DONE].
 
-        Where usage is asked for, it also comes before the ApiError that ends the stream early.
+        Usage also comes before the ApiError that ends the stream early.
         """
         failure = None
         for chunk in opening:
@@ -69,8 +97,11 @@ class Reply:
                         yield chunk
         except ApiError as error:
             failure = error
-        if self._includes_usage:
+        if self._streams_usage:
             yield orjson.dumps(self.whole([]))
         if failure:
             raise failure
         yield b"[DONE]"
+
+    def _usage(self) -> dict[str, Any]:
+        return usage_object(self._job.usage(), self._has_usage_extra)

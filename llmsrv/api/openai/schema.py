@@ -1,4 +1,4 @@
-"""What clients may send, as types: the bounds in these annotations are the one table of limits.
+"""What clients may send, as types.  The bounds in the annotations are the one table of limits.
 
 Options that every dialect shares are in api/generation/options.py.  Fields of vLLM and MLC that
 OpenAI does not have keep the names they have there.
@@ -19,7 +19,7 @@ from llmsrv.api.generation.options import TokenId
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 MAX_PROMPTS = 128
-# Of a schema, which stays the text that it came as: it may be large, and is for grammars alone.
+# A missing JSON schema.  Schemas stay undecoded: they may be large, and only grammars need them.
 NOTHING = msgspec.Raw(b"null")
 
 
@@ -33,7 +33,7 @@ class ContentPart(msgspec.Struct):
     type: str
     text: str | None = None
     refusal: str | None = None
-    prompt_cache_breakpoint: dict[str, str] | None = None  # every block is cached
+    prompt_cache_breakpoint: dict[str, str] | None = None  # ignored: every block is cached
 
 
 class CalledFunction(msgspec.Struct):
@@ -42,7 +42,7 @@ class CalledFunction(msgspec.Struct):
 
 
 class ToolCall(msgspec.Struct):
-    """A call that an assistant made earlier."""
+    """A call that the assistant made earlier."""
 
     id: str
     function: CalledFunction
@@ -109,7 +109,7 @@ class JSONSchema(msgspec.Struct):
     name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     schema: msgspec.Raw
     description: str | None = None
-    strict: bool | None = None  # an answer follows the schema in any case
+    strict: bool | None = None  # ignored: an answer always follows the schema
 
 
 class StructuralTag(msgspec.Struct):
@@ -119,7 +119,7 @@ class StructuralTag(msgspec.Struct):
 
 
 class ResponseFormat(msgspec.Struct):
-    """OpenAI's text, json_object and json_schema; `schema` beside json_object is MLC's."""
+    """OpenAI's text, json_object and json_schema; MLC's `schema` for json_object; vLLM's others."""
 
     type: Literal["text", "json_object", "json_schema", "regex", "grammar", "structural_tag"]
     json_schema: JSONSchema | None = None
@@ -127,13 +127,13 @@ class ResponseFormat(msgspec.Struct):
     regex: str | None = None
     grammar: str | None = None
     tags: list[StructuralTag] | None = None
-    structures: list[StructuralTag] | None = None  # vLLM's name of `tags`
+    structures: list[StructuralTag] | None = None  # vLLM's name for `tags`
     triggers: list[str] | None = None
     format: msgspec.Raw = msgspec.field(default_factory=lambda: NOTHING)  # text/structural_tag.py
 
 
 class StructuredOutputs(msgspec.Struct):
-    """vLLM's."""
+    """vLLM's names for the form of an answer."""
 
     json: msgspec.Raw = msgspec.field(default_factory=lambda: NOTHING)
     json_object: bool | None = None
@@ -142,8 +142,8 @@ class StructuredOutputs(msgspec.Struct):
     grammar: str | None = None
     structural_tag: str | None = None  # a ResponseFormat as JSON
     whitespace_pattern: str | None = None
-    disable_fallback: bool | None = None  # there is none
-    disable_any_whitespace: bool | None = None  # nor that, without a pattern
+    disable_fallback: bool | None = None  # ignored: there is no fallback
+    disable_any_whitespace: bool | None = None  # ignored: only whitespace_pattern allows any
     disable_additional_properties: Literal[False] | None = None
 
 
@@ -157,7 +157,7 @@ class GenerationRequest(GenerationOptions, kw_only=True):
     return_token_ids: bool | None = None
     debug_config: DebugConfig | None = None
 
-    # Grammars, each in its own language: see structured.py.
+    # The form of the answer: see structured.py.
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: msgspec.Raw = msgspec.field(default_factory=lambda: NOTHING)
@@ -165,7 +165,7 @@ class GenerationRequest(GenerationOptions, kw_only=True):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
 
-    # Taken and not needed: these change nothing in what is answered.
+    # Accepted without any effect, except that an answer to `service_tier` has one too.
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
@@ -203,8 +203,8 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     add_special_tokens: bool | None = None
 
 
-# Known fields that are not supported -> the values that change nothing and so are accepted, beside
-# null.  What is neither here nor above is unknown.
+# Unsupported field -> the values that change nothing, and so are accepted like null.  A field that
+# is neither here nor above is unknown.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": ("none",),
@@ -214,7 +214,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "verbosity": ("medium",),
     "web_search_options": (),
-    # Of vLLM
+    # vLLM's
     "bad_words": ([],),
     "chat_template": (),
     "documents": ([],),

@@ -17,8 +17,9 @@ import pytest
 from openai import BadRequestError
 from openai import OpenAI
 
+from llmsrv.api.generation.grammar import answer_grammar
 from llmsrv.api.openai.schema import ChatCompletionRequest
-from llmsrv.api.openai.structured import grammar_of
+from llmsrv.api.openai.structured import wanted_grammar
 from llmsrv.errors import ApiError
 from llmsrv.files.open import open_model
 from llmsrv.registry.service import Service
@@ -70,8 +71,10 @@ def service(tiny_model: Path) -> Service:
 
 def source_of(service: Service, **fields: Any) -> str:
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], **fields}
-    asked = msgspec.json.decode(msgspec.json.encode(body), type=ChatCompletionRequest)
-    return asyncio.run(grammar_of(service, asked))
+    request = msgspec.json.decode(msgspec.json.encode(body), type=ChatCompletionRequest)
+    return asyncio.run(
+        answer_grammar(service, wanted_grammar(request, service.text.tokenizer))
+    )
 
 
 @pytest.mark.parametrize(

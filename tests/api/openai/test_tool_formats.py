@@ -12,6 +12,7 @@ import pytest
 from openai import OpenAI
 
 from llmsrv.api.generation.prompt import prompt_ids
+from llmsrv.api.openai.conversation import conversation_of
 from llmsrv.api.openai.schema import ChatCompletionRequest
 from llmsrv.files.gguf import open_gguf
 from llmsrv.text.chat_template import ChatTemplate
@@ -174,8 +175,8 @@ def test_a_template_gets_arguments_as_it_expects_them(tmp_path: Path) -> None:
     )
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [call]}]
-    asked = msgspec.convert({"model": "m", "messages": messages}, ChatCompletionRequest)
-    ids = asyncio.run(prompt_ids(service, asked, []))
+    body = msgspec.convert({"model": "m", "messages": messages}, ChatCompletionRequest)
+    ids = asyncio.run(prompt_ids(service, conversation_of(body), body))
     text = b"".join(map(tokenizer.token_bytes, ids)).decode()
     assert text == 'user hicall {"a": 1}'
 

@@ -14,7 +14,7 @@ import pytest
 
 from llmsrv.api.gate import Gate
 from llmsrv.api.generation.output import ChoiceOutput
-from llmsrv.api.generation.output import TextRules
+from llmsrv.api.generation.output import OutputRules
 from llmsrv.config import Config
 from llmsrv.engine.client import EngineClient
 from llmsrv.engine.client import EngineState
@@ -238,7 +238,7 @@ def test_thoughts_and_their_tags_are_counted_by_token_however_they_come(
     tokenizer = text_model.tokenizer
     of_thoughts = tokenizer.encode(thoughts, parse_special=False)
     ids = of_thoughts + tokenizer.encode(answer, parse_special=False)
-    output = ChoiceOutput(0, tokenizer, TextRules(is_thinking=is_thinking))
+    output = ChoiceOutput(0, tokenizer, OutputRules(is_thinking=is_thinking))
     for first in range(0, len(ids), num_each):
         output.push(Tokens(0, 0, ids[first : first + num_each], [], []))
     assert output.num_thought_tokens == len(of_thoughts)

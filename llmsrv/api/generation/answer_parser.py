@@ -1,0 +1,79 @@
+"""Splits the text of one choice into thoughts, text for the reader, and tool calls, as it comes."""
+
+from dataclasses import dataclass
+from dataclasses import field
+
+from llmsrv.api.generation.tools import ToolUse
+from llmsrv.text.reasoning import CLOSING
+from llmsrv.text.reasoning import OPENING
+from llmsrv.text.reasoning import ReasoningParser
+from llmsrv.text.tokenizer import Tokenizer
+from llmsrv.text.tool_calls import CallDelta
+
+
+@dataclass
+class ToolCallDelta:
+    """A piece of a tool call.  id, name: only with the call's first piece."""
+
+    index: int
+    arguments: str
+    id: str | None = None
+    name: str | None = None
+
+
+@dataclass
+class AnswerParts:
+    thought: str = ""
+    text: str = ""
+    tool_calls: list[ToolCallDelta] = field(default_factory=list)
+
+
+class AnswerParser:
+    """How the text is cut into pieces does not matter.  num_tool_calls: so far."""
+
+    def __init__(self, tools: ToolUse | None = None, is_thinking: bool | None = None) -> None:
+        """is_thinking: True if the prompt already opened the thinking block; None if the model does
+        not think."""
+        self.reasoning = None if is_thinking is None else ReasoningParser(is_thinking)
+        self._tools = tools
+        self._tool_calls = tools.parser() if tools else None
+
+    @property
+    def num_tool_calls(self) -> int:
+        return self._tool_calls.num_calls if self._tool_calls else 0
+
+    def push(self, text: str, is_last: bool = False, cut_off: str = "") -> AnswerParts:
+        """Takes the next text.  With the last, everything that was held back comes out.
+
+        cut_off: after the last text, as in ReasoningParser.flush()."""
+        parts = AnswerParts(text=text)
+        if self.reasoning:
+            parts.thought, parts.text = self.reasoning.push(text)
+            if is_last:
+                thought, text = self.reasoning.flush(cut_off)
+                parts.thought += thought
+                parts.text += text
+        if self._tool_calls:
+            parts.text, calls = self._tool_calls.push(parts.text)
+            if is_last:
+                text, further_calls = self._tool_calls.flush()
+                parts.text += text
+                calls += further_calls
+            parts.tool_calls = [self._with_id(call) for call in calls]
+        return parts
+
+    def _with_id(self, call: CallDelta) -> ToolCallDelta:
+        assert self._tools is not None
+        id = None if call.name is None else self._tools.new_call_id()
+        return ToolCallDelta(call.index, call.arguments, id, call.name)
+
+
+def visible_special_tokens(
+    tokenizer: Tokenizer, tools: ToolUse | None, is_thinking: bool | None
+) -> frozenset[int]:
+    """Special tokens whose text the parser needs to see."""
+    texts = [] if is_thinking is None else [OPENING, CLOSING]
+    if tools:
+        texts += [tools.format.opening, tools.format.closing, "[ARGS]", "[CALL_ID]"]
+    special = tokenizer.special_tokens
+    return frozenset(special[text] for text in texts if text in special)
