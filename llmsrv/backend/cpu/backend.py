@@ -165,7 +165,7 @@ class CPUPlan(Plan):
         self._layout = layout
         self._tick = tick
         self._memory = Memory(library)
-        self._operations = (OperationStruct * len(layout.steps))(*layout.steps)
+        self._operations = (OperationStruct * len(layout.operations))(*layout.operations)
         self._ids, self._positions, self._sequences, self._logit_rows = self._memory.array(
             (4, limits.max_rows), np.int32
         )

@@ -1,7 +1,6 @@
-"""Embed on the CPU backend: the rows of a table that a step asks for, as the file has them.
+"""Embed on the CPU backend: dequantizes the rows of a table, which stays as it is in the file.
 
-Types that the kernels know are taken apart in C (embed.c, which has the same structure), the others
-by numpy.
+embed.c handles the types that the kernels know, numpy the others.  EmbeddingStruct mirrors embed.c.
 """
 
 import ctypes

@@ -1,6 +1,6 @@
-"""The C library of kernels/cpu: its structures as ctypes sees them, and memory that it allocates.
+"""The C library of kernels/cpu: its structures and functions for ctypes, and memory it allocates.
 
-Mirrors plan.h and linear_formats.h; whoever changes one changes the other.
+Mirrors plan.h and linear_formats.h: change both together.
 """
 
 import ctypes
@@ -16,8 +16,8 @@ import numpy.typing as npt
 from llmsrv.backend.arrays import Array
 from llmsrv.errors import StartupError
 
-GROUP_ROWS = 16  # of a group of weights
-KV_CHUNK = 256  # positions in a step of attention
+GROUP_ROWS = 16  # rows in a group of weights
+KV_CHUNK = 256  # positions in a chunk of attention
 MAX_HEAD_DIM = 512
 PAGE = 4096
 HUGE_PAGE_BYTES = 2 << 20
@@ -84,7 +84,7 @@ class OperationStruct(ctypes.Structure):
 
 
 class BatchStruct(ctypes.Structure):
-    """Batch of plan.h."""
+    """Batch in plan.h."""
 
     _fields_ = [
         ("num_rows", int32),
@@ -148,7 +148,7 @@ FUNCTIONS: dict[str, tuple[Any, Sequence[Any]]] = {
 
 
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Gives the functions of the library their types."""
+    """Sets the argument and result types of the library's functions."""
     for name, (result, arguments) in FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
@@ -156,7 +156,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 class Memory:
-    """Zeroed arrays at addresses that never change; given back when the last view of it is gone."""
+    """Allocates zeroed arrays at fixed addresses; an array is freed when its last view is gone."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -164,7 +164,7 @@ class Memory:
     def array(
         self, shape: tuple[int, ...], dtype: npt.DTypeLike, wants_huge_pages: bool = False
     ) -> Array:
-        """Raises StartupError when there is not so much."""
+        """Raises StartupError if the system has too little memory."""
         dtype = np.dtype(dtype)
         size = -(-max(prod(shape) * dtype.itemsize, 1) // PAGE) * PAGE
         address = self._library.llmsrv_allocate(size, wants_huge_pages)
@@ -182,9 +182,8 @@ def address_of(array: Array) -> int:
 
 
 def drop_pages(data: Array) -> None:
-    """Tells the system that the bytes of a mapped file are not needed now, nor what reading them
-    mapped around them: they are read again when they are.  Of arrays that are no mapping nothing
-    changes."""
+    """Lets the system drop the pages of a mapped file that hold `data`, and those that read-ahead
+    mapped around them; they are read again on the next access.  A no-op for other arrays."""
     base: Any = data
     while isinstance(base, np.ndarray):
         base = base.base

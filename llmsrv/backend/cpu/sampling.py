@@ -1,6 +1,6 @@
-"""Sampling on the CPU backend: the rows of a step in one call of the C library (sample.c).
+"""Sampling on the CPU backend: all rows of a step in one call of the C library (sample.c).
 
-Mirrors sample.h; whoever changes one changes the other.
+Mirrors sample.h: change both together.
 """
 
 import ctypes
@@ -23,14 +23,14 @@ from llmsrv.backend.sampling.table import SamplingTable
 ARRAYS = "bias_ids bias_values end_ids allowed grammar in_prompt counts".split()
 LENGTHS = "num_biases num_end_ids min_tokens num_grammar_rows".split()
 
-# Extras of sample.h
+# Extras in sample.h
 ADDRESSES = np.dtype(
     [*((name, np.uint64) for name in ARRAYS), *((name, np.int32) for name in LENGTHS)]
 )
 
 
 class SamplingStruct(ctypes.Structure):
-    """Sampling of sample.h."""
+    """Sampling in sample.h."""
 
     _fields_ = [
         ("logits", pointer),
@@ -53,10 +53,10 @@ class SamplingStruct(ctypes.Structure):
 
 
 class CPUSamplingTable(SamplingTable):
-    """A sampling table whose extras C finds by their addresses.
+    """A sampling table that also stores the addresses of its extras for C.
 
-    addresses     [max_slots] of ADDRESSES; it never moves
-    num_logprobs  those of the parameters
+    addresses     [max_slots] of ADDRESSES; never reallocated
+    num_logprobs  [max_slots], a copy of that parameter
     """
 
     def __init__(self, max_slots: int, vocab_size: int) -> None:
@@ -73,13 +73,13 @@ class CPUSamplingTable(SamplingTable):
     ) -> None:
         super().set(slot, parameters, prompt_ids, output_ids)
         self.num_logprobs[slot] = int(self.parameters[slot]["num_logprobs"])
-        self._note_addresses(slot)
+        self._update_addresses(slot)
 
     def set_grammar(self, slot: int, mask: Mask | None) -> None:
         super().set_grammar(slot, mask)
-        self._note_addresses(slot)
+        self._update_addresses(slot)
 
-    def _note_addresses(self, slot: int) -> None:
+    def _update_addresses(self, slot: int) -> None:
         extras = self.extras.get(slot)
         if extras is None:
             self.addresses[slot] = 0
@@ -92,7 +92,7 @@ class CPUSamplingTable(SamplingTable):
 
 
 class Sampler:
-    """The arrays of a call, laid out once, and the call."""
+    """The arguments of llmsrv_sample, laid out once, and the call itself."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Sampler:
         limits: Limits,
         table: CPUSamplingTable,
     ) -> None:
-        """plan is the address of PlanStruct; logits [max_logit_rows, stride] never moves."""
+        """plan: the address of PlanStruct; logits: [max_logit_rows, stride], never reallocated."""
         self._call = library.llmsrv_sample
         self._plan = plan
         self._table = table
@@ -132,7 +132,7 @@ class Sampler:
     def sample(
         self, slots: Array, output_positions: Array, targets: Array | None, drafts: Array | None
     ) -> Samples:
-        """As Plan.sample."""
+        """See Plan.sample."""
         num_rows, struct = len(slots), self._struct
         self._slots[:num_rows] = slots
         self._output_positions[:num_rows] = output_positions
@@ -149,7 +149,7 @@ class Sampler:
         return Samples(self.ids[:num_rows].copy(), self._logprobs[:num_rows].copy(), alternatives)
 
     def _call_for_alternatives(self, counts: list[int], width: int) -> list[tuple[Array, Array]]:
-        """counts: how many each row wants, `width` at most."""
+        """counts: the number of alternatives for each row, at most `width`."""
         ids = np.empty((len(counts), width), np.int32)
         logprobs = np.empty((len(counts), width), np.float32)
         self._struct.num_alternatives = width

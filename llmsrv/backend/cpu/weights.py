@@ -1,7 +1,6 @@
-"""Weights in the groups of linear_formats.h: each thread's in one stretch, in the order in which
-they are executed.
+"""Packs weights into the groups of linear_formats.h: one region a thread, in order of execution.
 
-The values are those of the file.  Types that the products do not know become float32.
+Values stay as they are in the file.  Types without kernels become float32.
 """
 
 import ctypes
@@ -25,15 +24,17 @@ from llmsrv.backend.program import Tensor
 from llmsrv.backend.quants.ggml_types import dequantize
 
 ALIGNMENT = 64
-# Products fetch this far ahead of what they read, and may run over the end of a stretch.
+# Products prefetch this far ahead, which may be beyond the end of a region.
 MARGIN_BYTES = 16384
-# What is packed at once, and then dropped of the mapped file.
+# Values packed at once; then their pages of the mapped file are dropped.
 PIECE_VALUES = 1 << 20
 
 
 class Stack(NamedTuple):
-    """The weights of a product, one below the other.  is_paired: two tensors alike, whose groups of
-    rows lie in turn."""
+    """The weights of a product, stacked along rows.
+
+    is_paired: two tensors of the same format and shape, whose groups of rows alternate
+    """
 
     tensors: tuple[Tensor, ...]
     is_paired: bool = False
@@ -44,7 +45,7 @@ class Stack(NamedTuple):
 
 
 class Weights:
-    """Packs the stacked weights of products into one stretch of memory a thread."""
+    """Packs the stacked weights of products into one region of memory for each thread."""
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class Weights:
         self._num_threads = num_threads
         self._tick = tick
         self._parts: dict[tuple[str, ...], ctypes.Array[WeightPart]] = {}
-        self._kept: list[object] = []  # what the parts point at
+        self._kept: list[object] = []  # what the parts point to
         sizes = [0] * num_threads
         for stack in stacks:
             for format, _, rows, columns in _runs(stack.tensors):
@@ -66,7 +67,7 @@ class Weights:
                     groups = bounds[thread + 1] - bounds[thread]
                     sizes[thread] += _aligned(groups * self._group_bytes(format, columns))
         memory = Memory(library)
-        self._stretches = [
+        self._regions = [
             memory.array((size + MARGIN_BYTES,), np.uint8, wants_huge_pages=True) for size in sizes
         ]
         self._used = [0] * num_threads
@@ -82,7 +83,7 @@ class Weights:
         return size
 
     def _bounds(self, rows: int, is_paired: bool) -> list[int]:
-        """Where each thread's groups begin, and the last one's end."""
+        """Each thread's first group, and the end of the last thread's."""
         unit = 1 + is_paired
         units, threads = -(-rows // (GROUP_ROWS * unit)), self._num_threads
         return [units * thread // threads * unit for thread in range(threads + 1)]
@@ -96,7 +97,7 @@ class Weights:
             groups = np.zeros(self._num_threads, np.uint64)
             size = self._group_bytes(format, columns)
             for thread in range(self._num_threads):
-                groups[thread] = address_of(self._stretches[thread]) + self._used[thread]
+                groups[thread] = address_of(self._regions[thread]) + self._used[thread]
                 self._used[thread] += _aligned(int(bounds[thread + 1] - bounds[thread]) * size)
             part.format = FORMATS[format]
             part.rows, part.columns, part.first_column = rows, columns, first_column
@@ -104,7 +105,8 @@ class Weights:
             self._kept += [bounds, groups]
             if stack.is_paired:
                 for i, tensor in enumerate(tensors):
-                    self._pack(format, [tensor], columns, bounds // 2, groups + i * size, every=2)
+                    first = groups + i * size
+                    self._pack(format, [tensor], columns, bounds // 2, first, group_stride=2)
             else:
                 self._pack(format, tensors, columns, bounds, groups)
             first_column += rows
@@ -118,9 +120,9 @@ class Weights:
         columns: int,
         bounds: Array,
         groups: Array,
-        every: int = 1,
+        group_stride: int = 1,
     ) -> None:
-        """Each thread's rows of the tensors, one below the other, to groups `every` apart."""
+        """Packs each thread's rows of the stacked tensors into groups `group_stride` apart."""
 
         def pack(tensor: Tensor, start: int, first: int, end: int, thread: int) -> None:
             data = tensor.data.reshape(tensor.shape[0], -1)[first - start : end - start]
@@ -132,7 +134,7 @@ class Weights:
                 rows.strides[0],
                 len(rows),
                 first - GROUP_ROWS * int(bounds[thread]),
-                every,
+                group_stride,
                 int(groups[thread]),
             )
             drop_pages(data)
@@ -146,8 +148,8 @@ class Weights:
 def _pieces(
     tensors: Sequence[Tensor], bounds: Sequence[int]
 ) -> Iterator[tuple[Tensor, int, int, int, int]]:
-    """Tensors that lie one below the other, cut where threads' rows begin, and small: the tensor,
-    the row where it starts, first and end of the piece's rows, the thread."""
+    """Stacked tensors, cut into small pieces that each belong to one thread: the tensor, its first
+    row in the stack, the piece's first and end row in the stack, the thread."""
     start = 0
     for tensor in tensors:
         step = max(1, PIECE_VALUES // tensor.shape[1])
@@ -159,7 +161,7 @@ def _pieces(
 
 
 def _runs(stack: Sequence[Tensor]) -> Iterator[tuple[str, list[Tensor], int, int]]:
-    """Neighbours of one format: the format, the tensors, their rows together, their columns."""
+    """Runs of neighbours of one format: the format, the tensors, total rows, columns."""
     run: list[Tensor] = []
     for tensor in stack:
         if run and format_of(run[0]) != format_of(tensor):
@@ -174,12 +176,12 @@ def _aligned(size: int) -> int:
 
 
 def format_of(tensor: Tensor) -> str:
-    """The format that the tensor is packed to: its own type, or float32."""
+    """The format the tensor is packed to: its own type, or float32."""
     return tensor.type if tensor.type in FORMATS else "F32"
 
 
 def _converted(type: str, data: Array, columns: int, format: str) -> Array:
-    """Rows of a tensor [rows, bytes]; of a type that has no format their values as float32."""
+    """Rows of a tensor, [rows, bytes]; as float32 if its type has no kernel."""
     if type == format:
         return data
     values = np.empty((len(data), columns), np.float32)
