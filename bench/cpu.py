@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.machine import describe
-from bench.machine import rss_mb
+from bench.machine import pss_mb
 from bench.reference import batch
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
@@ -92,7 +92,7 @@ def main() -> None:
     products = sum(
         t.shape[0] * t.shape[1] for op in program.operations for t in getattr(op, "weights", ())
     ) - program.vocab_size * program.buffers["hidden"]
-    rss = rss_mb(os.getpid())
+    rss = pss_mb(os.getpid())
     roofs = Roofs(backend, weights)
     results = [measure(plan, roofs, weights, products) for _ in range(arguments.runs)]
     print(f"load {load_s:.2f} s, {rss:.0f} MB resident, {weights / 1e6:.1f} MB of weights")

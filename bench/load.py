@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from bench.machine import describe
-from bench.machine import rss_mb
+from bench.machine import pss_mb
 from bench.reference import LIMITS
 from llmsrv.backend.choose import run_on_backend
 from llmsrv.config import DEFAULT_MODEL
@@ -68,7 +68,7 @@ def in_a_process(stage: str, path: Path, backend: str) -> list[float]:
 def in_server(path: Path, _backend: str) -> list[float]:
     model, open_s = timed(lambda: open_model(path))
     tokenizer, tokenizer_s = timed(lambda: load_tokenizer(model, default_cache_dir()))
-    return [open_s, tokenizer_s, rss_mb(os.getpid())]
+    return [open_s, tokenizer_s, pss_mb(os.getpid())]
 
 
 def in_engine(path: Path, backend: str) -> list[float]:
@@ -81,7 +81,7 @@ def in_engine(path: Path, backend: str) -> list[float]:
             lambda each: each.compile(model.program, LIMITS, lambda: None),
         )
     )
-    return [program_s, compile_s, rss_mb(os.getpid())]
+    return [program_s, compile_s, pss_mb(os.getpid())]
 
 
 def timed(work: Callable[[], T]) -> tuple[T, float]:

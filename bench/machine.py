@@ -1,7 +1,8 @@
-"""What every benchmark prints first: the machine, the command, and when."""
+"""Describes the machine and the command, which every benchmark prints first; measures processes."""
 
 import os
 import platform
+import shlex
 import sys
 from datetime import UTC
 from datetime import datetime
@@ -9,30 +10,30 @@ from pathlib import Path
 
 
 def describe() -> str:
-    """One line on the machine, one with the command."""
+    """Two lines: the date and the machine; the command."""
     now = datetime.now(UTC).strftime("%Y-%m-%d")
     return (
         f"{now}, {_cpu()}, {os.cpu_count()} cores, {_memory_gib()} GiB, "
         f"{platform.system()}, Python {platform.python_version()}\n"
-        f"$ python -m bench.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}"
+        f"$ python -m bench.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}"
     )
 
 
-def rss_mb(pid: int) -> float:
-    """Resident memory of a process in MB, its share of pages it shares with others (PSS)."""
+def pss_mb(pid: int) -> float:
+    """Resident memory of a process in MB; a shared page counts in proportion (PSS)."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) / 1000
     raise ValueError("no Pss in smaps_rollup")
 
 
-def cpu_s_below(pid: int) -> float:
-    """CPU time so far of the processes that the main thread of this one has started, and theirs."""
+def descendants_cpu_s(pid: int) -> float:
+    """CPU time so far of the children that the process's main thread started, and of theirs."""
     seconds = 0.0
     for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
         fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
         ticks = int(fields[11]) + int(fields[12])  # proc(5): utime and stime
-        seconds += ticks / os.sysconf("SC_CLK_TCK") + cpu_s_below(child)
+        seconds += ticks / os.sysconf("SC_CLK_TCK") + descendants_cpu_s(child)
     return seconds
 
 

@@ -18,7 +18,7 @@ import time
 import numpy as np
 
 from bench.machine import describe
-from bench.machine import rss_mb
+from bench.machine import pss_mb
 from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Batch
 from llmsrv.backend.base import Limits
@@ -69,7 +69,7 @@ def measure() -> list[float]:
     decode(plan, 1, 4)  # the first pages and threads
     alone = OUTPUT_TOKENS / decode(plan, 1, OUTPUT_TOKENS)
     together = 8 * OUTPUT_TOKENS / decode(plan, 8, OUTPUT_TOKENS)
-    return [load_s, prefill(plan), alone, together, rss_mb(os.getpid())]
+    return [load_s, prefill(plan), alone, together, pss_mb(os.getpid())]
 
 
 def prefill(plan: Plan) -> float:

@@ -1,15 +1,16 @@
-"""How the server does under load, seen from its clients: tokens a second, time to the first token,
-time between tokens.
+"""How a server performs under load, as its clients see it: output tokens per second, time to the
+first token, time between tokens.
 
 python -m bench.serve [--streams 1,4,8,16,32] [--prompt 131] [--output 64] [--rounds 3]
-                      [--arriving 1000] [--url URL --model NAME] [--json PATH] [--plot PATH]
-                      [-- server options]
+                      [--arriving 1000] [--again] [--url URL --model NAME] [--json PATH]
+                      [--plot PATH] [-- server options]
 
-Each stream is a connection of its own; prompts are random words, distinct, so that no prefix cache
-helps.  With --arriving each line is followed by one that begins with "+": the same streams, while
-further prompts of so many words are sent, one after the other.  With --again every round is sent
-twice, and the second time counts: its prompts are in the prefix cache.  With --url another server
-is measured.
+Each stream has its own connection.  Every prompt is a different sequence of random words, so that
+no prefix cache helps.  With --again each round is sent twice and only the second time counts: its
+prompts are in the prefix cache.
+
+With --arriving a second line follows each line, marked "+": the same streams while other clients
+send prompts of this many words, one after the other.
 """
 
 import argparse
@@ -20,26 +21,26 @@ import random
 import socket
 import statistics
 import struct
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import field
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from bench.machine import describe
 from bench.results import add_options
-from bench.results import write
-
-ROOT = Path(__file__).parent.parent
+from bench.results import write_results
+from bench.servers import run_llmsrv
 
 
 @dataclass
-class Result:
-    """What one round of requests saw; times in seconds."""
+class RoundResult:
+    """What the clients of one round saw.
+
+    first_s    from each request to its first event
+    between_s  from each event to the next; with speculation an event may carry several tokens
+    """
 
     wall_s: float = 0.0
     num_tokens: int = 0
@@ -48,31 +49,35 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
+    """The requests to send, and where."""
+
     url: str
     model: str
     num_prompt_words: int
     num_output_tokens: int
 
 
-async def one_request(load: Load, words: random.Random, result: Result) -> None:
-    prompt = " ".join(words.choice(WORDS) for _ in range(load.num_prompt_words))
+async def send_request(workload: Workload, words: random.Random, result: RoundResult) -> None:
+    """Streams one completion and adds its times to `result`."""
+    prompt = " ".join(words.choice(WORDS) for _ in range(workload.num_prompt_words))
     body = json.dumps(
         {
-            "model": load.model,
+            "model": workload.model,
             "prompt": prompt,
-            "max_tokens": load.num_output_tokens,
+            "max_tokens": workload.num_output_tokens,
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
         }
     ).encode()
-    parts = urlsplit(load.url)
+    parts = urlsplit(workload.url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
-    reset_at_once = struct.pack("ii", 1, 0)  # when this is cancelled, so that the server stops
-    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset_at_once)
+    # If this task is cancelled, close by a reset, so that the server notices at once and stops.
+    linger_0_s = struct.pack("ii", 1, 0)
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_0_s)
     with contextlib.closing(writer):
-        begun_s = last_s = time.perf_counter()
+        last_s = time.perf_counter()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + body)
@@ -84,101 +89,111 @@ async def one_request(load: Load, words: random.Random, result: Result) -> None:
                 last_s = now_s
                 num_events += 1
             elif line.startswith(b"HTTP/1.1 ") and b" 200 " not in line:
-                raise SystemExit(f"the server says {line.decode()}{(await reader.read()).decode()}")
-    result.num_tokens += load.num_output_tokens
-    result.wall_s = max(result.wall_s, time.perf_counter() - begun_s)
+                raise SystemExit(f"error: {line.decode()}{(await reader.read()).decode()}")
+    result.num_tokens += workload.num_output_tokens
 
 
-async def one_round(load: Load, num_streams: int, round: int, num_arriving: int = 0) -> Result:
-    """num_arriving: words of the prompts that are sent beside the streams; 0: there are none."""
-    result = Result()
+async def run_round(
+    workload: Workload, num_streams: int, round_index: int, num_arriving_words: int = 0
+) -> RoundResult:
+    """Sends one request on each of num_streams connections at once.
+
+    round_index         seeds the prompts
+    num_arriving_words  length of the prompts that another client sends meanwhile; 0: none
+    """
+    result = RoundResult()
 
     async def stream(number: int) -> None:
-        await one_request(load, random.Random(f"{round} {num_streams} {number}"), result)
+        await send_request(workload, random.Random(f"{round_index} {num_streams} {number}"), result)
 
-    async def arrive() -> None:
-        words = random.Random(f"{round} {num_streams} arriving")
-        while num_arriving:
-            await one_request(Load(load.url, load.model, num_arriving, 1), words, Result())
+    async def send_arriving() -> None:
+        words = random.Random(f"{round_index} {num_streams} arriving")
+        arriving_prompt = Workload(workload.url, workload.model, num_arriving_words, 1)
+        while num_arriving_words:
+            await send_request(arriving_prompt, words, RoundResult())
 
-    arriving = asyncio.create_task(arrive())
-    begun_s = time.perf_counter()
+    arriving = asyncio.create_task(send_arriving())
+    start_s = time.perf_counter()
     await asyncio.gather(*(stream(number) for number in range(num_streams)))
-    result.wall_s = time.perf_counter() - begun_s
+    result.wall_s = time.perf_counter() - start_s
     arriving.cancel()
     await asyncio.wait({arriving})
     return result
 
 
-def figures(results: list[Result]) -> dict[str, float]:
-    """Medians over the rounds; the 99th percentile over all of them."""
+def summarize(results: list[RoundResult]) -> dict[str, float]:
+    """Medians over the rounds; the 99th percentile is that of all rounds together."""
     between_s = sorted(s for r in results for s in r.between_s)
     return {
         "output tok/s": statistics.median(r.num_tokens / r.wall_s for r in results),
         "first token, ms": 1e3 * statistics.median(s for r in results for s in r.first_s),
-        "between, p50 ms": 1e3 * between_s[len(between_s) // 2],
-        "between, p99 ms": 1e3 * between_s[len(between_s) * 99 // 100],
+        "inter-token p50, ms": 1e3 * between_s[len(between_s) // 2],
+        "inter-token p99, ms": 1e3 * between_s[len(between_s) * 99 // 100],
     }
 
 
-@contextlib.contextmanager
-def our_server(options: list[str]) -> Iterator[str]:
-    """Starts llmsrv on a free port; yields its URL."""
-    process = subprocess.Popen(
-        [sys.executable, "llmsrv.py", "--port", "0", *options],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        print(line := process.stdout.readline().strip())
-        yield line.partition("ready at ")[2].partition(" ")[0]
-    finally:
-        process.terminate()
-        process.wait()
+def measure(
+    workload: Workload, num_streams: int, rounds: int, num_arriving_words: int, is_cached: bool
+) -> dict[str, float]:
+    """is_cached: each round's prompts are sent once before the round that counts."""
+    results = []
+    for i in range(rounds):
+        if is_cached:
+            asyncio.run(run_round(workload, num_streams, i))
+        results.append(asyncio.run(run_round(workload, num_streams, i, num_arriving_words)))
+    return summarize(results)
 
 
 def main() -> None:
     own = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
     server_options = sys.argv[len(own) + 2 :]
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--streams", default="1,4,8,16,32")
-    parser.add_argument("--prompt", type=int, default=131, help="words, about as many tokens")
-    parser.add_argument("--output", type=int, default=64, help="tokens")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--arriving", type=int, default=0, help="words of prompts beside them")
-    parser.add_argument("--again", action="store_true", help="prompts sent before")
-    parser.add_argument("--url")
-    parser.add_argument("--model", default="SmolLM2-135M-Instruct")
-    add_options(parser)
-    options = parser.parse_args(own)
+    options = parse(own)
     print(describe())
-    server = contextlib.nullcontext(options.url) if options.url else our_server(server_options)
+    server = contextlib.nullcontext(options.url) if options.url else run_llmsrv(server_options)
     with server as url:
-        load = Load(url, options.model, options.prompt, options.output)
-        asyncio.run(one_round(load, 1, -1))
+        workload = Workload(url, options.model, options.prompt, options.output)
+        asyncio.run(run_round(workload, 1, -1))  # warm up
         rows: list[dict[str, Any]] = []
-        print("streams  output tok/s  first token, ms  between, p50  between, p99")
+        print("streams  output tok/s  first token, ms  inter-token p50, ms  p99, ms")
         for num_streams in map(int, options.streams.split(",")):
-            for num_arriving in sorted({0, options.arriving}):
-                results = []
-                for round in range(options.rounds):
-                    if options.again:
-                        asyncio.run(one_round(load, num_streams, round))
-                    results.append(
-                        asyncio.run(one_round(load, num_streams, round, num_arriving))
-                    )
-                arriving = "+" * bool(num_arriving)
-                found = figures(results)
-                rows.append({"server": options.model + arriving, "streams": num_streams, **found})
-                rate, first_ms, p50_ms, p99_ms = found.values()
-                label = arriving + str(num_streams)
+            for num_words in sorted({0, options.arriving}):
+                summary = measure(workload, num_streams, options.rounds, num_words, options.again)
+                mark = "+" * bool(num_words)
+                rows.append({"server": options.model + mark, "streams": num_streams, **summary})
+                rate, first_ms, p50_ms, p99_ms = summary.values()
+                label = f"{mark}{num_streams}"
                 print(
-                    f"{label:>7} {rate:14.1f} {first_ms:15.1f} {p50_ms:12.2f} {p99_ms:12.2f}",
+                    f"{label:>7} {rate:13.1f} {first_ms:16.1f} {p50_ms:20.2f} {p99_ms:8.2f}",
                     flush=True,
                 )
-    write(options, rows)
+    write_results(options, rows)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        epilog="Options after -- are those of the llmsrv that is started if there is no --url."
+    )
+    add_workload_options(parser, rounds=3)
+    parser.add_argument(
+        "--arriving",
+        type=int,
+        default=0,
+        help="also measure while prompts of this many words arrive",
+    )
+    parser.add_argument("--again", action="store_true", help="measure with cached prompts")
+    parser.add_argument("--url", help="of a server that runs already")
+    parser.add_argument("--model", default="SmolLM2-135M-Instruct")
+    add_options(parser)
+    return parser.parse_args(arguments)
+
+
+def add_workload_options(
+    parser: argparse.ArgumentParser, rounds: int, streams: str = "1,4,8,16,32"
+) -> None:
+    parser.add_argument("--streams", default=streams, help="numbers of simultaneous requests")
+    parser.add_argument("--prompt", type=int, default=131, help="words, about as many tokens")
+    parser.add_argument("--output", type=int, default=64, help="tokens")
+    parser.add_argument("--rounds", type=int, default=rounds)
 
 
 # Frequent words that are one token each in most vocabularies.

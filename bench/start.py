@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 from bench.machine import describe
-from bench.machine import rss_mb
+from bench.machine import pss_mb
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +38,7 @@ def start(options: list[str]) -> tuple[float, float, float]:
             raise SystemExit("the server ended before it was ready")
         ready_s = time.perf_counter() - begun_s
         complete(match[1], match[2])
-        return ready_s, rss_mb(process.pid), rss_mb(engine_pid(process.pid))
+        return ready_s, pss_mb(process.pid), pss_mb(engine_pid(process.pid))
     finally:
         process.terminate()
         process.wait()
