@@ -1,8 +1,8 @@
 """The reference backend: every operation in plain numpy and float32, one after the other.
 
-What the tests believe; fast only where that costs no clarity.  Weights become float32 when the
-program is laid out; a buffer is whatever array the operation before left under its name.  Promises
-the same greedy tokens alone and in any batch, not the same bits.
+The tests take its results as correct; it is fast only where that costs no clarity.  Weights become
+float32 when a program is compiled.  A buffer is the array that an operation last stored under its
+name.  It promises the same greedy tokens alone and in any batch, but not the same bits.
 """
 
 from collections.abc import Callable
@@ -57,8 +57,8 @@ from llmsrv.backend.sampling.samples import Samples
 from llmsrv.backend.sampling.table import SamplingTable
 from llmsrv.errors import StartupError
 
-# Up to here OpenBLAS is faster at W @ x.T than at x @ W.T, by a third at 8 rows (0.3.31, AVX-512,
-# the shapes of SmolLM2-135M); above they are equal.
+# Up to this many rows OpenBLAS computes W @ x.T faster than x @ W.T, by a third at 8 rows (0.3.31,
+# AVX-512, the shapes of SmolLM2-135M); beyond, both are equally fast.
 FEW_ROWS = 32
 
 Stack = tuple[Tensor, ...]
@@ -106,8 +106,8 @@ class ReferencePlan(Plan):
         for stack in _stacks(program):
             if _names(stack) not in self.weights:
                 self.weights[_names(stack)] = _stacked(stack, tick)
-        # All layers of a block lie together, and the zeros are not touched yet: the caches take
-        # memory as blocks come into use.
+        # All layers of a block are adjacent, and the zeros are not touched yet: the caches take up
+        # memory only as blocks are used.
         shape = limits.num_blocks, program.num_layers, BLOCK_SIZE
         self.k_cache = np.zeros((*shape, program.num_kv_heads, program.head_dim), np.float32)
         self.v_cache = np.zeros((*shape, program.num_kv_heads, program.head_dim), np.float32)
@@ -119,11 +119,11 @@ class ReferencePlan(Plan):
             *self.k_cache.shape[1:]
         )
         self.sampling = SamplingTable(limits.max_slots, program.vocab_size)
-        # Of the last step.
+        # The results of the last step.
         self.buffers: dict[str, Floats] = {}
         self.sampled = np.zeros(limits.max_logit_rows, np.int32)
 
-    @np.errstate(all="ignore")  # what overflows stays in its row, and sampling reports it
+    @np.errstate(all="ignore")  # an overflow stays in its row, and sampling reports it
     def forward(self, batch: Batch) -> None:
         for operation in self.program.operations:
             self._run(operation, batch)
@@ -212,7 +212,7 @@ class ReferencePlan(Plan):
         self.v_cache[block, operation.layer, offset] = heads[:, k_end:]
 
     def _norm_heads(self, heads: Floats, weight: Tensor | None, eps: float) -> None:
-        """In place, over as many values at a time as there are weights: a head, or all of them."""
+        """Normalizes in place: each head separately, or all heads together, as `weight` is long."""
         if weight is not None:
             values = self.weights[_names((weight,))]
             x = heads.reshape(len(heads), -1, len(values))
@@ -240,7 +240,7 @@ class ReferencePlan(Plan):
         logits = self._product(x, (operation.router,))
         chosen, weights = route(logits, operation.num_chosen, operation.normalise)
         total = np.zeros((len(x), operation.down[0].shape[0]), np.float32)
-        for rank in range(operation.num_chosen):  # best first, as each row's sum is defined
+        for rank in range(operation.num_chosen):  # best first: the contract defines the order
             for expert in np.unique(chosen[:, rank]).tolist():
                 rows = np.flatnonzero(chosen[:, rank] == expert)
                 gate_up = self._product(x[rows], operation.gate_up[expert])
@@ -251,12 +251,12 @@ class ReferencePlan(Plan):
 
 
 def _resolved(ids: Array, sampled: Array) -> Array:
-    """ids with each -1 - r replaced by what logit row r of the step before sampled."""
+    """ids with each -1 - r replaced by the id that logit row r sampled in the previous step."""
     return np.where(ids < 0, sampled[np.maximum(-1 - ids, 0)], ids)
 
 
 def _embedded(ids: Array, table: Tensor) -> Floats:
-    """Rows of the table, made float32 one by one: no second copy of a large table."""
+    """Rows of the table in float32; only these are dequantized, since the table may be large."""
     packed = table.data.reshape(table.shape[0], -1)[ids]
     rows = np.empty((len(ids), table.shape[1]), np.float32)
     dequantize(table.type, packed.reshape(-1), rows)
@@ -267,7 +267,7 @@ def _embedded(ids: Array, table: Tensor) -> Floats:
 
 
 def _stacks(program: Program) -> Iterator[Stack]:
-    """Every group of tensors that an operation uses as one array."""
+    """Every group of tensors that an operation uses as one stacked array."""
     for operation in program.operations:
         match operation:
             case Norm():
@@ -299,7 +299,7 @@ def _check_types(program: Program) -> None:
 
 
 def _stacked(stack: Stack, tick: Callable[[], None]) -> Floats:
-    """The tensors as float32, one below the other."""
+    """The tensors in float32, stacked by rows."""
     shape = sum(tensor.shape[0] for tensor in stack), *stack[0].shape[1:]
     out = np.empty(shape, np.float32)
     start = 0

@@ -1,6 +1,6 @@
-"""The arithmetic of the reference backend: functions of numpy arrays, which know nothing of plans.
+"""The arithmetic of the reference backend, as functions of numpy arrays that know nothing of plans.
 
-T rows, of whichever sequences; float32 in and out unless a docstring says otherwise.
+T is the number of rows, of any sequences.  Arrays are float32 unless a docstring says otherwise.
 """
 
 from collections.abc import Iterator
@@ -14,20 +14,21 @@ from llmsrv.backend.base import Batch
 from llmsrv.backend.program import Attention
 from llmsrv.backend.program import RopeAndStore
 
-# Rows of a long chunk that attend together: few, since none looks beyond the last of them and their
-# scores should stay in the cache; not too few, since k and v are gathered for each span.
+# Rows of a long chunk that attend together.  Few, since each row computes scores up to the position
+# of the last, and the scores should stay in the CPU's cache.  Not too few, since every span gathers
+# k and v.
 SPAN_ROWS = 128
 
 
 def norm(x: Floats, weight: Floats, eps: float) -> Floats:
-    """Over the last axis, which is as long as weight."""
+    """RMSNorm over the last axis, which is as long as weight."""
     mean_square = np.square(x).mean(axis=-1, keepdims=True)
     normed: Floats = x / np.sqrt(mean_square + np.float32(eps)) * weight
     return normed
 
 
 def gated(x: Floats, function: str) -> Floats:
-    """f(gate) * up of x [T, 2 * width], which is gate and up side by side."""
+    """f(gate) * up for x [T, 2 * width], gate and up side by side."""
     gate, up = np.split(x, 2, axis=1)
     return silu(gate) * up if function == "silu" else gelu(gate) * up
 
@@ -38,7 +39,7 @@ def silu(x: Floats) -> Floats:
 
 
 def gelu(x: Floats) -> Floats:
-    """By tanh.  Source: Hendrycks & Gimpel 2016, section 2."""
+    """The approximation by tanh.  Source: Hendrycks & Gimpel 2016, section 2."""
     inner = np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x * x * x)
     activated: Floats = np.float32(0.5) * x * (1 + np.tanh(inner))
     return activated
@@ -53,10 +54,10 @@ def softcapped(x: Floats, cap: float) -> Floats:
 
 
 def rotate_heads(heads: Floats, operation: RopeAndStore, batch: Batch) -> None:
-    """Turns all of heads [T, heads, head_dim] in place, each row by its position."""
+    """Rotates heads [T, heads, head_dim] in place, each row by its position."""
     if operation.frequencies is None:
         return
-    frequencies = operation.frequencies  # [rotary_dim / 2], or a line a row
+    frequencies = operation.frequencies  # [rotary_dim / 2], or [T, rotary_dim / 2]
     if operation.long_frequencies is not None:
         is_long = batch.is_long[batch.sequences][:, None]
         frequencies = np.where(is_long, operation.long_frequencies, frequencies)
@@ -67,15 +68,15 @@ def rotate_heads(heads: Floats, operation: RopeAndStore, batch: Batch) -> None:
 
 
 def _rotate(x: Floats, cos: Floats, sin: Floats, interleaved: bool) -> None:
-    """Turns the pairs of x [T, heads, head_dim] in place; cos, sin [T, 1, rotary_dim / 2]."""
+    """Rotates the pairs of x [T, heads, head_dim] in place; cos, sin [T, 1, rotary_dim / 2]."""
     half = cos.shape[-1]
     if interleaved:
         first, second = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
     else:
         first, second = x[..., :half], x[..., half : 2 * half]
-    turned = first * cos - second * sin
+    rotated = first * cos - second * sin
     second[...] = second * cos + first * sin
-    first[...] = turned
+    first[...] = rotated
 
 
 # ---- Attention
@@ -83,10 +84,10 @@ def _rotate(x: Floats, cos: Floats, sin: Floats, interleaved: bool) -> None:
 
 @dataclass(frozen=True)
 class Span:
-    """Some rows of one sequence, and the blocks of all that they see.
+    """Consecutive rows of one sequence, and the blocks with all positions that they attend to.
 
-    first  position of the first value in those blocks
-    end    one past the last position that is seen
+    first  the position at the start of the first block
+    end    one past the last position attended to
     """
 
     rows: slice
@@ -110,10 +111,10 @@ def spans(batch: Batch, window: int | None, block_size: int) -> Iterator[Span]:
 def attend(
     q: Floats, k: Floats, v: Floats, positions: Array, first: int, operation: Attention
 ) -> Floats:
-    """Causal attention of some rows of one sequence over its positions first .. first + C - 1.
+    """Causal attention of rows of one sequence over its positions first .. first + C - 1.
 
-    q  [T, num_heads, head_dim];  k, v  [C, num_kv_heads, head_dim];  positions  [T], first or later
-    Returns [T, num_heads, head_dim].  Head h reads kv head h // (num_heads / num_kv_heads).
+    q  [T, num_heads, head_dim];  k, v  [C, num_kv_heads, head_dim];  positions  [T], all >= first
+    Returns [T, num_heads, head_dim].  Head h uses kv head h // (num_heads / num_kv_heads).
     """
     num_rows, num_heads, head_dim = q.shape
     length, num_kv_heads, _ = k.shape
@@ -140,7 +141,7 @@ def attend(
 
 
 def route(logits: Floats, num_chosen: int, normalise: bool) -> tuple[Array, Floats]:
-    """The chosen experts of each row, best first, and their weights; both [T, num_chosen]."""
+    """The experts chosen for each row, best first, and their weights; both [T, num_chosen]."""
     chosen = np.argsort(-logits, axis=1, kind="stable")[:, :num_chosen]
     logits_chosen = np.take_along_axis(logits, chosen, axis=1)
     weights = np.exp(logits_chosen - logits_chosen[:, :1])
@@ -150,7 +151,7 @@ def route(logits: Floats, num_chosen: int, normalise: bool) -> tuple[Array, Floa
 
 
 def pooled(x: Floats, batch: Batch, kind: str) -> Floats:
-    """One row for each logit row, of the rows of its sequence up to itself."""
+    """One row for each logit row: the last, or the mean, of its sequence's rows up to itself."""
     if kind == "last":
         return x[batch.logit_rows]
     starts = np.searchsorted(batch.sequences, batch.sequences[batch.logit_rows])
