@@ -1,4 +1,4 @@
-"""How much memory a backend on the host may use: the machine's, or its cgroup's."""
+"""The memory that a backend on the host may use: the machine's, or its cgroup's."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def write(root: Path, files: dict[str, str]) -> Path:
         },
     ],
 )
-def test_the_least_limit_of_the_cgroups_holds(tmp_path: Path, files: dict[str, str]) -> None:
+def test_the_smallest_limit_of_the_cgroups_applies(tmp_path: Path, files: dict[str, str]) -> None:
     assert host_memory(write(tmp_path, files)) == MemoryLimit(
         1_000_000, "the cgroup", OVERHEAD_BYTES
     )
@@ -49,6 +49,6 @@ def test_the_least_limit_of_the_cgroups_holds(tmp_path: Path, files: dict[str, s
         {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": f"{2**62}\n"},
     ],
 )
-def test_without_a_limit_the_machine_is_the_limit(tmp_path: Path, files: dict[str, str]) -> None:
+def test_without_a_cgroup_limit_the_machine_limits(tmp_path: Path, files: dict[str, str]) -> None:
     limit = host_memory(write(tmp_path, files))
     assert limit.whose == "the machine" and 2**28 < limit.num_bytes < 2**50

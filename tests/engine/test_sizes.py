@@ -1,4 +1,4 @@
-"""How large an engine is made: by its mode, what was asked for, and the memory there is."""
+"""The sizes of an engine, from its mode, the options, the model and the memory."""
 
 import pytest
 
@@ -73,7 +73,7 @@ def test_sizes_follow_mode_options_model_and_memory(
         ({}, 0, ["only 0 tokens"]),
     ],
 )
-def test_what_cannot_be_had_together_is_refused_with_the_values(
+def test_options_that_conflict_or_do_not_fit_are_refused_with_their_values(
     fields: dict[str, object], fitting: int, named: list[str]
 ) -> None:
     with pytest.raises(StartupError) as error:
@@ -82,21 +82,21 @@ def test_what_cannot_be_had_together_is_refused_with_the_values(
         assert text in str(error.value)
 
 
-def test_a_larger_share_of_the_memory_holds_more() -> None:
+def test_a_larger_share_of_the_memory_holds_more_tokens() -> None:
     sizes = choose_sizes(
         config(mode="server", gpu_memory_utilization=1.0), 10**6, memory(100_000)
     )
     assert sizes.num_blocks * 16 > 125_000
 
 
-def test_engines_divide_what_the_weights_of_all_of_them_leave() -> None:
+def test_engines_divide_the_memory_that_all_their_weights_leave() -> None:
     both = config(mode="server", num_engines=2, other_weight_bytes=400_000 * 20_000)
     sizes = choose_sizes(both, 10**6, memory(10**6))
     assert 0.98 * 300_000 < sizes.num_blocks * 16 <= 300_000
     assert "9.00 GB of weights, shared by 2 models" in sizes.reason
 
 
-def test_weights_are_counted_once_and_each_program_has_a_cache_of_its_own() -> None:
+def test_a_shared_weight_counts_once_and_each_program_has_its_own_cache() -> None:
     table, other = (random_tensor(name, "F32", (4, 8)) for name in ("table", "other"))
     operations = Embed("x", table), Linear("logits", "x", (table, other))
     program = Program(operations, {}, 3, 8, 2, 64, vocab_size=100)

@@ -1,4 +1,4 @@
-"""An engine without its process, over a plan that notices every wrong block and position."""
+"""An engine core without its process, on a plan that detects every wrong block and position."""
 
 import time
 from collections.abc import Callable
@@ -22,7 +22,7 @@ GREEDY = Sampling(seed=0, temperature=0.0)
 
 
 class Engine:
-    """A core over a fake plan, and everything that its steps have reported."""
+    """An engine core on a fake plan, and everything that its steps have reported."""
 
     def __init__(
         self,
@@ -38,8 +38,8 @@ class Engine:
         make_draft_plan: Callable[[Limits], Plan] | None = None,
         is_pipelined: bool | None = None,
     ) -> None:
-        """draft_length: as Speculation has it; None without look-up.  make_draft_plan: the draft
-        model's, in place of look-up."""
+        """draft_length: as in Speculation; None: no prompt lookup.  make_draft_plan: makes the plan
+        of a draft model, which replaces prompt lookup."""
         limits = Limits(max_rows, max_sequences + spare_logit_rows, max_sequences, blocks + 1)
         self.plan = make_plan(limits)
         context_length = min(context, blocks * BLOCK_SIZE)
@@ -55,7 +55,7 @@ class Engine:
             is_pipelined=is_pipelined,
         )
         self.admitted: list[int] = []
-        self.num_cached: list[int] = []  # of each admission
+        self.num_cached: list[int] = []  # cached tokens of each admission
         self.outputs: dict[tuple[int, int], list[int]] = {}
         self.finished: dict[tuple[int, int], Finished] = {}
         self.failed: dict[int, Failed] = {}
@@ -93,7 +93,7 @@ class Engine:
         raise AssertionError(f"no end after {max_steps} steps")
 
     def assert_idle(self) -> None:
-        """free + used == total, and nothing used."""
+        """Asserts that no block is in use and none is lost."""
         cache = self.core._kv_cache
         assert cache.num_free == cache.num_total and cache.num_used == 0
         assert (cache.block_tables == 0).all()
@@ -102,7 +102,7 @@ class Engine:
 
 
 def alone(submit: Submit, choice: int = 0, context: int = 200) -> tuple[list[int], str | None]:
-    """The output and finish reason that a choice must have; None where it fails by NaN."""
+    """The output and finish reason that a choice must have; None if it fails because of NaN."""
     ids = list(submit.prompt_ids)
     sampling = submit.sampling
     output: list[int] = []
@@ -118,7 +118,7 @@ def alone(submit: Submit, choice: int = 0, context: int = 200) -> tuple[list[int
 
 
 def healthy_prompt(length: int, start: int = 0, *, steps: int = 10) -> list[int]:
-    """A prompt whose greedy output meets no NaN."""
+    """A prompt whose greedy output does not reach NaN."""
     for start in range(start, start + 1000):
         prompt = [(start * 7 + i) % NAN_ID for i in range(length)]
         if alone(Submit(0, prompt, steps, [], GREEDY), context=2000)[1]:

@@ -1,7 +1,7 @@
-"""A Plan without a model: the next token is a function of every token before it.
+"""A Plan without a model: the next token is a function of all tokens before it.
 
-It keeps ids where a model keeps keys and values, and reads them back through the block tables, so
-a wrong block, a wrong position or a block given to two sequences shows as a wrong token.
+Its KV cache holds token ids, which it reads back through the block tables.  So a wrong block, a
+wrong position, or a block that two sequences share by mistake shows as a wrong token.
 """
 
 import zlib
@@ -20,12 +20,14 @@ from llmsrv.backend.sampling.samples import Samples
 from llmsrv.backend.sampling.table import SamplingTable
 
 VOCAB_SIZE = 50
-NAN_ID = 49  # a sequence whose last token this is has no usable logits
+NAN_ID = 49  # a sequence that ends with this id has no usable logits
 
 
 def next_id(ids: Sequence[int], seed: int, choice: int, position: int) -> int:
-    """What the fake draws after `ids`; greedy when seed is 0.  Most of it repeats the five tokens
-    before; about one in 1000 is NAN_ID."""
+    """The id that the fake samples after `ids`; greedy if seed is 0.
+
+    Most outputs repeat their last five tokens; about one id in 1000 is NAN_ID.
+    """
     draw = (seed, choice, position) if seed else ()
     number = zlib.crc32(repr((list(ids), draw)).encode())
     if number % 997 == 0:
@@ -34,7 +36,7 @@ def next_id(ids: Sequence[int], seed: int, choice: int, position: int) -> int:
 
 
 class FakePlan(Plan):
-    """Checks every batch against the contract of backend.base, and counts the forwards."""
+    """Checks every batch against the contract in backend/base.py, and counts the forwards."""
 
     def __init__(self, limits: Limits) -> None:
         self.sampling = SamplingTable(limits.max_slots, VOCAB_SIZE)
@@ -42,7 +44,7 @@ class FakePlan(Plan):
         self.num_forwards = 0
         self._limits = limits
         self._cache = np.full(limits.num_blocks * BLOCK_SIZE, -1, np.int32)
-        self._logit_ids: list[list[int]] = []  # of each logit row, its sequence up to it
+        self._logit_ids: list[list[int]] = []  # for each logit row, its sequence up to that row
 
     def forward(self, batch: Batch) -> None:
         self.num_forwards += 1
@@ -112,7 +114,7 @@ class FakePlan(Plan):
         return Samples(ids, logprobs, alternatives)
 
     def _check_drafts(self, slots: Array, drafts: Array, rows: Array) -> None:
-        """Each slot's first row stands on what was drawn, and the others on the drafts."""
+        """Each slot's first row follows a sampled token, its other rows follow the drafts."""
         is_first = np.ones(len(slots), np.bool_)
         is_first[1:] = slots[1:] != slots[:-1]
         assert len(set(slots[is_first].tolist())) == is_first.sum()

@@ -1,4 +1,4 @@
-"""Runs sequences on a plan as an engine would, without one: blocks, chunks, batches, greedy ids."""
+"""Runs sequences on a plan without an engine: blocks, chunks, batches, greedy ids."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ class Piece:
     """Consecutive rows of one sequence."""
 
     ids: Sequence[int]
-    start: int  # position of the first
-    blocks: Sequence[int]  # the sequence's, from position 0 on
-    wants_logits: bool = True  # of the last row
+    start: int  # position of the first row
+    blocks: Sequence[int]  # of the sequence, from position 0
+    wants_logits: bool = True  # for the last row
     is_long: bool = False
-    num_drafts: int = 0  # of the last rows, which want logits too
+    num_drafts: int = 0  # rows at the end with draft tokens; they want logits too
 
 
 @dataclass
 class Run:
-    """One sequence: what it was asked, what it put out."""
+    """One sequence: its prompt, its parameters and its output."""
 
     prompt_ids: Sequence[int]
     max_tokens: int
@@ -76,7 +76,7 @@ def batch_of(pieces: Sequence[Piece]) -> Batch:
 def generate_from_drafts(
     plan: Plan, run: Run, propose: Callable[[Sequence[int]], Sequence[int]]
 ) -> None:
-    """Runs a sequence in slot 0 to its end; `propose` drafts ids to follow those put out so far."""
+    """Runs a sequence in slot 0 to its end; `propose` drafts ids that may follow its output."""
     blocks = list(range(1, 1 + run.num_blocks))
     plan.sampling.set(0, run.parameters, run.prompt_ids)
     while len(run.ids) < run.max_tokens:
@@ -93,8 +93,8 @@ def generate_from_drafts(
 
 
 def generate(plan: Plan, runs: Sequence[Run], chunk: int = 512, seed: int = 0) -> None:
-    """Runs them all to their end, one piece of at most `chunk` rows of each in every batch, their
-    blocks scattered over the cache."""
+    """Runs all of them to their end, on blocks scattered over the cache.  Every batch has a piece
+    of each, of at most `chunk` rows."""
     free = np.random.default_rng(seed).permutation(sum(run.num_blocks for run in runs)) + 1
     blocks = np.split(free, np.cumsum([run.num_blocks for run in runs])[:-1])
     for slot, run in enumerate(runs):

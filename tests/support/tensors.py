@@ -1,4 +1,4 @@
-"""Tensors of any storage type with random values."""
+"""Tensors with random values, of any type."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import numpy as np
 from llmsrv.backend.program import Tensor
 from llmsrv.backend.quants.ggml_types import GGML_TYPES
 
-# Where a block of the type has its float16 scales.
+# The offsets of the float16 scales in a block of each type.
 HALVES = {
     "Q4_0": (0,),
     "Q4_1": (0, 2),
@@ -27,7 +27,7 @@ HALVES = {
 def random_tensor(
     name: str, type: str, shape: tuple[int, ...], seed: int = 0, size: float = 1.0
 ) -> Tensor:
-    """Values of about `size`; blocks are random bytes with sensible scales."""
+    """Values of magnitude `size`; quantized blocks are random bytes with scales that fit it."""
     rng = np.random.default_rng(seed)
     count = int(np.prod(shape))
     if type not in HALVES:

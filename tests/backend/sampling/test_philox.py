@@ -22,7 +22,7 @@ def test_philox_gives_the_published_words(counter, key, words):
     assert philox4x32(counter, key) == words
 
 
-def test_the_bits_of_a_token_are_the_first_two_words():
+def test_the_bits_for_a_token_are_the_first_two_words():
     w0, w1, _, _ = philox4x32((2, 0x55667788, 0x11223344, 0), (0xDDEEFF00, 0x99AABBCC))
     assert uniform_bits(0x99AABBCCDDEEFF00, 2, 0x1122334455667788) == w1 << 32 | w0
 
