@@ -5,7 +5,7 @@ import sys
 from llmsrv.config import Config
 from llmsrv.files import hub
 from llmsrv.files.cache import cached_models
-from llmsrv.files.cache import remove
+from llmsrv.files.cache import remove_model
 from llmsrv.files.hub_fetch import fetch_from_hub
 from llmsrv.files.progress import MEGABYTE
 from llmsrv.files.source import resolve_model
@@ -36,5 +36,5 @@ def models(config: Config) -> None:
 def rm(config: Config) -> None:
     """Removes a model and prints how much space it freed."""
     (model,) = config.model
-    removed = remove(model, config.cache_dir)
+    removed = remove_model(model, config.cache_dir)
     print(f"removed {removed.name}, {removed.size_bytes / MEGABYTE:,.0f} MB")

@@ -1,5 +1,4 @@
-"""What is in the cache of models: fetched files in its folder "models", repositories of the hub in
-"hf"."""
+"""Lists and removes cached models: fetched files in "models", hub repositories in "hf"."""
 
 import shutil
 from collections.abc import Iterator
@@ -14,10 +13,12 @@ from llmsrv.files.source import DEFAULT_DOWNLOAD
 
 @dataclass(frozen=True)
 class CachedModel:
-    """name    what --model takes
-    size_bytes  on the disk
-    path        its file, or the folder with its files; None while it is not whole
-    root        what goes when the model is removed
+    """A model in the cache.
+
+    name        the value for --model
+    size_bytes  on disk
+    path        its file, or the folder with its files; None while the download is incomplete
+    root        the file or folder that is deleted when the model is removed
     """
 
     name: str
@@ -27,13 +28,13 @@ class CachedModel:
 
 
 def cached_models(cache_dir: Path) -> list[CachedModel]:
-    """By name."""
+    """All models in the cache, sorted by name."""
     found = [*_files(cache_dir / "models"), *_repositories(cache_dir / "hf")]
     return sorted(found, key=lambda model: model.name)
 
 
-def remove(name: str, cache_dir: Path) -> CachedModel:
-    """Deletes the model and returns what it was; StartupError when it is not there or cannot go."""
+def remove_model(name: str, cache_dir: Path) -> CachedModel:
+    """Deletes the model and returns it; StartupError if it is not there or cannot be deleted."""
     models = {model.name: model for model in cached_models(cache_dir)}
     if name not in models:
         known = ", ".join(models) or "none"

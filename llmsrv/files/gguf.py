@@ -1,15 +1,15 @@
-"""Reads GGUF files: metadata, and each tensor's name, type, shape and place.  Maps the file and
-copies no weights; knows nothing of architectures, tokenizers or numpy.
+"""Reads GGUF files: metadata, and the name, type, shape and offset of each tensor.  Maps the file
+and copies no weights; knows nothing of architectures, tokenizers or numpy.
 
-A file may come from anywhere, so nothing in it is believed: every count is compared with the bytes
-that are left before anything is allocated for it, and every tensor must lie inside the file.
-What does not fit raises ModelError with the file and the key or tensor at fault.
+Files are untrusted.  Every count is checked against the remaining bytes before anything is
+allocated for it, and every tensor must lie inside the file.  Violations raise ModelError, which
+names the file and the key or tensor.
 
     magic "GGUF", version u32, tensor count u64, key count u64
     keys       name, value type u32, value
     tensors    name, number of dimensions u32, dimensions u64 (innermost first), type u32, offset
     data       starts at the next multiple of general.alignment; offsets (u64) count from here
-Strings are a u64 length and bytes; arrays an item type u32, a u64 count and the items.
+A string is a u64 length and its bytes; an array is an item type u32, a u64 count and the items.
 A large model may be split into several such files, NAME-00001-of-00003.gguf and so on.
 Source: the GGUF specification (docs/gguf.md of the ggml project), versions 2 and 3, little-endian.
 """
@@ -29,7 +29,7 @@ from llmsrv.errors import ModelError
 from llmsrv.files.mapped import MAX_TENSORS
 from llmsrv.files.mapped import TensorInfo
 from llmsrv.files.mapped import map_file
-from llmsrv.files.mapped import shown
+from llmsrv.files.mapped import short_repr
 
 T = TypeVar("T")
 
@@ -37,26 +37,26 @@ HEADER = struct.Struct("<4sIQQ")
 U32 = struct.Struct("<I")
 U64 = struct.Struct("<Q")
 
-# Far above any model known (gpt-oss: 0.65 M strings in its tokens and merges), and low enough that
-# a crafted header is refused within a second and 100 MB.
+# Far above any known model (gpt-oss: 0.65 M strings in its tokens and merges), and small enough to
+# refuse a crafted header within one second and 100 MB.
 MAX_HEADER_BYTES = 1 << 26
 MAX_KEYS = 1 << 16
-MAX_ITEMS = 1 << 20  # strings and booleans of all arrays together
-MAX_KEY_BYTES = (1 << 16) - 1  # this, the next two and the multiple of 8: the specification
+MAX_ITEMS = 1 << 20  # strings and booleans in all arrays together
+MAX_KEY_BYTES = (1 << 16) - 1  # this and the next three limits come from the specification
 MAX_NAME_BYTES = 64
 MAX_DIMENSIONS = 4
 MIN_ALIGNMENT = 8
 
 
 class TensorType(NamedTuple):
-    """How a row is stored: in blocks of block_size values that take block_bytes bytes each."""
+    """A storage type: rows are blocks of block_size values that take block_bytes each."""
 
     name: str
     block_size: int
     block_bytes: int
 
 
-# Source: ggml.h (numbers) and ggml-common.h (layouts).  Numbers that are missing were withdrawn.
+# Source: ggml.h (numbers) and ggml-common.h (layouts).  Missing numbers were withdrawn.
 TENSOR_TYPES = {
     0: TensorType("F32", 1, 4),
     1: TensorType("F16", 1, 2),
@@ -94,7 +94,7 @@ TENSOR_TYPES = {
     41: TensorType("Q1_0", 128, 18),
 }
 
-# Metadata value types: struct's letter, which is also array's; bool, string and array stand apart.
+# Numeric metadata types.  The format letters of struct and array are the same for these.
 NUMBERS = {
     0: struct.Struct("<B"),
     1: struct.Struct("<b"),
@@ -111,13 +111,13 @@ BOOL, STRING, ARRAY = 7, 8, 9
 
 
 class GGUFFile:
-    """An open file, or the files that a large model was split into, which look like one.  A mapping
-    lives as long as this object or a view from data() does.
+    """An open file, or all the files of a split model as one.  A mapping lives as long as this
+    object or any view from data().
 
     path       of the first file
-    metadata   str (bytes that are not UTF-8 as surrogate escapes), int, float, bool, list[str],
-               list[bool], or array.array for numbers; in the file's order; of the first file
-    tensors    by name, in the files' order
+    metadata   of the first file, in file order: str (invalid UTF-8 as surrogate escapes), int,
+               float, bool, list[str], list[bool], or array.array for numbers
+    tensors    of all files, by name, in file order
     """
 
     def __init__(
@@ -130,20 +130,20 @@ class GGUFFile:
         self.path = path
         self.metadata = metadata
         self.tensors = tensors
-        self.views = views  # tensor's name -> the whole file that it is in
+        self.views = views  # tensor name -> its whole file
 
     def data(self, tensor: TensorInfo) -> memoryview:
         """The tensor's bytes, read-only, straight from the mapped file.
 
-        Should another process truncate the file, touching what is gone raises SIGBUS: only the
-        engine process, which can be started again, reads weights."""
+        If another process truncates the file, reading past its new end raises SIGBUS.  So only the
+        engine process, which can be restarted, reads weights."""
         end = tensor.offset + tensor.size
         return self.views[tensor.name][tensor.offset:end]
 
     def get(self, key: str, kind: type[T]) -> T | None:
-        """A metadata value, None where the key is missing; ModelError when it is not a `kind`."""
+        """Returns a metadata value, None if missing; ModelError if it is not a `kind`."""
         value = self.metadata.get(key)
-        # bool is an int to Python; to a model file it is not.
+        # In Python a bool is an int; in a model file it is not.
         if value is None or (isinstance(value, kind) and (type(value) is bool) is (kind is bool)):
             return value
         got, wanted = type(value).__name__, kind.__name__
@@ -151,13 +151,13 @@ class GGUFFile:
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """Opens and checks a GGUF file, with the rest of its parts where it is the first of a split
-    model; raises ModelError, and nothing else, when it is refused.
+    """Opens and checks a GGUF file; for the first part of a split model, opens all parts.
 
-    49k tokens and as many merges take 0.04 s."""
+    Refuses a file with ModelError and no other exception.  A file with 49k tokens and 49k merges
+    takes 0.04 s."""
     first = _open_one(path)
-    count = first.get("split.count", int) or 1  # 0 once the parts have been merged
-    return first if count == 1 else _joined(first, count)
+    count = first.get("split.count", int) or 1  # 0 after the parts have been merged again
+    return first if count == 1 else _open_parts(first, count)
 
 
 def _open_one(path: Path) -> GGUFFile:
@@ -165,11 +165,11 @@ def _open_one(path: Path) -> GGUFFile:
     try:
         return reader.read_file()
     except struct.error:
-        reader.refuse_for_its_end()
+        reader.refuse_truncated()
 
 
-def _joined(first: GGUFFile, count: int) -> GGUFFile:
-    """A split model: metadata in the first part, each part with its own tensors.
+def _open_parts(first: GGUFFile, count: int) -> GGUFFile:
+    """Joins a split model: the first part has the metadata, each part has its own tensors.
 
     Source: gguf-split of the ggml project."""
     names = _part_names(first.path, count)
@@ -183,7 +183,9 @@ def _joined(first: GGUFFile, count: int) -> GGUFFile:
                 raise ModelError(f"{part.path}: key '{key}' is {found}; expected {wanted}")
         twice = part.tensors.keys() & tensors.keys()
         if twice:
-            raise ModelError(f"{part.path}: has tensor {shown(min(twice))}, as an earlier part has")
+            raise ModelError(
+                f"{part.path}: has tensor {short_repr(min(twice))}, which an earlier part also has"
+            )
         tensors |= part.tensors
         views |= part.views
     total = first.get("split.tensors.count", int)
@@ -195,7 +197,7 @@ def _joined(first: GGUFFile, count: int) -> GGUFFile:
 
 
 def _part_names(first: Path, count: int) -> list[str]:
-    """NAME-00001-of-00003.gguf and so on; ModelError when that is not what `first` is named."""
+    """NAME-00001-of-00003.gguf and so on; ModelError if `first` is not named that way."""
     match = re.fullmatch(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", first.name)
     if match is None or int(match[3]) != count:
         wanted = f"NAME-00001-of-{count:05d}.gguf and so on"
@@ -208,8 +210,8 @@ def _part_names(first: Path, count: int) -> list[str]:
 
 
 class _Reader:
-    """Reads a mapped file from front to back; `at` is the next byte.  Reading past the end, or past
-    MAX_HEADER_BYTES, raises struct.error, from struct itself or from our own comparisons."""
+    """Reads a mapped file from front to back; `at` is the next byte.  Reading past the end or past
+    MAX_HEADER_BYTES raises struct.error, from struct itself or from our own checks."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path = path
@@ -221,26 +223,26 @@ class _Reader:
     def refuse(self, reason: str) -> NoReturn:
         raise ModelError(f"{self.path}: {reason}") from None
 
-    def refuse_for_its_end(self) -> NoReturn:
+    def refuse_truncated(self) -> NoReturn:
         if self.end < len(self.data):
             self.refuse(f"has a header of more than {MAX_HEADER_BYTES} bytes")
-        self.refuse(f"ends inside its header, at byte {self.end}; is it a whole download?")
+        self.refuse(f"ends inside its header, at byte {self.end}; is the download complete?")
 
     def read_file(self) -> GGUFFile:
         magic, version, num_tensors, num_keys = HEADER.unpack_from(self.data)
         self.at = HEADER.size
         self.check_version(magic, version)
         if num_keys > MAX_KEYS:
-            self.refuse(f"claims {num_keys} metadata keys; at most {MAX_KEYS} are read")
+            self.refuse(f"claims {num_keys} metadata keys; the limit is {MAX_KEYS}")
         if num_tensors > MAX_TENSORS:
-            self.refuse(f"claims {num_tensors} tensors; at most {MAX_TENSORS} are read")
+            self.refuse(f"claims {num_tensors} tensors; the limit is {MAX_TENSORS}")
         metadata: dict[str, object] = {}
         for _ in range(num_keys):
             self.read_key_into(metadata)
         entries = [self.read_tensor() for _ in range(num_tensors)]
         alignment = self.alignment(metadata)
         start = -(-self.at // alignment) * alignment
-        tensors = self.placed(entries, start, alignment)
+        tensors = self.locate_tensors(entries, start, alignment)
         views = dict.fromkeys(tensors, memoryview(self.data))
         return GGUFFile(self.path, metadata, tensors, views)
 
@@ -248,47 +250,47 @@ class _Reader:
         if magic != b"GGUF":
             self.refuse(f"is not a GGUF file: it starts with {magic!r}")
         if version and version & 0xFFFF == 0:
-            self.refuse("is a big-endian GGUF file; only little-endian ones are read")
+            self.refuse("is a big-endian GGUF file; only little-endian files are supported")
         if version not in (2, 3):
-            self.refuse(f"is of GGUF version {version}; versions 2 and 3 are read")
+            self.refuse(f"has GGUF version {version}; only versions 2 and 3 are supported")
 
     # ---- Metadata
 
     def read_key_into(self, metadata: dict[str, object]) -> None:
         key = self.read_string(MAX_KEY_BYTES, "a metadata key")
         if key in metadata:
-            self.refuse(f"has the key {shown(key)} twice")
+            self.refuse(f"has the key {short_repr(key)} twice")
         metadata[key] = self.read_value(key, self.read_int(U32))
 
-    def read_value(self, key: str, type_: int) -> object:
-        if type_ == STRING:
-            return self.read_string(MAX_HEADER_BYTES, f"key {shown(key)}")
-        if type_ == BOOL:
-            return self.bools(key, self.take(1))[0]
-        if type_ == ARRAY:
+    def read_value(self, key: str, type_id: int) -> object:
+        if type_id == STRING:
+            return self.read_string(MAX_HEADER_BYTES, f"key {short_repr(key)}")
+        if type_id == BOOL:
+            return self.read_bools(key, self.read_bytes(1))[0]
+        if type_id == ARRAY:
             return self.read_array(key, self.read_int(U32), self.read_int(U64))
-        if type_ not in NUMBERS:
-            self.refuse(f"key {shown(key)} has the unknown value type {type_}")
-        (number,) = NUMBERS[type_].unpack(self.take(NUMBERS[type_].size))
+        if type_id not in NUMBERS:
+            self.refuse(f"key {short_repr(key)} has the unknown value type {type_id}")
+        (number,) = NUMBERS[type_id].unpack(self.read_bytes(NUMBERS[type_id].size))
         return number
 
-    def read_array(self, key: str, type_: int, count: int) -> object:
-        if type_ == STRING:
+    def read_array(self, key: str, type_id: int, count: int) -> object:
+        if type_id == STRING:
             return self.read_strings(key, count)
-        if type_ == BOOL:
+        if type_id == BOOL:
             self.count_items(key, count)
-            return self.bools(key, self.take(count))
-        if type_ == ARRAY:
-            self.refuse(f"key {shown(key)} is an array of arrays, which no model needs")
-        if type_ not in NUMBERS:
-            self.refuse(f"key {shown(key)} has items of the unknown value type {type_}")
-        number = NUMBERS[type_]
+            return self.read_bools(key, self.read_bytes(count))
+        if type_id == ARRAY:
+            self.refuse(f"key {short_repr(key)} is an array of arrays, which no model needs")
+        if type_id not in NUMBERS:
+            self.refuse(f"key {short_repr(key)} has items of the unknown value type {type_id}")
+        number = NUMBERS[type_id]
         values = array(number.format[-1])
         values.frombytes(memoryview(self.data)[self.advance(count * number.size)])
         return values
 
     def read_strings(self, key: str, count: int) -> list[str]:
-        """The hot loop of loading: a vocabulary is a hundred thousand strings."""
+        """The hot loop of opening a file: a vocabulary has a hundred thousand strings."""
         self.count_items(key, count)
         data, at, end = self.data, self.at, self.end
         length_at = U64.unpack_from
@@ -306,56 +308,59 @@ class _Reader:
     def count_items(self, key: str, count: int) -> None:
         self.items_left -= count
         if self.items_left < 0:
-            self.refuse(f"key {shown(key)} has {count} items; at most {MAX_ITEMS} are read")
+            self.refuse(f"key {short_repr(key)} has {count} items; the limit is {MAX_ITEMS}")
 
-    def bools(self, key: str, data: bytes) -> list[bool]:
+    def read_bools(self, key: str, data: bytes) -> list[bool]:
         if data.strip(b"\0\1"):
-            self.refuse(f"key {shown(key)} has a boolean that is neither 0 nor 1")
+            self.refuse(f"key {short_repr(key)} has a boolean that is neither 0 nor 1")
         return [byte == 1 for byte in data]
 
     # ---- Tensors
 
     def read_tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Name, shape, type number and offset in the data, as they stand in the file."""
+        """Reads one entry; returns its name, shape, type number and offset in the data."""
         name = self.read_string(MAX_NAME_BYTES, "a tensor's name")
         num_dimensions = self.read_int(U32)
         if not 1 <= num_dimensions <= MAX_DIMENSIONS:
-            self.refuse(f"tensor {shown(name)} has {num_dimensions} dimensions; expected 1 to 4")
+            self.refuse(
+                f"tensor {short_repr(name)} has {num_dimensions} dimensions; expected 1 to 4"
+            )
         shape = [self.read_int(U64) for _ in range(num_dimensions)]
         return name, tuple(reversed(shape)), self.read_int(U32), self.read_int(U64)
 
-    def placed(
+    def locate_tensors(
         self, entries: list[tuple[str, tuple[int, ...], int, int]], start: int, alignment: int
     ) -> dict[str, TensorInfo]:
-        """The tensors by name, each checked to lie in the data and apart from the others."""
+        """Returns the tensors by name; checks that each lies in the file and none overlap."""
         tensors: dict[str, TensorInfo] = {}
-        for name, shape, type_, offset in entries:
+        for name, shape, type_id, offset in entries:
             if name in tensors:
-                self.refuse(f"has the tensor {shown(name)} twice")
+                self.refuse(f"has the tensor {short_repr(name)} twice")
             if offset % alignment:
-                self.refuse(f"tensor {shown(name)} is not aligned to {alignment} bytes")
-            type_name, size = self.layout(name, shape, type_)
+                self.refuse(f"tensor {short_repr(name)} is not aligned to {alignment} bytes")
+            type_name, size = self.type_and_size(name, shape, type_id)
             tensors[name] = TensorInfo(name, type_name, shape, start + offset, size)
-            if start + offset + size > len(self.data):
+            end = start + offset + size
+            if end > len(self.data):
                 self.refuse(
-                    f"tensor {shown(name)} ends at byte {start + offset + size}, but the file has "
-                    f"{len(self.data)}; is it a whole download?"
+                    f"tensor {short_repr(name)} ends at byte {end}, but the file has "
+                    f"{len(self.data)}; is the download complete?"
                 )
-        for before, after in pairwise(sorted(tensors.values(), key=lambda tensor: tensor.offset)):
-            if before.offset + before.size > after.offset:
-                self.refuse(f"tensors {shown(before.name)} and {shown(after.name)} overlap")
+        for a, b in pairwise(sorted(tensors.values(), key=lambda tensor: tensor.offset)):
+            if a.offset + a.size > b.offset:
+                self.refuse(f"tensors {short_repr(a.name)} and {short_repr(b.name)} overlap")
         return tensors
 
-    def layout(self, name: str, shape: tuple[int, ...], type_: int) -> tuple[str, int]:
-        """The name of the type, and the tensor's size in bytes."""
-        if type_ not in TENSOR_TYPES:
-            self.refuse(f"tensor {shown(name)} has the unknown type {type_}")
-        type_name, block_size, block_bytes = TENSOR_TYPES[type_]
+    def type_and_size(self, name: str, shape: tuple[int, ...], type_id: int) -> tuple[str, int]:
+        """Returns the name of the type and the tensor's size in bytes."""
+        if type_id not in TENSOR_TYPES:
+            self.refuse(f"tensor {short_repr(name)} has the unknown type {type_id}")
+        type_name, block_size, block_bytes = TENSOR_TYPES[type_id]
         if 0 in shape:
-            self.refuse(f"tensor {shown(name)} has a dimension of 0: {shape}")
+            self.refuse(f"tensor {short_repr(name)} has a dimension of 0: {shape}")
         if shape[-1] % block_size:
             self.refuse(
-                f"tensor {shown(name)} has rows of {shape[-1]} values; {type_name} needs a "
+                f"tensor {short_repr(name)} has rows of {shape[-1]} values; {type_name} needs a "
                 f"multiple of {block_size}"
             )
         return type_name, prod(shape) // block_size * block_bytes
@@ -366,7 +371,7 @@ class _Reader:
         if type(alignment) is not int or not is_power_of_two or alignment < MIN_ALIGNMENT:
             self.refuse(
                 "key 'general.alignment' must be a power of two and at least 8, "
-                f"got {shown(alignment)}"
+                f"got {short_repr(alignment)}"
             )
         return alignment
 
@@ -380,14 +385,14 @@ class _Reader:
     def read_string(self, limit_bytes: int, what: str) -> str:
         length = self.read_int(U64)
         if length > limit_bytes:
-            self.refuse(f"{what} claims {length} bytes; at most {limit_bytes} are possible")
-        return self.take(length).decode("utf-8", "surrogateescape")
+            self.refuse(f"{what} claims {length} bytes; the limit is {limit_bytes}")
+        return self.read_bytes(length).decode("utf-8", "surrogateescape")
 
-    def take(self, size: int) -> bytes:
+    def read_bytes(self, size: int) -> bytes:
         return self.data[self.advance(size)]
 
     def advance(self, size: int) -> slice:
-        """Where the next `size` bytes are; what follows them is next then."""
+        """Returns where the next `size` bytes are, and moves past them."""
         start = self.at
         self.at += size
         if self.at > self.end:

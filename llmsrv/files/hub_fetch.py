@@ -1,8 +1,8 @@
 """Fetches models from the Hugging Face hub.
 
-Its library asks the hub and follows the redirects; keeping files is ours, since the library begins
-anew what an earlier process has left, and checks no digest.  It is imported only when something is
-fetched: that takes a third of a second.
+huggingface_hub talks to the hub and follows redirects.  We store the files ourselves, because the
+library starts over what an earlier process left unfinished, and checks no digest.  It is imported
+only when something is fetched: the import takes a third of a second.
 """
 
 import errno
@@ -23,9 +23,9 @@ from typing import TextIO
 from llmsrv.errors import StartupError
 from llmsrv.files.hub import DIGEST
 from llmsrv.files.hub import HubName
-from llmsrv.files.hub import choose
-from llmsrv.files.hub import parse
-from llmsrv.files.hub import place
+from llmsrv.files.hub import choose_files
+from llmsrv.files.hub import model_path
+from llmsrv.files.hub import parse_hub_name
 from llmsrv.files.lock import locked
 from llmsrv.files.progress import MEGABYTE
 from llmsrv.files.progress import Progress
@@ -37,31 +37,32 @@ TIMEOUT_S = 15.0
 
 
 def fetch_from_hub(name: str, folder: Path, token: str | None, progress: TextIO) -> Path:
-    """The model's file or folder as the hub has it now; goes on where an earlier fetch has ended.
+    """Fetches the current version from the hub; returns the model's file or folder.
 
-    token   else HF_TOKEN, else what `hf auth login` has left
-    Raises StartupError with the next step to take; KeyboardInterrupt ends it at once."""
-    wanted = parse(name)
+    Resumes an earlier fetch that was interrupted.
+    token   if None: HF_TOKEN, else the token that `hf auth login` stored
+    Raises StartupError, which says what to do next; KeyboardInterrupt stops the fetch at once."""
+    wanted = parse_hub_name(name)
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read once, by the import
     from huggingface_hub import get_token
 
     token = (token or get_token() or "").strip()
     if not re.fullmatch("[!-~]*", token):
-        raise StartupError("the token for the hub has characters that no token has")
-    with _explained(wanted, folder, token):
-        listing = _list(wanted, token)
-        files = choose(wanted, listing.files)
+        raise StartupError("the Hugging Face token contains characters that no token can have")
+    with _as_startup_errors(wanted, folder, token):
+        listing = _fetch_listing(wanted, token)
+        files = choose_files(wanted, listing.files)
         repository = folder / wanted.folder
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         (repository / "blobs").mkdir(parents=True, exist_ok=True)
         with locked(repository, progress):
             _fetch_all(wanted, listing, files, repository, token, progress)
-    return place(repository / "snapshots" / listing.commit, files)
+    return model_path(repository / "snapshots" / listing.commit, files)
 
 
 @dataclass(frozen=True)
 class _Blob:
-    """What a file of the hub holds.  digest: SHA-256 of a large file, of others git's SHA-1."""
+    """Content of a file on the hub.  digest: SHA-256 for a large file, else git's SHA-1."""
 
     digest: str
     size: int
@@ -69,13 +70,13 @@ class _Blob:
 
 @dataclass(frozen=True)
 class _Listing:
-    """A repository's current commit, and its files by name."""
+    """A repository's current commit and its files by name."""
 
     commit: str
     files: dict[str, _Blob]
 
 
-def _list(wanted: HubName, token: str) -> _Listing:
+def _fetch_listing(wanted: HubName, token: str) -> _Listing:
     from huggingface_hub import HfApi
 
     info = HfApi(token=token or False).model_info(
@@ -86,7 +87,7 @@ def _list(wanted: HubName, token: str) -> _Listing:
         for file in info.siblings or ()
     }
     if not DIGEST.fullmatch(info.sha or ""):
-        raise StartupError(f"{wanted}: the hub names no commit of it")
+        raise StartupError(f"{wanted}: the hub names no commit")
     return _Listing(info.sha or "", files)
 
 
@@ -100,52 +101,53 @@ def _fetch_all(
 ) -> None:
     from huggingface_hub import hf_hub_url
 
-    blobs = [repository / "blobs" / _digest(wanted, file, listing.files[file]) for file in files]
+    digests = [_checked_digest(wanted, file, listing.files[file]) for file in files]
+    blobs = [repository / "blobs" / digest for digest in digests]
     total_bytes = sum(listing.files[file].size for file in files)
-    _check_space(repository, total_bytes - _bytes_of(blobs))
+    _check_space(repository, total_bytes - _fetched_bytes(blobs))
     headers = {"authorization": f"Bearer {token}"} if token else {}
-    with _watched(blobs, Progress(progress, f"fetching {wanted}", total_bytes)):
+    with _showing_progress(blobs, Progress(progress, f"fetching {wanted}", total_bytes)):
         for file, blob in zip(files, blobs):
             if not blob.exists():
                 url = hf_hub_url(wanted.repository, file, revision=listing.commit)
                 _download(url, headers, listing.files[file], blob)
             _link(repository / "snapshots" / listing.commit / file, blob)
     names = json.dumps(sorted(listing.files))
-    _replace(repository / "listings" / f"{listing.commit}.json", names)
-    _replace(repository / "refs" / "main", listing.commit)
+    _write_atomically(repository / "listings" / f"{listing.commit}.json", names)
+    _write_atomically(repository / "refs" / "main", listing.commit)
 
 
-def _digest(wanted: HubName, file: str, blob: _Blob) -> str:
+def _checked_digest(wanted: HubName, file: str, blob: _Blob) -> str:
     if not DIGEST.fullmatch(blob.digest):
-        raise StartupError(f"{wanted}: the hub names no digest of its file {file}")
+        raise StartupError(f"{wanted}: the hub names no digest for the file {file}")
     return blob.digest
 
 
 def _download(url: str, headers: dict[str, str], blob: _Blob, target: Path) -> None:
-    """Fetches what is missing of the file, checks all of it, and puts it in its place."""
+    """Fetches the missing bytes of the file, checks its digest, and moves it into place."""
     from huggingface_hub.file_download import http_get
 
-    part = _part(target)
+    part = _part_path(target)
     with open(part, "r+b" if part.exists() else "w+b") as file:
         start = file.seek(0, os.SEEK_END)
         if start < blob.size:
             http_get(url, file, resume_size=start, headers=headers, expected_size=blob.size)
         file.flush()
         os.fsync(file.fileno())
-        if _digest_of(file, blob) != blob.digest:
+        if _hash_file(file, blob) != blob.digest:
             part.unlink()
             raise StartupError(
-                f"what was fetched from {url} is not what the hub lists; nothing of it was kept.  "
-                "Try again"
+                f"the download from {url} does not match the digest that the hub lists; it was "
+                "deleted.  Try again"
             )
     os.replace(part, target)
 
 
-def _part(path: Path) -> Path:
+def _part_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.part")
 
 
-def _digest_of(file: BinaryIO, blob: _Blob) -> str:
+def _hash_file(file: BinaryIO, blob: _Blob) -> str:
     digest = hashlib.sha256()
     if len(blob.digest) == SHA1_LENGTH:
         digest = hashlib.sha1(f"blob {blob.size}\0".encode())
@@ -161,17 +163,17 @@ def _link(link: Path, blob: Path) -> None:
     link.symlink_to(os.path.relpath(blob, link.parent))
 
 
-def _replace(file: Path, text: str) -> None:
-    """Writes the file whole or not at all."""
+def _write_atomically(file: Path, text: str) -> None:
+    """Writes the file completely or not at all."""
     file.parent.mkdir(exist_ok=True)
-    part = _part(file)
+    part = _part_path(file)
     part.write_text(text)
     os.replace(part, file)
 
 
 @contextmanager
-def _explained(wanted: HubName, folder: Path, token: str) -> Iterator[None]:
-    """Turns what goes wrong into a StartupError that names the next step, and never the token."""
+def _as_startup_errors(wanted: HubName, folder: Path, token: str) -> Iterator[None]:
+    """Turns errors into a StartupError that names the next step and never shows the token."""
     from huggingface_hub import errors
 
     try:
@@ -180,15 +182,15 @@ def _explained(wanted: HubName, folder: Path, token: str) -> Iterator[None]:
         raise
     except errors.GatedRepoError:
         raise StartupError(
-            f"{wanted} is there for those who accept its terms: do so on its page of the hub, then "
-            "give a token of that account with HF_TOKEN or --hf-token"
+            f"to fetch {wanted} you must accept its terms: do so on its hub page, then give a "
+            "token of that account with HF_TOKEN or --hf-token"
         ) from None
     except errors.RepositoryNotFoundError:
         raise StartupError(
             f"the hub has no model {wanted.repository}, or it is private: check the name, or give "
             "a token with HF_TOKEN or --hf-token"
         ) from None
-    except Exception as error:  # the network's errors differ from version to version
+    except Exception as error:  # network errors differ between versions of the library
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StartupError(
                 f"no space for {wanted} in {folder}; free some, or choose another place with "
@@ -198,9 +200,9 @@ def _explained(wanted: HubName, folder: Path, token: str) -> Iterator[None]:
         if token:
             reason = reason.replace(token, "TOKEN")
         raise StartupError(
-            f"{wanted} could not be fetched, and it is not whole in the cache {folder}: {reason}\n"
-            "Is this machine online, and HF_HUB_OFFLINE not set?  What was fetched is kept, and "
-            f"'llmsrv pull {wanted}' goes on with it; or serve a model you have with --model PATH"
+            f"{wanted} could not be fetched, and it is not complete in {folder}: {reason}\n"
+            "Is this machine online, and is HF_HUB_OFFLINE unset?  Fetched parts are kept, and "
+            f"'llmsrv pull {wanted}' resumes; or serve a model you have with --model PATH"
         ) from None
 
 
@@ -214,29 +216,29 @@ def _check_space(folder: Path, needed_bytes: int) -> None:
 
 
 @contextmanager
-def _watched(blobs: list[Path], bar: Progress) -> Iterator[None]:
-    """Shows how the files grow while the block runs."""
+def _showing_progress(blobs: list[Path], bar: Progress) -> Iterator[None]:
+    """Shows the growth of the files while the block runs."""
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(POLL_S):
-            bar.show(_bytes_of(blobs))
+            bar.show(_fetched_bytes(blobs))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         yield
-        bar.show(_bytes_of(blobs))
+        bar.show(_fetched_bytes(blobs))
     finally:
         done.set()
         watcher.join()
         bar.end()
 
 
-def _bytes_of(blobs: list[Path]) -> int:
-    """What is there of the files, whole or not."""
+def _fetched_bytes(blobs: list[Path]) -> int:
+    """Total size of the files so far, complete or not."""
     size_bytes = 0
-    for path in {path for blob in blobs for path in (blob, _part(blob))}:
+    for path in {path for blob in blobs for path in (blob, _part_path(blob))}:
         with suppress(FileNotFoundError):
             size_bytes += path.stat().st_size
     return size_bytes

@@ -1,4 +1,4 @@
-"""One process at a time in a folder of the cache."""
+"""Lets one process at a time write to a cache folder."""
 
 import fcntl
 import os
@@ -7,18 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from llmsrv.files.progress import tell
+from llmsrv.files.progress import try_write
 
 
 @contextmanager
 def locked(folder: Path, progress: TextIO) -> Iterator[None]:
-    """Waits for the lock, which the system releases when its holder ends, however it ends."""
+    """Waits for the lock.  The system releases it when its holder ends, even if killed."""
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            tell(progress, "another process is fetching the model; waiting for it\n")
+            try_write(progress, "another process is fetching the model; waiting for it\n")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

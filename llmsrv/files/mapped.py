@@ -1,5 +1,5 @@
-"""What the readers of model files share: opening what may be no file at all, tensors and their
-places, and JSON that may be hostile.  Knows no format."""
+"""What the readers of model files share: safe opening, mapping, tensor infos, and checked JSON.
+Knows no particular format."""
 
 import json
 import mmap
@@ -13,8 +13,8 @@ from pathlib import Path
 
 from llmsrv.errors import ModelError
 
-# Above any model known to fit one machine (4 MB of index for 44,000 tensors, 1 MB of added tokens),
-# and low enough that crafted JSON is refused within a second and 64 MiB.
+# Larger than any model known to fit one machine (4 MB of index for 44,000 tensors, 1 MB of added
+# tokens), and small enough to refuse crafted JSON within one second and 64 MiB.
 MAX_TENSORS = 1 << 16
 MAX_JSON_BYTES = 5 << 20
 MAX_JSON_ITEMS = 12 * MAX_TENSORS
@@ -24,9 +24,9 @@ MAX_JSON_ITEMS = 12 * MAX_TENSORS
 class TensorInfo:
     """One tensor of a model.
 
-    type     ggml's name of the storage type, as "Q4_1" or "BF16"
+    type     ggml's name of the storage type, such as "Q4_1" or "BF16"
     shape    outermost first: (rows, columns); none is zero
-    offset   bytes from the start of the file it is in
+    offset   bytes from the start of its file
     size     bytes
     """
 
@@ -38,27 +38,27 @@ class TensorInfo:
 
 
 def map_file(path: Path, format: str, min_bytes: int) -> mmap.mmap:
-    """A regular file of at least min_bytes, mapped read-only for as long as a view of it lives.
+    """Maps a regular file of at least min_bytes read-only, for as long as a view of it lives.
 
-    Should another process truncate the file, touching what is gone raises SIGBUS.
-    Raises ModelError, which says that `format` was expected, as "a GGUF file"."""
-    with _opened(path, format) as (descriptor, size):
+    If another process truncates the file, reading past its new end raises SIGBUS.
+    Raises ModelError, which says that `format` was expected, for example "a GGUF file"."""
+    with _open_regular_file(path, format) as (descriptor, size):
         if size < min_bytes:
             raise ModelError(f"{path}: is too short for {format}: {size} bytes")
         return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
 
 
 def read_text(path: Path, format: str) -> str:
-    """A regular UTF-8 file of at most MAX_JSON_BYTES; ModelError when it is not."""
-    with _opened(path, format) as (descriptor, size):
+    """Reads a regular UTF-8 file of at most MAX_JSON_BYTES; ModelError if it is not one."""
+    with _open_regular_file(path, format) as (descriptor, size):
         if size > MAX_JSON_BYTES:
-            raise ModelError(f"{path}: has {size} bytes; at most {MAX_JSON_BYTES} are read")
+            raise ModelError(f"{path}: has {size} bytes; the limit is {MAX_JSON_BYTES}")
         with open(descriptor, "rb", closefd=False) as file:
             data = file.read(MAX_JSON_BYTES)
-    return decoded(path, data)
+    return decode_utf8(path, data)
 
 
-def decoded(path: Path, data: bytes) -> str:
+def decode_utf8(path: Path, data: bytes) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -66,8 +66,8 @@ def decoded(path: Path, data: bytes) -> str:
 
 
 @contextmanager
-def _opened(path: Path, format: str) -> Iterator[tuple[int, int]]:
-    """A regular file's descriptor and its size in bytes."""
+def _open_regular_file(path: Path, format: str) -> Iterator[tuple[int, int]]:
+    """Opens a regular file; yields its descriptor and its size in bytes."""
     try:
         # Without O_NONBLOCK, opening a FIFO would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
@@ -85,8 +85,10 @@ def _opened(path: Path, format: str) -> Iterator[tuple[int, int]]:
 
 
 def parse_object(path: Path, text: str) -> dict[str, object]:
-    """The JSON object that `text`, read from `path`, holds; ModelError for anything else, for a key
-    that is there twice, and for more than MAX_JSON_ITEMS values."""
+    """Parses `text`, which was read from `path`, as a JSON object.
+
+    Raises ModelError for anything else, for a duplicate key, and for more than MAX_JSON_ITEMS
+    values."""
     if sum(map(text.count, "[{,")) > MAX_JSON_ITEMS:
         raise ModelError(f"{path}: has more than {MAX_JSON_ITEMS} values")
 
@@ -94,7 +96,7 @@ def parse_object(path: Path, text: str) -> dict[str, object]:
         entries = dict(pairs)
         if len(entries) < len(pairs):
             ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
-            raise ModelError(f"{path}: has the key {shown(twice)} twice")
+            raise ModelError(f"{path}: has the key {short_repr(twice)} twice")
         return entries
 
     try:
@@ -108,7 +110,7 @@ def parse_object(path: Path, text: str) -> dict[str, object]:
     return value
 
 
-def shown(value: object) -> str:
-    """Something from a file, escaped and short enough for a message."""
+def short_repr(value: object) -> str:
+    """repr() of a value from a file, cut to fit into a message."""
     text = repr(value)
     return text if len(text) <= 100 else text[:100] + "..."

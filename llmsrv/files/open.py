@@ -1,4 +1,4 @@
-"""Opens a model, whatever its format."""
+"""Opens a model in any supported format."""
 
 import os
 from pathlib import Path
@@ -11,10 +11,11 @@ from llmsrv.files.gguf import open_gguf
 
 
 def open_model(path: Path) -> GGUFFile | ModelFolder:
-    """A GGUF file (the first, where the model is split) or a Hugging Face folder; ModelError, which
-    names the file and what was expected, when it is refused."""
-    if os.path.isdir(path):  # Path.is_dir raises when it is not to be looked at
+    """Opens a GGUF file (the first part of a split model) or a Hugging Face folder.
+
+    Raises ModelError, which names the file and what was expected."""
+    if os.path.isdir(path):  # Path.is_dir may raise where this returns False
         return open_folder(path)
     if path.suffix == ".safetensors":
-        raise ModelError(f"{path}: holds weights alone; name the folder it is in")
+        raise ModelError(f"{path}: contains only weights; name the folder it is in")
     return open_gguf(path)

@@ -1,4 +1,4 @@
-"""Tells how far a download is: a bar that is drawn anew on a terminal, elsewhere a line a tenth."""
+"""Shows the progress of a download."""
 
 from typing import TextIO
 
@@ -6,7 +6,7 @@ MEGABYTE = 1_000_000
 
 
 class Progress:
-    """A bar that is drawn anew on a terminal; elsewhere a line for every tenth."""
+    """On a terminal, a bar that is redrawn in place; otherwise a line every 10 %."""
 
     def __init__(self, stream: TextIO, what: str, total_bytes: int) -> None:
         self._stream = stream
@@ -15,7 +15,7 @@ class Progress:
         self._is_terminal = stream.isatty()
         self._percent_shown = 0
         self._size = f"{round(total_bytes / MEGABYTE)} MB"
-        tell(stream, self._bar(0) if self._is_terminal else f"{what} ({self._size}, once)\n")
+        try_write(stream, self._bar(0) if self._is_terminal else f"{what} ({self._size}, once)\n")
 
     def show(self, done_bytes: int) -> None:
         percent = min(100, done_bytes * 100 // self._total_bytes)
@@ -23,11 +23,11 @@ class Progress:
         if percent // step > self._percent_shown // step:
             self._percent_shown = percent
             line = f"{self._what}: {percent // step * step} %\n"
-            tell(self._stream, self._bar(percent) if self._is_terminal else line)
+            try_write(self._stream, self._bar(percent) if self._is_terminal else line)
 
     def end(self) -> None:
         if self._is_terminal:
-            tell(self._stream, "\n")
+            try_write(self._stream, "\n")
 
     def _bar(self, percent: int) -> str:
         filled = percent * 30 // 100
@@ -35,9 +35,9 @@ class Progress:
         return f"\r{self._what} [{bar}] {percent:3d} % of {self._size}"
 
 
-def tell(stream: TextIO, text: str) -> None:
+def try_write(stream: TextIO, text: str) -> None:
     try:
         stream.write(text)
         stream.flush()
-    except (OSError, ValueError):  # nobody listens any more; the fetch matters more
+    except (OSError, ValueError):  # the reader is gone, but the download should continue
         pass

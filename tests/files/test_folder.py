@@ -1,4 +1,4 @@
-"""llmsrv.files.folder and llmsrv.files.open: what they read, and what they refuse."""
+"""llmsrv.files.folder and llmsrv.files.open: which models they read, and which they refuse."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from llmsrv.files.folder import open_folder
 from llmsrv.files.gguf import GGUFFile
 from llmsrv.files.open import open_model
 from tests.support.gguf_writer import write_tiny_llama
-from tests.support.refusals import refusal_of
+from tests.support.refusals import refusal_message
 from tests.support.safetensors_writer import write_folder
 from tests.support.safetensors_writer import write_safetensors
 
@@ -28,13 +28,13 @@ A = {"a": np.arange(4, dtype=np.float32)}
 B = {"b": np.arange(6, dtype=np.float16).reshape(2, 3)}
 
 
-refusal = partial(refusal_of, open_folder)
+refusal = partial(refusal_message, open_folder)
 
 
-# ---- What they read
+# ---- Models they read
 
 
-def test_a_folder_comes_back_as_it_was_written(tmp_path):
+def test_a_folder_reads_back_as_written(tmp_path):
     folder = open_folder(write_folder(
         tmp_path / "model",
         A | B,
@@ -56,13 +56,13 @@ def test_a_folder_comes_back_as_it_was_written(tmp_path):
     assert folder.data(folder.tensors["b"]).readonly
 
 
-def test_what_may_be_missing_is_empty(tmp_path):
+def test_optional_files_may_be_missing(tmp_path):
     folder = open_folder(write_folder(tmp_path / "model", A))
     assert folder.generation_config == folder.tokenizer_config == {}
     assert folder.chat_template is None and folder.tokenizer_json is None
 
 
-def test_the_default_one_of_several_templates_is_taken(tmp_path):
+def test_the_default_of_several_templates_is_used(tmp_path):
     named = [{"name": "rag", "template": "no"}, {"name": "default", "template": "yes"}]
     path = write_folder(tmp_path / "model", A, tokenizer_config={"chat_template": named})
     assert open_folder(path).chat_template == "yes"
@@ -70,7 +70,7 @@ def test_the_default_one_of_several_templates_is_taken(tmp_path):
     assert open_folder(path).chat_template is None
 
 
-def test_shards_look_like_one_file(tmp_path):
+def test_shards_open_as_one_file(tmp_path):
     folder = open_folder(write_folder(tmp_path / "model", A, B))
     assert not (tmp_path / "model/model.safetensors").exists()
     assert list(folder.tensors) == ["a", "b"]
@@ -85,7 +85,7 @@ def test_a_view_of_a_tensor_outlives_the_folder_object(tmp_path):
     assert view == A["a"].tobytes()
 
 
-def test_links_are_followed_as_a_download_cache_has_them(tmp_path):
+def test_links_are_followed_as_in_a_download_cache(tmp_path):
     write_folder(tmp_path / "blobs", A)
     (tmp_path / "model").mkdir()
     for file in (tmp_path / "blobs").iterdir():
@@ -102,24 +102,24 @@ def test_every_golden_folder_opens():
         assert {tensor.type for tensor in folder.tensors.values()} == {"BF16"}
 
 
-def test_open_model_takes_a_folder_or_a_file(tmp_path):
+def test_open_model_accepts_a_folder_or_a_file(tmp_path):
     assert isinstance(open_model(write_folder(tmp_path / "model", A)), ModelFolder)
     assert isinstance(open_model(write_tiny_llama(tmp_path / "m.gguf")), GGUFFile)
 
 
-def test_open_model_says_what_to_name_instead_of_a_safetensors_file(tmp_path):
+def test_open_model_asks_for_the_folder_of_a_safetensors_file(tmp_path):
     path = write_folder(tmp_path / "model", A) / "model.safetensors"
     with pytest.raises(ModelError, match="name the folder it is in"):
         open_model(path)
 
 
 @pytest.mark.parametrize("name", ["missing", "null\0byte", "long" * 1000, "lone\ud800surrogate"])
-def test_open_model_refuses_what_is_not_there(tmp_path, name):
+def test_open_model_refuses_missing_files(tmp_path, name):
     with pytest.raises(ModelError, match="cannot be read"):
         open_model(tmp_path / name)
 
 
-# ---- What they refuse
+# ---- Models they refuse
 
 
 class Bomb:
@@ -128,7 +128,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
-def test_pickled_weights_are_refused_unopened(tmp_path, monkeypatch, name):
+def test_pickled_weights_are_refused_without_opening_them(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     path = write_folder(tmp_path / "model", A)
     (path / "model.safetensors").unlink()
@@ -169,10 +169,10 @@ def test_refuses_a_folder_without_config(tmp_path):
     (b'{"a": "\xff"}', "is not UTF-8 at byte 7"),
     (b"[" * 200_000, "is JSON nested too deeply"),
     (b'{"a": [' + b"0," * (1 << 20) + b"0]}", "has more than 786432 values"),
-    (b" " * (5 << 20) + b"{}", "has 5242882 bytes; at most 5242880 are read"),
+    (b" " * (5 << 20) + b"{}", "has 5242882 bytes; the limit is 5242880"),
 ])
 @pytest.mark.parametrize("name", ["config", "generation_config", "tokenizer_config"])
-def test_refuses_what_is_not_json(tmp_path, name, content, message):
+def test_refuses_files_that_are_not_valid_json_objects(tmp_path, name, content, message):
     path = write_folder(tmp_path / "model", A)
     (path / f"{name}.json").write_bytes(content)
     assert message in refusal(path, path / f"{name}.json")
@@ -187,7 +187,7 @@ def test_refuses_special_files(tmp_path, name):
 
 
 @pytest.mark.parametrize("template", [7, {}, False, [{"name": "default", "template": {}}]])
-def test_refuses_a_template_that_is_no_text(tmp_path, template):
+def test_refuses_a_template_that_is_not_text(tmp_path, template):
     path = write_folder(tmp_path / "model", A, tokenizer_config={"chat_template": template})
     message = refusal(path, path / "tokenizer_config.json")
     assert message.startswith("key 'chat_template' must be text, got ")
@@ -214,18 +214,18 @@ def test_refuses_a_missing_shard(tmp_path):
 def test_refuses_a_shard_cut_off(tmp_path):
     path = write_folder(tmp_path / "model", A, B)
     os.truncate(path / SECOND, (path / SECOND).stat().st_size - 1)
-    assert "is it a whole download?" in refusal(path, path / SECOND)
+    assert "is the download complete?" in refusal(path, path / SECOND)
 
 
-def test_refuses_a_shard_without_a_tensor_that_the_index_puts_there(tmp_path):
+def test_refuses_a_shard_that_lacks_a_tensor_of_the_index(tmp_path):
     path = sharded(tmp_path / "model", {"a": FIRST, "b": FIRST})
-    assert refusal(path, path / FIRST) == "lacks the tensor 'b' of its index"
+    assert refusal(path, path / FIRST) == "lacks tensor 'b', which its index lists"
 
 
 def test_refuses_a_tensor_in_two_shards(tmp_path):
     path = write_folder(tmp_path / "model", A, B)
     write_safetensors(path / SECOND, A | B)
-    assert refusal(path, path / SECOND) == "has tensor 'a', as an earlier has"
+    assert refusal(path, path / SECOND) == "has tensor 'a', which an earlier file also has"
 
 
 @pytest.mark.parametrize("name", [
@@ -243,15 +243,15 @@ def test_refuses_a_tensor_in_two_shards(tmp_path):
     None,
     ["x.safetensors"],
 ])
-def test_refuses_an_index_that_names_no_file_of_the_folder(tmp_path, name):
+def test_refuses_an_index_with_a_name_outside_the_folder(tmp_path, name):
     path = sharded(tmp_path / "model", {"a": name})
-    assert refusal(path, path / INDEX) == f"tensor 'a' is in {name!r}, no file's name"
+    assert refusal(path, path / INDEX) == f"tensor 'a' is in {name!r}, not a file name"
 
 
 @pytest.mark.parametrize("weight_map", [None, {}, [], "x", 7])
 def test_refuses_an_index_without_a_weight_map(tmp_path, weight_map):
     path = sharded(tmp_path / "model", weight_map)
-    assert refusal(path, path / INDEX).startswith("key 'weight_map' must say which file")
+    assert refusal(path, path / INDEX).startswith("key 'weight_map' must map each tensor")
 
 
 ANYTHING = st.recursive(
@@ -270,7 +270,7 @@ ANYTHING = st.recursive(
     ),
     tokenizer_config=ANYTHING | st.fixed_dictionaries({"chat_template": ANYTHING}),
 )
-def test_any_json_is_read_or_refused_and_nothing_else(tmp_path, weight_map, tokenizer_config):
+def test_any_json_is_either_read_or_refused(tmp_path, weight_map, tokenizer_config):
     path = sharded(tmp_path / "model", weight_map)
     (path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     try:
@@ -279,7 +279,7 @@ def test_any_json_is_read_or_refused_and_nothing_else(tmp_path, weight_map, toke
         pass
 
 
-def test_refuses_a_shard_that_is_another_format(tmp_path):
+def test_refuses_a_shard_in_another_format(tmp_path):
     path = write_folder(tmp_path / "model", A, B)
     (path / FIRST).write_bytes(b"GGUF" + struct.pack("<I", 3) + bytes(100))
     assert "is it a safetensors file?" in refusal(path, path / FIRST)

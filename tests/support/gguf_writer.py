@@ -1,6 +1,6 @@
 """Writes small GGUF files for tests: any metadata and tensors, or a whole random llama.
 
-Deliberately apart from llmsrv.files.gguf: it shares no code with the reader it tests.
+Deliberately shares no code with llmsrv.files.gguf, the reader it tests.
 Source: the GGUF specification, docs/gguf.md of the ggml project.
 """
 
@@ -37,7 +37,7 @@ RawTensor = tuple[str | int, Sequence[int], bytes]  # type, shape (rows, columns
 
 @dataclass(frozen=True)
 class Typed:
-    """A metadata value of a type that Python's own does not imply, as Typed("INT8", -1)."""
+    """A metadata value whose type Python's own does not imply, such as Typed("INT8", -1)."""
 
     type: str
     value: object
@@ -54,7 +54,7 @@ def write_gguf(
     """Writes a GGUF file and returns its path.
 
     metadata   bool, int (UINT32), float (FLOAT32), str, bytes (a STRING, valid UTF-8 or not), a
-               list of one of them (ints as INT32), or Typed; general.alignment added when not 32
+               list of one of them (ints as INT32), or Typed; general.alignment is added if not 32
     tensors    float32 or float16 arrays, or (type, shape, bytes); shape is outermost first
     """
     entries = dict(metadata)
@@ -111,12 +111,12 @@ def _payload(type_: str, value: object) -> bytes:
     return _string(bare) if type_ == "STRING" else struct.pack("<" + VALUE_TYPES[type_][1], bare)
 
 
-# ---- Quantisers: plain rounding, as ggml's reference ones; blocks of 32 along a row.
+# ---- Quantizers: plain rounding, like ggml's reference; blocks of 32 values along a row.
 
 
-def quantise(weight_type: str, weights: NDArray[np.float32]) -> RawTensor:
-    """A tensor of F32, F16, BF16, Q8_0, Q4_0 or Q4_1 from float32 weights [rows, columns]."""
-    return weight_type, weights.shape, _QUANTISERS[weight_type](weights)
+def quantize(weight_type: str, weights: NDArray[np.float32]) -> RawTensor:
+    """Quantizes float32 weights [rows, columns] to F32, F16, BF16, Q8_0, Q4_0 or Q4_1."""
+    return weight_type, weights.shape, _QUANTIZERS[weight_type](weights)
 
 
 def _bf16(weights: NDArray[np.float32]) -> bytes:
@@ -149,11 +149,11 @@ def _q4_1(weights: NDArray[np.float32]) -> bytes:
 
 
 def _blocks(*columns: NDArray[np.generic]) -> bytes:
-    """The parts of each block side by side, as bytes."""
+    """Concatenates the parts of each block, as bytes."""
     return np.concatenate([np.ascontiguousarray(c).view(np.uint8) for c in columns], 1).tobytes()
 
 
-_QUANTISERS = {
+_QUANTIZERS = {
     "F32": lambda weights: weights.astype("<f4").tobytes(),
     "F16": lambda weights: weights.astype("<f2").tobytes(),
     "BF16": _bf16,
@@ -166,7 +166,7 @@ _QUANTISERS = {
 # ---- A tiny llama
 
 TINY_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-# Each merge builds on the bytes and the merges before it; Ġ is how byte-level BPE writes a blank.
+# Each merge builds on the bytes and the merges before it; byte-level BPE writes a space as Ġ.
 TINY_MERGES = ("h e", "l l", "Ġ t", "i n", "e r", "o u", "Ġt he", "Ġ w", "he ll", "hell o", "Ġw o")
 CHATML = (
     "{% for message in messages %}"
@@ -177,15 +177,16 @@ CHATML = (
 
 
 def byte_characters() -> list[str]:
-    """The character by which byte-level BPE writes each of the 256 bytes (GPT-2's encoder.py)."""
+    """The character that byte-level BPE uses for each of the 256 bytes (GPT-2's encoder.py)."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(256 + others.index(b)) if b in others else chr(b) for b in range(256)]
 
 
 def tiny_vocabulary(vocab_size: int | None = None) -> dict[str, object]:
-    """tokenizer.* metadata: ids 0 to 2 the special tokens, 3 to 258 the bytes in order, then the
-    merges, then unused fillers up to vocab_size.  end of text 0, eos <|im_end|> 2, no BOS added."""
+    """tokenizer.* metadata: ids 0 to 2 are the special tokens, 3 to 258 the bytes in order, then
+    the merges, then unused tokens up to vocab_size.  End of text is 0, EOS <|im_end|> is 2, and no
+    BOS is added."""
     tokens = [*TINY_SPECIALS, *byte_characters(), *(m.replace(" ", "") for m in TINY_MERGES)]
     types = [CONTROL] * len(TINY_SPECIALS) + [NORMAL] * (len(tokens) - len(TINY_SPECIALS))
     fillers = max(0, (vocab_size or 0) - len(tokens))
@@ -217,9 +218,10 @@ def write_tiny_llama(
     metadata: Mapping[str, object] | None = None,
     tensors: Mapping[str, Array | RawTensor] | None = None,
 ) -> Path:
-    """A random llama of about 0.1 M parameters that loads in milliseconds; the same seed gives the
-    same bytes.  Matrices are of weight_type, norms float32; `metadata` and `tensors` add to ours or
-    replace them."""
+    """Writes a random llama of about 0.1 M parameters that loads in milliseconds.
+
+    The same seed gives the same bytes.  Matrices have weight_type, norms are float32; `metadata`
+    and `tensors` add to the defaults or replace them."""
     vocabulary = tiny_vocabulary(vocab_size)
     tokens = vocabulary["tokenizer.ggml.tokens"]
     assert isinstance(tokens, list)
@@ -245,7 +247,7 @@ def write_tiny_llama(
 
     def matrix(rows: int, columns: int) -> RawTensor:
         scale = columns**-0.5
-        return quantise(weight_type, rng.normal(0, scale, (rows, columns)).astype(np.float32))
+        return quantize(weight_type, rng.normal(0, scale, (rows, columns)).astype(np.float32))
 
     def norm() -> Array:
         return rng.normal(1, 0.05, hidden_size).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Files that must not be opened."""
+"""Checks that files are refused."""
 
 import time
 from collections.abc import Callable
@@ -9,9 +9,10 @@ import pytest
 from llmsrv.errors import ModelError
 
 
-def refusal_of(open_file: Callable[[Path], object], path: Path, at: Path | None = None) -> str:
-    """The message of the ModelError, which must take less than a second of work and name the file
-    at fault: `at`, else `path` itself."""
+def refusal_message(open_file: Callable[[Path], object], path: Path, at: Path | None = None) -> str:
+    """Returns the message of the ModelError without the file name it starts with.
+
+    The refusal must take less than one CPU second and name the file at fault: `at`, else `path`."""
     start = time.process_time()
     with pytest.raises(ModelError) as caught:
         open_file(path)

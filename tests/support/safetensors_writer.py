@@ -1,6 +1,6 @@
 """Writes small safetensors files and Hugging Face folders for tests.
 
-Deliberately apart from llmsrv.files.safetensors: it shares no code with the reader it tests.
+Deliberately shares no code with llmsrv.files.safetensors, the reader it tests.
 Source: the safetensors documentation, "Format".
 """
 
@@ -18,14 +18,14 @@ Tensors = Mapping[str, NDArray[np.generic] | RawTensor]
 DTYPES = {"<f4": "F32", "<f2": "F16"}
 
 
-def safetensors_of(header: bytes | Mapping[str, object], data: bytes = b"") -> bytes:
-    """A file of this header, bytes or to be written as JSON, and these data."""
+def safetensors_bytes(header: bytes | Mapping[str, object], data: bytes = b"") -> bytes:
+    """The bytes of a file; the header is given as bytes, or as a mapping to write as JSON."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
 
 
 def write_safetensors(path: Path, tensors: Tensors) -> Path:
-    """float32 or float16 arrays, or (dtype, shape, bytes), side by side as they come."""
+    """Writes float32 or float16 arrays, or (dtype, shape, bytes), in this order, without gaps."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     body = b""
     for name, tensor in tensors.items():
@@ -36,13 +36,14 @@ def write_safetensors(path: Path, tensors: Tensors) -> Path:
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
         body += data
     text = json.dumps(header).encode()
-    path.write_bytes(safetensors_of(text + b" " * (-len(text) % 8), body))
+    path.write_bytes(safetensors_bytes(text + b" " * (-len(text) % 8), body))
     return path
 
 
 def write_folder(path: Path, *shards: Tensors, **files: object) -> Path:
-    """A folder with config.json and, where given, other files by their names without the ending:
-    JSON objects, or text for chat_template.  Several shards get an index."""
+    """Writes a folder with config.json and the given files, named without their suffix.
+
+    A file is a JSON object, or text for chat_template.  Several shards get an index."""
     path.mkdir(exist_ok=True)
     for stem, content in {"config": {"model_type": "llama"}, **files}.items():
         if isinstance(content, str):

@@ -376,10 +376,10 @@ def bpe(vocab: Json, *merges: object) -> Json:
 @pytest.mark.parametrize(
     ("description", "message"),
     [
-        (tiny_json(model={"type": "Unigram", "vocab": [["a", 0.0]]}), "is of the kind 'Unigram'"),
-        (tiny_json(model={"type": "WordPiece", "vocab": {"a": 0}}), "is of the kind 'WordPiece'"),
+        (tiny_json(model={"type": "Unigram", "vocab": [["a", 0.0]]}), "has type 'Unigram'"),
+        (tiny_json(model={"type": "WordPiece", "vocab": {"a": 0}}), "has type 'WordPiece'"),
         (tiny_json(model={"type": "WordLevel", "vocab": {"a": 0}}), "only BPE is supported"),
-        (tiny_json(model={"vocab": {}}), "is of the kind None; only BPE is supported"),
+        (tiny_json(model={"vocab": {}}), "has type None; only BPE is supported"),
         (tiny_json(model=None), "is not a tokenizer: Expected `object`, got `null`"),
         (without(tiny_json(), "model"), "is not a tokenizer: .*missing required field `model`"),
         (bpe({"a": -1}), "is not a tokenizer: Expected `int` >= 0"),
