@@ -1,4 +1,4 @@
-"""What a model recommends holds where a request does not say; folders and names on the hub."""
+"""Sampling defaults come from the model, and a request's own values win; names of models."""
 
 import shutil
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def defaults_of(path: Path) -> dict[str, float]:
     return load_text_model(path, None, path.parent / "cache").sampling_defaults
 
 
-def test_a_gguf_file_may_recommend_how_to_sample(tmp_path: Path) -> None:
+def test_sampling_defaults_come_from_a_gguf_file(tmp_path: Path) -> None:
     path = write_tiny_llama(tmp_path / "m.gguf", metadata=RECOMMENDED)
     defaults = defaults_of(path)
     sampling = sampling_of(request(), defaults, -1)
@@ -43,15 +43,15 @@ def test_a_gguf_file_may_recommend_how_to_sample(tmp_path: Path) -> None:
     assert (sampling.min_p, sampling.repetition_penalty) == (0.25, 1.5)
 
 
-def test_a_request_wins_over_what_its_model_recommends() -> None:
+def test_a_request_overrides_its_model_s_sampling_defaults() -> None:
     defaults = {"temperature": 0.5, "top_k": 20, "top_p": 0.75, "min_p": 0.25}
-    asked = request(temperature=0, top_k=-1, top_p=1, min_p=0)
-    sampling = sampling_of(asked, defaults, -1)
+    body = request(temperature=0, top_k=-1, top_p=1, min_p=0)
+    sampling = sampling_of(body, defaults, -1)
     assert (sampling.temperature, sampling.top_k) == (0, 0)
     assert (sampling.top_p, sampling.min_p) == (1, 0)
 
 
-def test_a_model_that_recommends_nothing_is_sampled_as_openai_does(tmp_path: Path) -> None:
+def test_without_sampling_defaults_those_of_openai_apply(tmp_path: Path) -> None:
     defaults = defaults_of(write_tiny_llama(tmp_path / "m.gguf"))
     assert defaults == {}
     sampling = sampling_of(request(), defaults, -1)
@@ -61,7 +61,7 @@ def test_a_model_that_recommends_nothing_is_sampled_as_openai_does(tmp_path: Pat
 
 @pytest.fixture(scope="module")
 def greedy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """A folder whose generation_config.json recommends to take the most likely token."""
+    """Serves a folder whose generation_config.json sets greedy sampling."""
     folder = tmp_path_factory.mktemp("models") / "My-Model"
     shutil.copytree(TINY / "qwen3", folder)
     (folder / "generation_config.json").write_text('{"top_k": 1, "eos_token_id": [1, 3]}')
@@ -69,12 +69,12 @@ def greedy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningS
         yield running
 
 
-def test_a_folder_is_served_under_its_name(greedy_server: RunningServer) -> None:
+def test_a_folder_is_served_under_its_own_name(greedy_server: RunningServer) -> None:
     client = openai_client(greedy_server.url)
     assert [model.id for model in client.models.list().data] == ["My-Model"]
 
 
-def test_recommended_sampling_is_that_of_the_answers(greedy_server: RunningServer) -> None:
+def test_answers_use_the_model_s_sampling_defaults(greedy_server: RunningServer) -> None:
     client = openai_client(greedy_server.url)
 
     def answer(**fields: float) -> str:
@@ -103,5 +103,5 @@ def test_recommended_sampling_is_that_of_the_answers(greedy_server: RunningServe
         ("hf:org/name:sub/big-00001-of-00003.gguf", "big"),
     ],
 )
-def test_clients_call_a_model_by_the_last_part_of_its_name(model: str, wanted: str) -> None:
+def test_a_model_is_served_under_the_last_part_of_its_path(model: str, wanted: str) -> None:
     assert name_of(model) == wanted

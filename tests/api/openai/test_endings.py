@@ -1,4 +1,4 @@
-"""Every request ends exactly once, however its client, its reader or the engine ends."""
+"""Every request ends exactly once, whether its client leaves, stalls, or the engine dies."""
 
 import http.client
 import json
@@ -42,13 +42,13 @@ def post(path: str, body: dict[str, Any], key: str = "none") -> bytes:
 
 @pytest.fixture(scope="module")
 def endless_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose answers may be so long that no test waits for them."""
+    """A model with a context so long that no answer reaches its end during a test."""
     path = tmp_path_factory.mktemp("endless") / "tiny.gguf"
     return write_tiny_llama(path, context_length=65536)
 
 
 def completion(**fields: Any) -> bytes:
-    """A request that would go on for a long time on the real model."""
+    """A request that would run for a long time on the real model."""
     body = {"model": MODEL, "prompt": "Once", "max_tokens": 4000, "ignore_eos": True} | fields
     return post("/v1/completions", body)
 
@@ -66,7 +66,7 @@ def running(server: RunningServer) -> float:
         pytest.param(False, False, id="whole, closed", marks=pytest.mark.slow),  # a second's grace
     ],
 )
-def test_a_client_that_leaves_while_tokens_are_made_frees_everything(
+def test_a_client_that_leaves_during_decode_frees_everything(
     server: RunningServer, stream: bool, reset: bool
 ) -> None:
     with connect(server) as client:
@@ -88,13 +88,13 @@ def test_a_client_that_leaves_during_a_long_prefill_frees_everything(server: Run
 
 @pytest.fixture(scope="module")
 def narrow_server(endless_model: Path) -> Iterator[RunningServer]:
-    """One request runs, and one waits."""
+    """Runs one request, and lets one wait."""
     with run_server(*narrow(endless_model), "--max-queue", "1") as server:
         yield server
 
 
 def narrow(model: Path) -> tuple[str, ...]:
-    """Options with which one request runs at a time; it may go on for a long time."""
+    """Options with which one request runs at a time, possibly for long."""
     return "--model", str(model), "--served-model-name", MODEL, "--mode", "interactive"
 
 
@@ -119,7 +119,7 @@ def test_a_client_that_leaves_while_queued_is_never_scheduled(narrow_server: Run
     eventually(lambda: is_idle(narrow_server))
 
 
-def test_what_comes_while_the_queue_is_full_is_told_to_come_again(
+def test_a_request_that_finds_the_queue_full_may_be_retried(
     narrow_server: RunningServer,
 ) -> None:
     with connect(narrow_server) as first, connect(narrow_server) as second:
@@ -147,8 +147,8 @@ def test_a_queue_is_also_bounded_in_tokens_and_a_request_in_time(endless_model: 
             eventually(lambda: running(server) == 1)
             second.sendall(endless(prompt=[5] * 100))
             eventually(lambda: waiting(server) == 1)
-            told = "100 tokens of prompts are waiting"
-            with pytest.raises(openai.InternalServerError, match=told):
+            message = "100 tokens of prompts are waiting"
+            with pytest.raises(openai.InternalServerError, match=message):
                 client.completions.create(model=MODEL, prompt="a")
             while b"request_timeout" not in (data := first.recv(65536)):
                 assert data
@@ -211,7 +211,7 @@ def test_a_killed_engine_ends_its_requests_within_a_second_and_comes_back(
     killed_at = time.monotonic()
     eventually(lambda: health(open_server)[0] == 503)
     status, body = health(open_server)
-    if status == 503:  # else it is back already
+    if status == 503:  # otherwise it is already back
         assert body["error"]["code"] == "model_not_ready"
     thread.join(10)
     ended_at, error = ended[0]

@@ -1,4 +1,4 @@
-"""Every refusal of every route is OpenAI's error object: the application alone, without sockets."""
+"""Every route refuses with OpenAI's error object: the application alone, without sockets."""
 
 import asyncio
 import json
@@ -39,7 +39,7 @@ REQUEST = {"model": "tiny", "prompt": "a", "messages": [{"role": "user", "conten
 
 
 class Loaded:
-    """A model in the state of which a request is told."""
+    """A model in a state in which it refuses requests."""
 
     def __init__(self, error: Exception | None) -> None:
         self._error = error
@@ -60,7 +60,7 @@ def refusal(
     state: Loaded | None = None,
     **headers: str,
 ) -> Answer:
-    """The answer to a request with the key and as JSON, unless headers say else."""
+    """The answer to a request, sent as JSON with the right key unless `headers` say otherwise."""
     model = Model(["tiny"], Path("tiny.gguf"))
     model.service = cast(Service, state)
     app = build_http_app(Models(Config(), [model]), Gate("127.0.0.1", [], [KEY]), lambda: {})
@@ -74,7 +74,7 @@ def refusal(
     return answer
 
 
-def told(answer: Answer) -> tuple[int, str, str | None]:
+def error_of(answer: Answer) -> tuple[int, str, str | None]:
     document = json.loads(answer.body)
     assert list(document) == ["error"]
     error = document["error"]
@@ -83,48 +83,49 @@ def told(answer: Answer) -> tuple[int, str, str | None]:
 
 
 @pytest.mark.parametrize("path", ROUTES)
-def test_what_no_route_takes_is_refused_by_each(path: str) -> None:
+def test_every_route_refuses_wrong_methods_hosts_and_keys(path: str) -> None:
     invalid = "invalid_request_error"
     not_allowed = refusal(path, "DELETE")
-    assert told(not_allowed) == (405, invalid, "method_not_supported")
+    assert error_of(not_allowed) == (405, invalid, "method_not_supported")
     assert ROUTES[path] in not_allowed.headers["allow"]
-    assert told(refusal(f"/v2{path}", "GET")) == (404, invalid, "unknown_url")
-    assert told(refusal(path, "BREW")) == (501, "server_error", "not_implemented")
-    assert told(refusal(path, host="evil.example")) == (403, invalid, "host_not_allowed")
+    assert error_of(refusal(f"/v2{path}", "GET")) == (404, invalid, "unknown_url")
+    assert error_of(refusal(path, "BREW")) == (501, "server_error", "not_implemented")
+    assert error_of(refusal(path, host="evil.example")) == (403, invalid, "host_not_allowed")
     if path not in ("/health", "/ready", "/live"):
-        assert told(refusal(path, authorization="Bearer no")) == (401, invalid, "invalid_api_key")
+        wrong_key = refusal(path, authorization="Bearer no")
+        assert error_of(wrong_key) == (401, invalid, "invalid_api_key")
         without_key = refusal(path, authorization="")
-        assert told(without_key) == (401, invalid, None)  # as OpenAI's
+        assert error_of(without_key) == (401, invalid, None)  # as OpenAI's
         assert without_key.headers["www-authenticate"] == "Bearer"
 
 
 @pytest.mark.parametrize("path", POSTS)
-def test_a_body_that_is_none_is_refused_by_each_route_that_takes_one(path: str) -> None:
+def test_every_route_with_a_body_refuses_an_invalid_one(path: str) -> None:
     invalid = "invalid_request_error"
     for no_json in (b"", b"{", b"[" * 100_000):
-        assert told(refusal(path, body=no_json)) == (400, invalid, "invalid_json")
+        assert error_of(refusal(path, body=no_json)) == (400, invalid, "invalid_json")
     for no_object in ([], None, "text", {"model": 1}):
-        assert told(refusal(path, body=no_object)) == (400, invalid, "invalid_type")
-    assert told(refusal(path, body={})) == (400, invalid, "missing_required_parameter")
-    assert told(refusal(path, body=b" " * (9 << 20))) == (413, invalid, "request_too_large")
+        assert error_of(refusal(path, body=no_object)) == (400, invalid, "invalid_type")
+    assert error_of(refusal(path, body={})) == (400, invalid, "missing_required_parameter")
+    assert error_of(refusal(path, body=b" " * (9 << 20))) == (413, invalid, "request_too_large")
     media = (415, invalid, "unsupported_media_type")
-    assert told(refusal(path, content_type="text/plain")) == media
-    assert told(refusal(path, content_encoding="gzip")) == media
+    assert error_of(refusal(path, content_type="text/plain")) == media
+    assert error_of(refusal(path, content_encoding="gzip")) == media
     unknown = refusal(path, body=REQUEST | {"model": "none"})
-    assert told(unknown) == (404, invalid, "model_not_found")
+    assert error_of(unknown) == (404, invalid, "model_not_found")
     assert b'"param": "model"' in unknown.body
 
 
 @pytest.mark.parametrize("part", slow_but([b'""', b"{}", b"[]", b'"\\\\"'], b'""'))
-def test_75_a_body_of_a_million_parts_is_refused_before_it_holds_the_loop_up(part: bytes) -> None:
+def test_a_body_of_a_million_parts_is_refused_before_it_blocks_the_loop(part: bytes) -> None:
     body = b'{"a": [' + b",".join([part] * 1_000_000) + b"]}"
     answer = refusal("/v1/completions", body=body)
-    assert told(answer) == (413, "invalid_request_error", "request_too_large")
+    assert error_of(answer) == (413, "invalid_request_error", "request_too_large")
 
 
-def test_75_a_text_of_a_million_quotation_marks_is_one_part() -> None:
+def test_a_string_of_a_million_quotation_marks_is_one_part() -> None:
     answer = refusal("/v1/completions", body=REQUEST | {"prompt": '"' * 1_000_000})
-    assert told(answer)[2] == "model_not_loaded"
+    assert error_of(answer)[2] == "model_not_loaded"
 
 
 @pytest.mark.parametrize("path", GENERATES)
@@ -140,24 +141,24 @@ def test_75_a_text_of_a_million_quotation_marks_is_one_part() -> None:
     ],
     ids=repr,
 )
-def test_what_the_server_cannot_do_is_told_without_its_reasons(
+def test_a_server_error_does_not_reveal_its_cause(
     path: str, error: Exception | None, wanted: tuple[int, str, str]
 ) -> None:
     answer = refusal(path, state=Loaded(error))
-    assert told(answer) == wanted
+    assert error_of(answer) == wanted
     assert b"secret" not in answer.body
 
 
 @pytest.mark.parametrize("path", ["/models/load", "/models/unload"])
-def test_33_nobody_becomes_the_operator_by_a_header_of_a_proxy(path: str) -> None:
+def test_a_forwarded_header_does_not_make_a_client_the_operator(path: str) -> None:
     app = build_http_app(Models(Config(), []), Gate("0.0.0.0", [], []), lambda: {})
     headers = {"x-forwarded-for": "127.0.0.1", "forwarded": "for=127.0.0.1", "host": "localhost"}
     answer = asyncio.run(ask(app, "POST", path, headers))
-    assert told(answer) == (403, "invalid_request_error", "api_key_required")
+    assert error_of(answer) == (403, "invalid_request_error", "api_key_required")
 
 
-def test_a_server_without_its_model_serves_nothing_and_says_so() -> None:
+def test_a_server_without_a_loaded_model_says_so() -> None:
     for path in (*GENERATES, "/health", "/ready"):
         answer = refusal(path)
-        assert told(answer) == (503, "service_unavailable_error", "model_not_loaded")
+        assert error_of(answer) == (503, "service_unavailable_error", "model_not_loaded")
         assert answer.headers["x-should-retry"] == "false"

@@ -1,4 +1,4 @@
-"""A server that speculates answers as one that does not, to the byte of the text."""
+"""Speculative decoding does not change answers."""
 
 from typing import Any
 
@@ -21,12 +21,12 @@ REQUESTS: list[dict[str, Any]] = [
 
 
 def answers(server: RunningServer, request: dict[str, Any]) -> list[Any]:
-    """Each choice's text, finish reason and log-probabilities, whole and as a stream."""
+    """Each choice's text, finish reason and log-probabilities; the stream has the same text."""
     client = openai_client(server.url)
-    asked = {"model": MODEL, "temperature": 0, **request}
-    whole = client.completions.create(**asked)
-    texts = [""] * asked.get("n", 1)
-    for chunk in client.completions.create(stream=True, **asked):
+    fields = {"model": MODEL, "temperature": 0, **request}
+    whole = client.completions.create(**fields)
+    texts = [""] * fields.get("n", 1)
+    for chunk in client.completions.create(stream=True, **fields):
         for choice in chunk.choices:
             texts[choice.index] += choice.text
     assert texts == [choice.text for choice in whole.choices]

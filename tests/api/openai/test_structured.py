@@ -1,4 +1,4 @@
-"""Answers of a given form, over HTTP: by schema, pattern, choice, grammar and structural tag."""
+"""Structured outputs: by schema, pattern, choice, grammar and structural tag."""
 
 import asyncio
 import json
@@ -52,11 +52,11 @@ TRIGGERED = {
 }
 
 
-# ---- What a request says
+# ---- The grammar that a request wants
 
 
 class Unchecked:
-    """Takes every source as it is."""
+    """Accepts every grammar."""
 
     async def check(self, source: str) -> str:
         return source
@@ -89,7 +89,7 @@ def source_of(service: Service, **fields: Any) -> str:
         {"structured_outputs": {"json": PERSON}, "response_format": {"type": "text"}},
     ],
 )
-def test_one_schema_has_many_names(service: Service, fields: dict[str, Any]) -> None:
+def test_a_schema_may_be_in_many_fields(service: Service, fields: dict[str, Any]) -> None:
     assert source_of(service, **fields) == json_source(PERSON)
 
 
@@ -116,7 +116,7 @@ def test_one_schema_has_many_names(service: Service, fields: dict[str, Any]) -> 
         ),
     ],
 )
-def test_other_forms_have_names_of_vllm_too(
+def test_other_forms_have_vllm_s_names_too(
     service: Service, fields: dict[str, Any], others: list[dict[str, Any]]
 ) -> None:
     for other in others:
@@ -127,7 +127,7 @@ def test_other_forms_have_names_of_vllm_too(
     "fields",
     [{}, {"response_format": None}, {"guided_json": None}, {"response_format": {"type": "text"}}],
 )
-def test_most_requests_want_no_form(service: Service, fields: dict[str, Any]) -> None:
+def test_most_requests_want_no_grammar(service: Service, fields: dict[str, Any]) -> None:
     assert source_of(service, **fields) == ""
 
 
@@ -177,7 +177,7 @@ def test_most_requests_want_no_form(service: Service, fields: dict[str, Any]) ->
         ),
     ],
 )
-def test_what_cannot_be_names_its_field(
+def test_an_error_names_the_field_at_fault(
     service: Service, fields: dict[str, Any], param: str, code: str
 ) -> None:
     with pytest.raises(ApiError) as refused:
@@ -186,7 +186,7 @@ def test_what_cannot_be_names_its_field(
     assert code in ("", refused.value.code)
 
 
-def test_a_server_follows_a_pattern_and_refuses_what_is_none(tiny_client: OpenAI) -> None:
+def test_a_server_follows_a_pattern_and_refuses_an_invalid_one(tiny_client: OpenAI) -> None:
     def ask(pattern: str) -> str:
         body = {"guided_regex": pattern}
         answer = tiny_client.completions.create(
@@ -200,7 +200,7 @@ def test_a_server_follows_a_pattern_and_refuses_what_is_none(tiny_client: OpenAI
     assert (refused.value.param, refused.value.code) == ("guided_regex", "invalid_grammar")
 
 
-# ---- What a real model answers
+# ---- Answers of a real model
 
 
 def ask(server: RunningServer, **fields: Any) -> tuple[str, str]:
@@ -222,7 +222,7 @@ def post(server: RunningServer, **fields: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_every_answer_that_stops_is_valid_by_its_schema(server: RunningServer) -> None:
+def test_every_finished_answer_is_valid_under_its_schema(server: RunningServer) -> None:
     jsonschema = pytest.importorskip("jsonschema")
 
     def check(seed: int) -> bool:
@@ -242,7 +242,7 @@ def test_every_answer_that_stops_is_valid_by_its_schema(server: RunningServer) -
 
 
 @pytest.mark.slow
-def test_structured_answers_are_the_same_streamed_seeded_and_among_others(
+def test_a_structured_answer_is_the_same_streamed_or_in_a_batch(
     server: RunningServer, client: OpenAI
 ) -> None:
     fields: dict[str, Any] = {
@@ -300,7 +300,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "false": {"guided_json": False},
     "look-behind": {"guided_json": {"type": "string", "pattern": "(?<=a)b"}},
 }
-# Valid, and of no harm: what ends them is max_tokens.
+# Valid and harmless: max_tokens ends their answers.
 ENDLESS: dict[str, dict[str, Any]] = {
     "nested quantifiers": {"guided_regex": "((a{0,1000}){0,1000}){0,1000}"},
     "length": {"guided_json": {"type": "string", "minLength": 1_000_000_000}},
@@ -317,7 +317,7 @@ def test_a_hostile_grammar_is_refused_and_the_next_request_served(
     begun_at_s = time.monotonic()
     with pytest.raises(urllib.error.HTTPError) as refused:
         post(server, **fields)
-    assert time.monotonic() - begun_at_s < 4  # 1.1 s where nothing else runs
+    assert time.monotonic() - begun_at_s < 4  # 1.1 s on an idle machine
     error = json.load(refused.value)["error"]
     assert refused.value.code == 400
     assert (error["param"], error["code"]) in (
@@ -332,7 +332,7 @@ def test_a_hostile_grammar_is_refused_and_the_next_request_served(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fields", ENDLESS.values(), ids=ENDLESS.keys())
-def test_a_grammar_without_an_end_in_sight_ends_as_length(
+def test_an_endless_grammar_ends_at_max_tokens(
     server: RunningServer, fields: dict[str, Any]
 ) -> None:
     text, reason = ask(server, max_tokens=20, temperature=0, **fields)

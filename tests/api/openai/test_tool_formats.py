@@ -1,5 +1,4 @@
-"""Tools through the whole server in every format, by a tiny model whose tokens and template are of
-that format."""
+"""Tool calls in every format, through the whole server, with a tiny model made for the format."""
 
 import asyncio
 import json
@@ -37,7 +36,7 @@ TOOLS: list[Any] = [
     for name in ("first", "second")
 ]
 FIRST_BYTE = 3  # id of the byte 0 in the tiny vocabulary
-# Format -> its special tokens, what its template writes of calls, and whether it thinks.
+# Format -> special tokens, the text that its template is recognised by, whether the model thinks.
 FORMATS = {
     "hermes": (["<tool_call>", "</tool_call>"], "<tool_call>", False),
     "llama3": (["<|python_tag|>"], "<|python_tag|>", False),
@@ -75,7 +74,7 @@ def test_tools_are_called_in_the_format_of_the_model(tmp_path: Path, name: str) 
             "tool_choice": "required",
             "parallel_tool_calls": False,
             "max_tokens": 300,
-            # Thoughts of a random model find no end by themselves.
+            # A random model would hardly ever end its thoughts.
             "logit_bias": {str(270 + 1): 20} if thinks else {},
         }
         for seed in range(4):
@@ -96,11 +95,11 @@ def test_tools_are_called_in_the_format_of_the_model(tmp_path: Path, name: str) 
 @pytest.mark.parametrize(
     ("name", "likely"), [("hermes", ""), ("mistral", ""), ("llama3", "{"), ("json", "{")]
 )
-def test_calls_of_strict_tools_keep_to_their_schemas_where_they_may_be(
+def test_optional_calls_of_strict_tools_follow_their_schemas(
     tmp_path: Path, name: str, likely: str
 ) -> None:
     specials, writes, _ = FORMATS[name]
-    # A random model would not begin a call.
+    # A random model hardly ever begins a call without a bias.
     opening = len(tiny_vocabulary()["tokenizer.ggml.tokens"])  # type: ignore[arg-type]
     begins_call = str(FIRST_BYTE + ord(likely) if likely else opening)
     model = write_model(tmp_path / "tiny.gguf", specials, writes)
@@ -120,7 +119,7 @@ def test_calls_of_strict_tools_keep_to_their_schemas_where_they_may_be(
         for call in complete:
             assert call.type == "function"
             assert set(json.loads(call.function.arguments)) <= {"a"}
-        if likely:  # without it, text
+        if likely:  # without the bias, the answer is text
             other = client.chat.completions.create(
                 model="tiny",
                 messages=[{"role": "user", "content": "hello"}],
@@ -132,7 +131,7 @@ def test_calls_of_strict_tools_keep_to_their_schemas_where_they_may_be(
 
 
 @pytest.mark.slow
-def test_an_answer_has_the_asked_form_or_calls_tools(tmp_path: Path) -> None:
+def test_an_answer_follows_its_format_or_calls_tools(tmp_path: Path) -> None:
     specials, writes, _ = FORMATS["hermes"]
     opening = len(tiny_vocabulary()["tokenizer.ggml.tokens"])  # type: ignore[arg-type]
     model = write_model(tmp_path / "tiny.gguf", specials, writes)
@@ -158,7 +157,7 @@ def test_an_answer_has_the_asked_form_or_calls_tools(tmp_path: Path) -> None:
                 assert choice.message.tool_calls and not choice.message.content
 
 
-# As templates of DeepSeek have it: arguments are text, and a call goes without content.
+# Like DeepSeek's templates: arguments are strings, and a message of calls has no content.
 SPELLED = (
     "{% for m in messages %}{% if m.tool_calls %}{% for c in m.tool_calls %}"
     "{{ 'call ' + c['function']['arguments'] }}{% endfor %}{% endif %}"
@@ -167,7 +166,7 @@ SPELLED = (
 )
 
 
-def test_a_template_gets_arguments_as_it_expects_them(tmp_path: Path) -> None:
+def test_a_template_gets_arguments_as_strings_if_it_fails_with_objects(tmp_path: Path) -> None:
     vocabulary = tiny_vocabulary() | {"tokenizer.chat_template": SPELLED}
     tokenizer = load_tokenizer(open_gguf(write_gguf(tmp_path / "m.gguf", vocabulary)))
     service: Any = SimpleNamespace(

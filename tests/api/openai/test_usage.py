@@ -1,5 +1,5 @@
-"""What usage and the counters say of requests, however they end: the application alone, with an
-engine that says what the tests tell it to."""
+"""Usage and counters of requests, however they end: the application alone, with a scripted
+engine."""
 
 import asyncio
 import json
@@ -39,7 +39,7 @@ Script = Callable[[Generation], None]
 
 @dataclass
 class Engine:
-    """Does with each request what the script says, at once."""
+    """Runs the script with each request, at once."""
 
     script: Script
     state = EngineState.READY
@@ -79,7 +79,7 @@ Run = Callable[..., Outcome]
 @pytest.fixture
 def run(text_model: Any, tiny_model: Path) -> Run:
     def run_once(script: Script, leaves_after: bytes = b"\0", **fields: Any) -> Outcome:
-        """A chat of `fields`, or a completion where they have a prompt."""
+        """A chat with `fields`, or a completion if they have a prompt."""
         model, engine = Model(["tiny"], tiny_model), Engine(script)
         config = Config()
         client = cast(EngineClient, engine)
@@ -105,8 +105,8 @@ def finish(generation: Generation, choice: int) -> None:
     generation.push(Finished(generation.submit.request, choice, "length", 0, 0, 0, 0, 0, 0))
 
 
-def made(generation: Generation) -> None:
-    """Three tokens of the first choice, two of each other."""
+def generate(generation: Generation) -> None:
+    """Three tokens of the first choice, two of each other choice."""
     generation.admit(num_cached_tokens=0)
     tokens(generation, 0, 70)
     for choice in range(generation.submit.n):
@@ -114,17 +114,17 @@ def made(generation: Generation) -> None:
 
 
 def timed_out(generation: Generation) -> None:
-    made(generation)
+    generate(generation)
     generation.end(ApiError(504, "Too late.", code="request_timeout"))
 
 
 def crashed(generation: Generation) -> None:
-    made(generation)
+    generate(generation)
     generation.lose("it crashed", "engine_restarted", is_poison=False, retry={})
 
 
 def shut_down(generation: Generation) -> None:
-    made(generation)
+    generate(generation)
     generation.lose("the end", "server_shutting_down", is_poison=False, retry={})
 
 
@@ -138,7 +138,7 @@ ROUTES = [{"prompt": [5, 6, 7]}, {"messages": MESSAGES}]
 
 @pytest.mark.parametrize("fields", ROUTES, ids=["completion", "chat"])
 @pytest.mark.parametrize("failure, status, code", FAILURES)
-def test_a_stream_that_fails_tells_usage_and_then_the_error(
+def test_a_stream_that_fails_sends_usage_and_then_the_error(
     run: Run, failure: Script, status: int, code: str, fields: dict[str, Any]
 ) -> None:
     options = {"include_usage": True}
@@ -153,7 +153,7 @@ def test_a_stream_that_fails_tells_usage_and_then_the_error(
 
 @pytest.mark.parametrize("fields", ROUTES, ids=["completion", "chat"])
 @pytest.mark.parametrize("failure, status, code", FAILURES)
-def test_a_whole_answer_that_fails_is_an_error_and_its_tokens_count(
+def test_a_whole_answer_that_fails_is_an_error_and_its_tokens_are_counted(
     run: Run, failure: Script, status: int, code: str, fields: dict[str, Any]
 ) -> None:
     outcome = run(failure, **fields, n=2)
@@ -162,26 +162,26 @@ def test_a_whole_answer_that_fails_is_an_error_and_its_tokens_count(
     assert outcome.counted[1:] == (5, {"error": 2})
 
 
-def test_a_fault_while_text_is_made_ends_its_request_and_frees_the_engine(
+def test_a_fault_in_the_output_ends_its_request_and_frees_the_engine(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def faulty(output: ChoiceOutput, tokens: Tokens) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(ChoiceOutput, "push", faulty)
-    outcome = run(made, prompt=[5, 6, 7], n=2)
+    outcome = run(generate, prompt=[5, 6, 7], n=2)
     assert outcome.answer.status == 500
     assert outcome.engine.aborted == [(0, None)]
     assert outcome.counted == (3, 0, {"error": 2})
 
 
-def test_a_client_that_leaves_is_counted_by_what_it_was_sent(run: Run) -> None:
-    outcome = run(made, leaves_after=b'"text":"', prompt=[5, 6, 7], n=2, stream=True)
+def test_the_tokens_of_a_client_that_leaves_are_counted(run: Run) -> None:
+    outcome = run(generate, leaves_after=b'"text":"', prompt=[5, 6, 7], n=2, stream=True)
     assert outcome.counted == (3, 5, {"abort": 2})
     assert outcome.engine.aborted == [(0, None)]
 
 
-def test_what_was_never_admitted_counts_no_tokens(run: Run) -> None:
+def test_a_request_that_was_never_admitted_counts_no_tokens(run: Run) -> None:
     def refused(generation: Generation) -> None:
         generation.lose("it crashed", "engine_restarted", is_poison=False, retry={})
 
@@ -189,7 +189,7 @@ def test_what_was_never_admitted_counts_no_tokens(run: Run) -> None:
     assert (outcome.answer.status, outcome.counted) == (503, (0, 0, {"error": 1}))
 
 
-def test_tokens_behind_a_stop_string_do_not_count(run: Run) -> None:
+def test_tokens_after_a_stop_string_are_not_counted(run: Run) -> None:
     def goes_on(generation: Generation) -> None:
         generation.admit(num_cached_tokens=2)
         tokens(generation, 0, 70, 71, 72)
@@ -206,7 +206,7 @@ def test_tokens_behind_a_stop_string_do_not_count(run: Run) -> None:
     outcome = run(goes_on, prompt=[5, 6, 7], n=2, stop=letter)
     assert json.loads(outcome.answer.body)["usage"] == {
         "prompt_tokens": 3,
-        "completion_tokens": 3,  # two up to the stop string, and the other choice's one
+        "completion_tokens": 3,  # two up to the stop string, one of the other choice
         "total_tokens": 6,
         "prompt_tokens_details": {"audio_tokens": 0, "cached_tokens": 2},
         "completion_tokens_details": {
@@ -232,7 +232,7 @@ def test_tokens_behind_a_stop_string_do_not_count(run: Run) -> None:
     ],
 )
 @pytest.mark.parametrize("num_each", [1, 2, 100])
-def test_thoughts_and_their_tags_are_counted_by_token_however_they_come(
+def test_thoughts_and_their_tags_are_counted_in_tokens(
     text_model: Any, num_each: int, is_thinking: bool | None, thoughts: str, answer: str
 ) -> None:
     tokenizer = text_model.tokenizer

@@ -1,0 +1,209 @@
+"""Which request fields are refused, ignored and counted."""
+
+import typing
+from typing import Any
+
+import pytest
+from openai import OpenAI
+from openai.types import completion_create_params
+from openai.types.chat import ChatCompletionAssistantMessageParam
+from openai.types.chat import ChatCompletionContentPartTextParam
+from openai.types.chat import ChatCompletionStreamOptionsParam
+from openai.types.chat import ChatCompletionToolMessageParam
+from openai.types.chat import ChatCompletionUserMessageParam
+from openai.types.chat import completion_create_params as chat_create_params
+
+from llmsrv.api.decode import check_other_fields
+from llmsrv.api.generation.submit import check_budget
+from llmsrv.api.openai.schema import ChatCompletionRequest
+from llmsrv.api.openai.schema import CompletionRequest
+from llmsrv.api.openai.schema import ContentPart
+from llmsrv.api.openai.schema import Message
+from llmsrv.api.openai.schema import StreamOptions
+from llmsrv.api.openai.schema import UNSUPPORTED
+from llmsrv.errors import ApiError
+from tests.support.server import RunningServer
+from tests.support.server import gauges
+from tests.support.servers import KEY
+from tests.support.tiny_requests import MESSAGES
+from tests.support.tiny_requests import WEATHER
+from tests.support.tiny_requests import chat
+from tests.support.tiny_requests import complete
+from tests.support.tiny_requests import post
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"user": "me"},
+        {"metadata": {"a": "b"}},
+        {"store": True},
+        {"safety_identifier": "x", "prompt_cache_key": "y"},
+        {"priority": -3},
+        {"response_format": {"type": "text"}},
+        {"modalities": ["text"]},
+        {"verbosity": "medium"},
+        {"tools": []},
+        {"tool_choice": "auto"},
+    ],
+    ids=str,
+)
+def test_fields_that_change_nothing_are_accepted(
+    tiny_client: OpenAI, fields: dict[str, Any]
+) -> None:
+    answer = chat(tiny_client, **fields)
+    assert answer.choices == chat(tiny_client).choices
+
+
+TOOL_CALL = {"id": "1", "type": "function", "function": {"name": "f"}}
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].tool_call_id"),
+    ({"messages": [{"role": "assistant"}]}, "messages[0].content"),
+    ({"messages": [{"role": "assistant", "tool_calls": [TOOL_CALL]}]},
+     "messages[0].tool_calls[0].function.arguments"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+     "messages[0].content[0].type"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+     "messages[0].content[0].text"),
+    ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+     "messages[0].content[0].type"),
+    ({"messages": [{"role": "user", "content": [{"type": "file"}]}]},
+     "messages[0].content[0].type"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+    ({"n": 10**9}, "n"),
+    ({"n": True}, "n"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"max_completion_tokens": 2**31}, "max_completion_tokens"),
+    ({"stop": "x" * 10_000}, "stop"),
+    ({"stop": [""]}, "stop"),
+    ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": {"include_usage": 1}, "stream": True}, "stream_options.include_usage"),
+    ({"stream_options": {"include_obfuscation": True}, "stream": True},
+     "stream_options.include_obfuscation"),
+    ({"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]},
+     "messages[0].function_call"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"tools": [WEATHER] * 129}, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+    ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": "some", "tools": [WEATHER]}, "tool_choice"),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}}, "tools": [WEATHER]},
+     "tool_choice"),
+    ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}},
+      "tools": [WEATHER]}, "tool_choice"),
+    ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+    ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs.enable_thinking"),
+    ({"reasoning_effort": "low"}, "reasoning_effort"),
+    ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs"),
+    ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
+    ({"debug_config": {"ignore_eos": True}}, "debug_config"),
+    ({"allowed_token_ids": [1] * (2**18 + 1)}, "allowed_token_ids"),
+    ({"cache_salt": ""}, "cache_salt"),
+    ({"priority": 2**31}, "priority"),
+    ({"metadata": {"a": 1}}, "metadata"),
+    *(({field: "unheard of"}, field) for field in UNSUPPORTED),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields, param", REFUSED, ids=lambda v: str(v)[:50])
+def test_an_invalid_chat_is_refused_naming_the_field(
+    tiny_server: RunningServer, fields: dict[str, Any], param: str
+) -> None:
+    status, error = post(tiny_server, "/v1/chat/completions", {"messages": MESSAGES, **fields})
+    assert status == 400
+    assert error["param"] is not None and error["param"].startswith(param)
+    assert error["code"] and error["message"] and error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "fields, param",
+    [
+        ({"best_of": 1, "n": 2}, "best_of"),
+        ({"best_of": 2, "stream": True}, "best_of"),
+        ({"best_of": 0}, "best_of"),
+        ({"prompt": [[9] * 400] * 128, "prompt_logprobs": 20}, "prompt_logprobs"),
+        ({"logprobs": 6}, "logprobs"),
+        ({"suffix": "x"}, "suffix"),
+        ({"prompt": ["a"] * 128, "n": 128}, "n"),
+        ({"prompt": ["a"] * 129}, "prompt"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+        ({"echo": "yes"}, "echo"),
+        ({"logit_bias": {"9999": 1}}, "logit_bias"),
+        ({"stop_token_ids": [9999]}, "stop_token_ids"),
+        ({"allowed_token_ids": [9999]}, "allowed_token_ids"),
+    ],
+    ids=str,
+)
+def test_an_invalid_completion_is_refused_naming_the_field(
+    tiny_server: RunningServer, fields: dict[str, Any], param: str
+) -> None:
+    status, error = post(tiny_server, "/v1/completions", {"prompt": "a", **fields})
+    assert (status, error["param"]) == (400, param)
+    assert error["code"]
+
+
+@pytest.mark.parametrize(
+    "n, num_prompts, max_tokens, num_prompt_logprobs, param",
+    [
+        (2, 513, 1, 0, "n"),
+        (128, 1, 40_000, 0, "max_tokens"),
+        (1, 128, 40_000, 0, "max_tokens"),
+        (1, 128, 1, 2049, "prompt_logprobs"),
+    ],
+)
+def test_a_request_has_a_budget_of_choices_and_of_tokens(
+    n: int, num_prompts: int, max_tokens: int, num_prompt_logprobs: int, param: str
+) -> None:
+    with pytest.raises(ApiError) as caught:
+        prompts, limits = [[1]] * num_prompts, [max_tokens] * num_prompts
+        check_budget(prompts, limits, n, num_prompt_logprobs)
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+# ---- Fields that are known and unknown
+
+VLLM = """top_k min_p repetition_penalty min_tokens ignore_eos stop_token_ids priority cache_salt
+    include_stop_str_in_output skip_special_tokens prompt_logprobs return_tokens_as_token_ids
+    return_token_ids structured_outputs guided_json guided_regex guided_choice guided_grammar
+    truncate_prompt_tokens""".split()
+VLLM_CHAT = "add_generation_prompt continue_final_message chat_template_kwargs".split()
+
+
+@pytest.mark.parametrize(
+    "documented, accepted",
+    [
+        (chat_create_params.CompletionCreateParamsStreaming, ChatCompletionRequest),
+        (completion_create_params.CompletionCreateParamsStreaming, CompletionRequest),
+        (ChatCompletionStreamOptionsParam, StreamOptions),
+        (ChatCompletionUserMessageParam, Message),
+        (ChatCompletionAssistantMessageParam, Message),
+        (ChatCompletionToolMessageParam, Message),
+        (ChatCompletionContentPartTextParam, ContentPart),
+    ],
+)
+def test_every_field_that_openai_documents_is_known(documented: Any, accepted: Any) -> None:
+    assert set(typing.get_type_hints(documented)) <= {*accepted.__struct_fields__, *UNSUPPORTED}
+
+
+def test_the_fields_of_vllm_and_mlc_are_accepted() -> None:
+    assert {*VLLM, "debug_config"} <= set(CompletionRequest.__struct_fields__)
+    assert {*VLLM, *VLLM_CHAT, "debug_config"} <= set(ChatCompletionRequest.__struct_fields__)
+
+
+def test_unknown_fields_are_ignored_and_counted(
+    tiny_server: RunningServer, tiny_client: OpenAI
+) -> None:
+    name = "llmsrv:unknown_fields_total"
+    before = gauges(tiny_server, KEY)[name]
+    complete(tiny_client, frobnicate=1, wibble={"a": [1]})
+    assert gauges(tiny_server, KEY)[name] == before + 2
+
+
+def test_a_strict_server_refuses_unknown_fields() -> None:
+    assert check_other_fields(b'{"a": 1, "b": 2, "echo": null}', ["a"], False, UNSUPPORTED) == 1
+    with pytest.raises(ApiError) as caught:
+        check_other_fields(b'{"a": 1, "b": 2}', ["a"], True)
+    assert (caught.value.param, caught.value.code) == ("b", "unknown_parameter")
