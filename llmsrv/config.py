@@ -67,7 +67,7 @@ def option(default: Any, group: str, help: str, **metadata: Any) -> Any:
     """A field of Config.
 
     metadata  choices: the allowed values
-              metavar: stands for the value in --help
+              metavar: the placeholder for the value in --help
               least, most: a number's bounds
               many: True if the flag may be repeated, or takes a JSON list or commas
               overrides: True if --overrides may set it

@@ -1,4 +1,4 @@
-"""The backends, and which of them an engine runs on: the fastest that can run its programs here."""
+"""All backends, and the choice of the one that an engine runs on: the fastest that can."""
 
 import logging
 from collections.abc import Callable
@@ -21,9 +21,9 @@ T = TypeVar("T")
 class Entry:
     """A backend that can be chosen.
 
-    load    imports the class; called only when the backend is tried, since the packages that it
+    load    imports its class; called only when the backend is tried, since the packages that it
             needs may not be installed
-    notice  what falling back to it means for the user
+    notice  what falling back to this backend means, for the log
     """
 
     load: Callable[[], type[Backend]]
@@ -55,14 +55,16 @@ def run_on_backend(
     cache_dir: Path,
     prepare: Callable[[Backend], T],
 ) -> tuple[Backend, str, T]:
-    """Makes the backend called `name` and prepares it; "auto" stands for the fastest that can run.
+    """Makes the backend called `name` and calls `prepare` with it.
 
-    options    the options of each backend, by its name (Backend.from_options)
-    cache_dir  where compiled kernels are kept
-    prepare    chooses sizes and compiles the programs; "auto" may call it for several backends
-    Returns the backend, why it was chosen, in a clause for the log, and what `prepare` returned.
-    With "auto", a backend that raises CannotRun is skipped with a warning.  Every other error is
-    final, as is that of the last backend.
+    name       "auto" tries all backends, the fastest first, until one can run
+    options    backend -> its own options (Backend.from_options)
+    cache_dir  where compiled kernels are cached
+    prepare    chooses sizes and compiles the programs
+    Returns the backend, the reason for it as a clause for the log, and the result of `prepare`.
+
+    "auto" skips a backend that raises CannotRun, in from_options or in `prepare`, with a
+    warning.  Any other error is final, and so is CannotRun from the last backend.
     """
     if name != "auto" and name not in BACKENDS:
         raise StartupError(f"there is no backend '{name}'; choose auto, {' or '.join(BACKENDS)}")
@@ -77,6 +79,6 @@ def run_on_backend(
                 raise
             log.warning("%s; %s", error, BACKENDS[following].notice)
         else:
-            why = "the fastest here" if name == "auto" else "asked for"
+            why = "the fastest here" if name == "auto" else "as requested"
             return backend, f"{why}: {backend.description}", prepared
     raise AssertionError("the last backend raises or returns")

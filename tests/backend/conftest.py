@@ -14,7 +14,7 @@ from tests.support.emulated import emulated_tiers
 
 
 def tiers(bits):
-    """The best tier that has activations of so many bits, and as slow tests the others."""
+    """The best tier with activations of `bits` bits, and the others as slow tests."""
     usable = [tier for tier in TIERS if tier.needs <= cpu_features()] + list(emulated_tiers())
     best, *others = [tier for tier in usable if bits == 16 or not tier.always_16_bits]
     yield pytest.param((bits, best), id=f"{best.name}, {bits} bits")

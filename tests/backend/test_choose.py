@@ -40,10 +40,10 @@ def test_auto_takes_the_cpu_backend_and_says_why():
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 def test_a_backend_is_chosen_by_name(name):
-    assert chosen(name)[0] == name and "asked for" in chosen(name)[1]
+    assert chosen(name)[0] == name and "as requested" in chosen(name)[1]
 
 
-def test_an_unknown_backend_is_an_error_that_names_the_known():
+def test_an_unknown_backend_is_an_error_that_names_those_there_are():
     with pytest.raises(StartupError, match="'tpu'.*auto, cpu or reference"):
         chosen("tpu")
 
@@ -68,7 +68,7 @@ def test_with_a_compiler_that_fails_numpy_computes(monkeypatch, tmp_path, caplog
     assert "numpy computes instead, about ten times slower" in caplog.records[-1].message
 
 
-def test_a_program_that_the_cpu_backend_does_not_run_goes_to_numpy(caplog):
+def test_a_program_that_the_cpu_backend_does_not_support_runs_on_numpy(caplog):
     table = random_tensor("t", "F32", (12, 4))
     late = Program((*PROGRAM.operations, Embed("x", table)), {"x": 4}, 1, 1, 1, 1024, 12)
     prepared = []
@@ -81,7 +81,7 @@ def test_a_program_that_the_cpu_backend_does_not_run_goes_to_numpy(caplog):
     assert cpu < reference == 2 * 1024 * 4
 
 
-def test_an_error_that_no_other_backend_would_help_is_final(caplog):
+def test_an_error_that_another_backend_would_not_solve_is_final(caplog):
     def too_little_memory(backend):
         raise StartupError("too little memory")
 

@@ -73,7 +73,7 @@ def test_a_model_that_cannot_run_is_refused_and_not_loaded_again(
 
 
 @pytest.mark.parametrize(
-    ("main", "told", "logged"),
+    ("main", "message", "logged"),
     [
         (engines.main_without_numpy, "numpy is not installed; run: .* -m pip install", ""),
         (engines.main_that_cannot_load, "cannot be loaded: .*a fault", "Traceback"),
@@ -81,7 +81,7 @@ def test_a_model_that_cannot_run_is_refused_and_not_loaded_again(
 )
 def test_an_error_in_the_first_load_is_reported_and_not_retried(
     main: object,
-    told: str,
+    message: str,
     logged: str,
     tiny: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -92,7 +92,7 @@ def test_an_error_in_the_first_load_is_reported_and_not_retried(
         monkeypatch.setattr(process, "main", main)
         client = EngineClient(EngineConfig(str(tiny)))
         await client.start()
-        with pytest.raises(StartupError, match=told):
+        with pytest.raises(StartupError, match=message):
             await client.wait_ready()
         await client.stop()
         assert logged in capfd.readouterr().err
