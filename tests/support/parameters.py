@@ -5,6 +5,12 @@ from typing import Any
 
 import pytest
 
+# The files whose tests run again with sanitizers, guard pages and on AArch64.
+KERNEL_TESTS = tuple(
+    f"tests/backend/cpu/test_{name}.py"
+    for name in ("operations", "linear", "attention", "models", "sampling")
+)
+
 
 def slow_but(values: Iterable[Any], *quick: Any) -> list[Any]:
     """The values, all marked slow except the quick ones."""

@@ -1,6 +1,6 @@
-"""The tests of the CPU backend once more, on AArch64: compiled by ziglang, run by qemu-aarch64.
+"""Runs the kernel tests again on AArch64: compiled by ziglang, run by qemu-aarch64.
 
-Marked compat: needs both, and the first compilation makes ziglang's C library (40 s).
+Marked compat: needs both, and the first compilation builds ziglang's C library (40 s).
 """
 
 import importlib.util
@@ -12,13 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.parameters import KERNEL_TESTS
+
 ROOT = Path(__file__).parents[3]
-TESTS = (
-    "tests/backend/cpu/test_backend.py",
-    "tests/backend/cpu/test_sampling.py",
-    *("-k", "not refused"),
-)
-COMMAND = (sys.executable, "-m", "pytest", "-p", "tests.support.aarch64", "-q", "-x", *TESTS)
+COMMAND = (sys.executable, "-m", "pytest", "-p", "tests.support.aarch64", "-q", "-x", *KERNEL_TESTS)
 
 pytestmark = [
     pytest.mark.compat,

@@ -62,6 +62,6 @@ def test_gemma_3_agrees_with_float32(gemma3):
 
 
 @pytest.mark.slow
-def test_eight_bits_are_no_worse_than_those_of_llama_cpp(smollm2, gemma3):
+def test_eight_bits_are_no_worse_than_in_llama_cpp(smollm2, gemma3):
     check(measured(smollm2, SMOLLM2, 8), agreement=0.959, error=0.035)
     check(measured(gemma3, GEMMA3, 8), agreement=0.959, error=0.134)

@@ -1,4 +1,4 @@
-"""The tests of the CPU backend once more, each buffer ending where a page begins that faults."""
+"""Runs the kernel tests again, with a page that faults right after each buffer."""
 
 import signal
 import subprocess
@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.parameters import KERNEL_TESTS
+
 ROOT = Path(__file__).parents[3]
 COMMAND = (sys.executable, "-m", "pytest", "-p", "tests.support.guarded", "-q", "-x")
 TESTS = (
-    *(f"tests/backend/cpu/test_{name}.py" for name in ("backend", "sampling", "golden")),
+    *KERNEL_TESTS,
+    "tests/backend/cpu/test_golden.py",
     *("-k", "not default_model"),
 )
 OVER_THE_END = """
@@ -23,7 +26,7 @@ ctypes.memset(end, 0, int(sys.argv[1]))
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(sys.platform != "linux", reason="places memory by Linux' calls"),
+    pytest.mark.skipif(sys.platform != "linux", reason="uses Linux system calls"),
 ]
 
 

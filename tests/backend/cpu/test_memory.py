@@ -1,4 +1,4 @@
-"""What memory loading takes at its peak, and a cache while it is used."""
+"""Peak memory while loading, and resident memory of a cache in use."""
 
 import ctypes
 import mmap
@@ -34,7 +34,7 @@ def load(path: Path) -> Plan:
 @pytest.mark.skipif(sys.platform != "linux", reason="pages of files are dropped on Linux")
 @pytest.mark.parametrize("model", ["smollm2", "gemma3"])
 def test_loading_takes_little_more_memory_than_the_file(model, request):
-    """Weights are packed beside the mapped file; pages that are done with are dropped at once."""
+    """Weights are packed while the file is mapped; its pages are dropped once they are packed."""
     path = request.getfixturevalue(model)
     loaded = open_in_a_fresh_process(__name__, "load", path)
     assert loaded.error == ""
@@ -49,29 +49,29 @@ def resident_bytes(array: Array) -> int:
     return sum(page & 1 for page in pages) * mmap.PAGESIZE
 
 
-def join_populating() -> None:
+def join_prefaulting() -> None:
     for thread in threading.enumerate():
         if thread.name == "kv-cache":
             thread.join()
 
 
-def gives_memory_ahead() -> bool:
+def can_prefault() -> bool:
     release = platform.release().split(".")
     return sys.platform == "linux" and (int(release[0]), int(release[1])) >= (5, 14)
 
 
-@pytest.mark.skipif(not gives_memory_ahead(), reason="needs Linux 5.14")
-def test_the_next_part_of_a_cache_is_there_before_it_is_used_and_the_rest_is_not(cpu):
+@pytest.mark.skipif(not can_prefault(), reason="needs Linux 5.14")
+def test_the_next_part_of_a_cache_is_resident_before_its_use_and_the_rest_is_not(cpu):
     library = cpu._library
     cache = CacheMemory(library, Memory(library), (1000, 8, 4, 2048))
     ahead = AHEAD_BYTES // 2 // cache.keys[0].nbytes
-    join_populating()
+    join_prefaulting()
     for array in (cache.keys, cache.values):
         assert resident_bytes(array[:ahead]) == array[:ahead].nbytes
         assert resident_bytes(array) < 2 * array[:ahead].nbytes
     cache.keys[ahead - 1] = 7
     cache.will_use(ahead - 1)
-    join_populating()
+    join_prefaulting()
     for array in (cache.keys, cache.values):
         assert resident_bytes(array[: 2 * ahead]) == array[: 2 * ahead].nbytes
         assert resident_bytes(array) < 3 * array[:ahead].nbytes

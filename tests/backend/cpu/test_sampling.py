@@ -26,18 +26,18 @@ def plan_of(backend, vocab_size):
 
 
 def random_logits(seed, num_rows, vocab_size, has_ties=False, bad=()):
-    """Logits of which some rows have one value that is bad."""
+    """Random logits; the last rows each get one of the bad values."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(scale=3, size=(num_rows, vocab_size)).astype(np.float32)
     if has_ties:
-        logits = np.round(logits)  # and so 0 and -0
+        logits = np.round(logits)  # gives both 0 and -0
     for row, value in enumerate(bad[:num_rows]):
         logits[-1 - row, rng.integers(vocab_size)] = value
     return logits
 
 
 def check_samples(backend, logits, slots, parameters, drafts=None, targets=None, masks=()):
-    """parameters and masks: of each slot."""
+    """parameters, masks: one for each slot"""
     plan = plan_of(backend, logits.shape[1])
     table = SamplingTable(NUM_SLOTS, logits.shape[1])
     plan.buffers["logits"][: len(logits), : logits.shape[1]] = logits
@@ -127,7 +127,7 @@ def test_samples_are_those_of_the_contract(cpu, step):
     {"allowed": mask_of([5, 6], 97)},
     {"min_tokens": 1, "end_ids": range(90)},
 ])
-def test_each_parameter_by_itself(cpu, values):
+def test_each_parameter_alone(cpu, values):
     logits = random_logits(7, 4, 97)
     check_samples(cpu, logits, range(4), [SamplingParameters(seed=7, **values)] * 4)
 

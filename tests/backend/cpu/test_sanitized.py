@@ -1,4 +1,4 @@
-"""The tests of the CPU backend once more, on kernels built with AddressSanitizer and UBSan."""
+"""Runs the kernel tests again, with kernels built with AddressSanitizer and UBSan."""
 
 import os
 import shutil
@@ -8,18 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.parameters import KERNEL_TESTS
+
 ROOT = Path(__file__).parents[3]
 COMMAND = (sys.executable, "-m", "pytest", "-p", "tests.support.sanitized", "-q", "-x")
 TESTS = (
-    "tests/backend/cpu/test_backend.py",
-    "tests/backend/cpu/test_sampling.py",
+    *KERNEL_TESTS,
     "tests/backend/cpu/test_golden.py",
     *("-k", "not default_model"),
 )
 
 
 def runtime(name):
-    """The sanitizer's library, which must be there before all others."""
+    """The sanitizer's library, which must be loaded first; None if gcc lacks it."""
     path = subprocess.run(
         ["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True
     ).stdout.strip()
