@@ -25,6 +25,7 @@ from bench.reference import batch
 from llmsrv.backend.base import Plan
 from llmsrv.backend.cpu.backend import CPUBackend
 from llmsrv.backend.cpu.backend import CPUOptions
+from llmsrv.backend.cpu.backend import CPUPlan
 from llmsrv.backend.cpu.library import FORMATS
 from llmsrv.backend.program import Attention
 from llmsrv.backend.program import GatedActivation
@@ -123,8 +124,9 @@ def sampling(name: str, parameters: SamplingParameters) -> Kernel:
     logits = np.random.default_rng(0).normal(scale=3, size=(rows, VOCAB)).astype(np.float32)
 
     def run(plan: Plan) -> None:
-        if not plan.buffers["logits"].any():  # type: ignore[attr-defined]
-            plan.buffers["logits"][:rows, :VOCAB] = logits  # type: ignore[attr-defined]
+        assert isinstance(plan, CPUPlan)
+        if not plan.buffers["logits"].any():
+            plan.buffers["logits"][:rows, :VOCAB] = logits
             for slot in slots.tolist():
                 plan.sampling.set(slot, parameters)
         plan.sample(slots, positions)

@@ -141,8 +141,8 @@ class CPUBackend(Backend):
         """Everything that the bytes of a block depend on (kernels/cpu/kv_cache.h)."""
         has_integers = self.tier.has_integer_cache and self.kv_cache_bits != 32
         elements = f"{'integers' if has_integers else 'floats'} of {self.kv_cache_bits} bits"
-        shape = f"{program.num_layers} layers, {program.num_kv_heads} heads, {_padded_dim(program)}"
-        return f"cpu: {elements}, {shape}, blocks of {BLOCK_SIZE}"
+        heads = f"{program.num_kv_heads} heads of {_padded_dim(program)}"
+        return f"cpu: {elements}, {program.num_layers} layers, {heads}, blocks of {BLOCK_SIZE}"
 
 
 class CPUPlan(Plan):

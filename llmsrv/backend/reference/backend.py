@@ -115,9 +115,8 @@ class ReferencePlan(Plan):
             self.k_cache.reshape(limits.num_blocks, -1).view(np.uint8),
             self.v_cache.reshape(limits.num_blocks, -1).view(np.uint8),
         )
-        self.kv_layout = "reference: {} layers, {} positions, {} heads, {} floats".format(
-            *self.k_cache.shape[1:]
-        )
+        heads = f"{program.num_layers} layers, {program.num_kv_heads} heads of {program.head_dim}"
+        self.kv_layout = f"reference: floats of 32 bits, {heads}, blocks of {BLOCK_SIZE}"
         self.sampling = SamplingTable(limits.max_slots, program.vocab_size)
         # The results of the last step.
         self.buffers: dict[str, Floats] = {}
