@@ -26,8 +26,8 @@ from llmsrv.engine.messages import Sampling
 from llmsrv.engine.messages import Submit
 from llmsrv.files.source import resolve_model
 from llmsrv.model.load import load_model
-from llmsrv.text.grammar import json_source
-from llmsrv.text.grammar import read_vocabulary
+from llmsrv.text.grammar import json_schema_source
+from llmsrv.text.grammar import load_ll_tokenizer
 from llmsrv.text.grammar import regex_source
 
 LIMITS = Limits(max_rows=512, max_logit_rows=64, max_slots=32, num_blocks=1025)
@@ -47,8 +47,8 @@ RECORD = {
 GRAMMARS = {
     "none": "",
     "text": regex_source(r"(.|\n)*"),
-    "records": json_source({"type": "array", "items": RECORD, "minItems": 1000}),
-    "any": json_source({"type": "array", "minItems": 1000}),
+    "records": json_schema_source({"type": "array", "items": RECORD, "minItems": 1000}),
+    "any": json_schema_source({"type": "array", "minItems": 1000}),
 }
 
 
@@ -58,7 +58,7 @@ class Engine:
         options = CPUOptions(default_cache_dir(), threads)
         plan = CPUBackend(options).compile(program, LIMITS, lambda: None)
         grammars = GrammarCompiler(
-            lambda: read_vocabulary(path, default_cache_dir(), program.vocab_size),
+            lambda: load_ll_tokenizer(path, default_cache_dir(), program.vocab_size),
             program.vocab_size,
         )
         self._core = EngineCore(

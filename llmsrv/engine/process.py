@@ -145,7 +145,7 @@ def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, 
     from llmsrv.engine.core import EngineCore
     from llmsrv.engine.grammar import GrammarCompiler
     from llmsrv.model.load import load_model
-    from llmsrv.text.grammar import read_vocabulary
+    from llmsrv.text.grammar import load_ll_tokenizer
 
     model = load_model(Path(config.model_path), tick)
     program = model.program
@@ -171,7 +171,7 @@ def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, 
         load_s=time.monotonic() - start_s,
     )
     vocabulary = Path(config.model_path), Path(config.cache_dir), program.vocab_size
-    grammars = GrammarCompiler(lambda: read_vocabulary(*vocabulary), program.vocab_size)
+    grammars = GrammarCompiler(lambda: load_ll_tokenizer(*vocabulary), program.vocab_size)
     core = EngineCore(
         plans[0],
         limits,

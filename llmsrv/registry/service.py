@@ -14,7 +14,7 @@ from llmsrv.errors import StartupError
 from llmsrv.files.open import open_model
 from llmsrv.registry.counters import Counters
 from llmsrv.text.chat_template import ChatTemplate
-from llmsrv.text.defaults import chat_template
+from llmsrv.text.defaults import read_chat_template
 from llmsrv.text.defaults import sampling_defaults
 from llmsrv.text.tokenizer import Tokenizer
 from llmsrv.text.tokenizer import load_tokenizer
@@ -51,7 +51,7 @@ def load_text_model(path: Path, template_file: str | None, cache_dir: Path) -> T
     if template_file is not None:
         source, origin = _read_template(template_file), template_file
     else:
-        source, origin = chat_template(model), str(path)
+        source, origin = read_chat_template(model), str(path)
     template = None if source is None else ChatTemplate(source, tokenizer, origin)
     grammars = GrammarWorker(path, cache_dir)
     return TextModel(tokenizer, template, sampling_defaults(model), grammars)

@@ -51,7 +51,7 @@ class ChatTemplate:
     """A compiled template together with the tokenizer whose special tokens it writes.
 
     tool_call_format  how it shows its model to write tool calls: a name in tool_calls.FORMATS
-    has_thoughts      whether it shows its model to think between tags
+    has_reasoning      whether it shows its model to think between tags
     is_slow           whether a rendering was cut at its deadline: not one for the event loop
     """
 
@@ -77,10 +77,10 @@ class ChatTemplate:
                 "--chat-template FILE takes another"
             ) from None
         self.tool_call_format = detect_format(source)
-        self.has_thoughts = reasoning.is_taught_by(source)
+        self.has_reasoning = reasoning.is_taught_by(source)
         self.is_slow = False
 
-    def knows(self, variable: str) -> bool:
+    def uses_variable(self, variable: str) -> bool:
         """Whether the template asks for a variable of this name."""
         return variable in self._variables
 

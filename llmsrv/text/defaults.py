@@ -18,7 +18,7 @@ PARAMETERS: dict[str, tuple[str, float, float]] = {
 }
 
 
-def chat_template(model: GGUFFile | ModelFolder) -> str | None:
+def read_chat_template(model: GGUFFile | ModelFolder) -> str | None:
     """The model's own template, None where it has none."""
     if isinstance(model, ModelFolder):
         return model.chat_template

@@ -49,7 +49,7 @@ class GrammarError(ValueError):
 # ---- Sources
 
 
-def json_source(schema: Any, whitespace_pattern: str | None = None) -> str:
+def json_schema_source(schema: Any, whitespace_pattern: str | None = None) -> str:
     """JSON that follows a JSON Schema, which is an object, or text or bytes that hold one.
 
     whitespace_pattern  a regular expression for what may stand between tokens; None: as SPELLING
@@ -79,7 +79,7 @@ def grammar_source(text: str) -> str:
     return lark_source(text) if _LARK.search(text) else _source([{"gbnf": text}])
 
 
-def either_source(first: str, second: str) -> str:
+def alternation_source(first: str, second: str) -> str:
     """The texts of one source and those of another."""
     grammars: list[dict[str, Any]] = [{"lark_grammar": "start: @first | @second"}]
     for name, source in (("first", first), ("second", second)):
@@ -88,7 +88,7 @@ def either_source(first: str, second: str) -> str:
     return _source(grammars)
 
 
-def behind_thoughts(
+def after_reasoning_source(
     source: str, tokenizer: "Tokenizer", opening: str, closing: str, is_begun: bool
 ) -> str:
     """The texts of a source, behind any text between two tags; `is_begun` where the prompt ends
@@ -123,7 +123,7 @@ def lark_text(text: str, tokenizer: "Tokenizer") -> str:
 
 
 def checked_schema(schema: Any, whitespace_pattern: str | None = None) -> dict[str, Any]:
-    """The schema as llguidance takes it, from what json_source takes."""
+    """The schema as llguidance takes it, from what json_schema_source takes."""
     if isinstance(schema, bytes | str):
         check_size(schema)
         schema = _parsed(schema)
@@ -181,7 +181,7 @@ def check_size(text: bytes | str) -> None:
 # ---- Compiling, in the worker and in the engine; llguidance is imported nowhere else
 
 
-def read_vocabulary(model_path: Path, cache_dir: Path, vocab_size: int = 0) -> "LLTokenizer":
+def load_ll_tokenizer(model_path: Path, cache_dir: Path, vocab_size: int = 0) -> "LLTokenizer":
     """A model's tokens as matchers need them; 0.4 s for 49k of them.
 
     vocab_size  of the model, which may have more ids than tokens; 0: as many as tokens
@@ -230,7 +230,7 @@ def compile_source(source: str, vocabulary: "LLTokenizer") -> "LLMatcher":
     return matcher
 
 
-def translated(source: str) -> str:
+def gbnf_to_lark(source: str) -> str:
     """A source without GBNF, which becomes Lark.  Takes its time, as compile_source does."""
     from llguidance import grammar_from
 

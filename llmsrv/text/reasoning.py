@@ -6,26 +6,26 @@ An automaton over characters, as the parser of tool calls: the pieces do not mat
 
 from collections.abc import Callable
 
-OPENING = "<think>"
-CLOSING = "</think>"
+THINK_START = "<think>"
+THINK_END = "</think>"
 
 
 def is_taught_by(template: str) -> bool:
     """Whether a chat template knows of thoughts."""
-    return CLOSING in template
+    return THINK_END in template
 
 
 class ReasoningParser:
     """Of one answer.  Blanks before each part are dropped with the tags.
 
-    has_thoughts  there is a tag that opens them
-    thoughts_end  where in the text the tag that closes them ends, in characters; None before it
+    has_reasoning  there is a tag that opens them
+    reasoning_end  where in the text the tag that closes them ends, in characters; None before it
     """
 
     def __init__(self, is_open: bool) -> None:
         """is_open: the prompt itself ends with the opening tag, as some templates have it."""
-        self.has_thoughts = is_open
-        self.thoughts_end: int | None = None
+        self.has_reasoning = is_open
+        self.reasoning_end: int | None = None
         self._num_read = 0  # characters that came in
         self._state: Callable[[str], tuple[str, str]] = (
             self._in_thoughts if is_open else self._before_tag
@@ -48,8 +48,8 @@ class ReasoningParser:
     def flush(self, cut_off: str = "") -> tuple[str, str]:
         """At the end: what may have been a tag is none.
 
-        cut_off: text that a stop string has taken away.  Only has_thoughts and thoughts_end look at
-        it."""
+        cut_off: text that a stop string removed.  It only affects has_reasoning and
+        reasoning_end."""
         pending, self._pending = self._pending, ""
         if self._state == self._in_thoughts:
             rest = pending, ""
@@ -63,12 +63,12 @@ class ReasoningParser:
     def _before_tag(self, text: str) -> tuple[str, str]:
         begun = text.lstrip()
         self._blanks.append(text[: len(text) - len(begun)])
-        if begun.startswith(OPENING):
-            self.has_thoughts = True
+        if begun.startswith(THINK_START):
+            self.has_reasoning = True
             self._blanks = []
             self._state = self._in_thoughts
-            return self._in_thoughts(begun.removeprefix(OPENING))
-        if OPENING.startswith(begun):
+            return self._in_thoughts(begun.removeprefix(THINK_START))
+        if THINK_START.startswith(begun):
             self._pending = begun
             return "", ""
         self._is_begun = True
@@ -80,15 +80,15 @@ class ReasoningParser:
         return "".join([*blanks, text])
 
     def _in_thoughts(self, text: str) -> tuple[str, str]:
-        thoughts, tag, rest = text.partition(CLOSING)
+        thoughts, tag, rest = text.partition(THINK_END)
         if tag:
             thoughts = self._without_blanks(thoughts)
             self._is_begun = False
-            self.thoughts_end = self._num_read - len(rest)
+            self.reasoning_end = self._num_read - len(rest)
             self._state = self._in_answer
             return thoughts, self._without_blanks(rest)
-        lengths = range(len(CLOSING) - 1, 0, -1)
-        num_open = next((n for n in lengths if text.endswith(CLOSING[:n])), 0)
+        lengths = range(len(THINK_END) - 1, 0, -1)
+        num_open = next((n for n in lengths if text.endswith(THINK_END[:n])), 0)
         self._pending = text[len(text) - num_open :]
         return self._without_blanks(text[: len(text) - num_open]), ""
 

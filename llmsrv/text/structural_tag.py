@@ -34,64 +34,64 @@ class _Format(msgspec.Struct, tag_field="type", forbid_unknown_fields=True):
     pass
 
 
-class ConstString(_Format, tag="const_string"):
+class ConstStringFormat(_Format, tag="const_string"):
     value: str
 
 
-class AnyText(_Format, tag="any_text"):
+class AnyTextFormat(_Format, tag="any_text"):
     pass
 
 
-class JSONSchema(_Format, tag="json_schema"):
+class JSONSchemaFormat(_Format, tag="json_schema"):
     json_schema: msgspec.Raw
 
 
-class Regex(_Format, tag="regex"):
+class RegexFormat(_Format, tag="regex"):
     pattern: str
 
 
-class InOrder(_Format, tag="sequence"):
+class SequenceFormat(_Format, tag="sequence"):
     elements: list["Format"]
 
 
-class Either(_Format, tag="or"):
+class OrFormat(_Format, tag="or"):
     elements: list["Format"]
 
 
-class Tag(_Format, tag="tag"):
+class TagFormat(_Format, tag="tag"):
     begin: str
     content: "Format"
     end: str
 
 
-class TriggeredTags(_Format, tag="triggered_tags"):
+class TriggeredTagsFormat(_Format, tag="triggered_tags"):
     """Any text, in which each trigger is the beginning of one of the tags that begin with it."""
 
     triggers: list[str]
-    tags: list[Tag]
+    tags: list[TagFormat]
     at_least_one: bool = False
     stop_after_first: bool = False
 
 
-class SeparatedTags(_Format, tag="tags_with_separator"):
+class TagsWithSeparatorFormat(_Format, tag="tags_with_separator"):
     """Tags and nothing else."""
 
-    tags: list[Tag]
+    tags: list[TagFormat]
     separator: str
     at_least_one: bool = False
     stop_after_first: bool = False
 
 
 Format = (
-    ConstString
-    | AnyText
-    | JSONSchema
-    | Regex
-    | InOrder
-    | Either
-    | Tag
-    | TriggeredTags
-    | SeparatedTags
+    ConstStringFormat
+    | AnyTextFormat
+    | JSONSchemaFormat
+    | RegexFormat
+    | SequenceFormat
+    | OrFormat
+    | TagFormat
+    | TriggeredTagsFormat
+    | TagsWithSeparatorFormat
 )
 
 
@@ -105,12 +105,12 @@ def parse_format(text: bytes) -> Format:
     return form
 
 
-def json_tag(begin: str, schema: bytes, end: str) -> Tag:
+def json_tag(begin: str, schema: bytes, end: str) -> TagFormat:
     """JSON that follows a schema, between two texts."""
-    return Tag(begin, JSONSchema(msgspec.Raw(schema)), end)
+    return TagFormat(begin, JSONSchemaFormat(msgspec.Raw(schema)), end)
 
 
-def tags_source(form: Format, tokenizer: "Tokenizer") -> str:
+def structural_tag_source(form: Format, tokenizer: "Tokenizer") -> str:
     """The grammar of a format.  What spells a special token means that token."""
     rules = _Rules(tokenizer)
     try:
@@ -157,27 +157,27 @@ class _Rules:
     def of(self, form: Format, end: _End | None) -> str:
         """The rule of a format with its end behind it; None: other rules take what comes there."""
         match form:
-            case ConstString(value):
+            case ConstStringFormat(value):
                 return self._ended(self._text(value), end)
-            case JSONSchema(schema):
+            case JSONSchemaFormat(schema):
                 value = json.dumps(checked_schema(bytes(schema)))
                 return self._ended(self.add(self._name("json"), f"%json {value}"), end)
-            case Regex(pattern):
+            case RegexFormat(pattern):
                 return self._ended(lark_regex(pattern), end)
-            case AnyText():
+            case AnyTextFormat():
                 return self._any_text(end)
-            case InOrder(elements):
+            case SequenceFormat(elements):
                 *first, last = _some(elements, "sequence")
                 parts = [self.of(element, None) for element in first]
                 return self.add(self._name("sequence"), " ".join([*parts, self.of(last, end)]))
-            case Either(elements):
+            case OrFormat(elements):
                 either = [self.of(element, end) for element in _some(elements, "or")]
                 return self.add(self._name("or"), *either)
-            case Tag():
+            case TagFormat():
                 return self._tag(form, form.begin, end)
-            case TriggeredTags():
+            case TriggeredTagsFormat():
                 return self._triggered(form, end)
-            case SeparatedTags():
+            case TagsWithSeparatorFormat():
                 return self._separated(form, end)
 
     def _any_text(self, end: _End | None, kind: str = "any_text") -> str:
@@ -189,7 +189,7 @@ class _Rules:
         self.add(name + lazy, f"TEXT {end.name}")
         return name
 
-    def _tag(self, tag: Tag, begin: str, end: _End | None) -> str:
+    def _tag(self, tag: TagFormat, begin: str, end: _End | None) -> str:
         """With another beginning, where a part of it has been taken."""
         if not tag.end:
             inner = self.of(tag.content, end)
@@ -197,7 +197,7 @@ class _Rules:
         inner = self.of(tag.content, self._end(tag.end))
         return self._ended(f"{self._text(begin)} {inner}", end)
 
-    def _triggered(self, form: TriggeredTags, end: _End | None) -> str:
+    def _triggered(self, form: TriggeredTagsFormat, end: _End | None) -> str:
         if len(form.triggers) > MAX_TRIGGERS:
             raise GrammarError(f"'triggered_tags' takes at most {MAX_TRIGGERS} triggers")
         text = self._any_text(end, "triggered_tags")
@@ -210,7 +210,7 @@ class _Rules:
             return self.add(name, only) if form.at_least_one else self.add(name, only, text)
         return self.add(name, f"{tag}{'+' if form.at_least_one else '*'} {text}")
 
-    def _trigger(self, trigger: str, tags: Sequence[Tag]) -> str:
+    def _trigger(self, trigger: str, tags: Sequence[TagFormat]) -> str:
         """Text up to a trigger, with what may follow that."""
         if not trigger:
             raise GrammarError("expected triggers that are not empty")
@@ -225,7 +225,7 @@ class _Rules:
         text = self._any_text(self._end(opening))
         return self.add(self._name("trigger"), f"{text} ({' | '.join(begun)})")
 
-    def _separated(self, form: SeparatedTags, end: _End | None) -> str:
+    def _separated(self, form: TagsWithSeparatorFormat, end: _End | None) -> str:
         tags = [self.of(tag, None) for tag in _some(form.tags, "tags_with_separator")]
         tag = self.add(self._name("tags"), *tags)
         further = "" if form.stop_after_first else f"({self._text(form.separator)} {tag})*"

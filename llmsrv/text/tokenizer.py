@@ -70,9 +70,9 @@ class Tokenizer:
     special_tokens  id of each control token's text; user-defined tokens are not among them
     bos_id          None where the model has none; add_bos says whether a prompt begins with it
     end_ids         any of these ends an answer
-    fill_in_ids     as FILL_IN_TEXTS, None where the model has none
+    fim_token_ids     as FILL_IN_TEXTS, None where the model has none
     named_tokens    texts under the names that chat templates use, as bos_token and eos_token
-    longest_token   characters that one id can stand for at most
+    max_token_chars   characters that one id can stand for at most
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -80,7 +80,7 @@ class Tokenizer:
         self._tokens = tokens = vocabulary.tokens
         self._types = types = vocabulary.types
         self.vocab_size = len(tokens)
-        self.longest_token = max(map(len, tokens))
+        self.max_token_chars = max(map(len, tokens))
         self.special_tokens = {t: i for i, t in enumerate(tokens) if t and types[i] in SPECIAL}
         user_defined = {t: i for i, t in enumerate(tokens) if t and types[i] == USER_DEFINED}
         self._id_of = self.special_tokens | user_defined
@@ -94,7 +94,7 @@ class Tokenizer:
         known_ends = {self.special_tokens[t] for t in END_TEXTS if t in self.special_tokens}
         self.end_ids = vocabulary.end_ids | known_ends
         self.named_tokens = {f"{name}_token": tokens[id] for name, id in ids.items()}
-        self.fill_in_ids = _fill_in_ids(self._id_of)
+        self.fim_token_ids = _fill_in_ids(self._id_of)
 
     def encode(self, text: str, *, parse_special: bool, is_start: bool = True) -> list[int]:
         """The ids of `text`, without BOS; 0.5 M tokens a second.  A byte that the vocabulary has no

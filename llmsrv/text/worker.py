@@ -26,8 +26,8 @@ from typing import BinaryIO
 from llmsrv.errors import ApiError
 from llmsrv.text.grammar import GrammarError
 from llmsrv.text.grammar import compile_source
-from llmsrv.text.grammar import read_vocabulary
-from llmsrv.text.grammar import translated
+from llmsrv.text.grammar import gbnf_to_lark
+from llmsrv.text.grammar import load_ll_tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -166,7 +166,7 @@ def main() -> None:
     # What a library prints must not come between the frames.
     frames_in, frames_out = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    vocabulary = read_vocabulary(model_path, cache_dir)
+    vocabulary = load_ll_tokenizer(model_path, cache_dir)
     _answer(frames_out, b"")
     while head := frames_in.read(SIZE.size):
         source = frames_in.read(*SIZE.unpack(head)).decode()
@@ -196,7 +196,7 @@ def _answer_within_limits(
 
 def _compiled(source: str, vocabulary: "LLTokenizer") -> dict[str, str]:
     try:
-        source = translated(source)
+        source = gbnf_to_lark(source)
         compile_source(source, vocabulary)
     except GrammarError as error:
         return {"error": str(error)}

@@ -24,8 +24,8 @@ from llmsrv.errors import ApiError
 from llmsrv.model.load import load_model
 from llmsrv.text.grammar import choice_source
 from llmsrv.text.grammar import grammar_source
-from llmsrv.text.grammar import json_source
-from llmsrv.text.grammar import read_vocabulary
+from llmsrv.text.grammar import json_schema_source
+from llmsrv.text.grammar import load_ll_tokenizer
 from llmsrv.text.grammar import regex_source
 from tests.support.gguf_writer import write_tiny_llama
 
@@ -48,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def compiler(model: Path) -> GrammarCompiler:
-    return GrammarCompiler(lambda: read_vocabulary(model, model.parent, VOCAB_SIZE), VOCAB_SIZE)
+    return GrammarCompiler(lambda: load_ll_tokenizer(model, model.parent, VOCAB_SIZE), VOCAB_SIZE)
 
 
 def start(compiler: GrammarCompiler, source: str) -> Grammar:
@@ -82,9 +82,13 @@ def follows(grammar: Grammar, text: str) -> bool:
 @pytest.mark.parametrize(
     ("source", "texts", "others"),
     [
-        (json_source(POINT), ['{"x": -12, "y": "b"}'], ['{"x":1, "y": "a"}', '{"y": "a"}', "[]"]),
-        (json_source(POINT, r"[ \n]?"), ['{"x":1, "y": "a"}'], ['{"x":  1, "y": "a"}']),
-        (json_source({"type": "object"}), ["{}", '{"a": [1, {"é": 0.5}]}'], ["1", "{ }"]),
+        (
+            json_schema_source(POINT),
+            ['{"x": -12, "y": "b"}'],
+            ['{"x":1, "y": "a"}', '{"y": "a"}', "[]"],
+        ),
+        (json_schema_source(POINT, r"[ \n]?"), ['{"x":1, "y": "a"}'], ['{"x":  1, "y": "a"}']),
+        (json_schema_source({"type": "object"}), ["{}", '{"a": [1, {"é": 0.5}]}'], ["1", "{ }"]),
         (regex_source(r"a/b|\d{2}\n?"), ["a/b", "42", "42\n"], ["a", "4", "a\\/b"]),
         (choice_source(["yes", "yes and no", 'a "quote"\n']), ["yes", "yes and no"], ["no"]),
         (grammar_source('start: "a" [B]\nB: /b+/'), ["a", "abbb"], ["b"]),
@@ -102,7 +106,7 @@ def test_a_grammar_accepts_its_texts_and_no_others(
 
 
 def test_masks_after_drafts_are_those_of_plain_decoding(compiler: GrammarCompiler) -> None:
-    grammar = start(compiler, json_source(POINT))
+    grammar = start(compiler, json_schema_source(POINT))
     drafts = ids_of('{"x": 1')
     masks = grammar.masks(drafts)
     assert masks is not None and masks.shape == (len(drafts) + 1, VOCAB_SIZE // 32)
@@ -113,7 +117,7 @@ def test_masks_after_drafts_are_those_of_plain_decoding(compiler: GrammarCompile
 
 
 def test_there_are_no_masks_after_a_forbidden_draft(compiler: GrammarCompiler) -> None:
-    grammar = start(compiler, json_source(POINT))
+    grammar = start(compiler, json_schema_source(POINT))
     masks = grammar.masks(ids_of('{"z'))
     assert masks is not None and len(masks) == 3
     assert follows(grammar, '{"x": 0, "y": "a"}')
@@ -125,7 +129,7 @@ def test_the_last_byte_completes_the_text(compiler: GrammarCompiler) -> None:
 
 
 def test_forced_ids_have_no_alternative(compiler: GrammarCompiler) -> None:
-    grammar = start(compiler, json_source(POINT))
+    grammar = start(compiler, json_schema_source(POINT))
     assert text_of(grammar.forced()) == '{"x": '[: len(grammar.forced())]
     assert grammar.masks(grammar.forced()) is not None
 
@@ -206,7 +210,7 @@ def engine(model: Path, compiler: GrammarCompiler) -> Iterator[Engine]:
 
 def test_answers_follow_their_grammar_among_others_without_one(engine: Engine) -> None:
     for request in range(1, 5):
-        engine.submit(request, json_source(POINT) if request % 2 else "", seed=request, n=2)
+        engine.submit(request, json_schema_source(POINT) if request % 2 else "", seed=request, n=2)
     engine.run()
     assert len(engine.reasons) == 8 and not engine.failed
     for (request, choice), ids in engine.outputs.items():
@@ -215,10 +219,11 @@ def test_answers_follow_their_grammar_among_others_without_one(engine: Engine) -
 
 
 def test_a_seed_gives_the_same_answer_alone_and_among_others(engine: Engine) -> None:
-    engine.submit(1, json_source({"type": "object"}), seed=5)
+    engine.submit(1, json_schema_source({"type": "object"}), seed=5)
     engine.run()
     for request in range(2, 6):
-        engine.submit(request, json_source({"type": "object"}) if request < 4 else "", seed=5)
+        source = json_schema_source({"type": "object"}) if request < 4 else ""
+        engine.submit(request, source, seed=5)
     engine.run()
     assert engine.outputs[1, 0] == engine.outputs[2, 0] == engine.outputs[3, 0]
 

@@ -19,7 +19,7 @@ from llmsrv.engine.messages import Sampling
 from llmsrv.engine.messages import Submit
 from llmsrv.model.load import load_model
 from llmsrv.text.grammar import choice_source
-from llmsrv.text.grammar import read_vocabulary
+from llmsrv.text.grammar import load_ll_tokenizer
 from tests.support.cores import GREEDY
 from tests.support.gguf_writer import write_tiny_llama
 from tests.support.parameters import slow_but
@@ -94,7 +94,7 @@ class TinyModel:
     def __init__(self, path: Path) -> None:
         self._program = load_model(path, lambda: None).program
         self.compiler = GrammarCompiler(
-            lambda: read_vocabulary(path, path.parent, VOCAB_SIZE), VOCAB_SIZE
+            lambda: load_ll_tokenizer(path, path.parent, VOCAB_SIZE), VOCAB_SIZE
         )
 
     def make_plan(self, limits: Limits) -> Plan:

@@ -312,14 +312,14 @@ def test_special_tokens_that_overlap_are_still_put_away(tmp_path):
 def test_a_template_knows_the_variables_that_it_asks_for(tokenizer):
     source = "{% if enable_thinking is defined %}{{ tools }}{% endif %}{{ messages }}"
     template = ChatTemplate(source, tokenizer)
-    assert template.knows("enable_thinking") and template.knows("tools")
-    assert not template.knows("reasoning_effort")
+    assert template.uses_variable("enable_thinking") and template.uses_variable("tools")
+    assert not template.uses_variable("reasoning_effort")
 
 
 def test_a_template_shows_how_its_model_calls_and_thinks(tokenizer, chatml):
     template = ChatTemplate("{{ '<tool_call>' }}{{ '</think>' }}", tokenizer)
-    assert (template.tool_call_format, template.has_thoughts) == ("hermes", True)
-    assert (chatml.tool_call_format, chatml.has_thoughts) == ("json", False)
+    assert (template.tool_call_format, template.has_reasoning) == ("hermes", True)
+    assert (chatml.tool_call_format, chatml.has_reasoning) == ("json", False)
 
 
 def test_the_last_message_is_left_open_where_it_is_to_be_continued(chatml):

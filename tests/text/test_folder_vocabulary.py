@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from llmsrv.errors import ModelError
 from llmsrv.files.folder import open_folder
 from llmsrv.text.chat_template import ChatTemplate
-from llmsrv.text.defaults import chat_template
+from llmsrv.text.defaults import read_chat_template
 from llmsrv.text.defaults import sampling_defaults
 from llmsrv.text.detokenizer import Detokenizer
 from llmsrv.text.sentencepiece import merges_from_scores
@@ -66,7 +66,7 @@ def test_every_tiny_folder_loads_and_renders_its_template(name: str) -> None:
     assert tokenizer.vocab_size == 512  # config.json's, where tokenizer.json has 500 tokens
     assert tokenizer.end_ids == {1} and tokenizer.bos_id == 0 and not tokenizer.add_bos
     assert tokenizer.special_tokens == {"<s>": 0, "</s>": 1, "<|user|>": 2, "<|assistant|>": 3}
-    source = chat_template(model)
+    source = read_chat_template(model)
     assert source is not None
     template = ChatTemplate(source, tokenizer)
     messages = [{"role": "user", "content": "hello </s>"}]
@@ -342,7 +342,7 @@ def test_one_of_several_named_templates_is_the_default(write: Write) -> None:
     templates = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
     path = write(tokenizer_config={"chat_template": templates})
     (path / "chat_template.jinja").unlink()
-    assert chat_template(open_folder(path)) == "b"
+    assert read_chat_template(open_folder(path)) == "b"
 
 
 def test_sampling_defaults_are_those_that_can_be(

@@ -8,12 +8,12 @@ import pytest
 
 from llmsrv.text.grammar import GrammarError
 from llmsrv.text.grammar import MAX_SOURCE_BYTES
-from llmsrv.text.grammar import behind_thoughts
+from llmsrv.text.grammar import after_reasoning_source
 from llmsrv.text.grammar import choice_source
+from llmsrv.text.grammar import gbnf_to_lark
 from llmsrv.text.grammar import grammar_source
-from llmsrv.text.grammar import json_source
+from llmsrv.text.grammar import json_schema_source
 from llmsrv.text.grammar import regex_source
-from llmsrv.text.grammar import translated
 from llmsrv.text.tokenizer import Tokenizer
 from tests.support.grammars import Texts
 
@@ -40,12 +40,13 @@ SPECIAL = "<|im_start|>"
 )
 def test_a_schema_is_an_object_of_bounded_size(schema: object, why: str) -> None:
     with pytest.raises(GrammarError, match=why):
-        json_source(schema)
+        json_schema_source(schema)
 
 
 def test_a_schema_may_come_as_a_string_of_json() -> None:
-    assert json_source(json.dumps(INTEGER)) == json_source(INTEGER)
-    assert json_source(json.dumps(json.dumps(INTEGER)).encode()) == json_source(INTEGER)
+    wanted = json_schema_source(INTEGER)
+    assert json_schema_source(json.dumps(INTEGER)) == wanted
+    assert json_schema_source(json.dumps(json.dumps(INTEGER)).encode()) == wanted
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_what_a_schema_asks_in_vain_is_named(
     texts: Texts, schema: dict[str, object], why: str
 ) -> None:
     with pytest.raises(GrammarError, match=why):
-        texts.take(json_source(schema), "")
+        texts.take(json_schema_source(schema), "")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_gbnf_is_understood(texts: Texts, gbnf: str, text: str, other: str) -> N
 
 def test_gbnf_that_is_none_is_refused() -> None:
     with pytest.raises(GrammarError, match="line 1"):
-        translated(grammar_source("root ::= ("))
+        gbnf_to_lark(grammar_source("root ::= ("))
 
 
 @pytest.mark.parametrize(
@@ -159,8 +160,9 @@ def test_an_answer_may_stand_behind_thoughts(
     texts: Texts, tokenizer: Tokenizer, text: str, is_begun: bool, is_taken: bool
 ) -> None:
     for plain in (choice_source(["yes", "no"]), grammar_source('root ::= "yes" | "no"')):
-        source = behind_thoughts(plain, tokenizer, "<think>", "</think>", is_begun)
+        source = after_reasoning_source(plain, tokenizer, "<think>", "</think>", is_begun)
         assert texts.take(source, text) == is_taken
-    source = behind_thoughts(choice_source(["yes"]), tokenizer, SPECIAL, "<|endoftext|>", is_begun)
+    yes = choice_source(["yes"])
+    source = after_reasoning_source(yes, tokenizer, SPECIAL, "<|endoftext|>", is_begun)
     text = text.replace("<think>", SPECIAL).replace("</think>", "<|endoftext|>")
     assert texts.take(source, text) == is_taken

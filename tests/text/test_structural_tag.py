@@ -7,7 +7,7 @@ import pytest
 
 from llmsrv.text.grammar import GrammarError
 from llmsrv.text.structural_tag import parse_format
-from llmsrv.text.structural_tag import tags_source
+from llmsrv.text.structural_tag import structural_tag_source
 from llmsrv.text.tokenizer import Tokenizer
 from tests.support.grammars import Texts
 
@@ -26,7 +26,7 @@ def tag(begin: str, end: str, content: Any = None) -> Any:
 
 
 def source_of(form: Any, tokenizer: Tokenizer) -> str:
-    return tags_source(parse_format(json.dumps(form).encode()), tokenizer)
+    return structural_tag_source(parse_format(json.dumps(form).encode()), tokenizer)
 
 
 F = '<call>f {"n": 1}</call>'
@@ -112,4 +112,4 @@ def test_what_cannot_be_followed_is_named(tokenizer: Tokenizer, form: Any, why: 
 def test_a_format_that_is_nested_too_deeply_is_refused(tokenizer: Tokenizer, depth: int) -> None:
     nested = '{"type":"or","elements":[' * depth + '{"type":"any_text"}' + "]}" * depth
     with pytest.raises(GrammarError, match="recursion|too deeply|at most"):
-        tags_source(parse_format(nested.encode()), tokenizer)
+        structural_tag_source(parse_format(nested.encode()), tokenizer)

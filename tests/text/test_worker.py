@@ -14,7 +14,7 @@ from llmsrv.text import worker
 from llmsrv.text.grammar import GrammarError
 from llmsrv.text.grammar import choice_source
 from llmsrv.text.grammar import grammar_source
-from llmsrv.text.grammar import json_source
+from llmsrv.text.grammar import json_schema_source
 from llmsrv.text.worker import GrammarWorker
 from tests.support.engines import in_loop
 from tests.support.gguf_writer import write_tiny_llama
@@ -23,7 +23,7 @@ GOOD = choice_source(["yes", "no"])
 DEEP = grammar_source(
     "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(5000)) + 'r5000: "a"'
 )
-SLOW = json_source(
+SLOW = json_schema_source(
     {
         "allOf": [
             {"anyOf": [{"type": "string", "pattern": f"a{i}"}, {"type": "integer"}]}

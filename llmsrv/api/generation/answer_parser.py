@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from dataclasses import field
 
 from llmsrv.api.generation.tools import ToolUse
-from llmsrv.text.reasoning import CLOSING
-from llmsrv.text.reasoning import OPENING
+from llmsrv.text.reasoning import THINK_END
+from llmsrv.text.reasoning import THINK_START
 from llmsrv.text.reasoning import ReasoningParser
 from llmsrv.text.tokenizer import Tokenizer
 from llmsrv.text.tool_calls import CallDelta
@@ -72,7 +72,7 @@ def visible_special_tokens(
     tokenizer: Tokenizer, tools: ToolUse | None, is_thinking: bool | None
 ) -> frozenset[int]:
     """Special tokens whose text the parser needs to see."""
-    texts = [] if is_thinking is None else [OPENING, CLOSING]
+    texts = [] if is_thinking is None else [THINK_START, THINK_END]
     if tools:
         texts += [tools.format.opening, tools.format.closing, "[ARGS]", "[CALL_ID]"]
     special = tokenizer.special_tokens

@@ -16,7 +16,7 @@ from llmsrv.api.generation.submit import max_output_tokens
 from llmsrv.api.generation.tools import tool_use
 from llmsrv.asgi.request import Request
 from llmsrv.registry.service import Service
-from llmsrv.text.reasoning import OPENING
+from llmsrv.text.reasoning import THINK_START
 from llmsrv.text.tokenizer import Tokenizer
 
 
@@ -77,7 +77,7 @@ class ChatTurn:
 
 def _is_thinking(service: Service, prompt_ids: list[int]) -> bool | None:
     parser, template = service.config.reasoning_parser, service.text.template
-    if parser == "think" or (parser == "auto" and template and template.has_thoughts):
+    if parser == "think" or (parser == "auto" and template and template.has_reasoning):
         return _opens_thoughts(service.text.tokenizer, prompt_ids)
     return None
 
@@ -85,4 +85,4 @@ def _is_thinking(service: Service, prompt_ids: list[int]) -> bool | None:
 def _opens_thoughts(tokenizer: Tokenizer, prompt_ids: list[int]) -> bool:
     """True if the prompt ends with the tag that opens the thoughts."""
     end = b"".join(map(tokenizer.token_bytes, prompt_ids[-16:]))
-    return end.decode(errors="replace").rstrip().endswith(OPENING)
+    return end.decode(errors="replace").rstrip().endswith(THINK_START)

@@ -15,18 +15,18 @@ from llmsrv.api.generation.tools import ToolUse
 from llmsrv.errors import ApiError
 from llmsrv.registry.service import Service
 from llmsrv.text.grammar import GrammarError
-from llmsrv.text.grammar import behind_thoughts
-from llmsrv.text.grammar import either_source
-from llmsrv.text.reasoning import CLOSING
-from llmsrv.text.reasoning import OPENING
-from llmsrv.text.structural_tag import Either
+from llmsrv.text.grammar import after_reasoning_source
+from llmsrv.text.grammar import alternation_source
+from llmsrv.text.reasoning import THINK_END
+from llmsrv.text.reasoning import THINK_START
 from llmsrv.text.structural_tag import Format
-from llmsrv.text.structural_tag import Regex
-from llmsrv.text.structural_tag import SeparatedTags
-from llmsrv.text.structural_tag import Tag
-from llmsrv.text.structural_tag import TriggeredTags
+from llmsrv.text.structural_tag import OrFormat
+from llmsrv.text.structural_tag import RegexFormat
+from llmsrv.text.structural_tag import TagFormat
+from llmsrv.text.structural_tag import TagsWithSeparatorFormat
+from llmsrv.text.structural_tag import TriggeredTagsFormat
 from llmsrv.text.structural_tag import json_tag
-from llmsrv.text.structural_tag import tags_source
+from llmsrv.text.structural_tag import structural_tag_source
 from llmsrv.text.tokenizer import Tokenizer
 from llmsrv.text.tool_calls import ToolCallFormat
 
@@ -70,7 +70,7 @@ async def answer_grammar(
         source = wanted.make_source()
         if is_thinking is not None:
             tokenizer = service.text.tokenizer
-            source = behind_thoughts(source, tokenizer, OPENING, CLOSING, is_thinking)
+            source = after_reasoning_source(source, tokenizer, THINK_START, THINK_END, is_thinking)
         return await service.text.grammars.check(source)
     except (GrammarError, RecursionError) as error:
         message = f"Invalid '{wanted.param}': {error}."
@@ -82,16 +82,18 @@ def _with_calls(
 ) -> WantedGrammar | None:
     """Tool calls if there must be any; else the format or calls; else, for strict tools, free
     answers whose calls follow their schemas."""
-    calls = WantedGrammar("tools", lambda: tags_source(_calls(tools), tokenizer))
+    calls = WantedGrammar("tools", lambda: structural_tag_source(_calls(tools), tokenizer))
     if tools.must_call:
         return calls
     if answer_format is not None:
         make_format = answer_format.make_source
         return replace(
-            answer_format, make_source=lambda: either_source(calls.make_source(), make_format())
+            answer_format,
+            make_source=lambda: alternation_source(calls.make_source(), make_format()),
         )
     if any(tool.is_strict for tool in tools.callable.values()):
-        return WantedGrammar("tools", lambda: tags_source(_text_or_calls(tools), tokenizer))
+        free = _text_or_calls(tools)
+        return WantedGrammar("tools", lambda: structural_tag_source(free, tokenizer))
     return None
 
 
@@ -103,10 +105,10 @@ def _calls(tools: ToolUse) -> Format:
     format = tools.format
     opening, closing = _tag_lines(format)
     tags = [_call_tag(format, tool, opening, closing) for tool in tools.callable.values()]
-    calls = SeparatedTags(
+    calls = TagsWithSeparatorFormat(
         tags, format.separator, at_least_one=True, stop_after_first=tools.at_most_one
     )
-    return Tag(format.opening + "[", calls, "]") if format.is_list else calls
+    return TagFormat(format.opening + "[", calls, "]") if format.is_list else calls
 
 
 def _text_or_calls(tools: ToolUse) -> Format:
@@ -115,18 +117,20 @@ def _text_or_calls(tools: ToolUse) -> Format:
     format = tools.format
     if format.is_bare:
         calls = _calls(tools)
-        opened = [Tag(format.opening, calls, "")] if format.opening else []
-        return Either([calls, *opened, Regex(NO_JSON)])
+        opened = [TagFormat(format.opening, calls, "")] if format.opening else []
+        return OrFormat([calls, *opened, RegexFormat(NO_JSON)])
     opening, closing = (format.opening + "[", "]") if format.is_list else _tag_lines(format)
     tags = [_call_tag(format, tool, opening, closing) for tool in tools.callable.values()]
-    return TriggeredTags([format.opening], tags)
+    return TriggeredTagsFormat([format.opening], tags)
 
 
 def _tag_lines(format: ToolCallFormat) -> tuple[str, str]:
     return (f"{format.opening}\n", f"\n{format.closing}") if format.closing else ("", "")
 
 
-def _call_tag(format: ToolCallFormat, tool: ToolDefinition, opening: str, closing: str) -> Tag:
+def _call_tag(
+    format: ToolCallFormat, tool: ToolDefinition, opening: str, closing: str
+) -> TagFormat:
     begin = f'{opening}{{"name": {json.dumps(tool.name)}, "{format.arguments}": '
     schema = json.dumps(_arguments_schema(tool.parameters)).encode()
     return json_tag(begin, schema, "}" + closing)

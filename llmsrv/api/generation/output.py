@@ -187,8 +187,8 @@ class ChoiceOutput:
         reasoning = self._parser.reasoning
         if reasoning is None or self._offsets is None:
             return
-        if reasoning.has_thoughts:
-            end = reasoning.thoughts_end
+        if reasoning.has_reasoning:
+            end = reasoning.reasoning_end
             offsets = self._offsets
             self.num_thought_tokens = len(offsets) if end is None else bisect_left(offsets, end)
         if reasoning.is_answering:

@@ -66,7 +66,7 @@ def _texts(message: Message) -> list[str]:
 def _encode(template: ChatTemplate, conversation: Conversation) -> list[int]:
     messages = [_template_message(message) for message in conversation.messages]
     tools = [_template_tool(tool) for tool in conversation.tools]
-    if not template.knows("tools"):
+    if not template.uses_variable("tools"):
         try:
             messages, tools = _tools_as_text(messages, tools), []
         except RecursionError:
@@ -91,12 +91,12 @@ def _template_variables(conversation: Conversation, template: ChatTemplate) -> d
     names = conversation.param_names
     for name, value in variables.items():
         param = f"{names.template_variables}.{name[:64]}"
-        if name in RESERVED or not template.knows(name):
+        if name in RESERVED or not template.uses_variable(name):
             raise invalid(param, "the model's chat template has no such variable")
         if isinstance(value, list | dict):
             raise invalid(param, "expected a string, a number, true, false or null")
     if conversation.reasoning_effort is not None:
-        if not template.knows("reasoning_effort"):
+        if not template.uses_variable("reasoning_effort"):
             raise ApiError(
                 400,
                 f"'{names.reasoning_effort}' is not supported by this model, whose chat template "

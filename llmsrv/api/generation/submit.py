@@ -196,6 +196,6 @@ def check_fits_context(service: Service, text: str, param: str) -> None:
     """ApiError 400 for a text whose length alone shows that it cannot fit, before any work on
     it."""
     assert service.engine.ready is not None
-    at_least = len(text) // service.text.tokenizer.longest_token
+    at_least = len(text) // service.text.tokenizer.max_token_chars
     if at_least >= service.engine.ready.context_length:
         max_output_tokens(service, at_least, None, None, param)

@@ -61,6 +61,6 @@ def _format_name(service: Service) -> str:
     configured, template = service.config.tool_call_parser, service.text.template
     if configured != "auto":
         return configured
-    if template is not None and template.knows("tools"):
+    if template is not None and template.uses_variable("tools"):
         return template.tool_call_format
     return "hermes"  # prompt.py describes tools to other templates in this format

@@ -231,9 +231,9 @@ def _ids(
     tokenizer = service.text.tokenizer
     ids = _encode(tokenizer, prompt, param)
     if body.suffix:
-        if tokenizer.fill_in_ids is None:
+        if tokenizer.fim_token_ids is None:
             raise invalid("suffix", "this model's vocabulary has no tokens for filling in")
-        before, between, behind = tokenizer.fill_in_ids
+        before, between, behind = tokenizer.fim_token_ids
         ids = [before, *ids, between, *_encode(tokenizer, body.suffix, "suffix"), behind]
     if body.add_special_tokens is not False and isinstance(prompt, str):
         ids = tokenizer.with_bos(ids)

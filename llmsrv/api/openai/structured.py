@@ -20,12 +20,12 @@ from llmsrv.errors import missing
 from llmsrv.text.grammar import GrammarError
 from llmsrv.text.grammar import choice_source
 from llmsrv.text.grammar import grammar_source
-from llmsrv.text.grammar import json_source
+from llmsrv.text.grammar import json_schema_source
 from llmsrv.text.grammar import regex_source
-from llmsrv.text.structural_tag import TriggeredTags
+from llmsrv.text.structural_tag import TriggeredTagsFormat
 from llmsrv.text.structural_tag import json_tag
 from llmsrv.text.structural_tag import parse_format
-from llmsrv.text.structural_tag import tags_source
+from llmsrv.text.structural_tag import structural_tag_source
 from llmsrv.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ def _wanted_grammars(body: GenerationRequest, tokenizer: Tokenizer) -> Iterator[
     if body.structured_outputs is not None:
         yield from _structured_outputs_grammars(body.structured_outputs, tokenizer)
     if body.guided_json != NOTHING:
-        yield WantedGrammar("guided_json", lambda: json_source(bytes(body.guided_json)))
+        yield WantedGrammar("guided_json", lambda: json_schema_source(bytes(body.guided_json)))
     if (pattern := body.guided_regex) is not None:
         yield WantedGrammar("guided_regex", lambda: regex_source(pattern), BAD_GRAMMAR)
     if (choices := body.guided_choice) is not None:
@@ -66,9 +66,9 @@ def _structured_outputs_grammars(
 ) -> Iterator[WantedGrammar]:
     spaces, name = outputs.whitespace_pattern, "structured_outputs."
     if outputs.json != NOTHING:
-        yield WantedGrammar(name + "json", lambda: json_source(bytes(outputs.json), spaces))
+        yield WantedGrammar(name + "json", lambda: json_schema_source(bytes(outputs.json), spaces))
     if outputs.json_object:
-        yield WantedGrammar(name + "json_object", lambda: json_source(ANY_OBJECT, spaces))
+        yield WantedGrammar(name + "json_object", lambda: json_schema_source(ANY_OBJECT, spaces))
     if (pattern := outputs.regex) is not None:
         yield WantedGrammar(name + "regex", lambda: regex_source(pattern), BAD_GRAMMAR)
     if (choices := outputs.choice) is not None:
@@ -86,7 +86,7 @@ def _response_format_grammar(format: ResponseFormat, tokenizer: Tokenizer) -> Wa
     match format.type:
         case "json_schema":
             named = _required(format.json_schema, "json_schema")
-            return WantedGrammar(name, lambda: json_source(bytes(named.schema)))
+            return WantedGrammar(name, lambda: json_schema_source(bytes(named.schema)))
         case "regex":
             pattern = _required(format.regex, "regex")
             return WantedGrammar(name, lambda: regex_source(pattern), BAD_GRAMMAR)
@@ -96,7 +96,7 @@ def _response_format_grammar(format: ResponseFormat, tokenizer: Tokenizer) -> Wa
         case "structural_tag":
             return WantedGrammar(name, lambda: _tags_source(format, tokenizer), BAD_GRAMMAR)
     schema: Any = ANY_OBJECT if format.schema == NOTHING else bytes(format.schema)
-    return WantedGrammar(name, lambda: json_source(schema))
+    return WantedGrammar(name, lambda: json_schema_source(schema))
 
 
 def _tags_text_source(text: str, tokenizer: Tokenizer) -> str:
@@ -109,12 +109,12 @@ def _tags_text_source(text: str, tokenizer: Tokenizer) -> str:
 
 def _tags_source(format: ResponseFormat, tokenizer: Tokenizer) -> str:
     if format.format != NOTHING:
-        return tags_source(parse_format(bytes(format.format)), tokenizer)
+        return structural_tag_source(parse_format(bytes(format.format)), tokenizer)
     structures = format.tags or format.structures or []
     tags = [json_tag(tag.begin, bytes(tag.schema), tag.end) for tag in structures]
     if not tags or not format.triggers:
         raise GrammarError("a structural tag needs 'format', or 'structures' and 'triggers'")
-    return tags_source(TriggeredTags(format.triggers, tags), tokenizer)
+    return structural_tag_source(TriggeredTagsFormat(format.triggers, tags), tokenizer)
 
 
 def _required(value: T | None, name: str) -> T:

@@ -23,7 +23,7 @@ from llmsrv.api.openai.structured import wanted_grammar
 from llmsrv.errors import ApiError
 from llmsrv.files.open import open_model
 from llmsrv.registry.service import Service
-from llmsrv.text.grammar import json_source
+from llmsrv.text.grammar import json_schema_source
 from llmsrv.text.tokenizer import load_tokenizer
 from tests.support.made_schemas import make_schema
 from tests.support.server import RunningServer
@@ -90,7 +90,7 @@ def source_of(service: Service, **fields: Any) -> str:
     ],
 )
 def test_a_schema_may_be_in_many_fields(service: Service, fields: dict[str, Any]) -> None:
-    assert source_of(service, **fields) == json_source(PERSON)
+    assert source_of(service, **fields) == json_schema_source(PERSON)
 
 
 @pytest.mark.parametrize(
