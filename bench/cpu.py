@@ -52,7 +52,7 @@ class Roofs:
             ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int
         )
         self._library.multiply_rate.restype = ctypes.c_double
-        self._library.matrix_rate.restype = ctypes.c_double
+        self._library.amx_rate.restype = ctypes.c_double
         self._num_threads = backend.num_threads
         self._bytes = np.ones(num_bytes, np.uint8)
 
@@ -67,8 +67,8 @@ class Roofs:
         return rate
 
     def matrix_products_per_s(self) -> float:
-        """Of bytes, by matrix registers; 0 without them."""
-        rate: float = self._library.matrix_rate(MATRIX_PASSES, self._num_threads)
+        """Of bytes, in AMX tiles; 0 without AMX."""
+        rate: float = self._library.amx_rate(MATRIX_PASSES, self._num_threads)
         return rate
 
 

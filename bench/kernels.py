@@ -1,11 +1,11 @@
-"""Each kernel of the CPU backend with its share of what bounds it: bytes or products a second.
+"""Measures each kernel of the CPU backend against its roofline: bytes or multiplications a second.
 
 python -m bench.kernels [--bits 16|8] [--threads N] [--rounds N] [--only NAME]
 
-Each kernel is a program of its own, with the shapes of Llama 3.2 1B and weights for WORK_BYTES, and
-each round measures the machine, then the kernel; shares are medians over the rounds.  Products are
-those of bytes, on matrix registers where there are any (roofs.c).  A share of the bytes above 1
-means that caches gave them.
+Each kernel runs as its own program, with the shapes of Llama 3.2 1B and weights of WORK_BYTES.
+Each round measures the machine, then the kernel; shares are medians over the rounds.
+Multiplications are int8, in AMX tiles if the CPU has them (roofs.c).  A share of the bytes above 1
+means that caches served some of them.
 """
 
 import argparse
@@ -51,11 +51,11 @@ WIDTHS = {
 LAYERS = 4
 WORK_BYTES = 64 << 20
 ROWS = 1, 8, 32, LIMITS.max_rows
-MIN_S = 0.05  # of one measurement
+MIN_S = 0.05  # duration of one measurement
 
 
 class Kernel(NamedTuple):
-    """run does num_bytes of reading and num_products multiplications."""
+    """run reads num_bytes and does num_products multiplications."""
 
     name: str
     rows: int
@@ -88,7 +88,7 @@ def linear(type: str, rows: int) -> Kernel:
 
 
 def attention(rows: int, num_sequences: int, length: int) -> Kernel:
-    """The last rows of sequences that have `length` positions."""
+    """Attention of the last rows of sequences with `length` positions."""
     operations: list[Operation] = [
         Attention("hidden", "qkv", layer, HEAD_DIM**-0.5) for layer in range(LAYERS)
     ]
@@ -103,7 +103,7 @@ def attention(rows: int, num_sequences: int, length: int) -> Kernel:
 
 
 def row_by_row(rows: int) -> Kernel:
-    """Norm, RopeAndStore and GatedActivation, as between the products of a layer."""
+    """Norm, RopeAndStore and GatedActivation: what runs between the products of a layer."""
     frequencies = np.ones(HEAD_DIM // 2, np.float32)
     operations: list[Operation] = []
     for layer in range(LAYERS):
@@ -140,7 +140,7 @@ def forward(rows: int) -> Callable[[Plan], object]:
 
 
 def measure(backend: CPUBackend, roofs: Roofs, kernel: Kernel, rounds: int) -> str:
-    """One line: medians over the rounds."""
+    """One line of the table: medians over the rounds."""
     program = Program(tuple(kernel.operations), WIDTHS, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB)
     plan = backend.compile(program, LIMITS, lambda: None)
     seconds(kernel, plan)
@@ -158,7 +158,7 @@ def measure(backend: CPUBackend, roofs: Roofs, kernel: Kernel, rounds: int) -> s
 
 
 def seconds(kernel: Kernel, plan: Plan) -> float:
-    """Of one run, from as many as take MIN_S."""
+    """Seconds for one run, averaged over MIN_S."""
     start_s, runs = time.perf_counter(), 0
     while (took_s := time.perf_counter() - start_s) < MIN_S:
         kernel.run(plan)
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=16)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", help="kernels with this in their names")
+    parser.add_argument("--only", default="", help="measure only kernels whose name contains this")
     options = parser.parse_args()
     backend = CPUBackend(CPUOptions(default_cache_dir(), options.threads, options.bits))
     roofs = Roofs(backend, WORK_BYTES)

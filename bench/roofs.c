@@ -1,6 +1,6 @@
-/* What bounds the kernels on this machine, with threads that stay alive: bytes read a second, and
- * products of bytes a second.  Measured in the same run as what they are compared with, and compiled
- * with the flags of its tier. */
+/* The rooflines of this machine: bytes read a second, and int8 multiplications a second, with
+ * all threads.  Measured in the same run as the kernels they bound, and compiled with the tier's
+ * flags. */
 #include <pthread.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -9,7 +9,7 @@
 
 typedef int32_t Vector __attribute__((vector_size(64)));
 
-/* A register of sums, and what adds as many products of bytes to it as it has bytes. */
+/* A register of sums, and the instruction that adds one product of bytes for each of its bytes. */
 #if defined(TIER_AVX512)
 #include <immintrin.h>
 typedef __m512i Sums;
@@ -20,7 +20,7 @@ typedef __m256i Sums;
 #define MULTIPLY(sums, x) _mm256_dpbusd_avx_epi32(sums, x, x)
 #elif defined(TIER_AVX2)
 #include <immintrin.h>
-typedef __m256i Sums; /* of 16 bits, which hold what bytes of four and eight bits sum up to */
+typedef __m256i Sums; /* of 16 bits, enough for products of 4-bit and 8-bit integers */
 #define MULTIPLY(sums, x) _mm256_add_epi16(sums, _mm256_maddubs_epi16(sums, x))
 #elif defined(TIER_NEON)
 #include <arm_neon.h>
@@ -31,7 +31,7 @@ typedef int8_t Sums __attribute__((vector_size(16)));
 #define MULTIPLY(sums, x) ((sums) + (sums) * (x))
 #endif
 
-enum { NUM_SUMS = sizeof(Sums) == 64 ? 16 : 8 }; /* at once, to hide their latency */
+enum { NUM_SUMS = sizeof(Sums) == 64 ? 16 : 8 }; /* in flight, to hide their latency */
 
 typedef struct {
     const char *bytes;
@@ -47,7 +47,7 @@ static double now(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* As fast as any order of fetching that was tried: lines to the second-level cache 8 KB ahead. */
+/* Prefetches to the L2 cache 8 KB ahead: as fast as any other order that was tried. */
 static void *read_share(void *argument)
 {
     Share *share = argument;
@@ -72,7 +72,7 @@ static void *multiply(void *argument)
     sums[0] = x;
 #pragma GCC unroll 16
     for (int i = 1; i < NUM_SUMS; i++)
-        sums[i] = sums[i - 1] + x; /* of equal sums the compiler would make one */
+        sums[i] = sums[i - 1] + x; /* the compiler would merge equal sums */
     for (int pass = 0; pass < share->passes; pass++)
 #pragma GCC unroll 16
         for (int i = 0; i < NUM_SUMS; i++)
@@ -90,11 +90,14 @@ static void *multiply(void *argument)
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* Four sums of 16 x 16, each of two tiles of 16 rows by 64 bytes. */
+/* Four 16 x 16 sums, each the product of two tiles of 16 rows by 64 bytes. */
 static void *multiply_tiles(void *argument)
 {
-    static const struct { uint8_t palette, zeros[15]; uint16_t bytes[16]; uint8_t rows[16]; } config = {
-        1, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    static const struct {
+        uint8_t palette, zeros[15];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } config = {1, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
     Share *share = argument;
     _tile_loadconfig(&config);
     for (int pass = 0; pass < share->passes; pass++) {
@@ -120,26 +123,28 @@ static double seconds(void *(*run)(void *), Share *shares, int num_threads)
     return now() - start;
 }
 
-/* Bytes a second over `size` bytes, `passes` times. */
+/* Bytes read a second, reading `size` bytes `passes` times. */
 double read_rate(const char *bytes, int64_t size, int passes, int num_threads)
 {
     Share shares[64];
     for (int i = 0; i < num_threads; i++)
-        shares[i] = (Share){bytes + size / num_threads * i, (size_t)(size / num_threads), passes, 0};
+        shares[i] = (Share){
+            bytes + size / num_threads * i, (size_t)(size / num_threads), passes, 0};
     return (double)size * passes / seconds(read_share, shares, num_threads);
 }
 
-/* Multiplications of two bytes a second. */
+/* int8 multiplications a second. */
 double multiply_rate(int passes, int num_threads)
 {
     Share shares[64];
     for (int i = 0; i < num_threads; i++)
         shares[i] = (Share){0, 0, passes, 0};
-    return 1.0 * NUM_SUMS * sizeof(Sums) * passes * num_threads / seconds(multiply, shares, num_threads);
+    double products = 1.0 * NUM_SUMS * sizeof(Sums) * passes * num_threads;
+    return products / seconds(multiply, shares, num_threads);
 }
 
-/* The same on matrix registers; 0 where there are none. */
-double matrix_rate(int passes, int num_threads)
+/* The same with AMX tiles; 0 without AMX. */
+double amx_rate(int passes, int num_threads)
 {
 #ifdef TIER_AMX
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
@@ -147,7 +152,8 @@ double matrix_rate(int passes, int num_threads)
     for (int i = 0; i < num_threads; i++)
         shares[i] = (Share){0, 0, passes, 0};
     if (syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0)
-        return 4.0 * 16 * 16 * 64 * passes * num_threads / seconds(multiply_tiles, shares, num_threads);
+        return 4.0 * 16 * 16 * 64 * passes * num_threads
+               / seconds(multiply_tiles, shares, num_threads);
 #endif
     (void)passes;
     (void)num_threads;

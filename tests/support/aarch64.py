@@ -1,8 +1,8 @@
-"""A pytest plugin: the CPU kernels are those of AArch64, and run under qemu-aarch64.
+"""A pytest plugin: runs the CPU kernels of AArch64 under qemu-aarch64.
 
-Loaded by cpu/test_aarch64.py as `-p tests.support.aarch64` with the tier's name in TIER.  ziglang
-compiles, each file once into the folder named in OBJECTS; the emulated process maps the arena of
-this one, so that all addresses mean the same.
+Loaded by cpu/test_aarch64.py as `-p tests.support.aarch64`; TIER names the tier.  ziglang compiles
+each file once, into the directory OBJECTS.  The emulated process maps the arena of this process at
+the same address, so pointers are valid in both.
 """
 
 import functools
@@ -26,7 +26,7 @@ from tests.support.arena import SIZE
 
 HOST = Path(__file__).with_name("aarch64_host.c")
 ZIG = (sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-musl")
-# By tier: the CPU's flags in zig's words, and a CPU of qemu that has nothing else.
+# Tier -> zig's flags for the CPU, and a CPU of qemu with no more features.
 CPUS = {
     "NEON": ("-mcpu=generic+v8_2a+dotprod", "neoverse-n1"),
     "NEON with I8MM": ("-mcpu=generic+v8_2a+dotprod+i8mm", "max"),
@@ -34,9 +34,9 @@ CPUS = {
 
 
 class Emulated:
-    """The functions of one library in a process of its own.
+    """The functions of one library, in a process of its own.
 
-    directory  holds the program as long as it runs
+    directory  a temporary directory with the program, kept while it runs
     """
 
     def __init__(self, directory: Any, program: Path, qemu_cpu: str, arena: Arena) -> None:
@@ -57,7 +57,7 @@ class Emulated:
         return int.from_bytes(self._process.stdout.read(8), "little", signed=True)
 
 
-def pytest_load_initial_conftests() -> None:  # before they ask what the CPU can do
+def pytest_load_initial_conftests() -> None:  # before conftest asks for the CPU's features
     install(os.environ["TIER"])
 
 
@@ -81,14 +81,14 @@ def load(arena: Arena, tier: str, texts: dict[str, bytes], flags: tuple[str, ...
 
 
 def compile_for(tier: str, texts: dict[str, bytes], flags: tuple[str, ...], build: Path) -> Path:
-    """A program of the kernels and HOST; the C library is that of any AArch64, made once."""
+    """Compiles the kernels and HOST to a program; the C library is for any AArch64, built once."""
     for name, text in texts.items():
         (build / name).write_bytes(text)
     functions = "".join(f"F({name})" for name in cpu_library.FUNCTIONS)
     (build / "host.c").write_text(f"#define FUNCTIONS {functions}\n{HOST.read_text()}")
     names = [name for name in texts if name.endswith(".c")]
-    told = [flag for flag in flags if not flag.startswith("-march=")]
-    compiler = (*ZIG, *told, CPUS[tier][0])
+    without_march = [flag for flag in flags if not flag.startswith("-march=")]
+    compiler = (*ZIG, *without_march, CPUS[tier][0])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(functools.partial(object_of, compiler, build), names))
     command = [*ZIG, "-O1", "-static", "-Wno-everything", "host.c", *objects, "-o", "kernels"]
@@ -97,11 +97,11 @@ def compile_for(tier: str, texts: dict[str, bytes], flags: tuple[str, ...], buil
 
 
 def object_of(compiler: tuple[str, ...], build: Path, name: str) -> str:
-    """Compiles one file, or finds it: most are the same whatever the numbers of bits."""
+    """Compiles one file unless OBJECTS has it: most do not depend on the numbers of bits."""
     preprocess = [*compiler, "-E", "-P", name]
     text = subprocess.run(preprocess, cwd=build, check=True, stdout=subprocess.PIPE).stdout
-    told = [word for word in compiler if not word.startswith("-D")]
-    key = hashlib.sha256("\0".join([*told, name, ""]).encode() + text).hexdigest()
+    options = [word for word in compiler if not word.startswith("-D")]
+    key = hashlib.sha256("\0".join([*options, name, ""]).encode() + text).hexdigest()
     path = Path(os.environ["OBJECTS"], f"{key}.o")
     if not path.exists():
         subprocess.run([*compiler, "-c", name, "-o", str(path)], cwd=build, check=True)

@@ -1,5 +1,5 @@
-/* Runs functions of the kernels for a process of another architecture, whose arena it maps: each line
- * of stdin is the number of a function and its arguments, each of stdout what it returned. */
+/* Runs functions of the kernels for a process of another architecture, whose arena it maps.  A
+ * record on stdin is the number of a function and its 16 arguments; one on stdout is its result. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <sys/mman.h>

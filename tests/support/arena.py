@@ -1,9 +1,9 @@
-"""Memory whose place the tests choose: every buffer that is handed to C ends where a page begins
-that nobody may touch, and another process can map all of them at the same addresses.
+"""An arena for all memory that C sees: each buffer ends right before a page that faults, and
+another process can map the arena at the same addresses.
 
-The CPU backend gives C nothing but what comes from `Memory.array`, `address_of` or
-`ctypes.addressof`; `install` puts the arena behind all three.  What numpy and ctypes have allocated
-is copied into the arena before each call of the library, and back after it.
+All pointers that the CPU backend gives to C come from `Memory.array`, `address_of` or
+`ctypes.addressof`; `install` replaces all three.  Memory allocated by numpy or ctypes is copied
+into the arena before each call of the library, and back afterwards.
 """
 
 import ctypes
@@ -25,9 +25,9 @@ import numpy as np
 from llmsrv.backend.cpu import library as cpu_library
 from llmsrv.backend.cpu import weights as cpu_weights
 
-ADDRESS, SIZE = 0x2000_0000_0000, 1 << 32  # where nothing else lies; pages exist once touched
+ADDRESS, SIZE = 0x2000_0000_0000, 1 << 32  # an unused range; pages exist once touched
 PAGE = mmap.PAGESIZE
-PROT_NONE, MAP_NORESERVE, MAP_FIXED_NOREPLACE, MADV_REMOVE = 0, 0x4000, 0x100000, 9  # of Linux
+PROT_NONE, MAP_NORESERVE, MAP_FIXED_NOREPLACE, MADV_REMOVE = 0, 0x4000, 0x100000, 9  # on Linux
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
@@ -38,7 +38,7 @@ addressof = ctypes.addressof
 
 
 class Copy(NamedTuple):
-    """Of an array or structure that numpy or ctypes has allocated."""
+    """The arena's copy of an array or structure that numpy or ctypes allocated."""
 
     owner: weakref.ref[Any]
     original: int
@@ -47,7 +47,7 @@ class Copy(NamedTuple):
 
 
 class Arena:
-    """fd: the file that is mapped at ADDRESS."""
+    """fd: the file mapped at ADDRESS."""
 
     def __init__(self) -> None:
         self.fd = os.memfd_create("arena")
@@ -57,7 +57,7 @@ class Arena:
         assert place == ADDRESS
         self._next = ADDRESS
         self._lock = RLock()  # weights are packed by several threads
-        self._free: dict[int, list[int]] = {}  # by pages
+        self._unused: dict[int, list[int]] = {}  # by number of pages
         self._copies: dict[int, Copy] = {}  # by address
 
     def install(self) -> None:
@@ -70,13 +70,13 @@ class Arena:
         setattr(ctypes, "addressof", self._addressof)
 
     def library(self, functions: Mapping[str, Callable[..., Any]]) -> Any:
-        """What stands for the compiled library: its functions, called by way of the arena."""
+        """Stands in for the compiled library: its functions, called through the arena."""
         return _Library(self, functions)
 
     def array(self, shape: tuple[int, ...], dtype: Any, *_: object) -> Any:
         size = prod(shape) * np.dtype(dtype).itemsize
         owner = (ctypes.c_uint8 * max(size, 1)).from_address(self._take(max(size, 1)))
-        weakref.finalize(owner, self._give_back, addressof(owner), max(size, 1))
+        weakref.finalize(owner, self._free_pages, addressof(owner), max(size, 1))
         return np.frombuffer(owner, np.uint8)[:size].view(dtype).reshape(shape)
 
     def address_of(self, array: Any) -> int:
@@ -88,30 +88,30 @@ class Arena:
             return self._call(function, *arguments)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        for address, copy, owner in self._living():
+        for address, copy, owner in self._live_copies():
             if copy.is_writable:
                 ctypes.memmove(address, copy.original, copy.size)
         result = function(*arguments)
-        for address, copy, owner in self._living():
+        for address, copy, owner in self._live_copies():
             if copy.is_writable:
                 ctypes.memmove(copy.original, address, copy.size)
         return result
 
-    def _living(self) -> Iterator[tuple[int, Copy, object]]:
-        """The copies whose owners are still there; gives back the others."""
+    def _live_copies(self) -> Iterator[tuple[int, Copy, object]]:
+        """The copies whose owners still exist; frees the others."""
         for address in list(self._copies):
-            copy = self._copies.get(address)  # none: a finalizer's own call came in between
+            copy = self._copies.get(address)  # None if a finalizer's call removed it meanwhile
             if copy and (owner := copy.owner()) is not None:
                 yield address, copy, owner
             elif copy and self._copies.pop(address, None):
-                self._give_back(address, copy.size)
+                self._free_pages(address, copy.size)
 
     def _addressof(self, value: Any) -> int:
         size = ctypes.sizeof(value)
         return self._place(Copy(weakref.ref(value), addressof(value), size, is_writable=True))
 
     def _place(self, copy: Copy) -> int:
-        """Where C finds the bytes."""
+        """The address of the bytes for C."""
         if ADDRESS <= copy.original < ADDRESS + SIZE:
             return copy.original
         with self._lock:
@@ -125,18 +125,18 @@ class Arena:
 
     def _take(self, size: int) -> int:
         pages = -(-size // PAGE)
-        if not (free := self._free.setdefault(pages, [])):
+        if not (free := self._unused.setdefault(pages, [])):
             free.append(self._next)
             self._next += PAGE * (pages + 1)
             assert self._next < ADDRESS + SIZE
             assert libc.mprotect(self._next - PAGE, PAGE, PROT_NONE) == 0
         return free.pop() + PAGE * pages - size
 
-    def _give_back(self, address: int, size: int) -> None:
+    def _free_pages(self, address: int, size: int) -> None:
         pages = -(-size // PAGE)
         start = address + size - PAGE * pages
         libc.madvise(start, PAGE * pages, MADV_REMOVE)  # zeroes it
-        self._free[pages].append(start)
+        self._unused[pages].append(start)
 
 
 class _Library:

@@ -1,5 +1,5 @@
-"""The tiers of x86 on a CPU that has only AVX2: the same kernels with intrinsics that AVX2 computes
-(intrinsics/immintrin.h).  Their loops are not unrolled, or compiling takes minutes."""
+"""Runs the x86 tiers on a CPU with only AVX2: the same kernels, with intrinsics written for AVX2
+(intrinsics/immintrin.h).  Loops are not unrolled, because compiling would take minutes."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ AVX2 = next(tier for tier in TIERS if tier.name == "AVX2")
 
 
 def emulated_tiers():
-    """Those that do not run here by themselves, where AVX2 does and gcc compiles."""
+    """The tiers that this CPU lacks; none without AVX2 and gcc."""
     if not AVX2.needs <= cpu_features() or not _gcc_compiles():
         return
     version = hashlib.sha256((INTRINSICS / "immintrin.h").read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""A pytest plugin: behind every buffer that the CPU kernels get lies a page that faults.
+"""A pytest plugin: places a page that faults right after every buffer of the CPU kernels.
 
 Loaded by cpu/test_guarded.py as `-p tests.support.guarded`.
 """

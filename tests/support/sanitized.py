@@ -1,12 +1,12 @@
 """A pytest plugin: compiles the CPU kernels with AddressSanitizer and UBSan.
 
-Loaded by cpu/test_sanitized.py as `-p tests.support.sanitized`, in a process that has the runtimes
-preloaded.
+Loaded by cpu/test_sanitized.py as `-p tests.support.sanitized`, in a process that preloads the
+runtimes.
 """
 
 FLAGS = (
     "-O1",
-    "-g1",  # lines for reports; more makes compiling half as long again
+    "-g1",  # line numbers in reports; -g makes compiling 1.5 times as long
     "-fno-omit-frame-pointer",
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=undefined",

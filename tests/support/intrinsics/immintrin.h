@@ -1,8 +1,8 @@
-/* AVX-512, VNNI and matrix registers for a CPU that has AVX2: of their intrinsics those that kernels/cpu
- * uses, computed in halves or one element after the other, so that these kernels are tested anywhere.
+/* AVX-512, VNNI and AMX for a CPU with AVX2: the intrinsics that kernels/cpu uses, computed in two
+ * halves or element by element, so that these kernels can be tested anywhere.
  *
- * What an instruction does is in Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2;
- * where that makes a tile's instruction fault, this aborts. */
+ * Instructions are defined in Intel 64 and IA-32 Architectures Software Developer's Manual, volume
+ * 2. Where an AMX instruction would fault, this aborts. */
 #ifndef EMULATED_IMMINTRIN_H
 #define EMULATED_IMMINTRIN_H
 
@@ -33,14 +33,17 @@ typedef union {
     float singles[16];
 } Register;
 
-/* Calls, or unrolled kernels take minutes to compile. */
+/* Real calls: inlined, unrolled kernels would take minutes to compile. */
 #define EMULATED static __attribute__((noinline, unused))
 
-/* ---- The same in both halves */
+/* ---- Both halves */
 
 #define HALF(x, i) ((Register){.whole = (__m512i)(x)}.halves[i])
 #define FLOAT_HALF(x, i) ((Register){.whole = (__m512i)(x)}.float_halves[i])
-#define BOTH(half, a, b) ((Register){.halves = {half(HALF(a, 0), HALF(b, 0)), half(HALF(a, 1), HALF(b, 1))}}.whole)
+#define BOTH(half, a, b)                                                                           \
+    ((Register){.halves = {half(HALF(a, 0), HALF(b, 0)),                                           \
+                           half(HALF(a, 1), HALF(b, 1))}}                                          \
+         .whole)
 #define BOTH_FLOATS(half, a, b)                                                                    \
     ((Register){.float_halves = {half(FLOAT_HALF(a, 0), FLOAT_HALF(b, 0)),                         \
                                  half(FLOAT_HALF(a, 1), FLOAT_HALF(b, 1))}}                        \
@@ -57,9 +60,13 @@ typedef union {
 #define _mm512_min_ps(a, b) BOTH_FLOATS(_mm256_min_ps, a, b)
 
 #define _mm512_cvtepi32_ps(x)                                                                      \
-    ((Register){.float_halves = {_mm256_cvtepi32_ps(HALF(x, 0)), _mm256_cvtepi32_ps(HALF(x, 1))}}.floats)
+    ((Register){.float_halves = {_mm256_cvtepi32_ps(HALF(x, 0)),                                   \
+                                 _mm256_cvtepi32_ps(HALF(x, 1))}}                                  \
+         .floats)
 #define _mm512_cvtps_epi32(x)                                                                      \
-    ((Register){.halves = {_mm256_cvtps_epi32(FLOAT_HALF(x, 0)), _mm256_cvtps_epi32(FLOAT_HALF(x, 1))}}.whole)
+    ((Register){.halves = {_mm256_cvtps_epi32(FLOAT_HALF(x, 0)),                                   \
+                           _mm256_cvtps_epi32(FLOAT_HALF(x, 1))}}                                  \
+         .whole)
 #define _mm512_roundscale_ps(x, how)                                                               \
     ((Register){.float_halves = {_mm256_round_ps(FLOAT_HALF(x, 0), how),                           \
                                  _mm256_round_ps(FLOAT_HALF(x, 1), how)}}                          \
@@ -70,24 +77,33 @@ EMULATED __m512 emulated_fmadd_ps(__m512 x, __m512 y, __m512 z)
 {
     Register a = {.floats = x}, b = {.floats = y}, c = {.floats = z};
     for (int i = 0; i < 2; i++)
-        c.float_halves[i] = _mm256_fmadd_ps(a.float_halves[i], b.float_halves[i], c.float_halves[i]);
+        c.float_halves[i] = _mm256_fmadd_ps(
+            a.float_halves[i], b.float_halves[i], c.float_halves[i]);
     return c.floats;
 }
 
-/* From vectors of half the width or a quarter, and to them. */
+/* Conversions from and to vectors of half or a quarter of the width. */
 #define QUARTER(x, i) _mm256_extracti128_si256(x, i)
 #define _mm512_cvtepu16_epi32(x)                                                                   \
-    ((Register){.halves = {_mm256_cvtepu16_epi32(QUARTER(x, 0)), _mm256_cvtepu16_epi32(QUARTER(x, 1))}}.whole)
+    ((Register){.halves = {_mm256_cvtepu16_epi32(QUARTER(x, 0)),                                   \
+                           _mm256_cvtepu16_epi32(QUARTER(x, 1))}}                                  \
+         .whole)
 #define _mm512_cvtph_ps(x)                                                                         \
-    ((Register){.float_halves = {_mm256_cvtph_ps(QUARTER(x, 0)), _mm256_cvtph_ps(QUARTER(x, 1))}}.floats)
+    ((Register){.float_halves = {_mm256_cvtph_ps(QUARTER(x, 0)),                                   \
+                                 _mm256_cvtph_ps(QUARTER(x, 1))}}                                  \
+         .floats)
 #define _mm512_cvtps_ph(x, how)                                                                    \
     _mm256_set_m128i(_mm256_cvtps_ph(FLOAT_HALF(x, 1), how), _mm256_cvtps_ph(FLOAT_HALF(x, 0), how))
 #define _mm512_cvtepu8_epi32(x)                                                                    \
-    ((Register){.halves = {_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))}}.whole)
+    ((Register){.halves = {_mm256_cvtepu8_epi32(x),                                                \
+                           _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))}}                            \
+         .whole)
 #define _mm512_cvtepi8_epi32(x)                                                                    \
-    ((Register){.halves = {_mm256_cvtepi8_epi32(x), _mm256_cvtepi8_epi32(_mm_srli_si128(x, 8))}}.whole)
+    ((Register){.halves = {_mm256_cvtepi8_epi32(x),                                                \
+                           _mm256_cvtepi8_epi32(_mm_srli_si128(x, 8))}}                            \
+         .whole)
 
-/* ---- What the compiler does */
+/* ---- GNU vector extensions */
 
 #define _mm512_add_epi16(a, b) ((__m512i)((UnsignedWords)(a) + (UnsignedWords)(b)))
 #define _mm512_add_epi64(a, b) ((__m512i)((Unsigned64)(a) + (Unsigned64)(b)))
@@ -166,14 +182,15 @@ EMULATED void emulated_mask_storeu_epi8(void *p, __mmask64 mask, __m512i x)
 #define _mm512_mask_shuffle_epi8 emulated_mask_shuffle_epi8
 #define _mm512_maskz_shuffle_epi8(mask, x, places)                                                 \
     emulated_mask_shuffle_epi8(_mm512_setzero_si512(), mask, x, places)
-EMULATED __m512i emulated_mask_shuffle_epi8(__m512i other, __mmask64 mask, __m512i x, __m512i places)
+EMULATED __m512i emulated_mask_shuffle_epi8(
+    __m512i other, __mmask64 mask, __m512i x, __m512i places)
 {
     Register out = {.whole = other};
     emulated_mask_storeu_epi8(out.bytes, mask, _mm512_shuffle_epi8(x, places));
     return out.whole;
 }
 
-/* ---- Over all elements, in the order in which compilers have them */
+/* ---- Reductions, in the order that compilers use */
 
 #define _mm512_reduce_add_ps emulated_reduce_add_ps
 EMULATED float emulated_reduce_add_ps(__m512 x)
@@ -215,7 +232,7 @@ EMULATED int emulated_reduce_max_epi32(__m512i x)
     return largest;
 }
 
-/* ---- Products of integers, summed up in each 32-bit element */
+/* ---- Dot products of integers in each 32-bit element */
 
 static inline __m256i low_bytes_of(__m256i x, int is_signed)
 {
@@ -228,7 +245,7 @@ static inline __m256i high_bytes_of(__m256i x, int is_signed)
     return is_signed ? _mm256_srai_epi16(x, 8) : _mm256_srli_epi16(x, 8);
 }
 
-/* c + four bytes of a times four signed ones of b */
+/* c + the dot product of four bytes of a with four signed bytes of b */
 static inline __m256i multiply_half(__m256i c, __m256i a, int is_signed, __m256i b)
 {
     __m256i even = _mm256_madd_epi16(low_bytes_of(a, is_signed), low_bytes_of(b, 1));
@@ -251,7 +268,7 @@ EMULATED __m512i multiply_bytes(__m512i c, __m512i a, int is_signed, __m512i b)
 #define _mm512_dpwssd_epi32(c, a, b)                                                               \
     ((__m512i)((Unsigned32)(c) + (Unsigned32)BOTH(_mm256_madd_epi16, a, b)))
 
-/* ---- Matrix registers */
+/* ---- AMX tiles */
 
 typedef struct {
     uint8_t palette, start_row, reserved[14];
@@ -259,7 +276,7 @@ typedef struct {
     uint8_t rows[16];
 } TileConfig;
 
-/* One of each a thread, in whatever file the kernels use them. */
+/* One for each thread, shared by all files of the kernels. */
 __attribute__((weak)) __thread TileConfig emulated_config;
 __attribute__((weak)) __thread Register emulated_tiles[8][16];
 
@@ -321,7 +338,7 @@ static inline void multiply_tiles_of_bytes(int sums, int a, int b, int b_is_sign
                 _mm512_set1_epi32(emulated_tiles[a][m].integers[k]));
 }
 
-/* ARCH_REQ_XCOMP_PERM is granted. */
+/* Grants ARCH_REQ_XCOMP_PERM. */
 #define syscall(number, ...) ((number) == SYS_arch_prctl ? 0 : syscall(number, __VA_ARGS__))
 
 #endif
