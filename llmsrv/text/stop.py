@@ -12,7 +12,10 @@ from collections.abc import Sequence
 
 
 class StopMatcher:
-    """Watches the text of one choice.  Once a stop string matched, everything later is dropped."""
+    """Watches the text of one choice.  Once a stop string matched, everything later is dropped.
+
+    matched  the stop string that ended the text; None before
+    """
 
     def __init__(self, stops: Sequence[str], keeps_match: bool = False) -> None:
         """stops: none of them empty; there may be none at all.  keeps_match: the stop string that
@@ -22,7 +25,7 @@ class StopMatcher:
         self._patterns = [_Pattern(stop) for stop in stops]
         self._first_characters = frozenset(stop[0] for stop in stops)
         self._withheld = ""
-        self._is_matched = False
+        self.matched: str | None = None
 
     @property
     def num_withheld(self) -> int:
@@ -34,17 +37,17 @@ class StopMatcher:
 
         What is returned with a match is all that comes before the stop string, and the string
         itself where it is kept."""
-        if self._is_matched:
+        if self.matched is not None:
             return "", True
         if not self._withheld and self._first_characters.isdisjoint(text):
             return text, False
         pending = self._withheld + text
         for position, character in enumerate(text, start=len(self._withheld) + 1):
-            matched = [pattern.size for pattern in self._patterns if pattern.step(character)]
+            matched = [pattern.stop for pattern in self._patterns if pattern.step(character)]
             if matched:
-                self._is_matched = True
+                self.matched = max(matched, key=len)
                 self._withheld = ""
-                num_dropped = 0 if self._keeps_match else max(matched)
+                num_dropped = 0 if self._keeps_match else len(self.matched)
                 return pending[: position - num_dropped], True
         num_safe = len(pending) - max(pattern.state for pattern in self._patterns)
         self._withheld = pending[num_safe:]
@@ -60,18 +63,17 @@ class _Pattern:
     """One stop string, and how many of its characters the text so far ends with."""
 
     def __init__(self, stop: str) -> None:
-        self.size = len(stop)
+        self.stop = stop
         self.state = 0
-        self._stop = stop
         self._fallback = _fallbacks(stop)
 
     def step(self, character: str) -> bool:
         """Takes one character; whether the stop string is complete with it."""
-        while self.state and self._stop[self.state] != character:
+        while self.state and self.stop[self.state] != character:
             self.state = self._fallback[self.state - 1]
-        if self._stop[self.state] == character:
+        if self.stop[self.state] == character:
             self.state += 1
-        return self.state == self.size
+        return self.state == len(self.stop)
 
 
 def _fallbacks(stop: str) -> list[int]:

@@ -41,6 +41,7 @@ class Delta:
     token_ids                  the tokens that came, an end token included
     logprobs                   of the tokens whose text begins in what was added so far
     finish_reason              "stop", "length", "tool_calls" or "abort"; None if more may follow
+    stop_string                the stop string that ended the choice, if one did
     """
 
     index: int
@@ -50,6 +51,7 @@ class Delta:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
+    stop_string: str | None = None
 
     def add(self, other: "Delta") -> None:
         self.text += other.text
@@ -57,6 +59,7 @@ class Delta:
         self.token_ids += other.token_ids
         self.logprobs += other.logprobs
         self.finish_reason = other.finish_reason
+        self.stop_string = other.stop_string
         for call in other.tool_calls:
             if call.index < len(self.tool_calls):
                 self.tool_calls[call.index].arguments += call.arguments
@@ -109,10 +112,11 @@ class ChoiceOutput:
         self._stop = None
         if rules.stop_strings:
             self._stop = StopMatcher(rules.stop_strings, rules.includes_stop)
-        self._parser = AnswerParser(rules.tools, rules.is_thinking)
+        self._parser = None
+        if rules.tools is not None or rules.is_thinking is not None:
+            self._parser = AnswerParser(rules.tools, rules.is_thinking)
         # Where each token's text begins, until the answer after the thoughts does.
         self._offsets: list[int] | None = None if rules.is_thinking is None else []
-        self._is_cut = False  # a stop string ended the text
         self._unreleased = ""  # decoded, and held back or cut off by the stop strings
         self._num_decoded = 0  # characters decoded, released or not
         self._num_released = 0
@@ -158,7 +162,6 @@ class ChoiceOutput:
         text, is_matched = self._stop.push(decoded)
         self._unreleased = (self._unreleased + decoded)[len(text) :]
         if is_matched:
-            self._is_cut = True
             self.finish_reason = "stop"
         return text
 
@@ -168,41 +171,41 @@ class ChoiceOutput:
         self._logprobs.append(TokenLogprob(id, logprob, alternatives, self._num_decoded))
 
     def _delta(self, text: str) -> Delta:
-        cut_off = self._unreleased if self._is_cut else ""
-        parts = self._parser.push(text, self.finish_reason is not None, cut_off)
-        self._count_thoughts()
         token_ids, self._token_ids = self._token_ids, []
-        return Delta(
-            self.index,
-            text=parts.text,
-            thought=parts.thought,
-            tool_calls=parts.tool_calls,
-            token_ids=token_ids,
-            logprobs=self._logprobs_of_released(len(text)),
-            finish_reason=self._delta_finish_reason(),
-        )
+        delta = Delta(self.index, text, token_ids=token_ids, finish_reason=self.finish_reason)
+        if self.finish_reason and self._stop:
+            delta.stop_string = self._stop.matched
+        self._num_released += len(text)
+        if self._logprobs:
+            delta.logprobs = self._take_logprobs(is_cut=delta.stop_string is not None)
+        if self._parser:
+            self._parse(self._parser, delta)
+        return delta
+
+    def _take_logprobs(self, is_cut: bool) -> list[TokenLogprob]:
+        """Log-probabilities go with their text; a token that a stop string cut off has none."""
+        taken = [token for token in self._logprobs if token.text_offset < self._num_released]
+        if self.finish_reason and not is_cut:
+            taken = self._logprobs  # the last token may be half a character, without text
+        self._logprobs = self._logprobs[len(taken) :]
+        return taken
+
+    def _parse(self, parser: AnswerParser, delta: Delta) -> None:
+        """Splits the delta's text into its parts."""
+        cut_off = "" if delta.stop_string is None else self._unreleased
+        parts = parser.push(delta.text, delta.finish_reason is not None, cut_off)
+        delta.text, delta.thought, delta.tool_calls = parts.text, parts.thought, parts.tool_calls
+        if delta.finish_reason == "stop" and parser.num_tool_calls:
+            delta.finish_reason = "tool_calls"
+        self._count_thoughts()
 
     def _count_thoughts(self) -> None:
         """A token counts if its text begins before the end of the thoughts."""
-        reasoning = self._parser.reasoning
+        reasoning = self._parser.reasoning if self._parser else None
         if reasoning is None or self._offsets is None:
             return
         if reasoning.has_reasoning:
-            end = reasoning.reasoning_end
-            offsets = self._offsets
+            end, offsets = reasoning.reasoning_end, self._offsets
             self.num_thought_tokens = len(offsets) if end is None else bisect_left(offsets, end)
         if reasoning.is_answering:
             self._offsets = None
-
-    def _logprobs_of_released(self, num_chars: int) -> list[TokenLogprob]:
-        """Log-probabilities go with their text; a token that a stop string cut off has none."""
-        self._num_released += num_chars
-        released = [entry for entry in self._logprobs if entry.text_offset < self._num_released]
-        if self.finish_reason and not self._is_cut:
-            released = self._logprobs  # the last token may be half a character, without text
-        self._logprobs = self._logprobs[len(released) :]
-        return released
-
-    def _delta_finish_reason(self) -> str | None:
-        has_calls = self._parser.num_tool_calls > 0
-        return "tool_calls" if self.finish_reason == "stop" and has_calls else self.finish_reason

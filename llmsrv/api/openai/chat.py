@@ -14,6 +14,7 @@ from llmsrv.api.generation.answer_parser import ToolCallDelta
 from llmsrv.api.generation.chat_turn import ChatTurn
 from llmsrv.api.generation.chat_turn import RunningTurn
 from llmsrv.api.generation.output import Delta
+from llmsrv.api.generation.respond import respond
 from llmsrv.api.generation.submit import tenant_of
 from llmsrv.api.openai.checks import check_shared_fields
 from llmsrv.api.openai.conversation import conversation_of
@@ -21,7 +22,6 @@ from llmsrv.api.openai.conversation import tool_choice_of
 from llmsrv.api.openai.logprobs import LogprobFormatter
 from llmsrv.api.openai.logprobs import prompt_logprobs
 from llmsrv.api.openai.reply import Reply
-from llmsrv.api.openai.reply import respond
 from llmsrv.api.openai.schema import ChatCompletionRequest
 from llmsrv.api.openai.schema import UNSUPPORTED
 from llmsrv.api.openai.structured import wanted_grammar
@@ -45,7 +45,8 @@ class ChatCompletions:
         _check(body, self._models.config)
         service = self._models.find(body.model, tenant_of(request))
         turn = await chat_turn(body, service.text.tokenizer).start(request, service)
-        return await respond(request, body, turn.job, ChatAnswer(service, body, turn))
+        answer = ChatAnswer(service, body, turn)
+        return await respond(request, turn.job, answer, is_stream=bool(body.stream))
 
 
 def _check(body: ChatCompletionRequest, config: Config) -> None:

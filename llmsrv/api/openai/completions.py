@@ -20,12 +20,12 @@ from llmsrv.api.generation.job import Job
 from llmsrv.api.generation.job import start_job
 from llmsrv.api.generation.output import Delta
 from llmsrv.api.generation.output import TokenLogprob
+from llmsrv.api.generation.respond import respond
 from llmsrv.api.openai.checks import check_shared_fields
 from llmsrv.api.openai.logprobs import LogprobFormatter
 from llmsrv.api.openai.logprobs import finite
 from llmsrv.api.openai.logprobs import prompt_logprobs
 from llmsrv.api.openai.reply import Reply
-from llmsrv.api.openai.reply import respond
 from llmsrv.api.openai.schema import CompletionRequest
 from llmsrv.api.openai.schema import MAX_PROMPTS
 from llmsrv.api.openai.schema import UNSUPPORTED
@@ -64,7 +64,8 @@ class Completions:
             wants_prompt_logprobs=_echoes_logprobs(body),
             grammar=await answer_grammar(service, wanted_grammar(body, service.text.tokenizer)),
         )
-        return await respond(request, body, job, CompletionAnswer(service, body, job, prompts))
+        answer = CompletionAnswer(service, body, job, prompts)
+        return await respond(request, job, answer, is_stream=bool(body.stream))
 
 
 def _check(body: CompletionRequest, config: Config) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from contextlib import aclosing
 from typing import Any
-from typing import Protocol
 
 import orjson
 
@@ -19,33 +18,8 @@ from llmsrv.api.generation.job import Job
 from llmsrv.api.generation.output import Delta
 from llmsrv.api.openai.schema import GenerationRequest
 from llmsrv.api.openai.usage import usage_object
-from llmsrv.asgi.request import Request
-from llmsrv.asgi.response import Response
-from llmsrv.asgi.sse import EventStream
 from llmsrv.errors import ApiError
 from llmsrv.registry.service import Service
-
-
-class Answer(Protocol):
-    """One request's answer in the shape of its route."""
-
-    async def whole(self) -> bytes:
-        """The answer as one object, when every choice has ended."""
-        ...
-
-    def events(self) -> AsyncGenerator[bytes, None]:
-        """The answer as the payloads of server-sent events."""
-        ...
-
-
-async def respond(
-    request: Request, body: GenerationRequest, job: Job, answer: Answer
-) -> Response | EventStream:
-    """Streamed or whole, as the request wants.  A client that leaves ends the job."""
-    if body.stream:
-        return EventStream(answer.events(), on_end=job.end)
-    async with request.cancel_on_disconnect():
-        return Response(body=await answer.whole())
 
 
 class Reply:

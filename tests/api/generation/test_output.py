@@ -76,4 +76,5 @@ def test_tags_within_a_stop_string_count_as_thoughts(
         if output.finish_reason is None and (delta := output.push(tokens_of(tokenizer, character))):
             answer.add(delta)
     assert (answer.text, answer.thought) == (text, thought)
+    assert (answer.finish_reason, answer.stop_string) == ("stop", stop)
     assert output.num_thought_tokens == num_thought_chars
