@@ -2,8 +2,8 @@
 
 Its lifespan starts and stops the engines, so one process of the ASGI server serves one set of
 models.  It translates between other ASGI servers and the HTTP application: it removes root_path,
-and ends the requests of clients that are gone without an error.  `python llmsrv.py` does not use
-it: serve.py runs the HTTP application on our own server.
+and ends the requests of clients that are gone without an error.  Our own server has no lifespan:
+serve.py calls start(), and then serves before the models are loaded.
 
 Module-level imports are kept light: the engines start before the routes are imported.
 """
@@ -11,6 +11,8 @@ Module-level imports are kept light: the engines start before the routes are imp
 import asyncio
 import logging
 import os
+from collections.abc import Callable
+from collections.abc import Mapping
 from urllib.parse import quote
 
 from llmsrv import log as logs
@@ -42,6 +44,15 @@ class App:
         self._config = config
         self._http_app: ASGIApp | None = None  # from startup to shutdown
 
+    async def start(
+        self, runtime: Runtime, connections: Callable[[], Mapping[str, int]] = dict
+    ) -> None:
+        """Starts the engines; requests get 503 until the runtime is ready.
+
+        connections  as in Runtime.start, which also says which threads may call this
+        """
+        self._http_app = await runtime.start(connections)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._run_lifespan(receive, send)
@@ -57,14 +68,14 @@ class App:
         try:
             await self._http_app(_without_root_path(scope), receive, send)
         except (ClientDisconnected, StreamBroken):
-            pass  # other servers would log them as bugs; that the body is incomplete is enough
+            pass  # servers would log them as bugs; that the body is incomplete is enough
 
     async def _run_lifespan(self, receive: Receive, send: Send) -> None:
         listener = None if logs.is_set_up() else logs.set_up(self._config.log_level)
         try:
             await receive()  # lifespan.startup
             try:
-                runtime = await self._start()
+                runtime = await self._start_ready()
             except Exception as error:
                 if not isinstance(error, StartupError):
                     log.exception("startup failed")
@@ -82,12 +93,12 @@ class App:
             if listener is not None:
                 logs.tear_down(listener)
 
-    async def _start(self) -> Runtime:
+    async def _start_ready(self) -> Runtime:
         """Returns once the first models are served."""
         # In a thread, since it may have to download a model.
         runtime = await asyncio.to_thread(Runtime, self._config)
         try:
-            self._http_app = await runtime.start()
+            await self.start(runtime)
             await runtime.ready()
         except BaseException:
             self._http_app = None

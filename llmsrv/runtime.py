@@ -1,7 +1,8 @@
 """A server from start to stop, whatever HTTP server runs its application: models, engines, keys.
 
-Who hosts the application (serve.py our own server, app.py any other) makes a Runtime and then calls
-start, ready, drain and stop, in this order.  It knows nothing of sockets and signals.
+The host of the application (serve.py for our own server, the lifespan in app.py for any other)
+makes a Runtime and then calls start (through App), ready, drain and stop, in this order.  It knows
+nothing of sockets and signals.
 """
 
 import asyncio

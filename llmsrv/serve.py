@@ -1,4 +1,4 @@
-"""`python llmsrv.py`: the runtime on our own HTTP server, with its port and its signals.
+"""`python llmsrv.py`: the application on our own HTTP server, with its port and its signals.
 
 The port is bound before anything slow, so that a port in use is reported at once.  Clients get 503
 with the reason until the models are loaded.  On the first signal, running requests get a grace
@@ -17,6 +17,7 @@ from typing import Any
 
 from llmsrv import log as logs
 from llmsrv.api.gate import is_loopback
+from llmsrv.app import App
 from llmsrv.config import Config
 from llmsrv.runtime import Runtime
 from llmsrv.server.listener import bind
@@ -53,7 +54,8 @@ async def _serve(runtime: Runtime, sockets: list[socket.socket]) -> int:
     signals = _Signals()
     if config.api_key_file:  # otherwise SIGHUP keeps its default effect: the process ends
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, runtime.reload_keys)
-    app = await runtime.start(lambda: vars(server.counters))
+    app = App(config)
+    await app.start(runtime, lambda: vars(server.counters))
     settings = ServerSettings(body_limit_bytes=runtime.models.body_limit_bytes)
     server = Server(app, sockets, settings)
     await server.start()

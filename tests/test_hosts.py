@@ -17,6 +17,7 @@ from llmsrv.asgi.types import Receive
 from llmsrv.asgi.types import Scope
 from llmsrv.asgi.types import Send
 from llmsrv.config import Config
+from llmsrv.runtime import Runtime
 from tests.support.application import Answer
 from tests.support.application import StartupFailed
 from tests.support.application import ask
@@ -62,6 +63,20 @@ async def test_lifespan_starts_the_models_and_stops_their_engines(config: Config
         assert answer.status == 200 and answer.is_whole
         (pid,) = engine_pids()
     assert has_exited(pid, 5.0)
+
+
+@in_loop
+async def test_a_server_without_lifespan_can_serve_before_the_models_are_loaded(
+    config: Config,
+) -> None:
+    runtime = Runtime(config)
+    app = App(config)
+    await app.start(runtime)
+    answer = await ask(app, "GET", "/health", {})
+    assert answer.status == 503 and b"model_not_ready" in answer.body
+    await runtime.ready()
+    assert (await ask(app, "GET", "/health", {})).status == 200
+    await runtime.stop()
 
 
 @in_loop
