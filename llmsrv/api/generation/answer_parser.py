@@ -1,4 +1,4 @@
-"""Splits the text of one choice into thoughts, text for the reader, and tool calls, as it comes."""
+"""Splits the text of one choice into reasoning, text and tool calls, as it arrives."""
 
 from dataclasses import dataclass
 from dataclasses import field
@@ -23,7 +23,7 @@ class ToolCallDelta:
 
 @dataclass
 class AnswerParts:
-    thought: str = ""
+    reasoning: str = ""
     text: str = ""
     tool_calls: list[ToolCallDelta] = field(default_factory=list)
 
@@ -34,7 +34,7 @@ class AnswerParser:
     def __init__(self, tools: ToolUse | None = None, is_thinking: bool | None = None) -> None:
         """is_thinking: True if the prompt already opened the thinking block; None if the model does
         not think."""
-        self.reasoning = None if is_thinking is None else ReasoningParser(is_thinking)
+        self.reasoning_parser = None if is_thinking is None else ReasoningParser(is_thinking)
         self._tools = tools
         self._tool_calls = tools.parser() if tools else None
 
@@ -47,11 +47,11 @@ class AnswerParser:
 
         cut_off: after the last text, as in ReasoningParser.flush()."""
         parts = AnswerParts(text=text)
-        if self.reasoning:
-            parts.thought, parts.text = self.reasoning.push(text)
+        if self.reasoning_parser:
+            parts.reasoning, parts.text = self.reasoning_parser.push(text)
             if is_last:
-                thought, text = self.reasoning.flush(cut_off)
-                parts.thought += thought
+                reasoning, text = self.reasoning_parser.flush(cut_off)
+                parts.reasoning += reasoning
                 parts.text += text
         if self._tool_calls:
             parts.text, calls = self._tool_calls.push(parts.text)

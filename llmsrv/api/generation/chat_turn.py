@@ -1,4 +1,4 @@
-"""One turn of a conversation: messages in, the model's answer out as deltas of thoughts, text and
+"""One turn of a conversation: messages in, the model's answer out as deltas of reasoning, text and
 tool calls.  Every dialect with messages is a translation to a ChatTurn and from its deltas.
 """
 
@@ -78,11 +78,11 @@ class ChatTurn:
 def _is_thinking(service: Service, prompt_ids: list[int]) -> bool | None:
     parser, template = service.config.reasoning_parser, service.text.template
     if parser == "think" or (parser == "auto" and template and template.has_reasoning):
-        return _opens_thoughts(service.text.tokenizer, prompt_ids)
+        return _opens_thinking(service.text.tokenizer, prompt_ids)
     return None
 
 
-def _opens_thoughts(tokenizer: Tokenizer, prompt_ids: list[int]) -> bool:
-    """True if the prompt ends with the tag that opens the thoughts."""
+def _opens_thinking(tokenizer: Tokenizer, prompt_ids: list[int]) -> bool:
+    """True if the prompt ends with the tag that opens the thinking block."""
     end = b"".join(map(tokenizer.token_bytes, prompt_ids[-16:]))
     return end.decode(errors="replace").rstrip().endswith(THINK_START)

@@ -28,7 +28,7 @@ class Message:
     content       None only for an assistant that called tools without saying anything
     name          of the participant, for templates that show it
     tool_calls    of an assistant
-    reasoning     of an assistant: the thoughts before its content
+    reasoning     of an assistant: what it thought before its content
     tool_call_id  of a tool: the call whose result this is
     """
 

@@ -1,7 +1,7 @@
 """The grammar that one answer must follow: a form that the request wants, tool calls, or either.
 
 A dialect reads its own fields into a WantedGrammar.  Here the grammar is combined with that of the
-tool calls, put behind the thoughts, and compiled once to see that it can be.
+tool calls, put after the reasoning, and compiled once to see that it can be.
 """
 
 import json

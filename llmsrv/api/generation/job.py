@@ -35,15 +35,15 @@ ADMISSION_S = 10.0  # after this a stream's 200 goes out although its request st
 class Usage:
     """What a request has cost so far, all its prompts and choices together.
 
-    num_cached_tokens   of the prompts, found in the prefix cache
-    num_thought_tokens  of the output
-    finished            the engine's counts and times of the choices that it has ended
+    num_cached_tokens     of the prompts, found in the prefix cache
+    num_reasoning_tokens  of the output
+    finished              the engine's counts and times of the choices that it has ended
     """
 
     num_prompt_tokens: int
     num_output_tokens: int
     num_cached_tokens: int
-    num_thought_tokens: int
+    num_reasoning_tokens: int
     finished: Sequence[Finished]
 
 
@@ -125,7 +125,7 @@ class Job:
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=sum(output.num_tokens for output in self._outputs),
             num_cached_tokens=sum(each.num_cached_tokens for each in self._generations),
-            num_thought_tokens=sum(output.num_thought_tokens for output in self._outputs),
+            num_reasoning_tokens=sum(output.num_reasoning_tokens for output in self._outputs),
             finished=self._finished,
         )
 

@@ -1,6 +1,6 @@
-"""From the tokens of one choice to what its reader gets: thoughts, text and tool calls.
+"""From the tokens of one choice to what its reader gets: reasoning, text and tool calls.
 
-Text passes the detokenizer, then the stop strings, then the parser of thoughts and calls.  The
+Text passes the detokenizer, then the stop strings, then the parser of reasoning and calls.  The
 engine ends a choice by token; a stop string ends it here by text, and every later token is dropped.
 Knows no dialect and no HTTP.
 """
@@ -37,16 +37,16 @@ class TokenLogprob:
 class Delta:
     """What one event adds to a choice.
 
-    thought, text, tool_calls  new pieces, in the order in which a model writes them
-    token_ids                  the tokens that came, an end token included
-    logprobs                   of the tokens whose text begins in what was added so far
-    finish_reason              "stop", "length", "tool_calls" or "abort"; None if more may follow
-    stop_string                the stop string that ended the choice, if one did
+    reasoning, text, tool_calls  new pieces, in the order in which a model writes them
+    token_ids                    the tokens that came, an end token included
+    logprobs                     of the tokens whose text begins in what was added so far
+    finish_reason                "stop", "length", "tool_calls" or "abort"; None if more may follow
+    stop_string                  the stop string that ended the choice, if one did
     """
 
     index: int
     text: str = ""
-    thought: str = ""
+    reasoning: str = ""
     tool_calls: list[ToolCallDelta] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Delta:
 
     def add(self, other: "Delta") -> None:
         self.text += other.text
-        self.thought += other.thought
+        self.reasoning += other.reasoning
         self.token_ids += other.token_ids
         self.logprobs += other.logprobs
         self.finish_reason = other.finish_reason
@@ -94,16 +94,16 @@ class OutputRules:
 class ChoiceOutput:
     """One choice as it grows.
 
-    num_tokens          tokens that count in usage: up to the end token, or to the token that
-                        completed a stop string
-    num_thought_tokens  of these, the tokens of the thoughts and of the tags around them
-    finish_reason       None while more may follow
+    num_tokens            tokens that count in usage: up to the end token, or to the token that
+                          completed a stop string
+    num_reasoning_tokens  of these, the tokens of the reasoning and of the tags around it
+    finish_reason         "stop", "length" or "abort"; None while more may follow
     """
 
     def __init__(self, index: int, tokenizer: Tokenizer, rules: OutputRules) -> None:
         self.index = index
         self.num_tokens = 0
-        self.num_thought_tokens = 0
+        self.num_reasoning_tokens = 0
         self.finish_reason: str | None = None
         self._rules = rules
         self._detokenizer = Detokenizer(
@@ -115,7 +115,7 @@ class ChoiceOutput:
         self._parser = None
         if rules.tools is not None or rules.is_thinking is not None:
             self._parser = AnswerParser(rules.tools, rules.is_thinking)
-        # Where each token's text begins, until the answer after the thoughts does.
+        # Where each token's text begins, until the answer after the reasoning does.
         self._offsets: list[int] | None = None if rules.is_thinking is None else []
         self._unreleased = ""  # decoded, and held back or cut off by the stop strings
         self._num_decoded = 0  # characters decoded, released or not
@@ -142,7 +142,7 @@ class ChoiceOutput:
                 break
         if text or self.finish_reason:
             return self._delta(text)
-        self._count_thoughts()
+        self._count_reasoning()
         return None
 
     def finish(self, reason: str) -> Delta:
@@ -194,18 +194,19 @@ class ChoiceOutput:
         """Splits the delta's text into its parts."""
         cut_off = "" if delta.stop_string is None else self._unreleased
         parts = parser.push(delta.text, delta.finish_reason is not None, cut_off)
-        delta.text, delta.thought, delta.tool_calls = parts.text, parts.thought, parts.tool_calls
+        delta.reasoning, delta.text = parts.reasoning, parts.text
+        delta.tool_calls = parts.tool_calls
         if delta.finish_reason == "stop" and parser.num_tool_calls:
             delta.finish_reason = "tool_calls"
-        self._count_thoughts()
+        self._count_reasoning()
 
-    def _count_thoughts(self) -> None:
-        """A token counts if its text begins before the end of the thoughts."""
-        reasoning = self._parser.reasoning if self._parser else None
+    def _count_reasoning(self) -> None:
+        """A token counts if its text begins before the end of the reasoning."""
+        reasoning = self._parser.reasoning_parser if self._parser else None
         if reasoning is None or self._offsets is None:
             return
         if reasoning.has_reasoning:
             end, offsets = reasoning.reasoning_end, self._offsets
-            self.num_thought_tokens = len(offsets) if end is None else bisect_left(offsets, end)
+            self.num_reasoning_tokens = len(offsets) if end is None else bisect_left(offsets, end)
         if reasoning.is_answering:
             self._offsets = None

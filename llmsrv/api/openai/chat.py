@@ -145,7 +145,7 @@ def message_of(choice: Delta, has_reasoning: bool) -> dict[str, Any]:
         "annotations": [],
     }
     if has_reasoning:
-        message["reasoning_content"] = choice.thought or None
+        message["reasoning_content"] = choice.reasoning or None
     if choice.tool_calls:
         message["tool_calls"] = [_tool_call(call) for call in choice.tool_calls]
     return message
@@ -154,8 +154,8 @@ def message_of(choice: Delta, has_reasoning: bool) -> dict[str, Any]:
 def message_deltas(delta: Delta) -> list[dict[str, Any]]:
     """The pieces of the message that a delta adds, one per kind."""
     parts: list[dict[str, Any]] = []
-    if delta.thought:
-        parts.append({"reasoning_content": delta.thought})
+    if delta.reasoning:
+        parts.append({"reasoning_content": delta.reasoning})
     if delta.text:
         parts.append({"content": delta.text})
     if delta.tool_calls:

@@ -19,7 +19,7 @@ def usage_object(usage: Usage, has_extra: bool) -> dict[str, Any]:
         "completion_tokens_details": {
             "accepted_prediction_tokens": 0,
             "audio_tokens": 0,
-            "reasoning_tokens": usage.num_thought_tokens,
+            "reasoning_tokens": usage.num_reasoning_tokens,
             "rejected_prediction_tokens": 0,
         },
     }

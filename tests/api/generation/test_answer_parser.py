@@ -1,4 +1,4 @@
-"""llmsrv.api.generation.answer_parser: thoughts, text and calls, from pieces or from the whole."""
+"""llmsrv.api.generation.answer_parser: reasoning, text and calls, from pieces or from the whole."""
 
 from hypothesis import given
 from hypothesis import settings
@@ -23,7 +23,7 @@ def parsed(pieces: list[str], tools: ToolUse | None, is_thinking: bool | None) -
         for call in parts.tool_calls:
             assert (call.id is None) == (call.name is None) == (call.index < len(answer.tool_calls))
             call.id = "any"
-        answer.add(Delta(0, parts.text, parts.thought, parts.tool_calls))
+        answer.add(Delta(0, parts.text, parts.reasoning, parts.tool_calls))
     assert parser.num_tool_calls == len(answer.tool_calls)
     return answer
 
@@ -48,14 +48,14 @@ def test_an_answer_parsed_in_pieces_is_the_whole_one(
     assert parsed([*pieces, ""], tools, is_thinking) == parsed([text], tools, is_thinking)
 
 
-def test_an_answer_has_thoughts_text_and_calls() -> None:
+def test_an_answer_has_reasoning_text_and_calls() -> None:
     answer = parsed([f"<think>hm</think>Let me see. {CALL}"], HERMES, is_thinking=False)
-    assert answer.thought == "hm"
+    assert answer.reasoning == "hm"
     assert answer.text == "Let me see."
     (call,) = answer.tool_calls
     assert (call.name, call.arguments) == ("f", '{"a": [1, "}"]}')
 
 
-def test_an_answer_without_tools_or_thoughts_is_its_text() -> None:
+def test_an_answer_without_tools_or_reasoning_is_its_text() -> None:
     answer = parsed([f"<think>{CALL}"], None, is_thinking=None)
     assert answer == Delta(0, text=f"<think>{CALL}")

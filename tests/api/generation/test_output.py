@@ -1,4 +1,4 @@
-"""llmsrv.api.generation.output: how a choice ends, and which of its tokens are thoughts."""
+"""llmsrv.api.generation.output: how a choice ends, and which of its tokens are reasoning."""
 
 from pathlib import Path
 
@@ -41,11 +41,11 @@ def test_a_call_ends_with_tool_calls_unless_it_is_cut(
 
 
 @pytest.mark.parametrize("num_each", [1, 2, 100])
-def test_thoughts_that_wait_for_a_stop_string_are_counted(
+def test_reasoning_held_back_by_a_stop_string_is_counted(
     tokenizer: Tokenizer, num_each: int
 ) -> None:
-    thoughts = tokenizer.encode("<think>one</think>", parse_special=False)
-    ids = thoughts + tokenizer.encode("two", parse_special=False)
+    reasoning = tokenizer.encode("<think>one</think>", parse_special=False)
+    ids = reasoning + tokenizer.encode("two", parse_special=False)
     rules = OutputRules(stop_strings=["</think>two!"], is_thinking=False)
     output = ChoiceOutput(0, tokenizer, rules)
     deltas = [
@@ -53,13 +53,13 @@ def test_thoughts_that_wait_for_a_stop_string_are_counted(
         for first in range(0, len(ids), num_each)
     ]
     last = output.finish("length")
-    assert "".join(delta.thought for delta in deltas if delta) + last.thought == "one"
+    assert "".join(delta.reasoning for delta in deltas if delta) + last.reasoning == "one"
     assert last.text == "two"
-    assert output.num_thought_tokens == len(thoughts)
+    assert output.num_reasoning_tokens == len(reasoning)
 
 
 @pytest.mark.parametrize(
-    ("stop", "text", "thought", "num_thought_chars"),
+    ("stop", "text", "reasoning", "num_reasoning_chars"),
     [
         ("nk>one", "<thi", "", len("<think>one")),
         ("</think>", "", "one", len("<think>one</think>")),
@@ -67,14 +67,14 @@ def test_thoughts_that_wait_for_a_stop_string_are_counted(
         ("wo", "t", "one", len("<think>one</think>")),
     ],
 )
-def test_tags_within_a_stop_string_count_as_thoughts(
-    tokenizer: Tokenizer, stop: str, text: str, thought: str, num_thought_chars: int
+def test_tags_within_a_stop_string_count_as_reasoning(
+    tokenizer: Tokenizer, stop: str, text: str, reasoning: str, num_reasoning_chars: int
 ) -> None:
     output = ChoiceOutput(0, tokenizer, OutputRules(stop_strings=[stop], is_thinking=False))
     answer = Delta(0)
     for character in "<think>one</think>two":
         if output.finish_reason is None and (delta := output.push(tokens_of(tokenizer, character))):
             answer.add(delta)
-    assert (answer.text, answer.thought) == (text, thought)
+    assert (answer.text, answer.reasoning) == (text, reasoning)
     assert (answer.finish_reason, answer.stop_string) == ("stop", stop)
-    assert output.num_thought_tokens == num_thought_chars
+    assert output.num_reasoning_tokens == num_reasoning_chars

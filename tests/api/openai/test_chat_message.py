@@ -11,14 +11,14 @@ CALL = ToolCallDelta(0, '{"a": 1}', "call_1", "f")
 FUNCTION = {"name": "f", "arguments": '{"a": 1}'}
 
 
-def test_a_message_has_thoughts_text_and_calls() -> None:
+def test_a_message_has_reasoning_text_and_calls() -> None:
     message = message_of(Delta(0, "Let me see.", "hm", [CALL]), has_reasoning=True)
     assert message["reasoning_content"] == "hm"
     assert message["content"] == "Let me see."
     assert message["tool_calls"] == [{"id": "call_1", "type": "function", "function": FUNCTION}]
 
 
-def test_a_message_without_tools_or_thoughts_is_its_text() -> None:
+def test_a_message_without_tools_or_reasoning_is_its_text() -> None:
     assert message_of(Delta(0, "<think>"), has_reasoning=False) == {
         "role": "assistant",
         "content": "<think>",

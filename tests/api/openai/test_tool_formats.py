@@ -74,7 +74,7 @@ def test_tools_are_called_in_the_format_of_the_model(tmp_path: Path, name: str) 
             "tool_choice": "required",
             "parallel_tool_calls": False,
             "max_tokens": 300,
-            # A random model would hardly ever end its thoughts.
+            # A random model would hardly ever end its reasoning.
             "logit_bias": {str(270 + 1): 20} if thinks else {},
         }
         for seed in range(4):

@@ -221,7 +221,7 @@ def test_tokens_after_a_stop_string_are_not_counted(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "is_thinking, thoughts, answer",
+    "is_thinking, reasoning, answer",
     [
         (False, " <think>one\ntwo</think>", "three"),
         (False, "", " <b>one</b>"),
@@ -232,13 +232,13 @@ def test_tokens_after_a_stop_string_are_not_counted(run: Run) -> None:
     ],
 )
 @pytest.mark.parametrize("num_each", [1, 2, 100])
-def test_thoughts_and_their_tags_are_counted_in_tokens(
-    text_model: Any, num_each: int, is_thinking: bool | None, thoughts: str, answer: str
+def test_reasoning_and_its_tags_are_counted_in_tokens(
+    text_model: Any, num_each: int, is_thinking: bool | None, reasoning: str, answer: str
 ) -> None:
     tokenizer = text_model.tokenizer
-    of_thoughts = tokenizer.encode(thoughts, parse_special=False)
-    ids = of_thoughts + tokenizer.encode(answer, parse_special=False)
+    reasoning_ids = tokenizer.encode(reasoning, parse_special=False)
+    ids = reasoning_ids + tokenizer.encode(answer, parse_special=False)
     output = ChoiceOutput(0, tokenizer, OutputRules(is_thinking=is_thinking))
     for first in range(0, len(ids), num_each):
         output.push(Tokens(0, 0, ids[first : first + num_each], [], []))
-    assert output.num_thought_tokens == len(of_thoughts)
+    assert output.num_reasoning_tokens == len(reasoning_ids)
