@@ -154,9 +154,12 @@ static void attend_kv_chunks(
     int64_t head_bytes = kv_head_bytes(plan->padded_dim), heads = plan->num_kv_heads;
     int64_t at = (tile->operation->layer * heads + kv_head) * head_bytes;
     int sequence = batch->sequences[tile->first_row];
-    KVRange range = {plan->k_cache + at, plan->v_cache + at,
-                   batch->block_tables + (int64_t)sequence * batch->max_blocks,
-                   plan->num_layers * heads * head_bytes, 0, 0, {0, 0}, 0};
+    KVRange range = {
+        .k = plan->k_cache + at,
+        .v = plan->v_cache + at,
+        .block_table = batch->block_tables + (int64_t)sequence * batch->max_blocks,
+        .block_bytes = plan->num_layers * heads * head_bytes,
+    };
     for (int i = 0; i < tile->count; i++)
         clear_state(states + (int64_t)i * (2 + plan->padded_dim), plan->padded_dim);
     for (int chunk = first; chunk < end; chunk++) {
@@ -171,8 +174,7 @@ static void attend_kv_chunks(
 static void run_unit(const Plan *plan, const Operation *operation, int unit, int thread)
 {
     int chunks = plan->is_kv_split ? plan->num_kv_chunks : 1, dim = plan->padded_dim;
-    /* Consecutive units are the kv heads of the same positions, which lie side by side in
-     * memory. */
+    /* Consecutive units are kv heads of the same positions, which lie side by side in memory. */
     int kv_head = unit % plan->num_kv_heads, chunk = unit / plan->num_kv_heads % chunks;
     QuerySpan span = plan->query_spans[unit / plan->num_kv_heads / chunks];
     int end = plan->batch.positions[span.first + span.count - 1] / KV_CHUNK + 1;
@@ -187,8 +189,7 @@ static void run_unit(const Plan *plan, const Operation *operation, int unit, int
                      range_memory);
     for (int i = 0; i < tile.count; i++) {
         const float *state = states + i * (2 + dim);
-        int group = heads_per_kv_head(plan), row = span.first + i / group,
-            head = kv_head * group + i % group;
+        int row = span.first + i / tile.group, head = kv_head * tile.group + i % tile.group;
         if (plan->is_kv_split)
             memcpy(partial_at(plan, row, head, chunk), state, sizeof(float) * (size_t)(2 + dim));
         else

@@ -93,7 +93,7 @@ static void scores_amx(const ScorePass *pass, const KVRange *range, const int di
                 prefetch(kv_block(range, range->k, position + BLOCK_SIZE) + u);
         if (before < range->begin)
             continue;
-        f32v k_scales = load(range->scales[0] + chunk_offset(before));
+        f32v k_scales = load(range->k_scales + chunk_offset(before));
         int all = is_unmasked_block(&s, before);
         for (int n = 0; n < s.N; n++) {
             DotSums row = load_sums(sums[1 - i], n);

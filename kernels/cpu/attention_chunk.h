@@ -1,5 +1,5 @@
-/* Attention of a few queries over one chunk of positions: for each query, m = max(s), l = sum exp(s
- * - m), o = sum exp(s - m) v, where s = scale (q . k).
+/* Attention of a few queries over one chunk of positions.  For each query, with s = scale (q . k):
+ *     m = max(s);  l = sum of exp(s - m);  o = sum of exp(s - m) v
  *
  * Two implementations: float32 (attention_f32.c), and int8 planes where the tier has int8 dot
  * products (attention_int8.h). */
@@ -21,17 +21,17 @@ typedef struct {
     const Plan *plan;
     const Operation *operation;
     int count, group, first_row;
-    void *scaled; /* as store_query lays them out */
+    void *q; /* as store_query lays them out */
 } QueryTile;
 
 /* Positions begin .. end - 1 of one sequence, layer and kv head, all within one chunk. */
 typedef struct {
     const uint8_t *k, *v;
-    const int32_t *table;
+    const int32_t *block_table;
     int64_t block_bytes;
     int begin, end;
-    const float *scales[2]; /* of keys and of values; indexed by position in the chunk */
-    uint8_t *repacked_v;      /* values, as repack_values lays them out */
+    const float *k_scales, *v_scales; /* [KV_CHUNK], by position in the chunk */
+    uint8_t *repacked_v; /* as repack_values lays values out */
 } KVRange;
 
 /* Floats of memory for `count` queries, and for prepare_kv_range. */
@@ -82,7 +82,7 @@ static inline int chunk_offset(int position) { return position & (KV_CHUNK - 1);
 /* The block of position `position`; `heads` is where block 0 has this layer and kv head. */
 static inline const uint8_t *kv_block(const KVRange *range, const uint8_t *heads, int position)
 {
-    return heads + range->table[position / BLOCK_SIZE] * range->block_bytes;
+    return heads + range->block_table[position / BLOCK_SIZE] * range->block_bytes;
 }
 
 #endif

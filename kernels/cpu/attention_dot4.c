@@ -45,7 +45,7 @@ INLINE void scores_dot4(const int N, const ScorePass *pass, const KVRange *range
                 &sums[n], load_bytes(high), low, broadcast_word(pass->high + n * dim + i),
                 broadcast_word(pass->low + n * dim + i));
         }
-        f32v k_scales = load(range->scales[0] + chunk_offset(position));
+        f32v k_scales = load(range->k_scales + chunk_offset(position));
         int all = is_unmasked_block(pass, position);
         UNROLL for (int n = 0; n < N; n++) store_scores(pass, n, position, all, k_scales, &sums[n]);
     }

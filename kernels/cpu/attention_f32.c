@@ -34,7 +34,7 @@ int pass_size(const QueryTile *queries, int left)
 void store_query(const QueryTile *queries, int i, const float *x)
 {
     const Plan *plan = queries->plan;
-    float *q = (float *)queries->scaled + (int64_t)i * plan->padded_dim;
+    float *q = (float *)queries->q + (int64_t)i * plan->padded_dim;
     memset(q, 0, sizeof(float) * (size_t)plan->padded_dim);
     for (int j = 0; j < plan->head_dim; j++)
         q[j] = x[j] * queries->operation->scale;
@@ -119,7 +119,7 @@ INLINE void attend_pass(
     float *o)
 {
     const int dim = queries->plan->padded_dim;
-    const float *q = (const float *)queries->scaled + (int64_t)first * dim;
+    const float *q = (const float *)queries->q + (int64_t)first * dim;
     float p[LARGE_PASS * KV_CHUNK] __attribute__((aligned(64)));
     f32v largest[LARGE_PASS];
     int firsts[LARGE_PASS], lasts[LARGE_PASS];

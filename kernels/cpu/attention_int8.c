@@ -11,8 +11,8 @@ int64_t kv_range_floats(int padded_dim) { return 2 * KV_CHUNK + repacked_v_bytes
 void prepare_kv_range(const QueryTile *queries, float *memory, KVRange *range)
 {
     const int dim = queries->plan->padded_dim;
-    range->scales[0] = memory;
-    range->scales[1] = memory + KV_CHUNK;
+    range->k_scales = memory;
+    range->v_scales = memory + KV_CHUNK;
     range->repacked_v = (uint8_t *)(memory + 2 * KV_CHUNK);
     for (int position = range->begin; position < range->end; position += BLOCK_SIZE) {
         int at = chunk_offset(position), left = range->end - position;

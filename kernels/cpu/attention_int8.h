@@ -19,8 +19,8 @@
 #include "attention_chunk.h"
 
 enum {
-    LARGE_PASS = 8,  /* queries whose sums fit the vector registers */
-    SMALL_PASS = 4,   /* with AMX, up to this many queries use dot4 */
+    LARGE_PASS = 8,      /* queries whose sums fit the vector registers */
+    SMALL_PASS = 4,      /* with AMX, up to this many queries use dot4 */
     STEP_POSITIONS = 64, /* positions whose weights are computed at once: a row of an AMX tile */
 };
 
@@ -28,7 +28,7 @@ static const float LOG2_E = 0x1.715476p+0f;
 
 static inline int rounded_up(int count, int to) { return (count + to - 1) / to * to; }
 
-/* ---- DotSums */
+/* ---- Sums */
 
 typedef struct {
     i32v high_high, high_low, low_high; /* the last two are added together */
@@ -51,14 +51,15 @@ typedef struct {
     const int8_t *high, *low;
     const float *scales;
     const int32_t *compensation;
-    int firsts[MAX_PASS_QUERIES], lasts[MAX_PASS_QUERIES]; /* ascending */
+    int firsts[MAX_PASS_QUERIES], lasts[MAX_PASS_QUERIES]; /* positions they see */
     int N;
-    float cap;
+    float softcap;
     float (*scores)[KV_CHUNK];
 } ScorePass;
 
 ScorePass make_score_pass(const QueryTile *queries, int first, int N, float (*scores)[KV_CHUNK]);
 
+/* True if all queries of the pass see all positions of the block at `position`. */
 INLINE int is_unmasked_block(const ScorePass *pass, int position)
 {
     return pass->firsts[pass->N - 1] <= position
@@ -70,14 +71,14 @@ INLINE void store_scores(
     const ScorePass *pass,
     int n,
     int position,
-    int is_unmasked_block,
+    int is_unmasked,
     f32v k_scales,
     const DotSums *sums)
 {
     f32v s = combine_sums(sums, pass->compensation[n]) * (k_scales * splat(pass->scales[n]));
-    if (pass->cap > 0)
-        s = softcap_scores(pass->cap, s) * splat(LOG2_E);
-    if (!is_unmasked_block)
+    if (pass->softcap > 0)
+        s = softcap_scores(pass->softcap, s) * splat(LOG2_E);
+    if (!is_unmasked)
         s = mask_scores(pass->firsts[n], pass->lasts[n], position, s);
     store(pass->scores[n] + chunk_offset(position), s);
 }
@@ -97,7 +98,7 @@ void softmax_weights(int N,
                      float (*scores)[KV_CHUNK],
                      float *m,
                      float *l,
-                     AttentionWeights *shares);
+                     AttentionWeights *weights);
 
 /* ---- Few queries: dot products of four bytes */
 

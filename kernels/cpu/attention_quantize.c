@@ -25,7 +25,7 @@ typedef struct {
 static QueryPlanes query_planes(const QueryTile *queries)
 {
     int rows = rounded_up(queries->count, MAX_PASS_QUERIES);
-    int8_t *high = queries->scaled, *low = high + (int64_t)rows * queries->plan->padded_dim;
+    int8_t *high = queries->q, *low = high + (int64_t)rows * queries->plan->padded_dim;
     float *scales = (float *)(low + (int64_t)rows * queries->plan->padded_dim);
     return (QueryPlanes){high, low, scales, (int32_t *)(scales + rows)};
 }
@@ -61,7 +61,7 @@ void store_query(const QueryTile *queries, int i, const float *x)
 ScorePass make_score_pass(const QueryTile *queries, int first, int N, float (*scores)[KV_CHUNK])
 {
     QueryPlanes planes = query_planes(queries);
-    ScorePass pass = {.N = N, .cap = queries->operation->softcap, .scores = scores};
+    ScorePass pass = {.N = N, .softcap = queries->operation->softcap, .scores = scores};
     pass.high = planes.high + first * queries->plan->padded_dim;
     pass.low = planes.low + first * queries->plan->padded_dim;
     pass.scales = planes.scales + first;
@@ -163,7 +163,7 @@ void softmax_weights(int N,
     for (int n = 0; n < N; n++) {
         memset(scores[n] + first, 0, sizeof(float) * (size_t)(begin - first));
         memset(scores[n] + end, 0, sizeof(float) * (size_t)(last - end));
-        largest[n] = exp_scores(range->scales[1], scores[n], begin, end, m[n], &l[n]);
+        largest[n] = exp_scores(range->v_scales, scores[n], begin, end, m[n], &l[n]);
     }
     for (int n = 0; n < N; n++) {
         int is_finite = largest[n] < INFINITY;

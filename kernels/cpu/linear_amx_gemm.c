@@ -125,7 +125,7 @@ typedef int32_t TileSums[4][16][16];
  * if they are the last.  They are reduced while the next ones are multiplied. */
 typedef struct {
     int32_t (*sums)[16][16];
-    const float *load_scales;
+    const float *scales;
     int row, R, is_first, is_last;
     float *y, *gate, *out; /* of the tile's first row */
     int out_stride;
@@ -146,7 +146,7 @@ INLINE void reduce_row(const int format, PendingTile *pending)
     else
         total = ((s[1] + (s[0] >> 8)) >> 8) + s[2] + (s[3] << 8);
     f32v sum = pending->is_first ? splat(0) : load(y);
-    sum = fma_v(to_float(total), splat(pending->load_scales[r]), sum);
+    sum = fma_v(to_float(total), splat(pending->scales[r]), sum);
     if (pending->is_last)
         apply_epilogue(&pending->epilogue, 0, sum * pending->units, pending->gate + GROUP_ROWS * r,
                        out);
@@ -254,7 +254,7 @@ INLINE void gemm(
                 reduce_rest(format, &pending);
                 store_sums(format, sums[turn]);
                 pending.sums = sums[turn];
-                pending.load_scales = (const float *)(words + scales_at(columns, R)) + i * R;
+                pending.scales = (const float *)(words + scales_at(columns, R)) + i * R;
                 pending.row = 0;
                 pending.R = R;
                 pending.is_first = begin == 0;

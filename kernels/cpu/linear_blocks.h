@@ -59,19 +59,19 @@ typedef struct {
 
 INLINE QuantizedBlock quantize_block(const float *x)
 {
-    QuantizedBlock of;
+    QuantizedBlock block;
     i32v sizes = splat_int(0);
     UNROLL for (int v = 0; v < 2 * VECTORS; v++)
         sizes = max_int(sizes, abs_bits(load(x + LANES * v)));
     float largest = float_from_bits(reduce_max_int(sizes));
     int is_finite = largest < INFINITY;
-    of.d = is_finite ? largest / ACTIVATION_MAX : NAN;
-    float inverse = is_finite && of.d > 0x1p-120f ? ACTIVATION_MAX / largest : 0;
+    block.d = is_finite ? largest / ACTIVATION_MAX : NAN;
+    float inverse = is_finite && block.d > 0x1p-120f ? ACTIVATION_MAX / largest : 0;
     UNROLL for (int v = 0; v < 2 * VECTORS; v++) {
         f32v scaled = load(x + LANES * v) * splat(inverse);
-        of.q[v] = round_to_int(is_finite ? scaled : splat(0));
+        block.q[v] = round_to_int(is_finite ? scaled : splat(0));
     }
-    return of;
+    return block;
 }
 
 /* The sum of one half of them. */

@@ -137,23 +137,23 @@ typedef struct {
 
 INLINE BlockScales load_block_scales(int format, const uint8_t *w, const uint8_t *head, int p)
 {
-    BlockScales of;
+    BlockScales scales;
     if (format == Q6_K) {
         const uint8_t *own = w + integers_bytes(Q6_K) + LANES * p;
-        of.d = load_f16((const uint16_t *)head + LANES * p);
-        of.halves[0] = load_i8(own);
-        of.halves[1] = load_i8(own + 16);
-        return of;
+        scales.d = load_f16((const uint16_t *)head + LANES * p);
+        scales.halves[0] = load_i8(own);
+        scales.halves[1] = load_i8(own + 16);
+        return scales;
     }
-    load_scales(format, w, head, 0, p, &of.d, &of.m);
+    load_scales(format, w, head, 0, p, &scales.d, &scales.m);
     if (!has_minimum(format))
-        of.m = of.d * splat(-(float)zero_point(format));
-    return of;
+        scales.m = scales.d * splat(-(float)zero_point(format));
+    return scales;
 }
 
 /* y plus a block of weights times a block of a row. */
 INLINE f32v scale_and_add(int format,
-                          const BlockScales *of,
+                          const BlockScales *scales,
                           const Accumulators *accumulators,
                           float d_x,
                           float sum_x,
@@ -161,10 +161,10 @@ INLINE f32v scale_and_add(int format,
 {
     f32v dot = to_float(accumulators->dots[0]);
     if (format == Q6_K) {
-        dot = fma_v(to_float(accumulators->dots[1]), of->halves[1], dot * of->halves[0]);
-        return fma_v(dot, of->d * splat(d_x), y);
+        dot = fma_v(to_float(accumulators->dots[1]), scales->halves[1], dot * scales->halves[0]);
+        return fma_v(dot, scales->d * splat(d_x), y);
     }
-    return fma_v(of->m, splat(sum_x), fma_v(dot, of->d * splat(d_x), y));
+    return fma_v(scales->m, splat(sum_x), fma_v(dot, scales->d * splat(d_x), y));
 }
 
 /* ---- A few rows, which are one stripe */
@@ -205,9 +205,9 @@ INLINE void multiply_few_rows(
                     }
                 }
             }
-            BlockScales of = load_block_scales(format, w, head, p);
+            BlockScales scales = load_block_scales(format, w, head, p);
             UNROLL for (int r = 0; r < R; r++) sums[r][p] = scale_and_add(
-                format, &of, &accumulators[r], d_x[r], sum_x[r], sums[r][p]);
+                format, &scales, &accumulators[r], d_x[r], sum_x[r], sums[r][p]);
         }
     }
     UNROLL for (int r = 0; r < R; r++)
