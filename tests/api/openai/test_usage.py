@@ -5,7 +5,6 @@ import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from dataclasses import field
 from pathlib import Path
 from typing import Any
 from typing import cast
@@ -17,12 +16,7 @@ from llmsrv.api.generation.output import ChoiceOutput
 from llmsrv.api.generation.output import OutputRules
 from llmsrv.config import Config
 from llmsrv.engine.client import EngineClient
-from llmsrv.engine.client import EngineState
 from llmsrv.engine.client import Generation
-from llmsrv.engine.client import Queued
-from llmsrv.engine.messages import Finished
-from llmsrv.engine.messages import Ready
-from llmsrv.engine.messages import Submit
 from llmsrv.engine.messages import Tokens
 from llmsrv.errors import ApiError
 from llmsrv.http_app import build_http_app
@@ -32,27 +26,12 @@ from llmsrv.registry.service import Service
 from llmsrv.registry.service import load_text_model
 from tests.support.application import Answer
 from tests.support.application import ask
+from tests.support.scripted_engine import Script
+from tests.support.scripted_engine import ScriptedEngine
+from tests.support.scripted_engine import finish
+from tests.support.scripted_engine import tokens
 
 MESSAGES = [{"role": "user", "content": "hello"}]
-Script = Callable[[Generation], None]
-
-
-@dataclass
-class Engine:
-    """Runs the script with each request, at once."""
-
-    script: Script
-    state = EngineState.READY
-    ready = Ready("llama", "none", "", 270, 512, 4, 64, 16, 0.0)
-    aborted: list[tuple[int, int | None]] = field(default_factory=list)
-
-    def queued(self) -> dict[bytes, Queued]:
-        return {}
-
-    def submit(self, submit: Submit) -> Generation:
-        generation = Generation(submit, lambda *what: self.aborted.append(what))
-        self.script(generation)
-        return generation
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +43,7 @@ def text_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> An
 class Outcome:
     answer: Answer
     model: Model
-    engine: Engine
+    engine: ScriptedEngine
 
     @property
     def counted(self) -> tuple[int, int, dict[str, int]]:
@@ -80,7 +59,7 @@ Run = Callable[..., Outcome]
 def run(text_model: Any, tiny_model: Path) -> Run:
     def run_once(script: Script, leaves_after: bytes = b"\0", **fields: Any) -> Outcome:
         """A chat with `fields`, or a completion if they have a prompt."""
-        model, engine = Model(["tiny"], tiny_model), Engine(script)
+        model, engine = Model(["tiny"], tiny_model), ScriptedEngine(script)
         config = Config()
         client = cast(EngineClient, engine)
         model.service = Service(config, model.names, client, text_model, model.counters)
@@ -95,14 +74,6 @@ def run(text_model: Any, tiny_model: Path) -> Run:
         return Outcome(answer, model, engine)
 
     return run_once
-
-
-def tokens(generation: Generation, choice: int, *ids: int) -> None:
-    generation.push(Tokens(generation.submit.request, choice, list(ids), [], []))
-
-
-def finish(generation: Generation, choice: int) -> None:
-    generation.push(Finished(generation.submit.request, choice, "length", 0, 0, 0, 0, 0, 0))
 
 
 def generate(generation: Generation) -> None:
