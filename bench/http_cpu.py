@@ -1,9 +1,9 @@
-"""CPU time of a GET /health and of a streamed chunk: our server beside uvicorn with h11.
+"""CPU time of a GET /health and of a streamed chunk, in llmsrv's server and in uvicorn with h11.
 
 python -m bench.http_cpu [--requests N] [--rounds N]        (needs uvicorn)
 
-Each server runs in a process of its own and tells its CPU time; the client is one keep-alive
-connection.  Rounds go round the servers in turn, so that a busy machine is busy for all of them.
+Each server runs in its own process and reports its CPU time.  The client is one keep-alive
+connection.  The servers take turns within each round, so that a busy minute slows them all.
 """
 
 import argparse
@@ -28,7 +28,7 @@ FIELDS = (
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """/health, /cpu (seconds so far) and /stream?N (N chunks, one in each turn of the loop)."""
+    """/health, /cpu (seconds so far), /stream?N (N chunks, one for each turn of the event loop)."""
     if scope["path"] == "/stream":
         await send({"type": "http.response.start", "status": 200, "headers": []})
         for _ in range(int(scope["query_string"])):
@@ -42,12 +42,13 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def serve(name: str, port: Any) -> None:
+def serve(name: str, port_sender: Any) -> None:
+    """Runs one of SERVERS in this process, on a free port that it sends first."""
     from llmsrv.server.listener import bind
 
     server, loop = name.split()
     sockets = bind("127.0.0.1", 0)
-    port.send(sockets[0].getsockname()[1])
+    port_sender.send(sockets[0].getsockname()[1])
     if server == "uvicorn":
         import uvicorn
 
@@ -57,10 +58,10 @@ def serve(name: str, port: Any) -> None:
     else:
         from llmsrv.server.server import run
 
-        (run if loop == "uvloop" else asyncio.run)(serve_ours(sockets))
+        (run if loop == "uvloop" else asyncio.run)(serve_llmsrv(sockets))
 
 
-async def serve_ours(sockets: list[socket.socket]) -> None:
+async def serve_llmsrv(sockets: list[socket.socket]) -> None:
     from llmsrv.server.server import Server
     from llmsrv.server.settings import ServerSettings
 
@@ -73,7 +74,7 @@ class Client:
         self._socket = socket.create_connection(("127.0.0.1", port))
 
     def get(self, target: bytes, end: bytes = b"}") -> bytes:
-        """Reads until what was read ends with `end`; returns the last read."""
+        """Reads until the response ends with `end`; returns its last bytes."""
         self._socket.sendall(b"GET %b HTTP/1.1\r\n%b" % (target, FIELDS))
         data = self._socket.recv(262144)
         while not data.endswith(end):
@@ -84,20 +85,20 @@ class Client:
         return float(self.get(b"/cpu").rpartition(b"{")[2][:-1])
 
 
-def microseconds(client: Client, work: Callable[[], object], times: int) -> float:
-    """The server's CPU time for each of `times` pieces of work."""
-    before = client.server_cpu_s()
-    work()
-    return (client.server_cpu_s() - before) / times * 1e6
+def server_cpu_us(client: Client, send: Callable[[], object], num_items: int) -> float:
+    """The server's CPU time for `send`, per item, in microseconds."""
+    before_s = client.server_cpu_s()
+    send()
+    return (client.server_cpu_s() - before_s) / num_items * 1e6
 
 
 def measure(client: Client, requests: int) -> tuple[float, float]:
-    """Of a GET /health and of a chunk."""
+    """Microseconds of CPU time for a GET /health, and for a chunk."""
     chunks = requests * 5
     stream = b"/stream?%d" % chunks
     return (
-        microseconds(client, lambda: [client.get(b"/health") for _ in range(requests)], requests),
-        microseconds(client, lambda: client.get(stream, b"0\r\n\r\n"), chunks),
+        server_cpu_us(client, lambda: [client.get(b"/health") for _ in range(requests)], requests),
+        server_cpu_us(client, lambda: client.get(stream, b"0\r\n\r\n"), chunks),
     )
 
 
@@ -110,10 +111,10 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     clients, processes = {}, []
     for name in SERVERS:
-        ours, theirs = context.Pipe()
-        processes.append(context.Process(target=serve, args=(name, theirs), daemon=True))
+        receiver, sender = context.Pipe(duplex=False)
+        processes.append(context.Process(target=serve, args=(name, sender), daemon=True))
         processes[-1].start()
-        clients[name] = Client(ours.recv())
+        clients[name] = Client(receiver.recv())
 
     print(describe())
     versions = ", ".join(f"{name} {version(name)}" for name in ("uvicorn", "h11", "uvloop"))

@@ -1,11 +1,12 @@
-"""Decode and prefill of a larger model, as shares of what the machine can do in the same run.
+"""Decode and prefill speed of a larger model, as shares of the machine's limits in the same run.
 
 python -m bench.large [--types Q4_K,Q6_K] [--bits 8|16] [--threads N] [--runs N]
 
-The model has the shapes of Llama 3.2 1B and random weights, the same in every layer, and is written
-to a temporary file of 0.7 to 1 GB.  Decode reads every weight for each token: its share is that of
-the bytes read a second.  Prefill multiplies: its shares are those of the products of bytes a second
-in vectors and on matrix registers (roofs.c), for the layers' products alone.
+The model has the shapes of Llama 3.2 1B and random weights, the same in every layer.  It is written
+to a temporary file of 0.7 to 1 GB.  Decode reads every weight for each token, so its share is that
+of the bytes that the machine can read per second.  Prefill's shares are those of the products of
+bytes per second that vector instructions and matrix registers can do (roofs.c); only the layers'
+products count.
 """
 
 import argparse
@@ -48,12 +49,12 @@ ENTRIES = {
 DECODE_TOKENS = 16
 
 
-def write_model(path: Path, type: str) -> Path:
-    """All layers share the bytes of one, so that writing takes the memory of one."""
+def write_model(path: Path, ggml_type: str) -> Path:
+    """All layers share the arrays of one, so that writing needs the memory of one layer."""
 
     def matrix(rows: int, columns: int) -> RawTensor:
-        tensor = random_tensor("", type, (rows, columns), size=0.05)
-        return GGML_TYPES[type], tensor.shape, tensor.data.tobytes()
+        tensor = random_tensor("", ggml_type, (rows, columns), size=0.05)
+        return GGML_TYPES[ggml_type], tensor.shape, tensor.data.tobytes()
 
     norm = GGML_TYPES["F32"], (HIDDEN,), random_tensor("", "F32", (HIDDEN,)).data.tobytes()
     kv = matrix(KV_HEADS * HEAD_DIM, HIDDEN)
@@ -80,26 +81,26 @@ def linears(program: Program) -> list[Linear]:
     return [op for op in program.operations if isinstance(op, Linear)]
 
 
-def measure(type: str, backend: CPUBackend, path: Path, runs: int) -> str:
-    """Lines of medians over the runs."""
-    program = load_model(write_model(path, type), lambda: None).program
+def measure(ggml_type: str, backend: CPUBackend, path: Path, runs: int) -> str:
+    """The report: medians over the runs."""
+    program = load_model(write_model(path, ggml_type), lambda: None).program
     plan = backend.compile(program, LIMITS, lambda: None)
     weights = [weight for op in linears(program) for weight in op.weights]
     num_bytes = sum(weight.data.nbytes for weight in weights)
-    products = sum(w.shape[0] * w.shape[1] for w in weights) - VOCAB * HIDDEN
+    num_products = sum(w.shape[0] * w.shape[1] for w in weights) - VOCAB * HIDDEN  # no logits
     roofs = Roofs(backend, 256 << 20)
-    found = []
+    results = []
     for _ in range(runs):
         read, tokens = roofs.bytes_per_s(), decode(plan, 1, DECODE_TOKENS)
         multiply, matrix = roofs.products_per_s(), roofs.matrix_products_per_s()
         rows = 1000 / prefill(plan)
-        of_matrix = rows * products / matrix if matrix else 0
-        of_roofs = tokens * num_bytes / read, rows * products / multiply, of_matrix
-        found.append((tokens, rows, *of_roofs))
-    tokens, rows, of_read, of_multiply, of_matrix = map(statistics.median, zip(*found))
+        of_matrix = rows * num_products / matrix if matrix else 0
+        of_roofs = tokens * num_bytes / read, rows * num_products / multiply, of_matrix
+        results.append((tokens, rows, *of_roofs))
+    tokens, rows, of_read, of_multiply, of_matrix = map(statistics.median, zip(*results))
     return (
-        f"{type}, {num_bytes / 1e6:.0f} MB of weights\n"
-        f"  1 stream  {tokens:8.1f} tokens/s, {of_read:.2f} of the bytes read a second\n"
+        f"{ggml_type}, {num_bytes / 1e6:.0f} MB of weights\n"
+        f"  1 stream  {tokens:8.1f} tokens/s, {of_read:.2f} of the bytes read per second\n"
         f"  prompt    {rows:8.1f} tokens/s, {of_multiply:.2f} of the products in vectors, "
         f"{of_matrix:.2f} of those on matrix registers"
     )
@@ -115,10 +116,10 @@ def main() -> None:
     backend = CPUBackend(CPUOptions(default_cache_dir(), options.threads, options.bits))
     print(describe())
     print(f"{backend.tier.name}, {backend.num_threads} threads, {backend.activation_bits} bits")
-    for type in options.types.split(","):
+    for ggml_type in options.types.split(","):
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "model.gguf"
-            print(measure(type, backend, path, options.runs), flush=True)
+            print(measure(ggml_type, backend, path, options.runs), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""How long a model file takes to load, stage by stage, and what memory that holds.
+"""How long each stage of loading a model takes, and how much memory the processes hold after it.
 
 python -m bench.load [--model PATH] [--backend NAME] [--runs N]
 
-Each run is two fresh processes, as in the server: one opens the file and makes its tokenizer, the
-other lays out the program and compiles it for the backend.  Figures are medians, imports apart; the
-file is in the page cache and converted tokenizers in theirs after the first run, which is not
-counted.  Memory is what the process holds at the end, its share of pages it shares with others.
+Each run starts two processes, like the server: one opens the file and makes the tokenizer, the
+other makes the program and compiles it for the backend.  Figures are medians, without the time of
+imports.  The first run is not counted: it brings the file into the page cache and the converted
+tokenizer into llmsrv's cache.  Memory is that of the process at the end (PSS).
 """
 
 import argparse
@@ -38,54 +38,55 @@ FIGURES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser()
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--stage", choices=FIGURES)
+    parser.add_argument("--stage", choices=FIGURES, help="only this process, as JSON")
     options = parser.parse_args()
     path = resolve_model(options.model, default_cache_dir(), sys.stderr)
     if options.stage:
-        stages = {"server": in_server, "engine": in_engine}
+        stages = {"server": load_in_server, "engine": load_in_engine}
         print(json.dumps(stages[options.stage](path, options.backend)))
         return
     print(f"{describe()}\n{path.name}, {size_mb(path):.0f} MB, medians of {options.runs} runs")
     for stage, names in FIGURES.items():
-        runs = [in_a_process(stage, path, options.backend) for _ in range(options.runs + 1)]
-        for name, figures in zip(names, zip(*runs[1:])):
-            print(f"{name:14}{statistics.median(figures):10.3f}")
+        runs = [run_in_process(stage, path, options.backend) for _ in range(options.runs + 1)]
+        for name, values in zip(names, zip(*runs[1:])):
+            print(f"{name:14}{statistics.median(values):10.3f}")
 
 
-def in_a_process(stage: str, path: Path, backend: str) -> list[float]:
+def run_in_process(stage: str, path: Path, backend: str) -> list[float]:
+    """The values of FIGURES[stage], measured in a new process."""
     command = [sys.executable, "-m", "bench.load", "--stage", stage]
     command += ["--model", str(path), "--backend", backend]
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout
-    figures: list[float] = json.loads(output)
-    return figures
+    values: list[float] = json.loads(output)
+    return values
 
 
-def in_server(path: Path, _backend: str) -> list[float]:
+def load_in_server(path: Path, _backend: str) -> list[float]:
     model, open_s = timed(lambda: open_model(path))
     tokenizer, tokenizer_s = timed(lambda: load_tokenizer(model, default_cache_dir()))
     return [open_s, tokenizer_s, pss_mb(os.getpid())]
 
 
-def in_engine(path: Path, backend: str) -> list[float]:
+def load_in_engine(path: Path, backend: str) -> list[float]:
     model, program_s = timed(lambda: load_model(path, lambda: None))
-    plan, compile_s = timed(
+    _plan, compile_s = timed(
         lambda: run_on_backend(
             backend,
             {},
             default_cache_dir(),
-            lambda each: each.compile(model.program, LIMITS, lambda: None),
+            lambda backend: backend.compile(model.program, LIMITS, lambda: None),
         )
     )
     return [program_s, compile_s, pss_mb(os.getpid())]
 
 
 def timed(work: Callable[[], T]) -> tuple[T, float]:
-    """What it gives, and the seconds it took."""
+    """The result of work(), and the seconds it took."""
     start_s = time.perf_counter()
     result = work()
     return result, time.perf_counter() - start_s

@@ -1,11 +1,11 @@
-"""How fast the reference backend is on the default model, with one BLAS thread and with more.
+"""Speed of the reference backend on the default model, with one BLAS thread and with one per core.
 
 python -m bench.reference [RUNS]
 
-Every run is a process of its own, and runs with different numbers of threads take turns, so that a
-busy machine is busy for all of them.  Figures are medians: seconds from the cached file to a plan,
-rows/s of prompts in chunks of 512, tokens/s of greedy decoding for 1 and for 8 sequences at 64 to
-128 tokens of context, and the resident memory after all that.
+Every run is a new process.  Runs with different numbers of threads take turns, so that a busy
+minute slows them all.  Figures are medians: seconds from the cached file to a plan, rows/s of
+prefill in chunks of 512, tokens/s of greedy decoding of 1 and of 8 sequences with 64 to 128 tokens
+of context, and the resident memory at the end.
 """
 
 import json
@@ -45,19 +45,20 @@ def main() -> None:
     results: dict[int, list[list[float]]] = {count: [] for count in threads}
     for _ in range(runs):
         for count in threads:
-            results[count].append(in_a_process(count))
+            results[count].append(run_in_process(count))
     print(f"{'BLAS threads':14}" + "".join(f"{name:>20}" for name in FIGURES))
     for count in threads:
         medians = map(statistics.median, zip(*results[count]))
         print(f"{count:<14}" + "".join(f"{median:20.1f}" for median in medians))
 
 
-def in_a_process(threads: int) -> list[float]:
+def run_in_process(threads: int) -> list[float]:
+    """The values of FIGURES, measured in a new process."""
     environment = os.environ | {"OPENBLAS_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "bench.reference", "--once"]
     output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout
-    figures: list[float] = json.loads(output)
-    return figures
+    values: list[float] = json.loads(output)
+    return values
 
 
 def measure() -> list[float]:
@@ -66,14 +67,14 @@ def measure() -> list[float]:
     program = load_model(path, lambda: None).program
     plan = ReferenceBackend().compile(program, LIMITS, lambda: None)
     load_s = time.perf_counter() - start_s
-    decode(plan, 1, 4)  # the first pages and threads
-    alone = OUTPUT_TOKENS / decode(plan, 1, OUTPUT_TOKENS)
-    together = 8 * OUTPUT_TOKENS / decode(plan, 8, OUTPUT_TOKENS)
-    return [load_s, prefill(plan), alone, together, pss_mb(os.getpid())]
+    decode(plan, 1, 4)  # touches memory and starts threads
+    one_stream = OUTPUT_TOKENS / decode(plan, 1, OUTPUT_TOKENS)
+    eight_streams = 8 * OUTPUT_TOKENS / decode(plan, 8, OUTPUT_TOKENS)
+    return [load_s, prefill(plan), one_stream, eight_streams, pss_mb(os.getpid())]
 
 
 def prefill(plan: Plan) -> float:
-    """Rows/s of a prompt of 1,024 tokens in two chunks."""
+    """Rows/s for a prompt of 1,024 tokens in two chunks."""
     start_s = time.perf_counter()
     for start in (0, 512):
         plan.forward(batch(1, range(start, start + 512), 1024))
@@ -81,7 +82,7 @@ def prefill(plan: Plan) -> float:
 
 
 def decode(plan: Plan, num_sequences: int, num_tokens: int) -> float:
-    """Seconds for num_tokens of each sequence, after its prompt."""
+    """Seconds to generate num_tokens for each sequence, its prompt not counted."""
     length = PROMPT_TOKENS + num_tokens
     slots = np.arange(num_sequences, dtype=np.int32)
     for slot in slots.tolist():
@@ -96,19 +97,22 @@ def decode(plan: Plan, num_sequences: int, num_tokens: int) -> float:
 
 
 def batch(num_sequences: int, positions: range, length: int) -> Batch:
-    """The same positions of every sequence, each in blocks of its own; ids do not matter here,
-    except that a single row goes on from what was sampled."""
+    """The same positions of every sequence; each sequence has its own blocks.
+
+    length  tokens that a sequence will have at most
+    Token ids are arbitrary, except that a single row takes the id that the last step sampled.
+    """
     num_blocks = -(-length // BLOCK_SIZE)
     tables = 1 + np.arange(num_sequences * num_blocks, dtype=np.int32).reshape(-1, num_blocks)
     sequences = np.arange(num_sequences).repeat(len(positions))
-    of_rows = np.tile(np.array(positions), num_sequences)
-    decodes = len(positions) == 1
+    row_positions = np.tile(np.array(positions), num_sequences)
+    is_decode = len(positions) == 1
     return Batch(
-        ids=-1 - sequences.astype(np.int32) if decodes else (100 + of_rows % 1000).astype(np.int32),
-        positions=of_rows.astype(np.int32),
+        ids=(-1 - sequences if is_decode else 100 + row_positions % 1000).astype(np.int32),
+        positions=row_positions.astype(np.int32),
         sequences=sequences.astype(np.int32),
-        slot_mapping=tables[sequences, of_rows // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE
-        + of_rows % BLOCK_SIZE,
+        slot_mapping=tables[sequences, row_positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE
+        + row_positions % BLOCK_SIZE,
         block_tables=tables,
         is_long=np.zeros(num_sequences, np.bool_),
         logit_rows=np.arange(1, num_sequences + 1, dtype=np.int32) * len(positions) - 1,

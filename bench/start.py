@@ -1,4 +1,4 @@
-"""How long from the command to ready with the model cached, and what memory the processes hold.
+"""Time from the command until llmsrv is ready, with the model cached, and memory of its processes.
 
 python -m bench.start [RUNS] [server options...]
 """
@@ -12,16 +12,15 @@ import time
 import urllib.request
 from pathlib import Path
 
-
 from bench.machine import describe
 from bench.machine import pss_mb
-
-ROOT = Path(__file__).parent.parent
+from bench.servers import ROOT
+from bench.servers import stop
 
 
 def start(options: list[str]) -> tuple[float, float, float]:
-    """Seconds to ready; MB of the server and of the engine after one short request."""
-    begun_s = time.perf_counter()
+    """Seconds until ready; MB of the server and of the engine after one short request."""
+    start_s = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "llmsrv.py", "--port", "0", *options],
         cwd=ROOT,
@@ -35,13 +34,12 @@ def start(options: list[str]) -> tuple[float, float, float]:
             if match := re.search(r"ready at (\S+) with (\S+)", line):
                 break
         else:
-            raise SystemExit("the server ended before it was ready")
-        ready_s = time.perf_counter() - begun_s
+            raise SystemExit("the server exited before it was ready")
+        ready_s = time.perf_counter() - start_s
         complete(match[1], match[2])
         return ready_s, pss_mb(process.pid), pss_mb(engine_pid(process.pid))
     finally:
-        process.terminate()
-        process.wait()
+        stop(process)
 
 
 def complete(url: str, model: str) -> None:
@@ -64,7 +62,7 @@ def main() -> None:
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     print(describe())
     os.environ.setdefault("LLMSRV_LOG_LEVEL", "error")
-    start(sys.argv[2:])  # fills the page cache and Python's
+    start(sys.argv[2:])  # fills the page cache and writes Python's bytecode
     results = [start(sys.argv[2:]) for _ in range(runs)]
     ready, server, engine = (statistics.median(column) for column in zip(*results))
     print(f"ready after {ready:.2f} s (median of {runs}; best {min(r[0] for r in results):.2f})")

@@ -1,11 +1,11 @@
-"""How much of a decode step is not computing: Python, arrays and messages around the C library.
+"""How much of a decode step is spent outside the C library: Python, arrays and messages.
 
 python -m bench.step [--steps N] [--threads N] [--model PATH]
 
-Steps the engine of the default model as its process does, message included, for 1, 8 and 32 streams
-that are greedy, drawn, or drawn with penalties and log-probabilities.  Times are those of the
-engine's own thread on the CPU, so that whatever else runs here takes no part: a step, of that what
-passes outside the calls of the C library, and the sampling call.
+Steps the engine as its process does, sending of the messages included, for 1, 8 and 32 streams
+that sample greedily, with top_p, or with penalties and log-probabilities.  Times are CPU times of
+the engine's own thread, so that other processes do not count: of a whole step, of its part outside
+calls to the C library, and of the sampling call.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from llmsrv.model.load import load_model
 LIMITS = Limits(max_rows=512, max_logit_rows=64, max_slots=32, num_blocks=1025)
 CONTEXT_LENGTH = 2048
 PROMPT_TOKENS = 131
-MAX_TOKENS = 350  # never reached: 32 prompts take some steps, too
+MAX_TOKENS = 350  # never reached, although some streams decode while other prompts are computed
 PIPE_BYTES = 1 << 16
 
 SAMPLINGS = {
@@ -46,7 +46,7 @@ SAMPLINGS = {
 
 
 class Timed:
-    """A function, and the seconds that it took of the thread's time on the CPU."""
+    """Wraps a function and adds up the CPU time of the calling thread in its calls."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -91,7 +91,7 @@ def main() -> None:
 def measure(
     core: EngineCore, sampling: Sampling, num_streams: int, num_steps: int, calls: tuple[Timed, ...]
 ) -> float:
-    """Seconds of so many decode steps; the calls are counted for these alone."""
+    """Seconds of num_steps decode steps; `calls` then hold their own times in these steps."""
     read_fd, write_fd = os.pipe()
     sender = Sender(write_fd, 0)
     for stream in range(num_streams):
