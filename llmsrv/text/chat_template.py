@@ -1,16 +1,16 @@
-"""Turns a conversation into a prompt by the model's own Jinja template, as text and as token ids.
+"""Renders a conversation into a prompt with the model's Jinja template, as text or as token ids.
 
-The template writes special tokens as text between the messages, and a message may hold the same
-text: "<|im_end|>" typed by a user must stay ten characters and never end a turn.  So where a
-caller's string holds a special token's text, or ends with the beginning of one, that part is put
-away before rendering behind a placeholder that nobody can guess.  After rendering, what spells a
-special token was written by the template; only then is the text put back, inside the plain pieces,
-which are encoded as any plain text.  A template that cuts characters out of the middle of a message
-could still put a token together; we know of none.
+The template writes special tokens as text between the messages, but a message may contain the same
+text: "<|im_end|>" typed by a user must stay ten characters and never end a turn.  So before
+rendering, wherever a caller's string contains the text of a special token, or ends with the start
+of one, we replace that part by an unguessable placeholder.  After rendering, every special token in
+the text was written by the template.  Only then do we restore the replaced text, inside the plain
+pieces, and encode it as plain text.  A template that cuts characters out of the middle of a message
+could still assemble a token; we know of none.
 
-Templates come from the model's file or from whoever started the server, never from a request.  The
-sandbox keeps them from Python's internals, and their loops end at a deadline; their memory has no
-bound.
+Templates come from the model's file or from the person who started the server, never from a
+request.  The sandbox shields Python's internals, and loops end at a deadline.  Memory is not
+limited.
 Source: transformers, utils/chat_template_utils.py, for what templates may use.
 """
 
@@ -37,51 +37,52 @@ from llmsrv.errors import ApiError
 from llmsrv.errors import StartupError
 from llmsrv.text import reasoning
 from llmsrv.text.tokenizer import Tokenizer
-from llmsrv.text.tokenizer import alternate
-from llmsrv.text.tokenizer import any_of
+from llmsrv.text.tokenizer import label_special
+from llmsrv.text.tokenizer import longest_match_pattern
 from llmsrv.text.tool_calls import detect_format
 
-RENDER_S = 1.0  # of the thread's time on the CPU
+RENDER_S = 1.0  # of the thread's CPU time
 _deadline_s: ContextVar[float] = ContextVar("deadline_s")
 
-TEMPLATE_FAILED = "template_failed"  # code of an error that is the template's own, no refusal
+# The error code if the template itself fails, rather than refusing the messages.
+TEMPLATE_FAILED = "template_failed"
 
 
 class ChatTemplate:
-    """A compiled template together with the tokenizer whose special tokens it writes.
+    """A compiled template and the tokenizer whose special tokens it writes.
 
-    tool_call_format  how it shows its model to write tool calls: a name in tool_calls.FORMATS
-    has_reasoning      whether it shows its model to think between tags
-    is_slow           whether a rendering was cut at its deadline: not one for the event loop
+    tool_call_format  how the template writes tool calls: a name in tool_calls.FORMATS
+    has_reasoning     whether the template has <think> tags
+    is_slow           whether a rendering hit its deadline; do not render on the event loop then
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, origin: str = "the model") -> None:
-        """origin: the file that the template is from, for error messages.
+        """origin: the file the template comes from, for error messages.
 
-        Raises StartupError when the template does not compile."""
+        Raises StartupError if the template does not compile."""
         self._tokenizer = tokenizer
-        self._special = any_of(tokenizer.special_tokens)
-        self._beginnings = _beginnings(tokenizer)
-        self._longest_beginning = max(map(len, self._beginnings), default=0)
+        self._special_pattern = longest_match_pattern(tokenizer.special_tokens)
+        self._partial_tokens = _partial_tokens(tokenizer)
+        self._max_partial_chars = max(map(len, self._partial_tokens), default=0)
         try:
-            source.encode()  # a model's file may hold bytes that are no UTF-8
+            source.encode()  # a model's file may contain invalid UTF-8
             environment = _environment()
             parsed = environment.parse(source)
             self._variables = jinja2.meta.find_undeclared_variables(parsed)
-            self._template = environment.from_string(_timed_loops(parsed))
-        except Exception as error:  # the compiler computes constants, so it may raise anything
+            self._template = environment.from_string(_add_deadline_to_loops(parsed))
+        except Exception as error:  # the compiler evaluates constants, so it may raise anything
             line = getattr(error, "lineno", None)
             place = f" at line {line}" if line else ""
             raise StartupError(
                 f"{origin}: its chat template does not compile{place}: {error}; "
-                "--chat-template FILE takes another"
+                "use another one with --chat-template FILE"
             ) from None
         self.tool_call_format = detect_format(source)
-        self.has_reasoning = reasoning.is_taught_by(source)
+        self.has_reasoning = reasoning.template_has_reasoning(source)
         self.is_slow = False
 
     def uses_variable(self, variable: str) -> bool:
-        """Whether the template asks for a variable of this name."""
+        """True if the template uses a variable of this name."""
         return variable in self._variables
 
     def render(
@@ -93,16 +94,16 @@ class ChatTemplate:
         continue_final_message: bool = False,
         extra: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt as text.
+        """Returns the prompt as text.
 
-        continue_final_message  it ends within the last message, for the model to go on with it
-        extra                   further variables for the template, as enable_thinking
+        continue_final_message  leave the last message open, for the model to continue it
+        extra                   more variables for the template, such as enable_thinking
 
-        Raises ApiError 400 with the template's own words when it refuses the conversation."""
-        text, hidden = self._render(
+        Raises ApiError 400 with the template's own message if it refuses the conversation."""
+        text, placeholders = self._render(
             messages, tools, add_generation_prompt, continue_final_message, extra
         )
-        return hidden.put_back(text)
+        return placeholders.restore(text)
 
     def encode(
         self,
@@ -113,14 +114,16 @@ class ChatTemplate:
         continue_final_message: bool = False,
         extra: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """The prompt as ids, with BOS once where the model wants it, whether the template writes it
-        or not.  Special tokens are only those that the template wrote.  Raises as render does."""
-        text, hidden = self._render(
+        """Returns the prompt as ids.  Only special tokens that the template wrote become tokens.
+
+        BOS is there once if the model wants it, whether or not the template writes it.  Raises
+        like render()."""
+        text, placeholders = self._render(
             messages, tools, add_generation_prompt, continue_final_message, extra
         )
         ids: list[int] = []
-        for is_special, piece in alternate(self._tokenizer.split(text, parse_special=True)):
-            plain = hidden.put_back(piece)
+        for is_special, piece in label_special(self._tokenizer.split(text, parse_special=True)):
+            plain = placeholders.restore(piece)
             ids += self._tokenizer.encode(plain, parse_special=is_special, is_start=not ids)
         return self._tokenizer.with_bos(ids)
 
@@ -131,16 +134,16 @@ class ChatTemplate:
         add_generation_prompt: bool,
         continue_final_message: bool,
         extra: Mapping[str, Any] | None,
-    ) -> tuple[str, "_Hidden"]:
-        hidden = _Hidden()
-        end = hidden.put_away("") if continue_final_message else ""  # of the last message
+    ) -> tuple[str, "_Placeholders"]:
+        placeholders = _Placeholders()
+        end = placeholders.replace("") if continue_final_message else ""  # of the last message
         try:
-            guarded = self._guarded(messages, hidden)
+            safe_messages = self._replace_in(messages, placeholders)
             if continue_final_message:
-                guarded[-1]["content"] += end
-            variables = self._guarded(dict(extra or {}), hidden) | {
-                "messages": guarded,
-                "tools": self._guarded(tools, hidden),
+                safe_messages[-1]["content"] += end
+            variables = self._replace_in(dict(extra or {}), placeholders) | {
+                "messages": safe_messages,
+                "tools": self._replace_in(tools, placeholders),
                 "documents": None,
                 "add_generation_prompt": add_generation_prompt,
                 **self._tokenizer.named_tokens,
@@ -148,69 +151,73 @@ class ChatTemplate:
             _deadline_s.set(time.thread_time() + RENDER_S)
             text = self._template.render(variables)
         except _RaisedByTemplate as error:
-            message = hidden.put_back(str(error))
+            message = placeholders.restore(str(error))
             raise ApiError(400, message, param="messages", code="invalid_value") from None
-        except Exception as error:  # a template is a foreign program: it may raise anything
+        except Exception as error:  # a template is foreign code and may raise anything
             self.is_slow |= isinstance(error, TimeoutError)
-            reason = hidden.put_back(f"{type(error).__name__}: {error}")
+            reason = placeholders.restore(f"{type(error).__name__}: {error}")
             message = f"The model's chat template fails on these messages: {reason}"
             raise ApiError(400, message, param="messages", code=TEMPLATE_FAILED) from None
         if end and end not in text:
             message = "The model's chat template leaves the last message out."
             raise ApiError(400, message, param="continue_final_message", code="invalid_value")
-        return text[: text.rindex(end)] if end else text, hidden
+        return text[: text.rindex(end)] if end else text, placeholders
 
-    def _guarded(self, value: Any, hidden: "_Hidden") -> Any:
-        """A caller's value with what could spell a special token put away, at any depth."""
+    def _replace_in(self, value: Any, placeholders: "_Placeholders") -> Any:
+        """Replaces text that could form a special token, at any depth of a caller's value."""
         if isinstance(value, str):
-            return self._guarded_text(value, hidden)
+            return self._replace_in_text(value, placeholders)
         if isinstance(value, dict):
-            return {self._guarded(k, hidden): self._guarded(v, hidden) for k, v in value.items()}
+            return {
+                self._replace_in(key, placeholders): self._replace_in(item, placeholders)
+                for key, item in value.items()
+            }
         if isinstance(value, list | tuple):
-            return [self._guarded(item, hidden) for item in value]
+            return [self._replace_in(item, placeholders) for item in value]
         return value
 
-    def _guarded_text(self, text: str, hidden: "_Hidden") -> str:
-        if self._special is None:
+    def _replace_in_text(self, text: str, placeholders: "_Placeholders") -> str:
+        if self._special_pattern is None:
             return text
-        size = len(text.rstrip())  # as templates like to strip blanks
-        cut = self._open_end(text, size)
-        head = self._special.sub(lambda match: hidden.put_away(match[0]), text[:cut])
-        tail = hidden.put_away(text[cut:size]) if cut < size else ""
+        size = len(text.rstrip())  # templates often strip whitespace
+        cut = self._find_partial_token(text, size)
+        head = self._special_pattern.sub(lambda match: placeholders.replace(match[0]), text[:cut])
+        tail = placeholders.replace(text[cut:size]) if cut < size else ""
         return head + tail + text[size:]
 
-    def _open_end(self, text: str, size: int) -> int:
-        """Where text[:size] ends with the beginning of a special token, which what the template
-        puts behind it could complete; size where it does not."""
-        starts = range(max(0, size - self._longest_beginning), size)
-        return next((start for start in starts if text[start:size] in self._beginnings), size)
+    def _find_partial_token(self, text: str, size: int) -> int:
+        """Returns where a partial special token at the end of text[:size] starts, else size.
+
+        The template's own text after it could complete the token."""
+        starts = range(max(0, size - self._max_partial_chars), size)
+        return next((start for start in starts if text[start:size] in self._partial_tokens), size)
 
 
-class _Hidden:
-    """The texts put away during one rendering.
+class _Placeholders:
+    """The texts replaced during one rendering.
 
-    A placeholder is of digits and "~" alone, so that neither changing case nor writing JSON alters
-    it, and holds 20 random digits, so that no message contains one."""
+    A placeholder consists of digits and "~", so that neither case changes nor JSON encoding alter
+    it.  It contains 20 random digits, so that no message contains it."""
 
     def __init__(self) -> None:
         self._texts: list[str] = []
         self._mark = ""
 
-    def put_away(self, text: str) -> str:
+    def replace(self, text: str) -> str:
         if not self._mark:
             self._mark = f"{secrets.randbelow(10**20):020d}"
         self._texts.append(text)
         return f"~{self._mark}~{len(self._texts) - 1}~"
 
-    def put_back(self, text: str) -> str:
+    def restore(self, text: str) -> str:
         if not self._mark:
             return text
         placeholder = re.compile(f"~{self._mark}~([0-9]+)~")
         return placeholder.sub(lambda match: self._texts[int(match[1])], text)
 
 
-def _beginnings(tokenizer: Tokenizer) -> frozenset[str]:
-    """Every proper beginning of a special token's text."""
+def _partial_tokens(tokenizer: Tokenizer) -> frozenset[str]:
+    """All proper prefixes of the texts of special tokens."""
     texts = tokenizer.special_tokens
     return frozenset(text[:length] for text in texts for length in range(1, len(text)))
 
@@ -218,15 +225,15 @@ def _beginnings(tokenizer: Tokenizer) -> frozenset[str]:
 # ---- What templates may use
 
 
-def _timed_loops(template: jinja2.nodes.Template) -> jinja2.nodes.Template:
-    """The template with every loop under the rendering's deadline."""
+def _add_deadline_to_loops(template: jinja2.nodes.Template) -> jinja2.nodes.Template:
+    """Makes every loop of the template check the rendering deadline."""
     for loop in template.find_all(jinja2.nodes.For):
         timed = jinja2.nodes.Filter(loop.iter, "timed", [], [], None, None)
         loop.iter = timed.set_lineno(loop.lineno)
     return template
 
 
-def _timed(items: Iterable[Any]) -> Iterator[Any]:
+def _check_deadline(items: Iterable[Any]) -> Iterator[Any]:
     deadline_s = _deadline_s.get()
     for item in items:
         if time.thread_time() > deadline_s:
@@ -235,12 +242,12 @@ def _timed(items: Iterable[Any]) -> Iterator[Any]:
 
 
 class _RaisedByTemplate(Exception):
-    """raise_exception(message): the template refuses the conversation."""
+    """Raised by raise_exception(message): the template refuses the conversation."""
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} … {% endgeneration %} marks the assistant's text for training; here it is
-    plain text."""
+    """{% generation %} … {% endgeneration %} marks the assistant's text for training; here it has
+    no effect."""
 
     tags = {"generation"}
 
@@ -257,7 +264,7 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
         extensions=["jinja2.ext.loopcontrols", _Generation],
     )
     environment.filters["tojson"] = _tojson
-    environment.filters["timed"] = _timed
+    environment.filters["timed"] = _check_deadline
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
@@ -270,7 +277,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON without Jinja's own HTML escapes, which models have never seen."""
+    """JSON without Jinja's HTML escapes, which models were not trained on."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

@@ -1,5 +1,4 @@
-"""What a model's files say beside its vocabulary: its chat template, and how it likes to be
-sampled."""
+"""Reads a model's chat template and its recommended sampling parameters from its files."""
 
 import logging
 
@@ -8,7 +7,7 @@ from llmsrv.files.gguf import GGUFFile
 
 log = logging.getLogger(__name__)
 
-# Parameter -> its key in GGUF metadata, and the least and most that it can be.
+# Parameter -> its key in GGUF metadata, its minimum and its maximum.
 PARAMETERS: dict[str, tuple[str, float, float]] = {
     "temperature": ("general.sampling.temp", 0.0, 2.0),
     "top_k": ("general.sampling.top_k", -1, 2**31 - 1),
@@ -19,7 +18,7 @@ PARAMETERS: dict[str, tuple[str, float, float]] = {
 
 
 def read_chat_template(model: GGUFFile | ModelFolder) -> str | None:
-    """The model's own template, None where it has none."""
+    """The model's own template, or None."""
     if isinstance(model, ModelFolder):
         return model.chat_template
     template = model.metadata.get("tokenizer.chat_template")
@@ -27,20 +26,22 @@ def read_chat_template(model: GGUFFile | ModelFolder) -> str | None:
 
 
 def sampling_defaults(model: GGUFFile | ModelFolder) -> dict[str, float]:
-    """What holds for a request that does not say: those of temperature, top_k, top_p, min_p and
-    repetition_penalty that the model's files recommend; {} where they recommend not to sample.
-    A value that cannot be is ignored with a warning."""
+    """Defaults for requests that do not set a parameter.
+
+    Returns what the model's files recommend for temperature, top_k, top_p, min_p and
+    repetition_penalty; {} if they recommend not to sample.  Ignores an invalid value with a
+    warning."""
     if isinstance(model, ModelFolder) and model.generation_config.get("do_sample") is False:
         return {}
     found: dict[str, float] = {}
-    for name, (key, least, most) in PARAMETERS.items():
+    for name, (key, minimum, maximum) in PARAMETERS.items():
         if isinstance(model, ModelFolder):
             value = model.generation_config.get(name)
         else:
             value = model.metadata.get(key)
-        kinds = int if name == "top_k" else (int, float)
-        if isinstance(value, kinds) and type(value) is not bool and least <= value <= most:
+        types = int if name == "top_k" else (int, float)
+        if isinstance(value, types) and type(value) is not bool and minimum <= value <= maximum:
             found[name] = value
         elif value is not None:
-            log.warning("%s: recommends %s %r, which cannot be", model.path, name, value)
+            log.warning("%s: ignoring the invalid recommendation %s %r", model.path, name, value)
     return found

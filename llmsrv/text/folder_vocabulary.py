@@ -1,8 +1,8 @@
-"""Reads the vocabulary of a Hugging Face folder: tokenizer.json, and what tokenizer_config.json,
-generation_config.json and config.json say beside it.
+"""Reads the vocabulary of a Hugging Face folder: tokenizer.json, plus details from
+tokenizer_config.json, generation_config.json and config.json.
 
-The `tokenizers` library gets tokenizer.json without its added tokens and its template: which text
-means a special token, and whether BOS comes first, is ours to decide.
+The `tokenizers` library gets tokenizer.json without its added tokens and its post-processor.  We
+decide which text means a special token, and whether BOS comes first.
 Source: the library's own reader (tokenizer/serialization.rs) and transformers,
 tokenization_utils_base.py.
 """
@@ -23,15 +23,15 @@ from llmsrv.errors import ModelError
 from llmsrv.files.folder import ModelFolder
 from llmsrv.files.mapped import map_file
 from llmsrv.files.mapped import short_repr
-from llmsrv.text.vocabulary import Spelling
+from llmsrv.text.vocabulary import DecoderType
 from llmsrv.text.vocabulary import TokenType
 from llmsrv.text.vocabulary import Vocabulary
 
 # Gemma 3: 33 MB and 262,208 ids.
 MAX_JSON_BYTES = 1 << 27
 MAX_IDS = 1 << 22
-# Some models' tokens between turns are not marked as special; typed by a user they are text.
-CONTROL_LOOK = re.compile("<\\|.*\\|>|<｜.*｜>")
+# Some models do not mark their turn tokens as special; but typed by a user, they must stay text.
+CONTROL_TOKEN_PATTERN = re.compile("<\\|.*\\|>|<｜.*｜>")
 
 Id = Annotated[int, Meta(ge=0, lt=MAX_IDS)]
 Step = dict[str, Any]
@@ -47,8 +47,8 @@ class _AddedToken(msgspec.Struct):
     single_word: bool = False
 
 
-class _File(msgspec.Struct):
-    """tokenizer.json; the model is read when its kind is known."""
+class _TokenizerJson(msgspec.Struct):
+    """tokenizer.json; the model is decoded once its type is known."""
 
     model: msgspec.Raw
     added_tokens: list[_AddedToken] = []
@@ -58,7 +58,7 @@ class _File(msgspec.Struct):
     decoder: Step | None = None
 
 
-class _Kind(msgspec.Struct):
+class _ModelType(msgspec.Struct):
     type: str | None = None
     merges: msgspec.Raw = msgspec.Raw()
 
@@ -75,28 +75,28 @@ class _BPE(msgspec.Struct):
 
 
 def read_folder(folder: ModelFolder) -> Vocabulary:
-    """Raises ModelError for what is missing or malformed, and whatever the tokenizers library
-    raises for a vocabulary that it does not take."""
-    file, model = _read(folder)
+    """Raises ModelError if something is missing or malformed, and any exception that the tokenizers
+    library raises for a vocabulary it does not accept."""
+    file, model = _read_tokenizer_json(folder)
     added = file.added_tokens
     id_of = model.vocab | {token.content: token.id for token in added}
     tokens = _tokens(id_of, folder.config)
     named_ids = _named_ids(folder, id_of, len(tokens))
     return Vocabulary(
-        merges=_merges(file, model),
+        bpe=_build_bpe(file, model),
         tokens=tokens,
         types=_types(tokens, added, _byte_ids(model)),
-        spelling=_spelling(file),
+        decoder=_decoder_type(file),
         named_ids=named_ids,
         end_ids=_end_ids(folder, named_ids, len(tokens)),
         add_bos=_adds_bos(folder, file.post_processor, named_ids.get("bos")),
-        blank_first=any(map(_is_first_metaspace, _steps(file.pre_tokenizer))),
-        strips_before=frozenset(token.content for token in added if token.lstrip),
-        strips_after=frozenset(token.content for token in added if token.rstrip),
+        prepends_space=any(map(_prepends_space_at_start, _steps(file.pre_tokenizer))),
+        lstrip_tokens=frozenset(token.content for token in added if token.lstrip),
+        rstrip_tokens=frozenset(token.content for token in added if token.rstrip),
     )
 
 
-def _read(folder: ModelFolder) -> tuple[_File, _BPE]:
+def _read_tokenizer_json(folder: ModelFolder) -> tuple[_TokenizerJson, _BPE]:
     path = folder.tokenizer_json
     if path is None:
         raise ModelError(f"{folder.path}: has no tokenizer.json")
@@ -104,18 +104,19 @@ def _read(folder: ModelFolder) -> tuple[_File, _BPE]:
     if len(data) > MAX_JSON_BYTES:
         raise ModelError(f"{path}: has {len(data)} bytes; the limit is {MAX_JSON_BYTES}")
     try:
-        file = msgspec.json.decode(data, type=_File)
-        kind = msgspec.json.decode(file.model, type=_Kind)
-        if kind.type != "BPE" and (kind.type is not None or not bytes(kind.merges)):
-            raise ModelError(f"{path}: has type {short_repr(kind.type)}; only BPE is supported")
+        file = msgspec.json.decode(data, type=_TokenizerJson)
+        model_type = msgspec.json.decode(file.model, type=_ModelType)
+        type = model_type.type
+        if type != "BPE" and (type is not None or not bytes(model_type.merges)):
+            raise ModelError(f"{path}: has type {short_repr(type)}; only BPE is supported")
         return file, msgspec.json.decode(file.model, type=_BPE)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(f"{path}: is not a tokenizer: {error}") from None
 
 
 def _tokens(id_of: dict[str, int], config: dict[str, object]) -> list[str]:
-    """The texts by id.  Ids without a text are empty: the model's output has as many values as
-    config.json says, and may take any of them."""
+    """The texts by id.  Ids without a text get an empty one: the model has vocab_size (config.json)
+    logits and may output any of these ids."""
     text_config = config.get("text_config")
     inner = text_config if isinstance(text_config, dict) else {}
     vocab_size = config.get("vocab_size", inner.get("vocab_size"))
@@ -131,7 +132,7 @@ def _tokens(id_of: dict[str, int], config: dict[str, object]) -> list[str]:
 
 
 def _byte_ids(model: _BPE) -> list[int]:
-    """The ids that stand for single bytes, where the model falls back to them."""
+    """The ids of single-byte tokens, if the model uses byte fallback."""
     texts = [f"<0x{byte:02X}>" for byte in range(256)] if model.byte_fallback else []
     return [model.vocab[text] for text in texts if text in model.vocab]
 
@@ -142,18 +143,18 @@ def _types(tokens: list[str], added: list[_AddedToken], byte_ids: list[int]) -> 
         types[id] = TokenType.BYTE
     for token in added:
         if token.single_word:
-            raise ValueError(f"its token {token.content!r} stands for whole words only")
-        is_control = token.special or CONTROL_LOOK.fullmatch(token.content)
+            raise ValueError(f"its token {token.content!r} matches single words only")
+        is_control = token.special or CONTROL_TOKEN_PATTERN.fullmatch(token.content)
         types[token.id] = TokenType.CONTROL if is_control else TokenType.USER_DEFINED
     return types
 
 
-def _merges(file: _File, model: _BPE) -> tokenizers.Tokenizer:
-    """The library's tokenizer without special tokens."""
+def _build_bpe(file: _TokenizerJson, model: _BPE) -> tokenizers.Tokenizer:
+    """Builds the library's tokenizer without special tokens."""
     bare: dict[str, Any] = {
         "added_tokens": [],
         "normalizer": file.normalizer,
-        "pre_tokenizer": _without_first(file.pre_tokenizer),
+        "pre_tokenizer": _without_prepended_space(file.pre_tokenizer),
         "post_processor": None,
         "decoder": None,
         "model": {"type": "BPE", "vocab": {}, "merges": []},
@@ -172,11 +173,11 @@ def _pair(merge: str) -> tuple[str, str]:
     return left, right
 
 
-# ---- What the steps before and after merging do
+# ---- Normalizers, pre-tokenizers, decoders and post-processors
 
 
 def _steps(step: Step | None) -> Iterator[Step]:
-    """A normalizer, pre-tokenizer, decoder or template, or those that a sequence of them has."""
+    """Yields a normalizer, pre-tokenizer, decoder or post-processor, or those of a sequence."""
     if step is None:
         return
     if step.get("type") != "Sequence":
@@ -186,37 +187,38 @@ def _steps(step: Step | None) -> Iterator[Step]:
             yield from _steps(inner)
 
 
-def _is_first_metaspace(step: Step) -> bool:
-    """Whether it puts a blank before the text at the very beginning, and nowhere else: what the
-    library cannot tell, since it gets the text in pieces."""
+def _prepends_space_at_start(step: Step) -> bool:
+    """True if the step puts a space only before the text at the very beginning.  The library cannot
+    do that here, because it gets the text in pieces."""
     return step.get("type") == "Metaspace" and step.get("prepend_scheme") == "first"
 
 
-def _without_first(step: Step | None) -> Step | None:
-    """The pre-tokenizer without what _is_first_metaspace finds."""
+def _without_prepended_space(step: Step | None) -> Step | None:
+    """The pre-tokenizer without the steps that _prepends_space_at_start finds."""
     if step is None:
         return None
-    if _is_first_metaspace(step):
+    if _prepends_space_at_start(step):
         return step | {"prepend_scheme": "never"}
     if step.get("type") == "Sequence":
-        return step | {"pretokenizers": [_without_first(inner) for inner in step["pretokenizers"]]}
+        inner = [_without_prepended_space(inner) for inner in step["pretokenizers"]]
+        return step | {"pretokenizers": inner}
     return step
 
 
-def _spelling(file: _File) -> Spelling:
-    kinds = {step.get("type", "") for step in (*_steps(file.pre_tokenizer), *_steps(file.decoder))}
-    if "ByteLevel" in kinds:
-        return Spelling.BYTE_LEVEL
-    if kinds & {"Metaspace", "ByteFallback", "Replace"}:
-        return Spelling.SENTENCEPIECE
-    raise ValueError(f"its decoder is of the kind {sorted(kinds)}, which is not supported")
+def _decoder_type(file: _TokenizerJson) -> DecoderType:
+    types = {step.get("type", "") for step in (*_steps(file.pre_tokenizer), *_steps(file.decoder))}
+    if "ByteLevel" in types:
+        return DecoderType.BYTE_LEVEL
+    if types & {"Metaspace", "ByteFallback", "Replace"}:
+        return DecoderType.SENTENCEPIECE
+    raise ValueError(f"its decoder has types {sorted(types)}, which are not supported")
 
 
-# ---- Ids that mean something
+# ---- Special token ids
 
 
 def _named_ids(folder: ModelFolder, id_of: dict[str, int], size: int) -> dict[str, int]:
-    """bos, eos and the like by tokenizer_config.json, else by the other files."""
+    """Ids of bos, eos and so on, from tokenizer_config.json, else from the other files."""
     found = {}
     for files in (folder.config, folder.generation_config):
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -238,16 +240,16 @@ def _end_ids(folder: ModelFolder, named_ids: dict[str, int], size: int) -> froze
 
 
 def _valid_ids(value: object, size: int) -> list[int]:
-    """An id or a list of them, as far as the vocabulary has them."""
+    """The valid ids in a value that is an id or a list of ids."""
     ids = value if isinstance(value, list) else [value]
     return [id for id in ids if type(id) is int and 0 <= id < size]
 
 
 def _adds_bos(folder: ModelFolder, post_processor: Step | None, bos_id: int | None) -> bool:
-    """As tokenizer_config.json says, else as the library's own template does."""
-    says = folder.tokenizer_config.get("add_bos_token")
-    if isinstance(says, bool):
-        return says
+    """From tokenizer_config.json, else from the post-processor of tokenizer.json."""
+    add_bos = folder.tokenizer_config.get("add_bos_token")
+    if isinstance(add_bos, bool):
+        return add_bos
     for step in _steps(post_processor):
         first = (step.get("single") or [{}])[0].get("SpecialToken")
         if first is not None:

@@ -1,8 +1,8 @@
 """Reads the vocabulary of a GGUF file from its metadata (tokenizer.ggml.*).
 
-Two kinds: byte-level BPE ("gpt2"), whose merges are in the file, and SentencePiece's BPE ("llama"),
-whose merges follow from the scores of the tokens (sentencepiece.py).
-Source: llama.cpp, src/llama-vocab.cpp, for what holds where the file does not say.
+There are two types: byte-level BPE ("gpt2"), whose merges are in the file, and SentencePiece BPE
+("llama"), whose merges follow from the scores of the tokens (sentencepiece.py).
+Source: llama.cpp, src/llama-vocab.cpp, for the defaults of missing keys.
 """
 
 import logging
@@ -20,8 +20,8 @@ from llmsrv.files.gguf import GGUFFile
 from llmsrv.text.pre_tokenizers import PRE_TOKENIZERS
 from llmsrv.text.pre_tokenizers import PreTokenizer
 from llmsrv.text.sentencepiece import cached_merges
-from llmsrv.text.vocabulary import BLANK
-from llmsrv.text.vocabulary import Spelling
+from llmsrv.text.vocabulary import METASPACE
+from llmsrv.text.vocabulary import DecoderType
 from llmsrv.text.vocabulary import TokenType
 from llmsrv.text.vocabulary import Vocabulary
 
@@ -39,61 +39,61 @@ NAMED_IDS = {
 
 
 def read_gguf(gguf: GGUFFile, cache_dir: Path | None) -> Vocabulary:
-    """Raises ModelError for what is missing or malformed, and whatever the tokenizers library
-    raises for a vocabulary that it does not take."""
-    kind = gguf.get("tokenizer.ggml.model", str)
-    if kind == "gpt2":
-        return _byte_level(gguf)
-    if kind == "llama":
-        return _sentencepiece(gguf, cache_dir)
+    """Raises ModelError if something is missing or malformed, and any exception that the tokenizers
+    library raises for a vocabulary it does not accept."""
+    model = gguf.get("tokenizer.ggml.model", str)
+    if model == "gpt2":
+        return _read_byte_level(gguf)
+    if model == "llama":
+        return _read_sentencepiece(gguf, cache_dir)
     raise ModelError(
-        f"{gguf.path}: its tokenizer is of the kind {kind!r}; byte-level BPE ('gpt2') and "
-        "SentencePiece's BPE ('llama') are supported"
+        f"{gguf.path}: its tokenizer has type {model!r}; only byte-level BPE ('gpt2') and "
+        "SentencePiece BPE ('llama') are supported"
     )
 
 
-def _byte_level(gguf: GGUFFile) -> Vocabulary:
+def _read_byte_level(gguf: GGUFFile) -> Vocabulary:
     tokens = _strings(gguf, "tokenizer.ggml.tokens")
     merges = _strings(gguf, "tokenizer.ggml.merges")
     pre_tokenizer = _pre_tokenizer(gguf)
     pairs = [merge.partition(" ")[::2] for merge in merges]
-    bpe = BPE(_id_of(tokens), pairs, ignore_merges=pre_tokenizer.whole_words)
+    bpe = BPE(_ids_by_text(tokens), pairs, ignore_merges=pre_tokenizer.ignore_merges)
     tokenizer = tokenizers.Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizer.build()
     ids = _named_ids(gguf, {}, len(tokens))
     return Vocabulary(
-        merges=tokenizer,
+        bpe=tokenizer,
         tokens=tokens,
         types=_types(gguf, tokens),
-        spelling=Spelling.BYTE_LEVEL,
+        decoder=DecoderType.BYTE_LEVEL,
         named_ids=ids,
         end_ids=_end_ids(ids),
         add_bos=_flag(gguf, "tokenizer.ggml.add_bos_token", pre_tokenizer.add_bos),
     )
 
 
-def _sentencepiece(gguf: GGUFFile, cache_dir: Path | None) -> Vocabulary:
+def _read_sentencepiece(gguf: GGUFFile, cache_dir: Path | None) -> Vocabulary:
     tokens = _strings(gguf, "tokenizer.ggml.tokens")
     types = _types(gguf, tokens)
     scores = _numbers(gguf, "tokenizer.ggml.scores", len(tokens))
     ids = _named_ids(gguf, {"unk": 0, "bos": 1, "eos": 2}, len(tokens))
     bpe = BPE(
-        _id_of(tokens),
+        _ids_by_text(tokens),
         cached_merges(tokens, types, scores, cache_dir),
         unk_token=tokens[ids["unk"]] if "unk" in ids else None,
         fuse_unk=True,
         byte_fallback=True,
     )
     tokenizer = tokenizers.Tokenizer(bpe)
-    # The text at the beginning and after each special token begins with a blank, as in llama.cpp.
+    # As in llama.cpp, text at the beginning and after each special token gets a leading space.
     prefix = _flag(gguf, "tokenizer.ggml.add_space_prefix", True)
-    steps = [normalizers.Prepend(BLANK)] if prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", BLANK)])
+    steps = [normalizers.Prepend(METASPACE)] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", METASPACE)])
     return Vocabulary(
-        merges=tokenizer,
+        bpe=tokenizer,
         tokens=tokens,
         types=types,
-        spelling=Spelling.SENTENCEPIECE,
+        decoder=DecoderType.SENTENCEPIECE,
         named_ids=ids,
         end_ids=_end_ids(ids),
         add_bos=_flag(gguf, "tokenizer.ggml.add_bos_token", True),
@@ -109,21 +109,21 @@ def _flag(gguf: GGUFFile, key: str, default: bool) -> bool:
     return default if value is None else value
 
 
-def _id_of(tokens: list[str]) -> dict[str, int]:
+def _ids_by_text(tokens: list[str]) -> dict[str, int]:
     vocabulary = {text: id for id, text in enumerate(tokens)}
     if len(vocabulary) < len(tokens):
-        raise ValueError(f"{len(tokens) - len(vocabulary)} tokens are there twice")
+        raise ValueError(f"{len(tokens) - len(vocabulary)} tokens are duplicates")
     return vocabulary
 
 
 def _pre_tokenizer(gguf: GGUFFile) -> PreTokenizer:
     name = gguf.get("tokenizer.ggml.pre", str)
     if name is None:
-        log.warning("%s names no pre-tokenizer; taking 'default', which may be wrong", gguf.path)
+        log.warning("%s names no pre-tokenizer; using 'default', which may be wrong", gguf.path)
         name = "default"
     if name not in PRE_TOKENIZERS:
         raise ModelError(
-            f"{gguf.path}: its pre-tokenizer {name!r} (tokenizer.ggml.pre) is not known; known: "
+            f"{gguf.path}: its pre-tokenizer {name!r} (tokenizer.ggml.pre) is unknown; known: "
             f"{', '.join(sorted(PRE_TOKENIZERS))}"
         )
     return PRE_TOKENIZERS[name]
@@ -137,14 +137,14 @@ def _strings(gguf: GGUFFile, key: str) -> list[str]:
 
 
 def _types(gguf: GGUFFile, tokens: list[str]) -> Sequence[float]:
-    """Plain ones where the file has none."""
+    """The token types; all NORMAL if the file has none."""
     key = "tokenizer.ggml.token_type"
     if key not in gguf.metadata:
         return [TokenType.NORMAL] * len(tokens)
     types = _numbers(gguf, key, len(tokens))
     for id, type in enumerate(types):
         if type == TokenType.BYTE and not BYTE_TOKEN.fullmatch(tokens[id]):
-            raise ModelError(f"{gguf.path}: token {id}, {tokens[id]!r}, is no byte as <0x41>")
+            raise ModelError(f"{gguf.path}: token {id}, {tokens[id]!r}, must be a byte as <0x41>")
     return types
 
 
@@ -156,9 +156,9 @@ def _numbers(gguf: GGUFFile, key: str, count: int) -> Sequence[float]:
 
 
 def _named_ids(gguf: GGUFFile, defaults: dict[str, int], count: int) -> dict[str, int]:
-    """The ids of bos, eos and so on; one outside the vocabulary is ignored.
+    """The ids of bos, eos and so on; ignores an id outside the vocabulary.
 
-    defaults    those of this kind of tokenizer, where the file names none"""
+    defaults    of this tokenizer type, for ids that the file does not name"""
     found = dict(defaults)
     for name, key in NAMED_IDS.items():
         id = gguf.get(key, int)

@@ -1,9 +1,9 @@
-"""Grammars that answers must follow: from the forms that clients know to the one text that
-llguidance takes (a source), and from there to a matcher.
+"""Grammars that constrain answers.  Converts a client's schema, regex or grammar to the text that
+llguidance accepts (a source), and compiles a source to a matcher.
 
-The server makes sources, which is quick and safe whatever a client sent.  Compiling them is
-neither: it is tried in a process that may be killed (worker.py), and only what came through there
-is compiled in the engine, under the same limits.
+The server makes sources.  That is fast and safe for any input from a client.  Compiling is neither,
+so a killable process (worker.py) tries it first.  The engine compiles only sources that succeeded
+there, under the same limits.
 
 Source: llguidance, docs/syntax.md and docs/json_schema.md.
 """
@@ -23,17 +23,18 @@ if TYPE_CHECKING:
 
 MAX_SOURCE_BYTES = 1 << 19
 MAX_ERROR_CHARS = 500
-# JSON as Python's json.dumps writes it.  With white space left free, a small model that has lost
-# its way puts out blanks for ever, and far fewer tokens are forced.
-SPELLING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-# Beside llguidance's own limits, which bound a step's mask to about 20 ms: 50,000 lexer states are
-# some 100 MB.
+# JSON as Python's json.dumps writes it.  With free whitespace, a small model that gets lost emits
+# whitespace forever, and far fewer tokens are forced.
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# In addition to llguidance's own limits, which bound the mask of a step to about 20 ms.  50,000
+# lexer states take about 100 MB.
 MAX_LEXER_STATES = 50_000
 
 _UNSUPPORTED = re.compile(r"Unimplemented keys: (\[.*\])")
 _LARK = re.compile(r"^\s*(%llguidance\b|start\s*:)", re.MULTILINE)
 _IN_LARK = {"/": r"\/", "\n": r"\n", "\r": r"\r"}
-_NOT_IN_LARK = re.compile(r"\\.|[/\n\r]", re.DOTALL)  # an escape as a whole stays what it is
+# Escape sequences match as a whole and stay unchanged.
+_NOT_IN_LARK = re.compile(r"\\.|[/\n\r]", re.DOTALL)
 _LITERAL = re.compile(r'"(?:[^"\\\n]|\\.)*"')
 _COUNTS = re.compile(r"(?<!\\)\{([\d\s,]*)\}")
 _EXCESSIVE = re.compile(r"[1-9]\d{6}")
@@ -43,56 +44,58 @@ _GBNF_ESCAPE = re.compile(r"\\u00([0-9a-fA-F]{2})")
 
 
 class GrammarError(ValueError):
-    """A grammar that is refused; the message says why, for the client that sent it."""
+    """A refused grammar; the message tells the client why."""
 
 
 # ---- Sources
 
 
 def json_schema_source(schema: Any, whitespace_pattern: str | None = None) -> str:
-    """JSON that follows a JSON Schema, which is an object, or text or bytes that hold one.
+    """Source for JSON that follows a JSON Schema, given as an object or as JSON text.
 
-    whitespace_pattern  a regular expression for what may stand between tokens; None: as SPELLING
+    whitespace_pattern  regular expression for whitespace between JSON tokens; None: JSON_STYLE
     """
-    return _source([{"json_schema": checked_schema(schema, whitespace_pattern)}])
+    return _source_from([{"json_schema": checked_schema(schema, whitespace_pattern)}])
 
 
 def regex_source(pattern: str) -> str:
-    """Text that a regular expression of Rust's `regex` crate matches as a whole."""
+    """Source for text that fully matches a regular expression of Rust's `regex` crate."""
     return lark_source(f"start: {lark_regex(pattern)}")
 
 
 def choice_source(choices: Sequence[str]) -> str:
-    """One of several texts."""
+    """Source for one of several texts."""
     if not any(choices):
         raise GrammarError("expected at least one text that is not empty")
-    # One terminal: as rules, a choice that begins another would have to be told from it.
+    # One terminal, because rules cannot separate a choice from another that starts with it.
     return lark_source(f"start: CHOICE\nCHOICE: {' | '.join(map(json.dumps, choices))}")
 
 
 def grammar_source(text: str) -> str:
-    """A grammar in Lark, as llguidance extends it, or in GBNF."""
+    """Source for a grammar in llguidance's variant of Lark, or in GBNF."""
     if not text.strip():
         raise GrammarError("expected a grammar in Lark or GBNF, but got an empty string")
-    check_size(text)
-    _refuse_excess(_LITERAL.sub('""', text), _NESTED_IN_RULES)
-    return lark_source(text) if _LARK.search(text) else _source([{"gbnf": text}])
+    check_source_size(text)
+    _check_repetitions(_LITERAL.sub('""', text), _NESTED_IN_RULES)
+    return lark_source(text) if _LARK.search(text) else _source_from([{"gbnf": text}])
 
 
 def alternation_source(first: str, second: str) -> str:
-    """The texts of one source and those of another."""
+    """Source for the texts of either of two sources."""
     grammars: list[dict[str, Any]] = [{"lark_grammar": "start: @first | @second"}]
     for name, source in (("first", first), ("second", second)):
         start, *further = json.loads(source)["grammars"]
         grammars += [{"name": name, **start}, *further]
-    return _source(grammars)
+    return _source_from(grammars)
 
 
 def after_reasoning_source(
     source: str, tokenizer: "Tokenizer", opening: str, closing: str, is_begun: bool
 ) -> str:
-    """The texts of a source, behind any text between two tags; `is_begun` where the prompt ends
-    with the opening one, else there need not be such text."""
+    """Source for the texts of `source` after reasoning, which is any text between two tags.
+
+    is_begun  the prompt ends with the opening tag; otherwise the reasoning is optional
+    """
     rest, *further = json.loads(source)["grammars"]
     lazy = "" if closing in tokenizer.special_tokens else "[lazy]"
     thoughts = "thoughts" if is_begun else f"({lark_text(opening, tokenizer)} thoughts)?"
@@ -103,75 +106,76 @@ def after_reasoning_source(
         r"TEXT: /(.|\n)*/",
         r"BLANKS: /\s{0,4}/",
     ]
-    return _source([{"lark_grammar": "\n".join(lines)}, {"name": "answer", **rest}, *further])
+    return _source_from([{"lark_grammar": "\n".join(lines)}, {"name": "answer", **rest}, *further])
 
 
 def lark_regex(pattern: str) -> str:
-    """A regular expression in Lark."""
+    """A regular expression as a Lark terminal."""
     if not pattern:
         raise GrammarError("expected a regular expression, but got an empty string")
-    check_size(pattern)
-    _refuse_excess(pattern, _NESTED_IN_PATTERN)
+    check_source_size(pattern)
+    _check_repetitions(pattern, _NESTED_IN_PATTERN)
     return f"/{_NOT_IN_LARK.sub(lambda match: _IN_LARK.get(match[0], match[0]), pattern)}/"
 
 
 def lark_text(text: str, tokenizer: "Tokenizer") -> str:
-    """A text in Lark: plain pieces as strings, special tokens by their ids."""
+    """A text in Lark: plain pieces as strings, special tokens as their ids."""
     pieces = tokenizer.split(text, parse_special=True)
     ids = tokenizer.special_tokens
     return " ".join(f"<[{ids[p]}]>" if p in ids else json.dumps(p) for p in pieces if p)
 
 
 def checked_schema(schema: Any, whitespace_pattern: str | None = None) -> dict[str, Any]:
-    """The schema as llguidance takes it, from what json_schema_source takes."""
+    """Checks a schema as given to json_schema_source; returns it with llguidance's options."""
     if isinstance(schema, bytes | str):
-        check_size(schema)
-        schema = _parsed(schema)
+        check_source_size(schema)
+        schema = _parse_json(schema)
     if isinstance(schema, str):  # MLC's clients send the schema as a string
-        schema = _parsed(schema)
+        schema = _parse_json(schema)
     if not isinstance(schema, dict):
-        raise GrammarError(f"expected a schema that is an object, but got {_shown(schema)}")
+        got = _truncated_json(schema)
+        raise GrammarError(f"expected a schema that is an object, but got {got}")
     if not schema:
         raise GrammarError("the schema is empty; for any JSON object ask for 'json_object'")
-    options: dict[str, Any] = SPELLING
+    options: dict[str, Any] = JSON_STYLE
     if whitespace_pattern is not None:
         options = {"whitespace_flexible": True, "whitespace_pattern": whitespace_pattern}
     return schema | {"x-guidance": options}
 
 
-def _parsed(text: bytes | str) -> Any:
+def _parse_json(text: bytes | str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"the schema is not JSON: {error}") from None
 
 
-def _refuse_excess(text: str, nested: re.Pattern[str]) -> None:
-    """Repetitions that can only be a mistake or an attack, whatever they would cost here."""
+def _check_repetitions(text: str, nested: re.Pattern[str]) -> None:
+    """Refuses repetitions that can only be a mistake or an attack."""
     if any(map(_EXCESSIVE.search, _COUNTS.findall(text))):
         raise GrammarError("a repetition of a million times or more is refused")
     if found := nested.search(text):
         raise GrammarError(f"a repetition of a mere repetition is refused: {found[0][:64]}")
 
 
-def _shown(value: Any) -> str:
+def _truncated_json(value: Any) -> str:
     return json.dumps(value)[:64]
 
 
 def lark_source(lark: str) -> str:
-    return _source([{"lark_grammar": lark}])
+    return _source_from([{"lark_grammar": lark}])
 
 
-def _source(grammars: list[dict[str, Any]]) -> str:
+def _source_from(grammars: list[dict[str, Any]]) -> str:
     try:
         source = json.dumps({"grammars": grammars})
     except RecursionError:
         raise GrammarError("the schema is nested too deeply") from None
-    check_size(source)
+    check_source_size(source)
     return source
 
 
-def check_size(text: bytes | str) -> None:
+def check_source_size(text: bytes | str) -> None:
     if len(text) > MAX_SOURCE_BYTES:
         raise GrammarError(
             f"the grammar has {len(text)} bytes; at most {MAX_SOURCE_BYTES} are possible"
@@ -182,9 +186,9 @@ def check_size(text: bytes | str) -> None:
 
 
 def load_ll_tokenizer(model_path: Path, cache_dir: Path, vocab_size: int = 0) -> "LLTokenizer":
-    """A model's tokens as matchers need them; 0.4 s for 49k of them.
+    """Loads a model's tokens for llguidance; takes 0.4 s for 49k tokens.
 
-    vocab_size  of the model, which may have more ids than tokens; 0: as many as tokens
+    vocab_size  of the model, which may have more ids than tokens; 0: the number of tokens
     """
     from llguidance import LLTokenizer
     from llguidance import TokenizerWrapper
@@ -198,7 +202,7 @@ def load_ll_tokenizer(model_path: Path, cache_dir: Path, vocab_size: int = 0) ->
     end_ids = sorted(id for id in tokenizer.end_ids if id < num_tokens)
 
     class Tokens:
-        """What llguidance asks of a tokenizer."""
+        """The tokenizer interface that llguidance expects."""
 
         eos_token_id = end_ids[0] if end_ids else 0
         bos_token_id = None
@@ -214,8 +218,10 @@ def load_ll_tokenizer(model_path: Path, cache_dir: Path, vocab_size: int = 0) ->
 
 
 def compile_source(source: str, vocabulary: "LLTokenizer") -> "LLMatcher":
-    """A matcher at its beginning.  Raises GrammarError; may crash, or run and grow far beyond
-    reason, unless the worker has taken the same source."""
+    """Compiles a source to a matcher in its initial state.
+
+    Raises GrammarError.  May crash, run for minutes or take gigabytes, unless the worker has
+    accepted the same source."""
     from llguidance import LLMatcher
     from llguidance import LLParserLimits
 
@@ -224,14 +230,14 @@ def compile_source(source: str, vocabulary: "LLTokenizer") -> "LLMatcher":
     if not matcher.is_error():
         matcher.compute_bitmask()
     if matcher.is_error():
-        raise GrammarError(_told(matcher.get_error()))
+        raise GrammarError(_client_message(matcher.get_error()))
     if matcher.is_stopped():
         raise GrammarError("the grammar allows no text, or none but the empty one")
     return matcher
 
 
 def gbnf_to_lark(source: str) -> str:
-    """A source without GBNF, which becomes Lark.  Takes its time, as compile_source does."""
+    """Converts the GBNF in a source to Lark.  May be as slow as compile_source."""
     from llguidance import grammar_from
 
     grammars = json.loads(source)["grammars"]
@@ -244,11 +250,11 @@ def gbnf_to_lark(source: str) -> str:
             grammar["lark_grammar"] = grammar_from("gbnf", gbnf)
         except (ValueError, RecursionError) as error:
             raise GrammarError(str(error)[:MAX_ERROR_CHARS]) from None
-    return _source(grammars)
+    return _source_from(grammars)
 
 
-def _told(error: str) -> str:
-    """llguidance's words without the state of its parser."""
+def _client_message(error: str) -> str:
+    """llguidance's error message without its dump of the parser state."""
     message = error.partition("\n<")[0].strip()
     if unsupported := _UNSUPPORTED.search(message):
         names = ", ".join(json.loads(unsupported[1]))

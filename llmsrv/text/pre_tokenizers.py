@@ -1,8 +1,9 @@
-"""How byte-level BPE models cut text into words before merging, by the name in tokenizer.ggml.pre.
+"""How byte-level BPE models split text into words before merging, by the name in
+tokenizer.ggml.pre.
 
-Each name stands for a list of patterns applied one after the other: a pattern cuts every piece that
-the ones before it left, into its matches and what lies between them.  Patterns are Oniguruma's, as
-in the models' own tokenizer.json; names are those that llama.cpp's converter writes.
+Each name has a list of patterns that are applied in order.  A pattern splits every piece left by
+the previous ones into its matches and the text between them.  Patterns use Oniguruma syntax, as in
+the models' own tokenizer.json.  The names are those that llama.cpp's converter writes.
 Source: llama.cpp, src/llama-vocab.cpp, and the tokenizer.json of the models.
 """
 
@@ -12,49 +13,49 @@ from tokenizers import Regex
 from tokenizers import pre_tokenizers
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-EVERY_DIGIT = r"\p{N}"
+SINGLE_DIGIT = r"\p{N}"
 THREE_DIGITS = r"[0-9][0-9][0-9]"
 
-# The branches that the patterns after GPT-2's share.
+# Branches shared by the patterns of models after GPT-2.
 CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-BLANKS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+WHITESPACE = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 PUNCTUATION_OR_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
 
-LLAMA3 = rf"{CONTRACTION}|{WORD}|\p{{N}}{{1,3}}|{PUNCTUATION}|{BLANKS}"
-QWEN2 = rf"{CONTRACTION}|{WORD}|\p{{N}}|{PUNCTUATION}|{BLANKS}"
+LLAMA3 = rf"{CONTRACTION}|{WORD}|\p{{N}}{{1,3}}|{PUNCTUATION}|{WHITESPACE}"
+QWEN2 = rf"{CONTRACTION}|{WORD}|\p{{N}}|{PUNCTUATION}|{WHITESPACE}"
 QWEN35 = (
     rf"{CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
-    rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{BLANKS}"
+    rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{WHITESPACE}"
 )
 SEED_CODER = (
     rf"{CONTRACTION}|{WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# A word that may start with capitals, or one that is all capitals.
+# A word that may start with capitals, and one that is all capitals.
 CAPITALISED = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
 )
 CAPITALS = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-TEKKEN = rf"{CAPITALISED}|{CAPITALS}|\p{{N}}|{PUNCTUATION_OR_SLASH}|{BLANKS}"
+TEKKEN = rf"{CAPITALISED}|{CAPITALS}|\p{{N}}|{PUNCTUATION_OR_SLASH}|{WHITESPACE}"
 GPT4O = (
     rf"{CAPITALISED}{CONTRACTION}?|{CAPITALS}{CONTRACTION}?|\p{{N}}{{1,3}}"
-    rf"|{PUNCTUATION_OR_SLASH}|{BLANKS}"
+    rf"|{PUNCTUATION_OR_SLASH}|{WHITESPACE}"
 )
 
 DEEPSEEK3 = (
     r"\p{N}{1,3}",
     "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
-    rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{BLANKS}",
+    rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{WHITESPACE}",
 )
 DEEPSEEK_CODER = (
     r"[\r\n]",
     r"\s?\p{L}+",
     r"\s?\p{P}+",
     "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
-    EVERY_DIGIT,
+    SINGLE_DIGIT,
 )
 FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, THREE_DIGITS)
 DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", THREE_DIGITS)
@@ -62,19 +63,22 @@ DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", THREE_DIGITS)
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """patterns   applied in turn
-    whole_words   a word that is itself a token is taken whole, whatever the merges say
-    add_bos       whether BOS is added where the file does not say"""
+    """How one kind of model splits text.
+
+    patterns        applied in order
+    ignore_merges   a word that is a token is encoded as that token, whatever the merges say
+    add_bos         whether BOS is added if the file does not say
+    """
 
     patterns: tuple[str, ...]
-    whole_words: bool = False
+    ignore_merges: bool = False
     add_bos: bool = False
 
     def build(self) -> pre_tokenizers.PreTokenizer:
-        """For the tokenizers library: the cuts, then bytes written as printable characters."""
-        cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in self.patterns]
+        """For the tokenizers library: splits, then maps bytes to printable characters."""
+        splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in self.patterns]
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        return pre_tokenizers.Sequence([*cuts, to_bytes])
+        return pre_tokenizers.Sequence([*splits, to_bytes])
 
 
 _TABLE = {
@@ -82,15 +86,15 @@ _TABLE = {
     "gpt-2 phi-2 mpt olmo jais trillion granite-docling exaone4 mellum gigachat a.x-4.0":
         PreTokenizer((GPT2,)),
     "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2":
-        PreTokenizer((EVERY_DIGIT, GPT2)),
+        PreTokenizer((SINGLE_DIGIT, GPT2)),
     "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2":
-        PreTokenizer((LLAMA3,), whole_words=True, add_bos=True),
+        PreTokenizer((LLAMA3,), ignore_merges=True, add_bos=True),
     "dbrx smaug-bpe glm4 chatglm-bpe": PreTokenizer((LLAMA3,)),
     "qwen2 deepseek-r1-qwen stablelm2 hunyuan megrez solar-open kormo grok-2":
         PreTokenizer((QWEN2,)),
     "qwen35": PreTokenizer((QWEN35,)),
     "seed-coder": PreTokenizer((SEED_CODER,)),
-    "tekken": PreTokenizer((TEKKEN,), whole_words=True, add_bos=True),
+    "tekken": PreTokenizer((TEKKEN,), ignore_merges=True, add_bos=True),
     "gpt-4o llama4 kanana2 minimax-m2": PreTokenizer((GPT4O,)),
     "deepseek-v3 hunyuan-dense joyai-llm": PreTokenizer(DEEPSEEK3),
     "deepseek-coder": PreTokenizer(DEEPSEEK_CODER),

@@ -1,12 +1,12 @@
-"""Works out the merges of a SentencePiece BPE vocabulary, which has scores in their place.
+"""Computes the merges of a SentencePiece BPE vocabulary, which has scores instead of merges.
 
-SentencePiece joins, again and again, the two neighbours whose joint text is the token with the
-highest score, the leftmost where scores are equal.  While a token comes into being no merge crosses
-its edges, so what happens inside is what happens to its text alone, and of all pairs that spell it
-only one is ever joined: the last pair when its text is merged by itself.  These pairs, one a token
-in the order of scores, give a BPE with ranked merges the same answers.
+SentencePiece repeatedly joins the two neighbours whose joined text is the token with the highest
+score, the leftmost if scores are equal.  While a token is being formed, no merge crosses its edges.
+So the merges inside it are the same as when its text is merged alone, and of all pairs that spell
+the token only one is ever joined: the last pair when its text is merged alone.  These pairs, one
+per token, in the order of scores, give a BPE with ranked merges the same results.
 
-For 262k tokens that takes 1.5 s, so the pairs are kept on disk.
+For 262k tokens this takes 1.5 s, so the pairs are cached on disk.
 Source: SentencePiece, src/bpe_model.cc.
 """
 
@@ -23,8 +23,9 @@ from llmsrv.text.vocabulary import TokenType
 
 log = logging.getLogger(__name__)
 
-# Merging a token by itself takes the square of its length.  Gemma: 16 characters, 11 M squares.
-MAX_TOKEN_LENGTH = 256
+# Merging a token alone takes time quadratic in its length.  Gemma: at most 16 characters, 11 M as
+# the sum of squares.
+MAX_TOKEN_CHARS = 256
 MAX_SQUARES = 1 << 27
 DIGEST_BYTES = 32
 Pair = tuple[str, str]
@@ -33,12 +34,12 @@ Pair = tuple[str, str]
 def cached_merges(
     tokens: Sequence[str], types: Sequence[float], scores: Sequence[float], cache_dir: Path | None
 ) -> list[Pair]:
-    """The pairs to join, the first ones first; from cache_dir/tokenizers when they are there.
+    """Returns the pairs to join in order of rank, from cache_dir/tokenizers if they are there.
 
-    Raises ValueError when the tokens are longer than any model's."""
+    Raises ValueError if the tokens are longer than those of any known model."""
     if cache_dir is None:
         return merges_from_scores(tokens, types, scores)
-    path = cache_dir / "tokenizers" / f"{_key(tokens, types, scores)}.merges"
+    path = cache_dir / "tokenizers" / f"{_cache_key(tokens, types, scores)}.merges"
     found = _read(path, tokens)
     if found is None:
         found = merges_from_scores(tokens, types, scores)
@@ -49,7 +50,7 @@ def cached_merges(
 def merges_from_scores(
     tokens: Sequence[str], types: Sequence[float], scores: Sequence[float]
 ) -> list[Pair]:
-    """The pairs to join, the first ones first.  Only plain tokens are joined and come of it."""
+    """Computes the pairs to join in order of rank.  Only plain tokens take part in merges."""
     plain = [id for id, type in enumerate(types) if type == TokenType.NORMAL]
     _check_lengths([len(tokens[id]) for id in plain])
     plain.sort(key=lambda id: -scores[id])
@@ -60,15 +61,15 @@ def merges_from_scores(
 
 def _check_lengths(lengths: list[int]) -> None:
     longest, squares = max(lengths, default=0), sum(length * length for length in lengths)
-    if longest > MAX_TOKEN_LENGTH or squares > MAX_SQUARES:
+    if longest > MAX_TOKEN_CHARS or squares > MAX_SQUARES:
         raise ValueError(
-            f"its tokens have up to {longest} characters, {sum(lengths)} together; at most "
-            f"{MAX_TOKEN_LENGTH} each are possible, and {MAX_SQUARES} as the sum of the squares"
+            f"its tokens have up to {longest} characters, {sum(lengths)} in total; the limit is "
+            f"{MAX_TOKEN_CHARS} each, and {MAX_SQUARES} for the sum of the squares"
         )
 
 
 def _last_pair(text: str, ranks: dict[str, int]) -> Pair | None:
-    """The two tokens that become `text` when it is merged by itself; None when it never does."""
+    """The pair that is joined last when `text` is merged alone; None if it never merges."""
     parts = list(text)
     never = len(ranks)
     while len(parts) > 2:
@@ -88,10 +89,10 @@ def _last_pair(text: str, ranks: dict[str, int]) -> Pair | None:
     return None
 
 
-# ---- On disk: the SHA-256 of the rest, then the ids of each pair as little-endian uint32
+# ---- File format: the SHA-256 of the rest, then the ids of each pair as little-endian uint32
 
 
-def _key(tokens: Sequence[str], types: Sequence[float], scores: Sequence[float]) -> str:
+def _cache_key(tokens: Sequence[str], types: Sequence[float], scores: Sequence[float]) -> str:
     digest = hashlib.sha256("".join(tokens).encode("utf-8", "surrogateescape"))
     for numbers in (map(len, tokens), types, scores):
         digest.update(array("d", numbers).tobytes())
@@ -99,14 +100,14 @@ def _key(tokens: Sequence[str], types: Sequence[float], scores: Sequence[float])
 
 
 def _read(path: Path, tokens: Sequence[str]) -> list[Pair] | None:
-    """None when there is no such file, or it is damaged."""
+    """Reads the cached pairs; None if there is no such file or it is damaged."""
     try:
         data = path.read_bytes()
     except OSError:
         return None
     ids = array("I")
     if hashlib.sha256(data[DIGEST_BYTES:]).digest() != data[:DIGEST_BYTES]:
-        log.warning("%s is damaged; it is made anew", path)
+        log.warning("%s is damaged; writing it again", path)
         return None
     ids.frombytes(data[DIGEST_BYTES:])
     if sys.byteorder == "big":
@@ -116,7 +117,7 @@ def _read(path: Path, tokens: Sequence[str]) -> list[Pair] | None:
 
 
 def _write(path: Path, pairs: list[Pair], tokens: Sequence[str]) -> None:
-    """Puts the file in its place, whole or not at all; without a place for it, the next start takes
+    """Writes the file completely or not at all.  If it cannot be written, the next start will take
     as long as this one."""
     id_of = {text: id for id, text in enumerate(tokens)}
     ids = array("I", [id_of[text] for pair in pairs for text in pair])
@@ -134,4 +135,4 @@ def _write(path: Path, pairs: list[Pair], tokens: Sequence[str]) -> None:
             os.unlink(part)
             raise
     except OSError as error:
-        log.warning("cannot keep the converted tokenizer in %s: %s", path.parent, error.strerror)
+        log.warning("cannot cache the converted tokenizer in %s: %s", path.parent, error.strerror)

@@ -1,7 +1,7 @@
-"""Structural tags: answers in which some texts announce others, as a grammar.
+"""Structural tags: grammars for answers in which certain texts introduce others.
 
-The formats are those of XGrammar's documentation, which vLLM takes too, as far as they can be
-followed: text without a form needs something behind it that ends it, or the end of the answer.
+The formats are those of XGrammar's documentation, which vLLM also accepts, with one restriction:
+free text must be followed by something that ends it, or by the end of the answer.
 """
 
 import json
@@ -14,7 +14,7 @@ import msgspec
 
 from llmsrv.text.grammar import GrammarError
 from llmsrv.text.grammar import MAX_SOURCE_BYTES
-from llmsrv.text.grammar import check_size
+from llmsrv.text.grammar import check_source_size
 from llmsrv.text.grammar import checked_schema
 from llmsrv.text.grammar import lark_regex
 from llmsrv.text.grammar import lark_source
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 MAX_TRIGGERS = 64
 
-# ---- Formats; what they do not name is refused
+# ---- Formats; unknown fields are refused
 
 
 class _Format(msgspec.Struct, tag_field="type", forbid_unknown_fields=True):
@@ -65,7 +65,7 @@ class TagFormat(_Format, tag="tag"):
 
 
 class TriggeredTagsFormat(_Format, tag="triggered_tags"):
-    """Any text, in which each trigger is the beginning of one of the tags that begin with it."""
+    """Free text in which each trigger must start one of the tags that begin with it."""
 
     triggers: list[str]
     tags: list[TagFormat]
@@ -74,7 +74,7 @@ class TriggeredTagsFormat(_Format, tag="triggered_tags"):
 
 
 class TagsWithSeparatorFormat(_Format, tag="tags_with_separator"):
-    """Tags and nothing else."""
+    """Tags with a separator between them, and no other text."""
 
     tags: list[TagFormat]
     separator: str
@@ -96,8 +96,8 @@ Format = (
 
 
 def parse_format(text: bytes) -> Format:
-    """Raises GrammarError naming what is not one of the formats."""
-    check_size(text)
+    """Parses a format; raises GrammarError naming the part that is not valid."""
+    check_source_size(text)
     try:
         form: Format = msgspec.json.decode(text, type=Format)
     except (msgspec.DecodeError, RecursionError) as error:
@@ -106,15 +106,15 @@ def parse_format(text: bytes) -> Format:
 
 
 def json_tag(begin: str, schema: bytes, end: str) -> TagFormat:
-    """JSON that follows a schema, between two texts."""
+    """A tag whose content is JSON that follows a schema."""
     return TagFormat(begin, JSONSchemaFormat(msgspec.Raw(schema)), end)
 
 
 def structural_tag_source(form: Format, tokenizer: "Tokenizer") -> str:
-    """The grammar of a format.  What spells a special token means that token."""
+    """The grammar source for a format.  Text of a special token means that token."""
     rules = _Rules(tokenizer)
     try:
-        rules.add("start", rules.of(form, _ANSWERS_END))
+        rules.add("start", rules.add_format(form, _END_OF_ANSWER))
     except RecursionError:
         raise GrammarError("the format is nested too deeply") from None
     return lark_source("\n".join(rules.lines))
@@ -124,17 +124,17 @@ def structural_tag_source(form: Format, tokenizer: "Tokenizer") -> str:
 
 
 class _End(NamedTuple):
-    """What comes behind a format.
+    """What ends a format.
 
-    name      of what takes it, "" where it is the answer's end
-    is_token  whether it begins with a special token, which no text can hold
+    name      of the rule or terminal that matches it; "" for the end of the answer
+    is_token  whether it begins with a special token, which free text cannot contain
     """
 
     name: str
     is_token: bool = False
 
 
-_ANSWERS_END = _End("")
+_END_OF_ANSWER = _End("")
 
 
 class _Rules:
@@ -150,28 +150,29 @@ class _Rules:
         line = f"{name}: {' | '.join(alternatives)}"
         self.lines.append(line)
         self._room_bytes -= len(line)
-        if self._room_bytes < 0:  # tags are repeated for every trigger that they begin with
+        if self._room_bytes < 0:  # a tag is repeated for every trigger it begins with
             raise GrammarError(f"the format takes more than {MAX_SOURCE_BYTES} bytes of rules")
         return name
 
-    def of(self, form: Format, end: _End | None) -> str:
-        """The rule of a format with its end behind it; None: other rules take what comes there."""
+    def add_format(self, form: Format, end: _End | None) -> str:
+        """Adds the rule of a format and its end; end is None if another rule matches the end."""
         match form:
             case ConstStringFormat(value):
-                return self._ended(self._text(value), end)
+                return self._followed_by_end(self._text(value), end)
             case JSONSchemaFormat(schema):
                 value = json.dumps(checked_schema(bytes(schema)))
-                return self._ended(self.add(self._name("json"), f"%json {value}"), end)
+                return self._followed_by_end(self.add(self._name("json"), f"%json {value}"), end)
             case RegexFormat(pattern):
-                return self._ended(lark_regex(pattern), end)
+                return self._followed_by_end(lark_regex(pattern), end)
             case AnyTextFormat():
                 return self._any_text(end)
             case SequenceFormat(elements):
-                *first, last = _some(elements, "sequence")
-                parts = [self.of(element, None) for element in first]
-                return self.add(self._name("sequence"), " ".join([*parts, self.of(last, end)]))
+                *first, last = _not_empty(elements, "sequence")
+                parts = [self.add_format(element, None) for element in first]
+                parts.append(self.add_format(last, end))
+                return self.add(self._name("sequence"), " ".join(parts))
             case OrFormat(elements):
-                either = [self.of(element, end) for element in _some(elements, "or")]
+                either = [self.add_format(element, end) for element in _not_empty(elements, "or")]
                 return self.add(self._name("or"), *either)
             case TagFormat():
                 return self._tag(form, form.begin, end)
@@ -183,26 +184,27 @@ class _Rules:
     def _any_text(self, end: _End | None, kind: str = "any_text") -> str:
         if end is None:
             raise GrammarError(f"'{kind}' has to be the last of a sequence: nothing else ends it")
-        # A special token ends a text by itself; of a plain end the first one in the text counts.
+        # A special token ends free text unambiguously; a plain end must match lazily, at its first
+        # occurrence.
         lazy = "" if end.is_token or not end.name else "[lazy]"
         name = self._name("text")
         self.add(name + lazy, f"TEXT {end.name}")
         return name
 
     def _tag(self, tag: TagFormat, begin: str, end: _End | None) -> str:
-        """With another beginning, where a part of it has been taken."""
+        """The rule of a tag; `begin` is what is left of its beginning after the trigger."""
         if not tag.end:
-            inner = self.of(tag.content, end)
+            inner = self.add_format(tag.content, end)
             return self.add(self._name("tag"), f"{self._text(begin)} {inner}")
-        inner = self.of(tag.content, self._end(tag.end))
-        return self._ended(f"{self._text(begin)} {inner}", end)
+        inner = self.add_format(tag.content, self._add_end(tag.end))
+        return self._followed_by_end(f"{self._text(begin)} {inner}", end)
 
     def _triggered(self, form: TriggeredTagsFormat, end: _End | None) -> str:
         if len(form.triggers) > MAX_TRIGGERS:
             raise GrammarError(f"'triggered_tags' takes at most {MAX_TRIGGERS} triggers")
         text = self._any_text(end, "triggered_tags")
-        tags = _some(form.tags, "triggered_tags")
-        found = [self._trigger(t, tags) for t in _some(form.triggers, "triggered_tags")]
+        tags = _not_empty(form.tags, "triggered_tags")
+        found = [self._trigger(t, tags) for t in _not_empty(form.triggers, "triggered_tags")]
         tag, name = self.add(self._name("tags"), *found), self._name("triggered")
         if form.stop_after_first:
             assert end is not None
@@ -211,7 +213,7 @@ class _Rules:
         return self.add(name, f"{tag}{'+' if form.at_least_one else '*'} {text}")
 
     def _trigger(self, trigger: str, tags: Sequence[TagFormat]) -> str:
-        """Text up to a trigger, with what may follow that."""
+        """Free text up to a trigger, and the tags that may follow."""
         if not trigger:
             raise GrammarError("expected triggers that are not empty")
         opening = self._leading_token(trigger) or trigger
@@ -222,22 +224,22 @@ class _Rules:
         ]
         if not begun:
             raise GrammarError(f"no tag begins with the trigger {trigger[:64]!r}")
-        text = self._any_text(self._end(opening))
+        text = self._any_text(self._add_end(opening))
         return self.add(self._name("trigger"), f"{text} ({' | '.join(begun)})")
 
     def _separated(self, form: TagsWithSeparatorFormat, end: _End | None) -> str:
-        tags = [self.of(tag, None) for tag in _some(form.tags, "tags_with_separator")]
+        tags = [self.add_format(tag, None) for tag in _not_empty(form.tags, "tags_with_separator")]
         tag = self.add(self._name("tags"), *tags)
         further = "" if form.stop_after_first else f"({self._text(form.separator)} {tag})*"
-        return self._ended(f"({tag} {further}){'' if form.at_least_one else '?'}", end)
+        return self._followed_by_end(f"({tag} {further}){'' if form.at_least_one else '?'}", end)
 
-    def _end(self, text: str) -> _End:
+    def _add_end(self, text: str) -> _End:
         tokens = self._tokenizer.special_tokens
         has_tokens = any(p in tokens for p in self._tokenizer.split(text, parse_special=True))
-        name = self._name("end" if has_tokens else "END")  # only rules may hold tokens
+        name = self._name("end" if has_tokens else "END")  # only rules may contain tokens
         return _End(self.add(name, self._text(text)), self._leading_token(text) is not None)
 
-    def _ended(self, taken: str, end: _End | None) -> str:
+    def _followed_by_end(self, taken: str, end: _End | None) -> str:
         return self.add(self._name("ended"), f"{taken} {end.name if end else ''}")
 
     def _name(self, kind: str) -> str:
@@ -248,13 +250,13 @@ class _Rules:
         return lark_text(text, self._tokenizer) or '""'
 
     def _leading_token(self, text: str) -> str | None:
-        """The special token that a text begins with."""
+        """The special token that the text begins with, or None."""
         before, *rest = self._tokenizer.split(text, parse_special=True)
         is_token = not before and rest and rest[0] in self._tokenizer.special_tokens
         return rest[0] if is_token else None
 
 
-def _some(elements: list[T], kind: str) -> list[T]:
+def _not_empty(elements: list[T], kind: str) -> list[T]:
     if not elements:
         raise GrammarError(f"'{kind}' needs at least one of each")
     return elements

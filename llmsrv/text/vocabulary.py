@@ -1,5 +1,4 @@
-"""What a model's files say about its tokens, whatever the kind of file: facts, with which a
-Tokenizer works."""
+"""The vocabulary that a Tokenizer works with, independent of the file format it was read from."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -9,11 +8,11 @@ from enum import IntEnum
 
 import tokenizers
 
-BLANK = "\u2581"  # as SentencePiece writes " "
+METASPACE = "\u2581"  # SentencePiece writes " " like this
 
 
 class TokenType(IntEnum):
-    """tokenizer.ggml.token_type; what is none of these is plain text."""
+    """tokenizer.ggml.token_type; any other value means plain text."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -23,39 +22,40 @@ class TokenType(IntEnum):
     BYTE = 6
 
 
-SPECIAL = frozenset((TokenType.CONTROL, TokenType.UNKNOWN))
-# The vocabulary has their texts as they are printed.
-VERBATIM = SPECIAL | {TokenType.USER_DEFINED, TokenType.UNUSED}
+SPECIAL_TYPES = frozenset((TokenType.CONTROL, TokenType.UNKNOWN))
+# The vocabulary stores the texts of these types as they are printed.
+VERBATIM_TYPES = SPECIAL_TYPES | {TokenType.USER_DEFINED, TokenType.UNUSED}
 
 
-class Spelling(Enum):
-    """How a vocabulary writes the bytes of its plain tokens."""
+class DecoderType(Enum):
+    """How the texts of plain tokens are decoded to bytes."""
 
     BYTE_LEVEL = "each byte as one printable character"
-    SENTENCEPIECE = "text, with U+2581 for a blank"
+    SENTENCEPIECE = "text, with U+2581 for a space"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     """Tokens and merges.
 
-    merges        encodes plain text; knows nothing of special tokens
-    tokens        the text of each id, as the files write it
-    types         the TokenType of each id; a BYTE's text is as <0x41>
-    named_ids     the ids of bos, eos, unk and so on
-    end_ids       those that end an answer, as far as the files say
-    add_bos       whether a prompt begins with BOS
-    blank_first   whether text at the very beginning is encoded with a blank before it
-    strips_before, strips_after   tokens that swallow the white space on that side of them
+    bpe             encodes plain text; knows nothing of special tokens
+    tokens          the text of each id, as in the files
+    types           the TokenType of each id; the text of a BYTE looks like <0x41>
+    named_ids       the ids of bos, eos, unk and so on
+    end_ids         ids that end an answer according to the files
+    add_bos         whether a prompt begins with BOS
+    prepends_space  whether text at the very beginning is encoded with a space before it
+    lstrip_tokens   tokens that strip the whitespace to their left
+    rstrip_tokens   tokens that strip the whitespace to their right
     """
 
-    merges: tokenizers.Tokenizer
+    bpe: tokenizers.Tokenizer
     tokens: Sequence[str]
     types: Sequence[float]
-    spelling: Spelling
+    decoder: DecoderType
     named_ids: Mapping[str, int]
     end_ids: frozenset[int]
     add_bos: bool
-    blank_first: bool = False
-    strips_before: frozenset[str] = frozenset()
-    strips_after: frozenset[str] = frozenset()
+    prepends_space: bool = False
+    lstrip_tokens: frozenset[str] = frozenset()
+    rstrip_tokens: frozenset[str] = frozenset()

@@ -1,12 +1,12 @@
-"""A process of its own for compiling grammars, each in a fork that may crash or run out of time.
+"""A separate process that compiles grammars, each in a fork that may crash or time out.
 
-Grammars come from clients, and llguidance can be brought to run for minutes, to grow by gigabytes
-or to overflow its stack.  So each is compiled here first, under limits, one after the other.  The
-process keeps the vocabulary and forks for every grammar: what a bad one ends is its fork alone, and
-the next one need not wait for another start.
+Grammars come from clients, and a hostile one can make llguidance run for minutes, take gigabytes or
+overflow its stack.  So each grammar is first compiled here, under limits, one at a time.  The
+process keeps the vocabulary in memory and forks for every grammar.  A bad grammar only ends its
+fork, and the next one does not have to wait for a restart.
 
 The process reads a source as a frame from its standard input and answers with a frame on its
-standard output; it ends with its input, so it never outlives the server.
+standard output.  It ends when its input ends, so it never outlives the server.
 """
 
 import asyncio
@@ -32,15 +32,15 @@ from llmsrv.text.grammar import load_ll_tokenizer
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
-START_S = 15.0  # for Python, the tokenizer and the vocabulary: 0.5 s where nothing else runs
+START_S = 15.0  # to load Python, the tokenizer and the vocabulary: 0.5 s on an idle machine
 COMPILE_S = 1.0
-ANSWER_S = 1.5  # COMPILE_S, and what the process itself takes
+ANSWER_S = 1.5  # COMPILE_S plus the overhead of the process
 MAX_WAITING = 64
-# Answers that are kept: so many, to sources of so many bytes at most.
-MAX_KEPT = 1024
-MAX_KEPT_BYTES = 16 << 10
-# The limits of a fork, beside COMPILE_S, beyond what the vocabulary took.  The engine compiles on a
-# thread with a larger stack, so what did not overflow here does not there.
+# The cache of answers: number of entries, and the largest source that is cached.
+MAX_CACHED = 1024
+MAX_CACHED_BYTES = 16 << 10
+# The limits of a fork, in addition to COMPILE_S; memory is on top of what the vocabulary takes.
+# The engine compiles on a thread with a larger stack, so it does not overflow if the fork did not.
 CPU_S = 1
 MEMORY_BYTES = 128 << 20
 STACK_BYTES = 4 << 20
@@ -48,11 +48,11 @@ STACK_BYTES = 4 << 20
 SIZE = struct.Struct(">I")
 TOO_SLOW = f"the grammar is too complex: it does not compile within {COMPILE_S:g} s"
 CRASHED = "the grammar is too complex: compiling it takes too much memory or too deep a recursion"
-TIMES_UP = signal.SIGALRM, signal.SIGXCPU
+TIMEOUT_SIGNALS = signal.SIGALRM, signal.SIGXCPU
 
 
 class GrammarWorker:
-    """The server's end: checks grammars for one model.  For the event loop's thread alone."""
+    """The server's side: checks grammars for one model.  Use it only on the event loop thread."""
 
     def __init__(self, model_path: Path, cache_dir: Path) -> None:
         self._arguments = str(model_path), str(cache_dir)
@@ -63,24 +63,26 @@ class GrammarWorker:
 
     @property
     def pid(self) -> int | None:
-        """Of the process; None while there is none."""
+        """The process id; None while no process runs."""
         return self._process.pid if self._process else None
 
     async def check(self, source: str) -> str:
-        """The source as the engine takes it.  Raises GrammarError when it does not compile, within
-        COMPILE_S of its turn; ApiError 503 when too many wait for theirs."""
+        """Returns the source in the form for the engine.
+
+        Raises GrammarError if it does not compile within COMPILE_S, not counting the wait for its
+        turn, and ApiError 503 if too many grammars are waiting."""
         key = sha256(source.encode()).digest()
         answer = self._answers.pop(key, None) or await self._take_turn(source)
-        if len(source) <= MAX_KEPT_BYTES:
-            self._answers[key] = answer  # behind all others
-            if len(self._answers) > MAX_KEPT:
+        if len(source) <= MAX_CACHED_BYTES:
+            self._answers[key] = answer  # as the most recent
+            if len(self._answers) > MAX_CACHED:
                 self._answers.popitem(last=False)
         if "error" in answer:
             raise GrammarError(answer["error"])
         return answer["source"]
 
     async def close(self) -> None:
-        """Ends the process; a check after this starts another."""
+        """Ends the process; a later check starts a new one."""
         if (process := self._kill()) is not None:
             await process.wait()
 
@@ -97,9 +99,9 @@ class GrammarWorker:
             self._num_waiting -= 1
 
     async def _ask(self, source: str) -> dict[str, str]:
-        """What the process answers."""
-        was_there = self._process is not None
-        process = await self._started()
+        """Sends the source to the process and returns its answer."""
+        was_running = self._process is not None
+        process = await self._running_process()
         try:
             async with asyncio.timeout(ANSWER_S):
                 await _write(process, source.encode())
@@ -110,22 +112,22 @@ class GrammarWorker:
             raise GrammarError(TOO_SLOW) from None
         except (asyncio.IncompleteReadError, ConnectionError):
             await self.close()
-            if not was_there:
+            if not was_running:
                 raise
-            return await self._ask(source)  # something has ended it since it was last asked
-        except BaseException:  # the client has left: what it asked for may take long
+            return await self._ask(source)  # it died while idle; try once with a new one
+        except BaseException:  # the client left, and its grammar may take long
             self._kill()
             raise
 
     def _kill(self) -> asyncio.subprocess.Process | None:
-        """Returns the process that is killed, with its fork, if there was one."""
+        """Kills the process and its fork; returns the process, or None if there was none."""
         process, self._process = self._process, None
         if process is not None and process.returncode is None:
-            with suppress(OSError):  # it has just ended by itself
+            with suppress(OSError):  # it has just exited
                 os.killpg(process.pid, signal.SIGKILL)
         return process
 
-    async def _started(self) -> asyncio.subprocess.Process:
+    async def _running_process(self) -> asyncio.subprocess.Process:
         if self._process is not None and self._process.returncode is None:
             return self._process
         code = "from llmsrv.text.worker import main; main()"
@@ -135,7 +137,7 @@ class GrammarWorker:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C is for the server, and the group is what is killed
+            start_new_session=True,  # Ctrl-C goes to the server only; we kill the group
         )
         try:
             async with asyncio.timeout(START_S):
@@ -158,12 +160,12 @@ async def _read(process: asyncio.subprocess.Process) -> bytes:
     return await process.stdout.readexactly(size)
 
 
-# ---- What runs in the process
+# ---- The process
 
 
 def main() -> None:
     model_path, cache_dir = map(Path, sys.argv[1:])
-    # What a library prints must not come between the frames.
+    # Output printed by a library must not mix with the frames.
     frames_in, frames_out = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     vocabulary = load_ll_tokenizer(model_path, cache_dir)
@@ -173,7 +175,7 @@ def main() -> None:
         if fork := os.fork():
             _, status = os.waitpid(fork, 0)
             if status:
-                error = TOO_SLOW if os.WTERMSIG(status) in TIMES_UP else CRASHED
+                error = TOO_SLOW if os.WTERMSIG(status) in TIMEOUT_SIGNALS else CRASHED
                 _answer(frames_out, json.dumps({"error": error}).encode())
         else:
             _answer_within_limits(source, vocabulary, frames_out)
@@ -183,18 +185,18 @@ def main() -> None:
 def _answer_within_limits(
     source: str, vocabulary: "LLTokenizer", frames_out: BinaryIO
 ) -> None:
-    """Ends the process at a limit, without an answer."""
-    _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_STACK, STACK_BYTES)
-    _limit(resource.RLIMIT_AS, _memory_bytes() + MEMORY_BYTES)
-    _limit(resource.RLIMIT_CPU, CPU_S)
+    """Compiles and answers; at a limit the process ends without an answer."""
+    _set_rlimit(resource.RLIMIT_CORE, 0)
+    _set_rlimit(resource.RLIMIT_STACK, STACK_BYTES)
+    _set_rlimit(resource.RLIMIT_AS, _address_space_bytes() + MEMORY_BYTES)
+    _set_rlimit(resource.RLIMIT_CPU, CPU_S)
     signal.setitimer(signal.ITIMER_REAL, COMPILE_S)
-    answer = json.dumps(_compiled(source, vocabulary)).encode()
-    signal.setitimer(signal.ITIMER_REAL, 0)  # half an answer would be worse than none
+    answer = json.dumps(_compile(source, vocabulary)).encode()
+    signal.setitimer(signal.ITIMER_REAL, 0)  # a partial answer would be worse than none
     _answer(frames_out, answer)
 
 
-def _compiled(source: str, vocabulary: "LLTokenizer") -> dict[str, str]:
+def _compile(source: str, vocabulary: "LLTokenizer") -> dict[str, str]:
     try:
         source = gbnf_to_lark(source)
         compile_source(source, vocabulary)
@@ -210,17 +212,17 @@ def _answer(frames_out: BinaryIO, frame: bytes) -> None:
     frames_out.flush()
 
 
-def _limit(which: int, most: int) -> None:
+def _set_rlimit(which: int, most: int) -> None:
     _, hard = resource.getrlimit(which)
     soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
     try:
         resource.setrlimit(which, (soft, hard))
-    except (OSError, ValueError):  # macOS has some of them in name only
+    except (OSError, ValueError):  # macOS does not support all of them
         pass
 
 
-def _memory_bytes() -> int:
-    """Address space in use, where /proc tells it; elsewhere the limit is of no effect anyway."""
+def _address_space_bytes() -> int:
+    """Address space in use; 0 without /proc, where the limit has no effect anyway."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
     except OSError:

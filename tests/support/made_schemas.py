@@ -1,5 +1,5 @@
-"""JSON Schemas made at random from a seed, of every keyword that answers are promised to follow,
-and small enough that a small model comes to their end."""
+"""Random JSON Schemas from a seed, with every keyword that answers are guaranteed to follow, and
+small enough that a small model can complete them."""
 
 import random
 from collections.abc import Callable
@@ -9,7 +9,7 @@ Schema = dict[str, Any]
 
 
 def make_schema(seed: int) -> Schema:
-    """An object, three levels deep at most."""
+    """Returns an object schema, at most three levels deep."""
     random_ = random.Random(seed)
     schema = _object(random_, 2)
     if random_.random() < 0.2:
@@ -29,10 +29,10 @@ def _value(random_: random.Random, depth: int) -> Schema:
     if kind == len(flat):
         return _object(random_, depth - 1)
     if kind == len(flat) + 1:
-        most = random_.randint(1, 3)
-        least = random_.randint(0, most)
+        max_items = random_.randint(1, 3)
+        min_items = random_.randint(0, max_items)
         items = _value(random_, depth - 1)
-        return {"type": "array", "items": items, "minItems": least, "maxItems": most}
+        return {"type": "array", "items": items, "minItems": min_items, "maxItems": max_items}
     return {"anyOf": [_value(random_, depth - 1), _string(random_)]}
 
 

@@ -1,7 +1,13 @@
-"""A small SentencePiece vocabulary as GGUF metadata, and merging done the slow and plain way."""
+"""A small SentencePiece vocabulary as GGUF metadata, and a slow, plain merging algorithm."""
 
 import random
 from collections.abc import Mapping
+from pathlib import Path
+
+from llmsrv.files.gguf import GGUFFile
+from llmsrv.files.gguf import open_gguf
+from llmsrv.text.tokenizer import Tokenizer
+from tests.support.gguf_writer import write_gguf
 
 UNKNOWN, CONTROL, NORMAL, USER_DEFINED, BYTE = 2, 3, 1, 4, 6
 SPECIALS = ("<unk>", "<s>", "</s>")
@@ -11,7 +17,7 @@ USER_DEFINED_TEXTS = ("\n", "\n\n", "<b>")
 
 
 def merged_tokens(count: int = 120, seed: int = 0) -> list[str]:
-    """Texts of two letters and more, each the join of two before it or of letters."""
+    """Texts of at least two letters, each joined from letters or earlier texts."""
     rng = random.Random(seed)
     parts, found = list(LETTERS), []
     while len(found) < count:
@@ -24,7 +30,7 @@ def merged_tokens(count: int = 120, seed: int = 0) -> list[str]:
 
 def sentencepiece_vocabulary() -> dict[str, object]:
     """tokenizer.* metadata: <unk>, <s>, </s>, the 256 bytes, merged tokens with falling scores, the
-    letters, and user-defined tokens; as in Llama 2, a blank is put before the text."""
+    letters, and user-defined tokens.  As in Llama 2, a space is put before the text."""
     merged = merged_tokens()
     normal = [*merged, *LETTERS]
     tokens = [
@@ -47,9 +53,9 @@ def sentencepiece_vocabulary() -> dict[str, object]:
     }
 
 
-def merged_plainly(text: str, score_of: Mapping[str, float]) -> list[str]:
-    """What SentencePiece's BPE makes of a text: again and again the best pair, the leftmost of
-    equals, is joined."""
+def merge_plainly(text: str, score_of: Mapping[str, float]) -> list[str]:
+    """Merges a text as SentencePiece BPE does: joins the best pair repeatedly, the leftmost if
+    scores are equal."""
     parts = list(text)
     while True:
         pairs = [a + b for a, b in zip(parts, parts[1:])]
@@ -58,3 +64,19 @@ def merged_plainly(text: str, score_of: Mapping[str, float]) -> list[str]:
             return parts
         at = -max(joined)[1]
         parts[at : at + 2] = [pairs[at]]
+
+
+def small_file(path: Path, **changes: object) -> GGUFFile:
+    replaced = {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+    metadata = sentencepiece_vocabulary() | replaced
+    present = {key: value for key, value in metadata.items() if value is not None}
+    return open_gguf(write_gguf(path, present))
+
+
+def texts(tokenizer: Tokenizer, text: str, parse_special: bool = True) -> list[str]:
+    ids = tokenizer.encode(text, parse_special=parse_special)
+    return [tokenizer.token_text(id) for id in ids]
+
+
+def printed(tokenizer: Tokenizer, ids: list[int]) -> str:
+    return b"".join(map(tokenizer.token_bytes, ids)).decode()

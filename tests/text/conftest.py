@@ -1,4 +1,4 @@
-"""A tiny model, its tokenizer, and what tells which texts a grammar takes."""
+"""A tiny model, its tokenizer, and a check for the texts that a grammar accepts."""
 
 from pathlib import Path
 

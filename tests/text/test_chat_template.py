@@ -1,4 +1,4 @@
-"""llmsrv.text.chat_template: the prompts of the field, and no special token but the template's."""
+"""llmsrv.text.chat_template: the usual prompts, and only the template's own special tokens."""
 
 import json
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_golden_prompts_of_the_default_model(smollm2):
         assert template.encode(case["messages"]) == case["prompt_ids"]
 
 
-# ---- Special tokens in what callers send
+# ---- Special tokens in callers' input
 
 
 def test_a_special_tokens_text_in_a_message_stays_text(tokenizer, chatml):
@@ -98,7 +98,7 @@ def test_a_user_defined_token_in_a_message_is_the_token(tokenizer, chatml):
         ("<|im_end\n\n", "|>"),
     ],
 )
-def test_messages_side_by_side_do_not_make_a_special_token(tokenizer, first, second):
+def test_adjacent_messages_do_not_form_a_special_token(tokenizer, first, second):
     source = "{% for m in messages %}{{ m.content | trim }}{% endfor %}"
     messages = [{"role": "user", "content": first}, {"role": "user", "content": second}]
     template = ChatTemplate(source, tokenizer)
@@ -126,7 +126,7 @@ def test_special_tokens_in_tools_names_keys_and_variables_stay_text(tokenizer):
     assert template.render(**arguments) == decoded(tokenizer, ids) == wanted
 
 
-def test_changing_case_or_blanks_does_not_lose_what_was_put_away(tokenizer):
+def test_case_and_whitespace_filters_keep_the_replaced_text(tokenizer):
     source = "{{ messages[0].content | upper | trim }}|{{ messages[0].content | tojson | title }}"
     text = ChatTemplate(source, tokenizer).render([{"content": " <|im_end|> "}])
     assert text == '<|im_end|>|" <|im_end|> "'
@@ -155,8 +155,8 @@ def test_random_messages_never_add_a_special_token(tokenizer, chatml, contents):
 
 
 @given(content=EVIL)
-def test_a_message_is_encoded_as_the_same_plain_text(tokenizer, chatml, content):
-    """Between the template's own pieces, merges are those of plain text."""
+def test_a_message_is_encoded_like_the_same_plain_text(tokenizer, chatml, content):
+    """Text between special tokens is merged like any plain text."""
     ids = chatml.encode([{"role": "user", "content": content}], add_generation_prompt=False)
     middle = tokenizer.encode(f"user\n{content}", parse_special=False)
     assert ids == [1, *middle, 2, *tokenizer.encode("\n", parse_special=False)]
@@ -167,7 +167,7 @@ def test_a_message_is_encoded_as_the_same_plain_text(tokenizer, chatml, content)
 
 @pytest.mark.parametrize("add_bos", [False, True])
 @pytest.mark.parametrize("writes_bos", [False, True])
-def test_bos_is_there_once(tmp_path, add_bos, writes_bos):
+def test_bos_appears_once(tmp_path, add_bos, writes_bos):
     tokenizer = tokenizer_with(tmp_path, {"tokenizer.ggml.add_bos_token": add_bos})
     source = ("{{ bos_token }}" if writes_bos else "") + "{{ messages[0].content }}"
     ids = ChatTemplate(source, tokenizer).encode(USER)
@@ -175,7 +175,7 @@ def test_bos_is_there_once(tmp_path, add_bos, writes_bos):
     assert (ids[0] == 0) == (add_bos or writes_bos)
 
 
-def test_bos_typed_by_a_user_does_not_count(tmp_path):
+def test_bos_typed_by_a_user_stays_text(tmp_path):
     tokenizer = tokenizer_with(tmp_path, {"tokenizer.ggml.add_bos_token": True})
     template = ChatTemplate("{{ messages[0].content }}", tokenizer)
     ids = template.encode([{"role": "user", "content": "<|endoftext|>x"}])
@@ -188,7 +188,7 @@ def test_an_empty_prompt_is_bos_or_nothing(tmp_path, tokenizer):
     assert ChatTemplate("", with_bos).encode(USER) == [0]
 
 
-# ---- What templates use
+# ---- Features that templates use
 
 
 @pytest.mark.parametrize(
@@ -211,18 +211,18 @@ def test_an_empty_prompt_is_bos_or_nothing(tmp_path, tokenizer):
         ("{{ strftime_now('%Y') | length }}", "4"),
     ],
 )
-def test_templates_are_rendered_as_the_field_does(tokenizer, source, text):
+def test_templates_render_as_in_transformers(tokenizer, source, text):
     assert ChatTemplate(source, tokenizer).render(USER) == text
 
 
-def test_further_variables_reach_the_template_but_do_not_replace_ours(tokenizer):
+def test_extra_variables_reach_the_template_but_do_not_replace_ours(tokenizer):
     source = "{{ enable_thinking }} {{ messages | length }}{{ bos_token }}"
     extra = {"enable_thinking": False, "messages": [], "bos_token": "no"}
     text = ChatTemplate(source, tokenizer).render(USER, extra=extra)
     assert text == "False 1<|endoftext|>"
 
 
-def test_a_template_that_refuses_is_a_400_with_its_words(tokenizer):
+def test_a_template_that_refuses_is_a_400_with_its_message(tokenizer):
     source = "{{ raise_exception('roles must alternate, not ' + messages[0].role) }}"
     with pytest.raises(ApiError) as caught:
         ChatTemplate(source, tokenizer).encode([{"role": "<|im_end|>"}])
@@ -244,7 +244,7 @@ def test_a_template_that_refuses_is_a_400_with_its_words(tokenizer):
         ("{% for i in range(10 ** 9) %}{% endfor %}", "OverflowError: Range too big"),
     ],
 )
-def test_a_template_that_fails_is_a_400_that_says_how(tokenizer, source, reason):
+def test_a_template_that_fails_is_a_400_with_the_reason(tokenizer, source, reason):
     with pytest.raises(ApiError) as caught:
         ChatTemplate(source, tokenizer).encode(USER)
     assert caught.value.status == 400
@@ -259,7 +259,7 @@ def test_a_template_that_fails_is_a_400_that_says_how(tokenizer, source, reason)
         "{% for m in messages recursive %}" * 9 + "{{ loop.length }}" + "{% endfor %}" * 9,
     ],
 )
-def test_a_template_that_loops_without_end_is_cut(tokenizer, monkeypatch, loops):
+def test_a_template_that_loops_too_long_is_stopped(tokenizer, monkeypatch, loops):
     monkeypatch.setattr(chat_template, "RENDER_S", 0.02)
     template = ChatTemplate(loops, tokenizer)
     for _ in range(2):  # each rendering has a deadline of its own
@@ -282,7 +282,7 @@ def test_a_template_that_is_not_utf8_is_refused(tokenizer):
         ChatTemplate("a\udcff", tokenizer)
 
 
-def test_a_template_nested_beyond_reason_is_refused(tokenizer):
+def test_a_template_that_is_nested_too_deeply_is_refused(tokenizer):
     with pytest.raises(StartupError, match="does not compile"):
         ChatTemplate("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", tokenizer)
 
@@ -294,7 +294,7 @@ def test_a_vocabulary_without_special_tokens_works(tmp_path):
     assert decoded(tokenizer, ids) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_special_tokens_that_overlap_are_still_put_away(tmp_path):
+def test_overlapping_special_tokens_are_still_replaced(tmp_path):
     vocabulary = tiny_vocabulary()
     changes = {
         "tokenizer.ggml.tokens": [*vocabulary["tokenizer.ggml.tokens"], "~a", "1~", "|>~"],
@@ -306,23 +306,23 @@ def test_special_tokens_that_overlap_are_still_put_away(tmp_path):
         assert template.render([{"content": content}]) == content + "x"
 
 
-# ---- What a template says of itself, and messages that go on
+# ---- Properties of a template, and messages to be continued
 
 
-def test_a_template_knows_the_variables_that_it_asks_for(tokenizer):
+def test_a_template_knows_the_variables_that_it_uses(tokenizer):
     source = "{% if enable_thinking is defined %}{{ tools }}{% endif %}{{ messages }}"
     template = ChatTemplate(source, tokenizer)
     assert template.uses_variable("enable_thinking") and template.uses_variable("tools")
     assert not template.uses_variable("reasoning_effort")
 
 
-def test_a_template_shows_how_its_model_calls_and_thinks(tokenizer, chatml):
+def test_a_template_shows_the_tool_call_format_and_the_reasoning_tags(tokenizer, chatml):
     template = ChatTemplate("{{ '<tool_call>' }}{{ '</think>' }}", tokenizer)
     assert (template.tool_call_format, template.has_reasoning) == ("hermes", True)
     assert (chatml.tool_call_format, chatml.has_reasoning) == ("json", False)
 
 
-def test_the_last_message_is_left_open_where_it_is_to_be_continued(chatml):
+def test_the_last_message_is_left_open_if_it_is_to_be_continued(chatml):
     messages = [*USER, {"role": "assistant", "content": "so far "}]
     text = chatml.render(messages, add_generation_prompt=False, continue_final_message=True)
     assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nso far "

@@ -1,4 +1,4 @@
-"""llmsrv.text.detokenizer: whole characters only, and nothing lost."""
+"""llmsrv.text.detokenizer: returns only whole characters and loses nothing."""
 
 import json
 import time
@@ -25,62 +25,62 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
     return load_tokenizer(open_gguf(write_tiny_llama(path)))
 
 
-def ids_of(data: bytes) -> list[int]:
+def byte_ids(data: bytes) -> list[int]:
     return [3 + byte for byte in data]
 
 
 def test_half_a_character_is_held_back(tokenizer):
     detokenizer = Detokenizer(tokenizer)
-    pushed = [detokenizer.push([id]) for id in ids_of("é東🙂!".encode())]
+    pushed = [detokenizer.push([id]) for id in byte_ids("é東🙂!".encode())]
     assert pushed == ["", "é", "", "", "東", "", "", "", "🙂", "!"]
     assert detokenizer.flush() == ""
 
 
 def test_an_unfinished_character_becomes_one_replacement_at_the_end(tokenizer):
     detokenizer = Detokenizer(tokenizer)
-    assert detokenizer.push(ids_of(b"a\xe6\x9d")) == "a"
+    assert detokenizer.push(byte_ids(b"a\xe6\x9d")) == "a"
     assert detokenizer.flush() == "\ufffd"
 
 
 def test_a_character_that_cannot_be_finished_is_replaced_at_once(tokenizer):
     detokenizer = Detokenizer(tokenizer)
-    assert detokenizer.push(ids_of(b"\xe6\x9d")) == ""
-    assert detokenizer.push(ids_of(b"a")) == "\ufffda"
-    assert detokenizer.push(ids_of(b"\xff\xc0")) == "\ufffd\ufffd"
+    assert detokenizer.push(byte_ids(b"\xe6\x9d")) == ""
+    assert detokenizer.push(byte_ids(b"a")) == "\ufffda"
+    assert detokenizer.push(byte_ids(b"\xff\xc0")) == "\ufffd\ufffd"
 
 
-def test_special_tokens_are_left_out_or_shown(tokenizer):
-    ids = [IM_START, *ids_of(b"hi"), IM_END, END_OF_TEXT]
+def test_special_tokens_are_skipped_or_kept(tokenizer):
+    ids = [IM_START, *byte_ids(b"hi"), IM_END, END_OF_TEXT]
     assert Detokenizer(tokenizer).push(ids) == "hi"
     shown = Detokenizer(tokenizer, skip_special_tokens=False)
     assert shown.push(ids) == "<|im_start|>hi<|im_end|><|endoftext|>"
 
 
 def test_a_skipped_special_token_does_not_break_a_character(tokenizer):
-    first, second = ids_of("é".encode())
+    first, second = byte_ids("é".encode())
     assert Detokenizer(tokenizer).push([first, IM_END, second]) == "é"
     shown = Detokenizer(tokenizer, skip_special_tokens=False)
     assert shown.push([first, IM_END, second]) == "\ufffd<|im_end|>\ufffd"
 
 
 @given(chunks=st.lists(st.binary(max_size=6) | st.text(max_size=3).map(str.encode), max_size=8))
-def test_all_pieces_together_are_the_bytes_decoded_once(tokenizer, chunks):
+def test_the_joined_pieces_equal_the_bytes_decoded_once(tokenizer, chunks):
     detokenizer = Detokenizer(tokenizer)
     text = ""
     for chunk in chunks:
-        pushed = detokenizer.push(ids_of(chunk))
+        pushed = detokenizer.push(byte_ids(chunk))
         pushed.encode()  # every piece is valid UTF-8
         text += pushed
     assert text + detokenizer.flush() == b"".join(chunks).decode("utf-8", "replace")
 
 
-def test_a_character_comes_whole_however_it_is_cut(tokenizer):
+def test_characters_stay_whole_however_they_are_cut(tokenizer):
     data = "aé東🙂".encode() + b"\xe6\x9d" + "🙂".encode() + b"\xf0\x9f"
     for first in range(len(data)):
         for second in range(first, len(data)):
             detokenizer = Detokenizer(tokenizer)
             cuts = (data[:first], data[first:second], data[second:])
-            text = "".join(detokenizer.push(ids_of(cut)) for cut in cuts)
+            text = "".join(detokenizer.push(byte_ids(cut)) for cut in cuts)
             assert text + detokenizer.flush() == data.decode("utf-8", "replace")
 
 
@@ -94,7 +94,7 @@ def test_golden_text_of_the_default_model(smollm2):
 
 
 def test_a_long_answer_takes_linear_time(tokenizer):
-    ids = ids_of("é".encode()) * 50_000
+    ids = byte_ids("é".encode()) * 50_000
     detokenizer = Detokenizer(tokenizer)
     start = time.process_time()
     text = "".join(detokenizer.push([id]) for id in ids)

@@ -1,17 +1,11 @@
-"""Tokenizers of Hugging Face folders: the ids of the tokenizers library, and what the other files
-say."""
+"""Tokenizers of Hugging Face folders: tokens, details from the other files, and refusals."""
 
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import tokenizers
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
 
 from llmsrv.errors import ModelError
 from llmsrv.files.folder import open_folder
@@ -19,41 +13,21 @@ from llmsrv.text.chat_template import ChatTemplate
 from llmsrv.text.defaults import read_chat_template
 from llmsrv.text.defaults import sampling_defaults
 from llmsrv.text.detokenizer import Detokenizer
-from llmsrv.text.sentencepiece import merges_from_scores
 from llmsrv.text.tokenizer import Tokenizer
 from llmsrv.text.tokenizer import load_tokenizer
-from tests.support.parameters import slow_but
-from tests.support.sentencepiece import LETTERS
-from tests.support.sentencepiece import sentencepiece_vocabulary
+from tests.support.tokenizer_json import Json
+from tests.support.tokenizer_json import TINY
+from tests.support.tokenizer_json import folder_with
+from tests.support.tokenizer_json import gemma
+from tests.support.tokenizer_json import tiny_json
+from tests.support.tokenizer_json import token
 
-TINY = Path(__file__).parents[1] / "data" / "golden" / "tiny"
-Json = dict[str, Any]
 Write = Callable[..., Path]
-
-
-def folder_with(path: Path, **files: Json) -> Path:
-    """A copy of the tiny llama's folder with some JSON files replaced, by name without ".json"."""
-    path.mkdir()
-    for name in os.listdir(TINY / "llama"):
-        (path / name).symlink_to(TINY / "llama" / name)
-    for stem, content in files.items():
-        (path / f"{stem}.json").unlink(missing_ok=True)
-        (path / f"{stem}.json").write_text(json.dumps(content))
-    return path
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
     return lambda **files: folder_with(tmp_path / f"model-{len(os.listdir(tmp_path))}", **files)
-
-
-def tiny_json(**changes: object) -> Json:
-    return json.loads((TINY / "llama" / "tokenizer.json").read_text()) | changes
-
-
-def token(text: str, id: int, **changes: bool) -> Json:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": id, "content": text, "special": True, **flags, **changes}
 
 
 # ---- The sixteen tiny models
@@ -63,7 +37,7 @@ def token(text: str, id: int, **changes: bool) -> Json:
 def test_every_tiny_folder_loads_and_renders_its_template(name: str) -> None:
     model = open_folder(TINY / name)
     tokenizer = load_tokenizer(model)
-    assert tokenizer.vocab_size == 512  # config.json's, where tokenizer.json has 500 tokens
+    assert tokenizer.vocab_size == 512  # from config.json; tokenizer.json has 500 tokens
     assert tokenizer.end_ids == {1} and tokenizer.bos_id == 0 and not tokenizer.add_bos
     assert tokenizer.special_tokens == {"<s>": 0, "</s>": 1, "<|user|>": 2, "<|assistant|>": 3}
     source = read_chat_template(model)
@@ -75,176 +49,18 @@ def test_every_tiny_folder_loads_and_renders_its_template(name: str) -> None:
     assert ids[:2] == [0, 2] and ids[-2:] == [1, 3] and ids.count(1) == 1
 
 
-def test_ids_without_a_token_print_nothing() -> None:
+def test_ids_without_a_token_decode_to_nothing() -> None:
     tokenizer = load_tokenizer(open_folder(TINY / "llama"))
     assert [tokenizer.token_bytes(id) for id in range(500, 512)] == [b""] * 12
     assert Detokenizer(tokenizer).push([511, *tokenizer.encode("a", parse_special=False)]) == "a"
     assert tokenizer.encode("", parse_special=True) == []
 
 
-# ---- Against the library itself
-
-
-def byte_level() -> Json:
-    return tiny_json()
-
-
-def qwen() -> Json:
-    """A normalizer, a pattern before the bytes, and a token that is no special one."""
-    split = {"type": "Split", "pattern": {"Regex": r"\p{N}| ?\p{L}+|\s+"}, "behavior": "Isolated"}
-    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    description = tiny_json(
-        normalizer={"type": "NFC"},
-        pre_tokenizer={
-            "type": "Sequence",
-            "pretokenizers": [split | {"invert": False}, to_bytes | {"use_regex": False}],
-        },
-    )
-    description["added_tokens"] += [token("<tool>", 500, special=False)]
-    return description
-
-
-def with_blanks_before_pieces() -> Json:
-    to_bytes = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
-    return tiny_json(pre_tokenizer=to_bytes | {"use_regex": True})
-
-
-def phi() -> Json:
-    """Special tokens that swallow the white space beside them."""
-    description = tiny_json()
-    description["added_tokens"][2]["rstrip"] = True
-    description["added_tokens"][3]["lstrip"] = True
-    return description
-
-
-def sentencepiece(normalizer: Json | None, pre_tokenizer: Json | None) -> Json:
-    """The small vocabulary as a tokenizer.json."""
-    vocabulary = sentencepiece_vocabulary()
-    tokens, types, scores = (
-        vocabulary[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type", "scores")
-    )
-    assert isinstance(tokens, list) and isinstance(types, list) and isinstance(scores, list)
-    added = [token(text, id) for id, text in enumerate(tokens[:3])]
-    added += [
-        token(text, id, special=False) for id, text in enumerate(tokens) if types[id] == 4
-    ]
-    return {
-        "version": "1.0",
-        "added_tokens": added,
-        "normalizer": normalizer,
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": None,
-        "decoder": {"type": "ByteFallback"},
-        "model": {
-            "type": "BPE",
-            "unk_token": "<unk>",
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": {text: id for id, text in enumerate(tokens)},
-            "merges": [list(pair) for pair in merges_from_scores(tokens, types, scores)],
-        },
-    }
-
-
-def replace() -> Json:
-    return {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-
-
-def gemma() -> Json:
-    return sentencepiece(replace(), None)
-
-
-def llama2() -> Json:
-    prepend = {"type": "Prepend", "prepend": "▁"}
-    return sentencepiece({"type": "Sequence", "normalizers": [prepend, replace()]}, None)
-
-
-def metaspace(scheme: str) -> Json:
-    return {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
-
-
-def mistral() -> Json:
-    return sentencepiece(None, metaspace("first"))
-
-
-def mistral_in_a_sequence() -> Json:
-    digits = {"type": "Digits", "individual_digits": True}
-    steps = {"type": "Sequence", "pretokenizers": [metaspace("first"), digits]}
-    return sentencepiece(None, steps)
-
-
-def metaspace_always() -> Json:
-    return sentencepiece(None, metaspace("always") | {"split": True})
-
-
-def metaspace_never() -> Json:
-    return sentencepiece(None, metaspace("never"))
-
-
-KINDS = [
-    byte_level,
-    qwen,
-    with_blanks_before_pieces,
-    phi,
-    gemma,
-    llama2,
-    mistral,
-    mistral_in_a_sequence,
-    metaspace_always,
-    metaspace_never,
-]
-FEW = (qwen, llama2, mistral_in_a_sequence)  # in every run
-PIECES = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<tool>", "<b>", "\n", " ", "  ", "▁", "the"]
-
-
-@pytest.fixture(scope="module", params=slow_but(KINDS, *FEW), ids=lambda kind: kind.__name__)
-def twins(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Tokenizer, tokenizers.Tokenizer]:
-    description = request.param()
-    path = folder_with(tmp_path_factory.mktemp("twins") / "model", tokenizer=description)
-    theirs = tokenizers.Tokenizer.from_str(json.dumps(description))
-    return load_tokenizer(open_folder(path)), theirs
-
-
-@settings(max_examples=40)
-@given(
-    text=st.lists(
-        st.sampled_from(PIECES) | st.text(LETTERS + " 1", max_size=8) | st.text(max_size=3)
-    ).map("".join)
-)
-def test_ids_equal_those_of_the_tokenizers_library(
-    twins: tuple[Tokenizer, tokenizers.Tokenizer], text: str
-) -> None:
-    ours, theirs = twins
-    wanted = theirs.encode(text, add_special_tokens=False).ids
-    assert ours.encode(text, parse_special=True) == wanted
-
-
-def test_a_special_tokens_text_in_plain_text_is_no_token(
-    twins: tuple[Tokenizer, tokenizers.Tokenizer],
-) -> None:
-    ours, _ = twins
-    ids = ours.encode("<s>", parse_special=False)
-    assert len(ids) > 1 and not any(map(ours.is_special, ids))
-
-
-@settings(max_examples=25)
-@given(text=st.text(LETTERS + " 1<s>\n", max_size=30))
-def test_a_message_gives_the_ids_of_its_text(
-    twins: tuple[Tokenizer, tokenizers.Tokenizer], text: str
-) -> None:
-    """Pieces are encoded one by one, and still only the first is at the beginning."""
-    ours, theirs = twins
-    if any(special in text for special in ours.special_tokens):
-        return
-    template = ChatTemplate("<s>{{ messages[0].content }}</s>{{ messages[0].content }}", ours)
-    wanted = theirs.encode(f"<s>{text}</s>{text}", add_special_tokens=False).ids
-    assert template.encode([{"role": "user", "content": text}]) == wanted
+# ---- Tokens
 
 
 @pytest.mark.parametrize("text", ["<|end_of_turn|>", "<｜User｜>"])
-def test_what_looks_like_a_control_token_is_one(write: Write, text: str) -> None:
+def test_a_token_that_looks_like_a_control_token_is_one(write: Write, text: str) -> None:
     description = tiny_json()
     description["added_tokens"] += [token(text, 500, special=False), token("", 501)]
     tokenizer = load_tokenizer(open_folder(write(tokenizer=description)))
@@ -254,21 +70,21 @@ def test_what_looks_like_a_control_token_is_one(write: Write, text: str) -> None
     assert 500 not in template.encode([{"role": "user", "content": text}])
 
 
-def test_blanks_and_bytes_are_printed(write: Write) -> None:
+def test_spaces_and_bytes_are_decoded(write: Write) -> None:
     tokenizer = load_tokenizer(open_folder(write(tokenizer=gemma())))
     ids = tokenizer.encode("a 東 🙂<b>", parse_special=True)
     assert Detokenizer(tokenizer).push(ids) == "a 東 🙂<b>"
     assert tokenizer.token_bytes(3 + 0x41) == b"A"
 
 
-# ---- What the other files say
+# ---- Details from the other files
 
 
 def load(path: Path) -> Tokenizer:
     return load_tokenizer(open_folder(path))
 
 
-def test_tokens_with_a_meaning_are_texts_objects_or_ids(write: Write) -> None:
+def test_named_tokens_are_texts_objects_or_ids(write: Write) -> None:
     named = {"bos_token": {"content": "<|user|>", "lstrip": False}, "eos_token": None}
     tokenizer = load(write(tokenizer_config=named | {"image_token": "</s>", "pad_token": "<none>"}))
     assert tokenizer.bos_id == 2
@@ -307,7 +123,7 @@ def test_every_file_may_name_ids_that_end_an_answer(
     assert load(path).end_ids == wanted
 
 
-def test_bos_is_added_where_the_configuration_or_else_the_template_says_so(write: Write) -> None:
+def test_the_config_or_else_the_post_processor_decides_whether_bos_is_added(write: Write) -> None:
     sequence = {"Sequence": {"id": "A", "type_id": 0}}
     bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
     template = {
@@ -345,7 +161,7 @@ def test_one_of_several_named_templates_is_the_default(write: Write) -> None:
     assert read_chat_template(open_folder(path)) == "b"
 
 
-def test_sampling_defaults_are_those_that_can_be(
+def test_invalid_sampling_defaults_are_ignored_with_a_warning(
     write: Write, caplog: pytest.LogCaptureFixture
 ) -> None:
     recommended = {"temperature": 0.7, "top_k": 20, "top_p": 1, "repetition_penalty": 1.1}
@@ -358,7 +174,7 @@ def test_sampling_defaults_are_those_that_can_be(
     odd = {"temperature": "hot", "top_k": 1.5, "top_p": 1.5, "min_p": True, "eta": 1}
     assert sampling_defaults(open_folder(write(generation_config=odd))) == {}
     for name in ("temperature 'hot'", "top_k 1.5", "top_p 1.5", "min_p True"):
-        assert f"recommends {name}, which cannot be" in caplog.text
+        assert f"ignoring the invalid recommendation {name}" in caplog.text
 
 
 # ---- Refusals
@@ -389,9 +205,9 @@ def bpe(vocab: Json, *merges: object) -> Json:
         (bpe({"a": 0}, "a b"), "its vocabulary is not usable: "),
         (bpe({}), "its vocabulary is not usable: it has no tokens"),
         (tiny_json(added_tokens=[{"id": 1}]), "missing required field `content`"),
-        (tiny_json(added_tokens=[token("x", 1, single_word=True)]), "'x' stands for whole words"),
+        (tiny_json(added_tokens=[token("x", 1, single_word=True)]), "'x' matches single words"),
         (tiny_json(pre_tokenizer={"type": "Mystery"}), "its vocabulary is not usable: "),
-        (tiny_json(pre_tokenizer=None, decoder={"type": "WordPiece"}), r"of the kind \['WordPi"),
+        (tiny_json(pre_tokenizer=None, decoder={"type": "WordPiece"}), r"has types \['WordPi"),
         ([], "is not a tokenizer: Expected `object`, got `array`"),
     ],
 )
@@ -403,7 +219,7 @@ def test_refuses_a_tokenizer_it_cannot_use(write: Write, description: Json, mess
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"{}" * 9, b"\xff\xfe", b"[" * 100_000])
-def test_refuses_what_is_no_json(write: Write, content: bytes) -> None:
+def test_refuses_files_that_are_not_json(write: Write, content: bytes) -> None:
     path = write(tokenizer={})
     (path / "tokenizer.json").write_bytes(content)
     with pytest.raises(ModelError, match="tokenizer.json: "):

@@ -1,4 +1,4 @@
-"""What becomes a source, and what is refused before anything is compiled."""
+"""Which input becomes a source, and which is refused before anything is compiled."""
 
 import json
 import time
@@ -43,7 +43,7 @@ def test_a_schema_is_an_object_of_bounded_size(schema: object, why: str) -> None
         json_schema_source(schema)
 
 
-def test_a_schema_may_come_as_a_string_of_json() -> None:
+def test_a_schema_may_be_a_string_of_json() -> None:
     wanted = json_schema_source(INTEGER)
     assert json_schema_source(json.dumps(INTEGER)) == wanted
     assert json_schema_source(json.dumps(json.dumps(INTEGER)).encode()) == wanted
@@ -52,7 +52,7 @@ def test_a_schema_may_come_as_a_string_of_json() -> None:
 @pytest.mark.parametrize(
     "make", [lambda: regex_source(""), lambda: choice_source([""]), lambda: grammar_source(" \n")]
 )
-def test_what_is_empty_is_refused(make: object) -> None:
+def test_empty_input_is_refused(make: object) -> None:
     assert callable(make)
     with pytest.raises(GrammarError, match="empty"):
         make()
@@ -89,7 +89,7 @@ def test_repetitions_that_are_a_mistake_or_an_attack_are_refused(
         (regex_source, "(" * 400_000),
     ],
 )
-def test_others_are_not_and_looking_for_them_takes_little_time(
+def test_other_repetitions_are_accepted_and_checked_quickly(
     make: Callable[[str], str], text: str
 ) -> None:
     start_s = time.process_time()
@@ -109,7 +109,7 @@ def test_others_are_not_and_looking_for_them_takes_little_time(
     ],
     ids=str,
 )
-def test_what_a_schema_asks_in_vain_is_named(
+def test_the_error_names_what_a_schema_cannot_ask_for(
     texts: Texts, schema: dict[str, object], why: str
 ) -> None:
     with pytest.raises(GrammarError, match=why):
@@ -120,7 +120,7 @@ def test_what_a_schema_asks_in_vain_is_named(
     ("pattern", "text"),
     [("a/b", "a/b"), (r"a\/b", "a/b"), (r"\\/", "\\/"), ("a\nb", "a\nb"), ("^[a-c]+$", "abc")],
 )
-def test_a_pattern_means_in_a_grammar_what_it_means_alone(
+def test_a_pattern_matches_the_same_in_a_grammar_as_alone(
     texts: Texts, pattern: str, text: str
 ) -> None:
     assert texts.take(regex_source(pattern), text)
@@ -135,12 +135,12 @@ def test_a_pattern_means_in_a_grammar_what_it_means_alone(
         ('root ::= "(" root ")" | ""', "(())", "(()"),
     ],
 )
-def test_gbnf_is_understood(texts: Texts, gbnf: str, text: str, other: str) -> None:
+def test_gbnf_is_accepted(texts: Texts, gbnf: str, text: str, other: str) -> None:
     assert texts.take(grammar_source(gbnf), text)
     assert not texts.take(grammar_source(gbnf), other)
 
 
-def test_gbnf_that_is_none_is_refused() -> None:
+def test_invalid_gbnf_is_refused() -> None:
     with pytest.raises(GrammarError, match="line 1"):
         gbnf_to_lark(grammar_source("root ::= ("))
 
@@ -156,7 +156,7 @@ def test_gbnf_that_is_none_is_refused() -> None:
         ("<think>or no?", False, False),
     ],
 )
-def test_an_answer_may_stand_behind_thoughts(
+def test_an_answer_may_follow_reasoning(
     texts: Texts, tokenizer: Tokenizer, text: str, is_begun: bool, is_taken: bool
 ) -> None:
     for plain in (choice_source(["yes", "no"]), grammar_source('root ::= "yes" | "no"')):

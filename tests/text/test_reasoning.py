@@ -1,4 +1,4 @@
-"""llmsrv.text.reasoning: thoughts apart from answers, whatever the pieces."""
+"""llmsrv.text.reasoning: separates reasoning from answers, however the text is cut."""
 
 import time
 
@@ -29,7 +29,7 @@ def parse(pieces: list[str], is_open: bool = False) -> tuple[str, str]:
         ("", False, "", ""),
     ],
 )
-def test_what_stands_between_the_tags_is_reasoning(
+def test_text_between_the_tags_is_reasoning(
     text: str, is_open: bool, reasoning: str, answer: str
 ) -> None:
     assert parse([text], is_open) == (reasoning, answer)
@@ -40,7 +40,7 @@ def test_what_stands_between_the_tags_is_reasoning(
     pieces=st.lists(st.sampled_from(["<think>", "</think>", "<", "thi", "nk>", " ", "\n", "a"])),
     is_open=st.booleans(),
 )
-def test_the_pieces_do_not_matter(pieces: list[str], is_open: bool) -> None:
+def test_the_result_does_not_depend_on_the_pieces(pieces: list[str], is_open: bool) -> None:
     text = "".join(pieces)
     assert parse(pieces, is_open) == parse([text], is_open) == parse(list(text), is_open)
 

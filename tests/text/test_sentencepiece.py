@@ -1,12 +1,10 @@
-"""SentencePiece vocabularies in GGUF: merges from scores, blanks, bytes, what is kept on disk."""
+"""SentencePiece vocabularies in GGUF: merges from scores, spaces, bytes, and the disk cache."""
 
-import json
 import random
 import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,8 +12,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from llmsrv.errors import ModelError
-from llmsrv.files.gguf import GGUFFile
-from llmsrv.files.gguf import open_gguf
 from llmsrv.text import sentencepiece
 from llmsrv.text.chat_template import ChatTemplate
 from llmsrv.text.detokenizer import Detokenizer
@@ -23,19 +19,19 @@ from llmsrv.text.sentencepiece import cached_merges
 from llmsrv.text.sentencepiece import merges_from_scores
 from llmsrv.text.tokenizer import Tokenizer
 from llmsrv.text.tokenizer import load_tokenizer
-from tests.support.gguf_writer import write_gguf
 from tests.support.parameters import slow_but
 from tests.support.sentencepiece import BYTE
 from tests.support.sentencepiece import CONTROL
 from tests.support.sentencepiece import FIRST_BYTE
 from tests.support.sentencepiece import LETTERS
 from tests.support.sentencepiece import NORMAL
-from tests.support.sentencepiece import UNKNOWN
-from tests.support.sentencepiece import USER_DEFINED
 from tests.support.sentencepiece import USER_DEFINED_TEXTS
-from tests.support.sentencepiece import merged_plainly
+from tests.support.sentencepiece import merge_plainly
 from tests.support.sentencepiece import merged_tokens
+from tests.support.sentencepiece import printed
 from tests.support.sentencepiece import sentencepiece_vocabulary
+from tests.support.sentencepiece import small_file
+from tests.support.sentencepiece import texts
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -44,7 +40,7 @@ Load = Callable[..., Tokenizer]
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
-    """A tokenizer from the small vocabulary with some metadata replaced; None removes a key."""
+    """Loads the small vocabulary with some metadata replaced; None removes a key."""
 
     def load(cache_dir: Path | None = None, **changes: object) -> Tokenizer:
         return load_tokenizer(small_file(tmp_path / "m.gguf", **changes), cache_dir)
@@ -54,25 +50,9 @@ def load(tmp_path: Path) -> Load:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Without a blank before the text, as Gemma has it."""
+    """Without a space before the text, as in Gemma."""
     path = tmp_path_factory.mktemp("small") / "m.gguf"
     return load_tokenizer(small_file(path, add_space_prefix=False))
-
-
-def small_file(path: Path, **changes: object) -> GGUFFile:
-    replaced = {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
-    metadata = sentencepiece_vocabulary() | replaced
-    present = {key: value for key, value in metadata.items() if value is not None}
-    return open_gguf(write_gguf(path, present))
-
-
-def texts(tokenizer: Tokenizer, text: str, parse_special: bool = True) -> list[str]:
-    ids = tokenizer.encode(text, parse_special=parse_special)
-    return [tokenizer.token_text(id) for id in ids]
-
-
-def printed(tokenizer: Tokenizer, ids: list[int]) -> str:
-    return b"".join(map(tokenizer.token_bytes, ids)).decode()
 
 
 # ---- Merging
@@ -80,14 +60,14 @@ def printed(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 @settings(max_examples=100)
 @given(text=st.text(LETTERS, max_size=40))
-def test_text_is_merged_as_the_plain_algorithm_does(small: Tokenizer, text: str) -> None:
+def test_text_is_merged_like_the_plain_algorithm_does(small: Tokenizer, text: str) -> None:
     score_of = {token: -float(n) for n, token in enumerate(merged_tokens())}
-    assert texts(small, text) == merged_plainly(text, score_of)
+    assert texts(small, text) == merge_plainly(text, score_of)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_one_pair_a_token_says_as_much_as_all_scores(seed: int) -> None:
-    """Scores in any order: a token may be worth more than those that it is made of."""
+def test_one_pair_per_token_is_equivalent_to_all_scores(seed: int) -> None:
+    """Scores in any order: a token may have a higher score than its parts."""
     tokens = [*merged_tokens(60, seed), *LETTERS]
     scores = [float(n) for n in random.Random(seed).sample(range(1000), len(tokens))]
     score_of = dict(zip(tokens, scores))
@@ -95,7 +75,7 @@ def test_one_pair_a_token_says_as_much_as_all_scores(seed: int) -> None:
     rank_of = {pair: rank for rank, pair in enumerate(pairs)}
     for token in tokens:
         text = token + tokens[seed] + token
-        assert merged_by_rank(text, rank_of) == merged_plainly(text, score_of)
+        assert merged_by_rank(text, rank_of) == merge_plainly(text, score_of)
 
 
 def merged_by_rank(text: str, rank_of: dict[tuple[str, str], int]) -> list[str]:
@@ -108,7 +88,7 @@ def merged_by_rank(text: str, rank_of: dict[tuple[str, str], int]) -> list[str]:
     return parts
 
 
-def test_of_equal_pairs_the_leftmost_is_joined(load: Load) -> None:
+def test_the_leftmost_of_equal_pairs_is_joined(load: Load) -> None:
     tokens = ["<unk>", "<s>", "</s>", "a", "aa", "aaa"]
     tokenizer = load(
         tokens=tokens,
@@ -130,18 +110,18 @@ def test_long_monotonous_text_takes_linear_time(small: Tokenizer, unit: str) -> 
     assert printed(small, ids) == text.replace("▁", " ")
 
 
-# ---- Blanks and bytes
+# ---- Spaces and bytes
 
 
 @given(text=st.text())
-def test_text_comes_back_from_its_ids(small: Tokenizer, text: str) -> None:
+def test_encoding_and_decoding_returns_the_text(small: Tokenizer, text: str) -> None:
     for parse_special in (False, True):
         ids = small.encode(text, parse_special=parse_special)
         assert printed(small, ids) == text.replace("▁", " ")
 
 
-def test_a_blank_is_put_before_the_text_and_after_each_special_token(load: Load) -> None:
-    """As llama.cpp does it; a user-defined token counts as special there."""
+def test_a_space_is_put_before_the_text_and_after_each_special_token(load: Load) -> None:
+    """As in llama.cpp, where a user-defined token counts as special."""
     for tokenizer in (load(), load(add_space_prefix=True)):
         assert printed(tokenizer, tokenizer.encode("q", parse_special=True)) == " q"
         ids = tokenizer.encode("<s>q</s>w", parse_special=True)
@@ -151,7 +131,7 @@ def test_a_blank_is_put_before_the_text_and_after_each_special_token(load: Load)
         assert tokenizer.encode("<s>", parse_special=True) == [1]
 
 
-def test_a_chat_prompt_is_the_same_ids_as_its_text(load: Load) -> None:
+def test_a_chat_prompt_has_the_same_ids_as_its_text(load: Load) -> None:
     tokenizer = load()
     template = ChatTemplate("<s>{{ messages[0].content }}</s>ab", tokenizer)
     for content in ("ab", " ab", "a<b>b", "\n\n"):
@@ -169,27 +149,27 @@ def test_a_character_without_a_token_becomes_its_bytes(small: Tokenizer) -> None
     ]
 
 
-def test_the_text_of_a_byte_token_is_no_byte(small: Tokenizer) -> None:
+def test_the_text_of_a_byte_token_is_not_a_byte(small: Tokenizer) -> None:
     ids = small.encode("<0x41>", parse_special=True)
     assert len(ids) > 1 and printed(small, ids) == "<0x41>"
 
 
-def test_without_byte_tokens_there_is_the_unknown_token(load: Load) -> None:
+def test_without_byte_tokens_the_unknown_token_is_used(load: Load) -> None:
     tokenizer = load(
         tokens=["<unk>", "<s>", "</s>", "a"], token_type=[2, 3, 3, 1], scores=[0.0, 0.0, 0.0, -1.0]
     )
     assert tokenizer.encode("azza", parse_special=True) == [0, 3, 0, 3]
 
 
-def test_an_answer_keeps_the_blank_it_begins_with(load: Load) -> None:
-    """An answer continues its prompt, so its first blank is text, as in llama.cpp's server; what is
-    put before a prompt is not printed, since prompts are not."""
+def test_an_answer_keeps_its_leading_space(load: Load) -> None:
+    """An answer continues its prompt, so its leading space is text, as in llama.cpp's server.  The
+    space put before a prompt is not decoded, since prompts are not."""
     tokenizer = load()
     ids = tokenizer.encode("a 東z", parse_special=True)
     assert "".join(Detokenizer(tokenizer).push([id]) for id in ids) == " a 東z"
 
 
-def test_control_tokens_print_no_blank_for_u2581(load: Load) -> None:
+def test_control_tokens_keep_u2581(load: Load) -> None:
     vocabulary = sentencepiece_vocabulary()
     tokens = vocabulary["tokenizer.ggml.tokens"]
     assert isinstance(tokens, list)
@@ -200,19 +180,19 @@ def test_control_tokens_print_no_blank_for_u2581(load: Load) -> None:
 # ---- Special tokens
 
 
-def test_a_control_tokens_text_is_never_merged_from_plain_text(small: Tokenizer) -> None:
+def test_plain_text_never_becomes_a_control_token(small: Tokenizer) -> None:
     assert small.encode("<s>", parse_special=True) == [1]
     plain = small.encode("<s>", parse_special=False)
     assert 1 not in plain and printed(small, plain) == "<s>"
 
 
-def test_the_longest_user_defined_token_is_taken(small: Tokenizer) -> None:
+def test_the_longest_user_defined_token_wins(small: Tokenizer) -> None:
     for parse_special in (False, True):
         assert texts(small, "a\n\n\nb<b>", parse_special) == ["a", "\n\n", "\n", "b", "<b>"]
     assert not any(text in small.special_tokens for text in USER_DEFINED_TEXTS)
 
 
-def test_what_the_file_does_not_say_is_as_in_llama_2(load: Load) -> None:
+def test_missing_keys_default_to_those_of_llama_2(load: Load) -> None:
     tokenizer = load(bos_token_id=None, eos_token_id=None)
     assert tokenizer.bos_id == 1 and tokenizer.add_bos
     assert tokenizer.end_ids == {2}
@@ -220,7 +200,7 @@ def test_what_the_file_does_not_say_is_as_in_llama_2(load: Load) -> None:
     assert not load(add_bos_token=False).add_bos
 
 
-# ---- On disk
+# ---- The disk cache
 
 
 def merges_file(cache: Path) -> Path:
@@ -228,7 +208,7 @@ def merges_file(cache: Path) -> Path:
     return found
 
 
-def test_merges_are_kept_in_a_private_folder(load: Load, tmp_path: Path) -> None:
+def test_merges_are_cached_in_a_private_folder(load: Load, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     first = load(cache)
     kept = merges_file(cache)
@@ -241,7 +221,7 @@ def test_merges_are_kept_in_a_private_folder(load: Load, tmp_path: Path) -> None
     )
 
 
-def test_kept_merges_are_not_worked_out_again(
+def test_cached_merges_are_not_computed_again(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load(tmp_path / "cache")
@@ -259,7 +239,7 @@ def test_kept_merges_are_not_worked_out_again(
         lambda data: data + bytes(8),
     ],
 )
-def test_a_damaged_file_is_made_anew(
+def test_a_damaged_cache_file_is_written_again(
     load: Load,
     tmp_path: Path,
     damage: Callable[[bytes], bytes],
@@ -271,7 +251,7 @@ def test_a_damaged_file_is_made_anew(
     kept.write_bytes(damage(whole))
     assert texts(load(tmp_path / "cache"), "ab") == texts(load(), "ab")
     assert kept.read_bytes() == whole
-    assert "is damaged; it is made anew" in caplog.text
+    assert "is damaged; writing it again" in caplog.text
 
 
 def test_another_vocabulary_has_another_file(load: Load, tmp_path: Path) -> None:
@@ -284,18 +264,18 @@ def test_another_vocabulary_has_another_file(load: Load, tmp_path: Path) -> None
     assert len(list((tmp_path / "cache" / "tokenizers").iterdir())) == 3
 
 
-def test_texts_that_join_to_the_same_bytes_have_different_files(tmp_path: Path) -> None:
+def test_vocabularies_with_the_same_joined_text_have_different_files(tmp_path: Path) -> None:
     for tokens in (["ab", "c", ""], ["a", "bc", ""], ["a", "", "bc"]):
         cached_merges(tokens, [NORMAL] * 3, [0.0] * 3, tmp_path)
     assert len(list((tmp_path / "tokenizers").iterdir())) == 3
 
 
-def test_a_cache_that_cannot_be_written_is_a_warning(
+def test_an_unwritable_cache_is_a_warning(
     load: Load, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
     assert texts(load(tmp_path / "file"), "ab") == texts(load(), "ab")
-    assert "cannot keep the converted tokenizer" in caplog.text
+    assert "cannot cache the converted tokenizer" in caplog.text
 
 
 # ---- Refusals
@@ -308,10 +288,10 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
         ({"scores": [1.0]}, "key 'tokenizer.ggml.scores' must be an array of 392 numbers"),
         ({"scores": ["a"] * 392}, "key 'tokenizer.ggml.scores' must be an array of 392 numbers"),
         ({"add_space_prefix": 1}, "'tokenizer.ggml.add_space_prefix' must be bool, but it is int"),
-        ({"token_type": [BYTE] * 392}, "token 0, '<unk>', is no byte as <0x41>"),
+        ({"token_type": [BYTE] * 392}, "token 0, '<unk>', must be a byte as <0x41>"),
         (
             {"tokens": ["a" * 257, "b", "c"], "token_type": [1] * 3, "scores": [0.0] * 3},
-            "its tokens have up to 257 characters, 259 together; at most 256 each",
+            "its tokens have up to 257 characters, 259 in total; the limit is 256 each",
         ),
         (
             {
@@ -319,7 +299,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
                 "token_type": [1] * 2100,
                 "scores": [0.0] * 2100,
             },
-            "537600 together; at most 256 each are possible, and 134217728 as the sum",
+            "537600 in total; the limit is 256 each, and 134217728 for the sum",
         ),
     ],
 )
@@ -328,105 +308,3 @@ def test_refuses_a_vocabulary_it_cannot_use(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         load(**changes)
-
-
-# ---- The library that such vocabularies are made with
-
-
-@pytest.mark.compat
-def test_ids_equal_those_of_the_sentencepiece_library(tmp_path: Path) -> None:
-    library = pytest.importorskip("sentencepiece")
-    text = (ROOT / "LICENSE").read_text()
-    library.SentencePieceTrainer.train(
-        sentence_iterator=iter(text.splitlines()),
-        model_prefix=str(tmp_path / "trained"),
-        model_type="bpe",
-        vocab_size=900,
-        byte_fallback=True,
-        user_defined_symbols=["<b>", "<x|y>"],
-        add_dummy_prefix=False,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        minloglevel=2,
-    )
-    theirs = library.SentencePieceProcessor(model_file=str(tmp_path / "trained.model"))
-    ours = load_tokenizer(small_file(tmp_path / "m.gguf", **trained_vocabulary(theirs)))
-    pieces = ["a", " ", "  ", "the", "é", "東", "1", "<b>", "<x|y>", "\n", "aaa", "==", "🙂"]
-    rng = random.Random(0)
-    samples = ["".join(rng.choices(pieces, k=30)) for _ in range(2000)]
-    for sample in [*samples, *text.splitlines(), text]:
-        assert ours.encode(sample, parse_special=False) == theirs.encode(sample)
-
-
-def trained_vocabulary(library: Any) -> dict[str, object]:
-    """Changes for small_file."""
-    ids = range(library.vocab_size())
-    tokens = [library.id_to_piece(id) for id in ids]
-
-    def type_of(id: int) -> int:
-        kinds = [(library.is_unknown, UNKNOWN), (library.is_control, CONTROL)]
-        kinds += [(library.is_byte, BYTE), (lambda id: tokens[id][0] == "<", USER_DEFINED)]
-        return next((type for is_kind, type in kinds if is_kind(id)), NORMAL)
-
-    return {
-        "tokens": tokens,
-        "token_type": [type_of(id) for id in ids],
-        "scores": [library.get_score(id) for id in ids],
-        "add_space_prefix": False,
-    }
-
-
-# ---- Gemma 3
-
-
-@pytest.fixture(scope="session")
-def gemma3_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="session")
-def gemma3_tokenizer(gemma3: Path, gemma3_cache: Path) -> Tokenizer:
-    return load_tokenizer(open_gguf(gemma3), gemma3_cache)
-
-
-@pytest.mark.slow
-def test_golden_ids_of_gemma3(gemma3_tokenizer: Tokenizer) -> None:
-    cases = json.loads((GOLDEN / "tokens-gemma-3-270m.json").read_text())["cases"]
-    assert len(cases) == 99
-    for case in cases:
-        ids = gemma3_tokenizer.encode(case["text"], parse_special=True)
-        assert ids == case["ids"]
-        assert printed(gemma3_tokenizer, ids) == case["text"]
-
-
-@pytest.mark.slow
-def test_golden_prompts_and_answers_of_gemma3(gemma3_tokenizer: Tokenizer) -> None:
-    cases = json.loads((GOLDEN / "gemma-3-270m-q4_k_m.json").read_text())["cases"]
-    for case in cases:
-        assert gemma3_tokenizer.encode(case["text"], parse_special=True) == case["prompt_ids"]
-        detokenizer = Detokenizer(gemma3_tokenizer, skip_special_tokens=False)
-        text = "".join(detokenizer.push([id]) for id in case["greedy_ids"]) + detokenizer.flush()
-        assert text == case["greedy_text"]
-
-
-@pytest.mark.slow
-def test_facts_of_gemma3(gemma3_tokenizer: Tokenizer) -> None:
-    tokenizer = gemma3_tokenizer
-    assert tokenizer.vocab_size == 262_144
-    assert tokenizer.bos_id == 2 and tokenizer.add_bos
-    assert tokenizer.end_ids == {1, 106}  # <eos>, <end_of_turn>
-    assert len(tokenizer.special_tokens) == 6249
-
-
-@pytest.mark.slow
-def test_gemma3_loads_in_little_time_the_second_time(
-    gemma3: Path, gemma3_tokenizer: Tokenizer, gemma3_cache: Path
-) -> None:
-    file = open_gguf(gemma3)
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        load_tokenizer(file, gemma3_cache)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1.5  # 0.6 on most machines

@@ -1,4 +1,4 @@
-"""llmsrv.text.stop: cut where str.find would cut, however the text arrives."""
+"""llmsrv.text.stop: cuts where str.find would, however the text arrives."""
 
 import itertools
 import time
@@ -13,14 +13,14 @@ from tests.support.parameters import slow_but
 
 
 def cut(text: str, stops: list[str]) -> tuple[str, bool]:
-    """The oracle: of the first place of each stop string, the first to end, then the first to
+    """The oracle: of the first match of each stop string, picks the first to end, then the first to
     begin."""
     found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
     return (text[:min(found)[1]], True) if found else (text, False)
 
 
 def stream(chunks: list[str], stops: list[str]) -> tuple[str, bool]:
-    """All that is sent, with what must hold after every chunk checked."""
+    """Returns all text that is sent; checks the invariants after every chunk."""
     matcher = StopMatcher(stops)
     arrived = sent = ""
     is_matched = False
@@ -36,7 +36,7 @@ def stream(chunks: list[str], stops: list[str]) -> tuple[str, bool]:
 
 
 def longest_open_end(text: str, stops: list[str]) -> int:
-    """How many characters at the end may begin a stop string: no more than these are withheld."""
+    """How many characters at the end may begin a stop string; exactly these are withheld."""
     beginnings = [stop[:n] for stop in stops for n in range(1, len(stop))]
     return max((len(start) for start in beginnings if text.endswith(start)), default=0)
 
@@ -89,7 +89,7 @@ def test_without_stop_strings_nothing_is_withheld():
     assert matcher.num_withheld == 0 and matcher.flush() == ""
 
 
-def test_what_may_begin_a_stop_string_is_withheld_until_it_is_known():
+def test_a_possible_stop_string_is_withheld_until_it_is_decided():
     matcher = StopMatcher(["END"])
     assert matcher.push("the E") == ("the ", False)
     assert matcher.num_withheld == 1
@@ -110,13 +110,13 @@ def test_the_first_to_be_complete_wins_over_the_first_to_begin():
     assert StopMatcher(["abcd", "bc"]).push("xabcd") == ("xa", True)
 
 
-def test_of_two_complete_at_once_the_first_to_begin_wins():
+def test_if_two_are_complete_at_once_the_first_to_begin_wins():
     assert StopMatcher(["c", "abc", "bc"]).push("xabc") == ("x", True)
 
 
 @pytest.mark.parametrize("chunk_size", slow_but([1, 4, 100_000], 4))
 def test_a_hostile_stream_takes_linear_time(chunk_size):
-    """Nearly a stop string, again and again, with four long ones."""
+    """Text that almost matches again and again, with four long stop strings."""
     stops = [c * 2000 + "!" for c in "a"] + ["a" * n + "b" for n in (500, 1000, 1500)]
     text = ("a" * 1999 + "c") * 50
     chunks = [text[at:at + chunk_size] for at in range(0, len(text), chunk_size)]

@@ -1,4 +1,4 @@
-"""Structural tags: which answers each format takes, and what cannot be followed."""
+"""Structural tags: which answers each format accepts, and which formats are refused."""
 
 import json
 from typing import Any
@@ -25,7 +25,7 @@ def tag(begin: str, end: str, content: Any = None) -> Any:
     return {"type": "tag", "begin": begin, "content": content, "end": end}
 
 
-def source_of(form: Any, tokenizer: Tokenizer) -> str:
+def format_source(form: Any, tokenizer: Tokenizer) -> str:
     return structural_tag_source(parse_format(json.dumps(form).encode()), tokenizer)
 
 
@@ -66,10 +66,10 @@ THOUGHTS = {"type": "sequence", "elements": [tag("<think>", "</think>", ANY), TR
     ],
     ids=str,
 )
-def test_a_format_takes_its_answers_and_no_others(
+def test_a_format_accepts_its_answers_and_no_others(
     texts: Texts, tokenizer: Tokenizer, form: Any, taken: list[str], others: list[str]
 ) -> None:
-    source = source_of(form, tokenizer)
+    source = format_source(form, tokenizer)
     for answer in taken:
         assert texts.take(source, answer), answer
     for answer in others:
@@ -78,7 +78,8 @@ def test_a_format_takes_its_answers_and_no_others(
 
 def test_a_special_token_may_be_the_trigger(texts: Texts, tokenizer: Tokenizer) -> None:
     tags = [tag(f"{SPECIAL}f ", ""), tag(f"{SPECIAL}g ", "<|endoftext|>")]
-    source = source_of({"type": "triggered_tags", "triggers": [SPECIAL], "tags": tags}, tokenizer)
+    form = {"type": "triggered_tags", "triggers": [SPECIAL], "tags": tags}
+    source = format_source(form, tokenizer)
     assert texts.take(source, f'text {SPECIAL}f {{"n": 1}}{SPECIAL}g {{"n": 2}}<|endoftext|>')
     assert not texts.take(source, f"text {SPECIAL}h")
 
@@ -103,9 +104,9 @@ def test_a_special_token_may_be_the_trigger(texts: Texts, tokenizer: Tokenizer) 
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_cannot_be_followed_is_named(tokenizer: Tokenizer, form: Any, why: str) -> None:
+def test_the_error_names_what_is_not_supported(tokenizer: Tokenizer, form: Any, why: str) -> None:
     with pytest.raises(GrammarError, match=why):
-        source_of(form, tokenizer)
+        format_source(form, tokenizer)
 
 
 @pytest.mark.parametrize("depth", [900, 100_000])

@@ -1,4 +1,4 @@
-"""llmsrv.text.tokenizer and pre_tokenizers: the ids of the field's own tokenizers, and refusals."""
+"""llmsrv.text.tokenizer and pre_tokenizers: the same ids as other tokenizers, and refusals."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from llmsrv.files.gguf import open_gguf
 from llmsrv.text.pre_tokenizers import PRE_TOKENIZERS
 from llmsrv.text.tokenizer import BYTE_OF_CHARACTER
 from llmsrv.text.tokenizer import Tokenizer
-from llmsrv.text.tokenizer import any_of
+from llmsrv.text.tokenizer import longest_match_pattern
 from llmsrv.text.tokenizer import load_tokenizer
 from tests.support.gguf_writer import CONTROL
 from tests.support.gguf_writer import NORMAL
@@ -39,15 +39,15 @@ def smollm2_tokenizer(smollm2) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def missing_bytes(smollm2_tokenizer) -> set[int]:
-    """Bytes that SmolLM2 has no token for: some control characters, and some that UTF-8 does not
-    use or only beyond the common planes."""
+    """Bytes without a token in SmolLM2: some control characters, and some that UTF-8 uses never or
+    only beyond the common planes."""
     tokens = map(smollm2_tokenizer.token_bytes, range(smollm2_tokenizer.vocab_size))
     return set(range(256)) - {token[0] for token in tokens if len(token) == 1}
 
 
 @pytest.fixture
 def load(tmp_path):
-    """A tokenizer from the tiny vocabulary with some metadata replaced; None removes a key."""
+    """Loads the tiny vocabulary with some metadata replaced; None removes a key."""
 
     def load(**changes: object) -> Tokenizer:
         replaced = {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
@@ -59,7 +59,7 @@ def load(tmp_path):
 
 
 def with_more_tokens(**texts: int) -> dict[str, object]:
-    """Changes for `load`: further tokens and their types."""
+    """Changes for `load`: more tokens and their types."""
     vocabulary = tiny_vocabulary()
     return {
         "tokens": [*vocabulary[TOKENS], *texts],
@@ -109,7 +109,7 @@ def test_the_default_model_loads_in_a_quarter_of_a_second(smollm2):
 
 
 def test_every_token_of_the_default_model_has_its_bytes(smollm2_tokenizer):
-    """The tokens that are whole characters are encoded by themselves."""
+    """Also, no two tokens stand for the same single byte."""
     ids = range(smollm2_tokenizer.vocab_size)
     total = b"".join(map(smollm2_tokenizer.token_bytes, ids))
     assert len(total) > 49152 and set(range(256)) >= set(total)
@@ -118,7 +118,7 @@ def test_every_token_of_the_default_model_has_its_bytes(smollm2_tokenizer):
 
 
 @given(text=st.text())
-def test_text_comes_back_from_its_ids(smollm2_tokenizer, missing_bytes, text):
+def test_encoding_and_decoding_returns_the_text(smollm2_tokenizer, missing_bytes, text):
     printed = bytes(byte for byte in text.encode() if byte not in missing_bytes)
     for parse_special in (False, True):
         ids = smollm2_tokenizer.encode(text, parse_special=parse_special)
@@ -136,20 +136,20 @@ def test_long_monotonous_text_takes_linear_time(smollm2_tokenizer, unit):
     assert b"".join(map(smollm2_tokenizer.token_bytes, ids)) == text.encode()
 
 
-def test_several_threads_encode_at_once(smollm2_tokenizer):
+def test_several_threads_can_encode_at_once(smollm2_tokenizer):
     cases = json.loads((GOLDEN / "tokens-smollm2.json").read_text())["cases"] * 5
     with ThreadPoolExecutor(4) as pool:
         encoded = pool.map(lambda c: smollm2_tokenizer.encode(c["text"], parse_special=True), cases)
     assert list(encoded) == [case["ids"] for case in cases]
 
 
-def test_75_others_go_on_while_a_long_text_is_encoded(smollm2_tokenizer):
+def test_75_other_threads_run_while_a_long_text_is_encoded(smollm2_tokenizer):
     with ThreadPoolExecutor(1) as pool:
         encoded = pool.submit(smollm2_tokenizer.encode, "[] " * 50_000, parse_special=True)
         num_turns = 0
         while not encoded.done():
             num_turns += 1
-            time.sleep(0)  # gives the interpreter lock to whoever wants it
+            time.sleep(0)  # offers the interpreter lock to other threads
     assert num_turns > 20
 
 
@@ -158,7 +158,7 @@ def test_75_others_go_on_while_a_long_text_is_encoded(smollm2_tokenizer):
 
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory) -> tuple[Tokenizer, tokenizers.Tokenizer]:
-    """One vocabulary of 500 tokens, read by us from GGUF and by the library from its own JSON."""
+    """One vocabulary of 500 tokens, read by us from GGUF and by the library from its JSON."""
     source = GOLDEN / "tiny" / "llama" / "tokenizer.json"
     description = json.loads(source.read_text())
     vocabulary = description["model"]["vocab"]
@@ -187,7 +187,7 @@ def test_ids_equal_those_of_the_tokenizers_library(twins, text):
     assert ours.encode(text, parse_special=True) == wanted
 
 
-# Checked by hand against the models' own patterns: what each name does to one text.
+# How each pre-tokenizer splits one text, checked by hand against the models' own patterns.
 TEXT = "I'LL don't 12345 a/b!\n\n  x東京 HTTPServer é½\r\n"
 CUTS = {
     "default": "I|'|LL| don|'|t| |123|45| a|/|b|!|\n\n | x東京| HTTPServer| é|½|\r\n",
@@ -209,7 +209,7 @@ CUTS = {
 
 
 @pytest.mark.parametrize("name", CUTS)
-def test_text_is_cut_as_the_pre_tokenizer_says(name):
+def test_text_is_split_as_the_pre_tokenizer_says(name):
     pieces = PRE_TOKENIZERS[name].build().pre_tokenize_str(TEXT)
     as_text = [p.translate(BYTE_OF_CHARACTER).encode("latin-1").decode() for p, _ in pieces]
     assert as_text == CUTS[name].split("|")
@@ -223,7 +223,7 @@ def test_every_pre_tokenizer_loses_nothing(load, name):
         assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
 
 
-def test_a_word_that_is_a_token_is_taken_whole_where_the_model_says_so(load):
+def test_a_word_that_is_a_token_ignores_merges_if_the_model_says_so(load):
     changes = with_more_tokens(xyz=NORMAL)
     whole = load(pre="llama-bpe", **changes).encode("xyz", parse_special=False)
     merged = load(pre="qwen2", **changes).encode("xyz", parse_special=False)
@@ -233,7 +233,7 @@ def test_a_word_that_is_a_token_is_taken_whole_where_the_model_says_so(load):
 # ---- Special tokens
 
 
-def test_a_control_tokens_text_is_one_id_only_when_parsed(load):
+def test_the_text_of_a_control_token_is_one_id_only_if_parsed(load):
     tokenizer = load()
     assert tokenizer.encode("<|im_end|>", parse_special=True) == [2]
     plain = tokenizer.encode("<|im_end|>", parse_special=False)
@@ -248,7 +248,7 @@ def test_a_user_defined_token_is_always_one_id(load):
     assert "<tool>" not in tokenizer.special_tokens and not tokenizer.is_special(id)
 
 
-def test_the_longest_of_several_special_tokens_is_taken(load):
+def test_the_longest_of_several_special_tokens_wins(load):
     texts = {"<a": CONTROL, "<a><b>": CONTROL, "<a>": CONTROL, "<b>c": USER_DEFINED}
     tokenizer = load(**with_more_tokens(**texts))
     first = tokenizer.vocab_size - 4
@@ -261,8 +261,8 @@ def test_the_longest_of_several_special_tokens_is_taken(load):
     texts=st.sets(st.text("ab<|.", min_size=1, max_size=6), max_size=12),
     text=st.text("ab<|.", max_size=40),
 )
-def test_any_of_finds_the_leftmost_then_longest(texts, text):
-    pattern = any_of(texts)
+def test_the_pattern_finds_the_leftmost_then_longest(texts, text):
+    pattern = longest_match_pattern(texts)
     if pattern is None:
         assert not texts
         return
@@ -270,7 +270,7 @@ def test_any_of_finds_the_leftmost_then_longest(texts, text):
     assert [m.span() for m in pattern.finditer(text)] == [m.span() for m in naive.finditer(text)]
 
 
-def test_tokens_print_their_bytes(load):
+def test_tokens_decode_to_their_bytes(load):
     changes = with_more_tokens(**{"<tool>": USER_DEFINED, "▁odd": NORMAL, "Ġ東": NORMAL})
     tokenizer = load(**changes)
     size = tokenizer.vocab_size
@@ -290,10 +290,10 @@ def test_ids_outside_the_vocabulary_are_errors(load):
                 method(id)
 
 
-# ---- What metadata say
+# ---- Metadata
 
 
-def test_bos_is_added_where_the_file_or_else_the_kind_of_model_says_so(load):
+def test_the_file_or_else_the_pre_tokenizer_decides_whether_bos_is_added(load):
     assert not load(add_bos_token=None).add_bos
     assert load(add_bos_token=True).add_bos
     assert load(add_bos_token=None, pre="llama-bpe").add_bos
@@ -318,7 +318,7 @@ def test_a_named_id_outside_the_vocabulary_is_ignored_with_a_warning(load, caplo
     assert "tokenizer.ggml.bos_token_id 99999 is outside its" in caplog.text
 
 
-def test_a_missing_pre_tokenizer_is_default_with_a_warning(load, caplog):
+def test_a_missing_pre_tokenizer_falls_back_to_default_with_a_warning(load, caplog):
     assert load(pre=None).encode("hello", parse_special=False)
     assert "names no pre-tokenizer" in caplog.text
 
@@ -329,7 +329,7 @@ def test_token_types_may_be_missing(load):
     assert len(tokenizer.encode(TINY_SPECIALS[0], parse_special=True)) == len(TINY_SPECIALS[0])
 
 
-def test_special_tokens_within_each_other_as_deep_as_allowed(load):
+def test_special_tokens_may_be_prefixes_of_each_other(load):
     texts = {"<" * n: CONTROL for n in range(2, 257)}
     tokenizer = load(**with_more_tokens(**texts))
     assert tokenizer.encode("<" * 257, parse_special=True) == [tokenizer.vocab_size - 1, 3 + 60]
@@ -338,10 +338,10 @@ def test_special_tokens_within_each_other_as_deep_as_allowed(load):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "bert"}, "its tokenizer is of the kind 'bert'; byte-level BPE"),
+        ({"model": "bert"}, "its tokenizer has type 'bert'; only byte-level BPE"),
         ({"model": "llama"}, "key 'tokenizer.ggml.scores' must be an array of 270 numbers"),
-        ({"model": None}, "its tokenizer is of the kind None"),
-        ({"pre": "brand-new"}, "its pre-tokenizer 'brand-new' .* is not known; known: a.x-4.0, "),
+        ({"model": None}, "its tokenizer has type None"),
+        ({"pre": "brand-new"}, "its pre-tokenizer 'brand-new' .* is unknown; known: a.x-4.0, "),
         ({"tokens": None}, "key 'tokenizer.ggml.tokens' must be an array of strings"),
         ({"tokens": [1, 2]}, "key 'tokenizer.ggml.tokens' must be list, but it is array"),
         ({"tokens": [True]}, "key 'tokenizer.ggml.tokens' must be an array of strings"),
@@ -355,11 +355,11 @@ def test_special_tokens_within_each_other_as_deep_as_allowed(load):
         ({"add_bos_token": 1}, "key 'tokenizer.ggml.add_bos_token' must be bool, but it is int"),
         (
             {"tokens": ["a", "a"], "token_type": None},
-            "its vocabulary is not usable: 1 tokens are there twice",
+            "its vocabulary is not usable: 1 tokens are duplicates",
         ),
         ({"tokens": [b"\xff", *byte_characters()], "token_type": None}, "not usable: "),
         (with_more_tokens(**{"<" * n: CONTROL for n in range(2, 258)}), "up to 257 characters"),
-        (with_more_tokens(**{f"<{n:0200}>": CONTROL for n in range(1300)}), "262635 together"),
+        (with_more_tokens(**{f"<{n:0200}>": CONTROL for n in range(1300)}), "262635 in total"),
     ],
 )
 def test_refuses_a_vocabulary_it_cannot_use(load, changes, message):

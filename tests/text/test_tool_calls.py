@@ -1,4 +1,4 @@
-"""llmsrv.text.tool_calls: calls out of text in every format, whatever the pieces."""
+"""llmsrv.text.tool_calls: finds calls in every format, however the text is cut."""
 
 import json
 import time
@@ -17,7 +17,7 @@ Calls = list[tuple[str, str]]
 
 
 def parse(format: str, pieces: list[str], at_most_one: bool = False) -> tuple[str, Calls]:
-    """The text, and the name and arguments of each call, put together as a client does."""
+    """The content, and the name and arguments of each call, joined as a client does."""
     parser = ToolCallParser(FORMATS[format], NAMES, at_most_one)
     content = ""
     names: list[str] = []
@@ -73,7 +73,7 @@ CASES: list[tuple[str, str, str, Calls]] = [
 
 
 @pytest.mark.parametrize("format, answer, text, calls", CASES)
-def test_calls_are_found_in_what_models_write(
+def test_calls_are_found_in_the_formats_of_all_models(
     format: str, answer: str, text: str, calls: Calls
 ) -> None:
     assert parse(format, [answer]) == (text, calls)
@@ -82,7 +82,7 @@ def test_calls_are_found_in_what_models_write(
 
 @st.composite
 def answers_in_pieces(draw: st.DrawFn) -> tuple[str, list[str]]:
-    """A format, and an answer in pieces: one of the cases, or fragments of them in any order."""
+    """A format, and an answer in pieces: cases and fragments of them in any order."""
     format = draw(st.sampled_from(sorted(FORMATS)))
     answers = [answer for other, answer, _, _ in CASES if other == format]
     fragments = ["{", "}", "[", "]", '"', "\\", " ", ",", ";", "x", '"name": "f", ', '"arguments":']
@@ -93,7 +93,9 @@ def answers_in_pieces(draw: st.DrawFn) -> tuple[str, list[str]]:
 
 
 @given(case=answers_in_pieces(), at_most_one=st.booleans())
-def test_the_pieces_do_not_matter(case: tuple[str, list[str]], at_most_one: bool) -> None:
+def test_the_result_does_not_depend_on_the_pieces(
+    case: tuple[str, list[str]], at_most_one: bool
+) -> None:
     format, pieces = case
     text = "".join(pieces)
     whole = parse(format, [text], at_most_one)
@@ -104,12 +106,12 @@ def test_the_pieces_do_not_matter(case: tuple[str, list[str]], at_most_one: bool
 
 @settings(max_examples=50)
 @given(text=st.text("{}[]\"\\ a<tool_call>/"))
-def test_text_without_a_call_comes_out_as_it_went_in(text: str) -> None:
+def test_text_without_a_call_is_returned_unchanged(text: str) -> None:
     for format in FORMATS:
         assert parse(format, list(text)) == (text, [])
 
 
-def test_arguments_are_told_as_they_come() -> None:
+def test_arguments_are_streamed_as_they_arrive() -> None:
     parser = ToolCallParser(FORMATS["hermes"], NAMES)
     assert parser.push('<tool_call>{"name": "f", "arguments": {"a')[1][0].name == "f"
     assert [delta.arguments for delta in parser.push('": 1')[1]] == ['": 1']
@@ -164,10 +166,10 @@ def test_long_and_broken_answers_take_linear_time(format: str, answer: str) -> N
         ("{{ messages }}", "json"),
     ],
 )
-def test_the_format_is_the_one_that_the_template_shows(template: str, format: str) -> None:
+def test_the_format_is_detected_from_the_template(template: str, format: str) -> None:
     assert detect_format(template) == format
 
 
-def test_arguments_of_calls_in_another_order_of_keys_are_json() -> None:
+def test_arguments_are_json_if_the_keys_are_in_another_order() -> None:
     _, [(_, arguments)] = parse("json", ['{"arguments": {"a": "é"}, "name": "f"}'])
     assert json.loads(arguments) == {"a": "é"}

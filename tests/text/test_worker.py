@@ -1,4 +1,4 @@
-"""The process that compiles grammars: what it survives, and what becomes of it."""
+"""The process that compiles grammars: limits, crashes, restarts and the cache."""
 
 import asyncio
 import os
@@ -51,7 +51,7 @@ async def started(model: Path) -> AsyncIterator[GrammarWorker]:
 
 
 @in_loop
-async def test_a_crash_or_a_limit_costs_its_own_grammar_alone(model: Path) -> None:
+async def test_a_crash_or_a_limit_affects_only_its_own_grammar(model: Path) -> None:
     assert worker.COMPILE_S <= 1.0 and worker.ANSWER_S <= 1.5  # refused within 2 s
     async with started(model) as grammars:
         assert await grammars.check(GOOD) == GOOD
@@ -60,11 +60,11 @@ async def test_a_crash_or_a_limit_costs_its_own_grammar_alone(model: Path) -> No
             with pytest.raises(GrammarError, match=why):
                 await grammars.check(source)
             assert await grammars.check(choice_source([why]))
-            assert grammars.pid == pid  # no other had to be started, before the answer or after
+            assert grammars.pid == pid  # the process was not restarted
 
 
 @in_loop
-async def test_a_grammar_that_does_not_compile_in_time_is_said_to(
+async def test_the_error_says_that_a_grammar_does_not_compile_in_time(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "ANSWER_S", 0.01)
@@ -84,7 +84,7 @@ async def test_a_process_that_was_killed_is_replaced(model: Path) -> None:
 
 
 @in_loop
-async def test_an_answer_is_kept_whatever_it_was(model: Path) -> None:
+async def test_answers_and_errors_are_cached(model: Path) -> None:
     bad = grammar_source("start: nothing")
     async with started(model) as grammars:
         await grammars.check(GOOD)
@@ -96,7 +96,7 @@ async def test_an_answer_is_kept_whatever_it_was(model: Path) -> None:
 
 
 @in_loop
-async def test_many_at_once_take_turns_and_too_many_are_told(
+async def test_many_grammars_take_turns_and_too_many_are_refused(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "MAX_WAITING", 8)
@@ -108,7 +108,7 @@ async def test_many_at_once_take_turns_and_too_many_are_told(
 
 
 @in_loop
-async def test_a_check_that_is_cancelled_leaves_the_next_one_alone(model: Path) -> None:
+async def test_a_cancelled_check_does_not_affect_the_next_one(model: Path) -> None:
     async with started(model) as grammars:
         await grammars.check(GOOD)
         task = asyncio.create_task(grammars.check(SLOW))
