@@ -5,8 +5,8 @@ python -m bench.large [--types Q4_K,Q6_K] [--bits 8|16] [--threads N] [--runs N]
 The model has the shapes of Llama 3.2 1B and random weights, the same in every layer.  It is written
 to a temporary file of 0.7 to 1 GB.  Decode reads every weight for each token, so its share is that
 of the bytes that the machine can read per second.  Prefill's shares are those of the products of
-bytes per second that vector instructions and matrix registers can do (roofs.c); only the layers'
-products count.
+bytes per second that vector instructions and AMX tiles can do (roofs.c); only the layers' products
+count.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def measure(ggml_type: str, backend: CPUBackend, path: Path, runs: int) -> str:
         f"{ggml_type}, {num_bytes / 1e6:.0f} MB of weights\n"
         f"  1 stream  {tokens:8.1f} tokens/s, {of_read:.2f} of the bytes read per second\n"
         f"  prompt    {rows:8.1f} tokens/s, {of_multiply:.2f} of the products in vectors, "
-        f"{of_matrix:.2f} of those on matrix registers"
+        f"{of_matrix:.2f} of those in AMX tiles"
     )
 
 

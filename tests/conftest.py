@@ -1,4 +1,4 @@
-"""What tests of every package share."""
+"""Fixtures and settings that the tests of all packages share."""
 
 import gc
 import os
@@ -16,20 +16,20 @@ from tests.support.gemma3 import fetch_gemma3
 
 pytest_plugins = ["tests.support.servers"]
 
-# As the engine process does, before numpy is loaded: two threads of BLAS on two cores that others
-# use too are several times slower than one.
+# As the engine process does, before numpy is loaded: on two cores that other processes use too, two
+# BLAS threads are several times slower than one.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-# The hundred processes that tests start find the bytecode of the first, as those of users do.
+# Tests start about a hundred processes.  All but the first find compiled bytecode, as a user's do.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-# Nor is this process to compile all tests, their asserts rewritten, in every run.
+# Keep the bytecode of the tests, with their rewritten asserts, for the next run.
 sys.dont_write_bytecode = False
 
-# Until all tests are collected hardly anything becomes garbage.
+# Collecting the tests makes hardly any garbage.
 gc.disable()
 
-# The same examples in every run; the campaigns search for others.
+# The same examples in every run; tests marked `campaign` search for new ones.
 settings.register_profile(
     "repeated",
     derandomize=True,
@@ -41,18 +41,18 @@ settings.load_profile("repeated")
 
 
 def pytest_collection_finish() -> None:
-    """What collecting has made stays to the end, and no search for garbage need look at it."""
+    """Objects made by the collection live to the end, so the garbage collector skips them."""
     gc.freeze()
     gc.enable()
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The default model, fetched into the user's cache on first use as the server does."""
+    """The default model, fetched into the user's cache on first use, as the server does."""
     return resolve_model(DEFAULT_MODEL, default_cache_dir(), sys.stderr)
 
 
 @pytest.fixture(scope="session")
 def gemma3() -> Path:
-    """Gemma 3 270M base as GGUF; 253 MB, so only for tests marked slow."""
+    """Gemma 3 270M base as GGUF.  It has 253 MB, so only tests marked slow use it."""
     return fetch_gemma3(default_cache_dir() / "models", sys.stderr)

@@ -1,4 +1,4 @@
-"""langchain-openai through LangChain's own suite for chat models."""
+"""Runs LangChain's integration tests of chat models with langchain-openai as the client."""
 
 from typing import Any
 
@@ -49,10 +49,10 @@ class TestChatOpenAI(ChatModelIntegrationTests):
     def model_override_value(self) -> str:
         return "second"
 
-    @pytest.mark.xfail(reason="the model leaves out one of two keys that the prompt asks for")
+    @pytest.mark.xfail(reason="the model omits one of the two keys that the prompt asks for")
     def test_json_mode(self, model: BaseChatModel) -> None:
         super().test_json_mode(model)
 
-    @pytest.mark.xfail(reason="the model does not see that a tool would help")
+    @pytest.mark.xfail(reason="the model does not call the tool")
     def test_agent_loop(self, model: BaseChatModel) -> None:
         super().test_agent_loop(model)

@@ -1,4 +1,4 @@
-"""llm-comply's checks of the chat API against OpenAI's own schema."""
+"""Runs llm-comply, which checks the chat API against OpenAI's schema."""
 
 import json
 import subprocess
@@ -13,11 +13,12 @@ pytest.importorskip("llm_comply", reason="needs '.[compat]'")
 
 pytestmark = pytest.mark.compat
 
-NOT_HERE = {"chat-image-input", "chat-reasoning-summary"}  # text alone, and no model that thinks
+# The server takes text only, and the model does not reason.
+UNSUPPORTED = {"chat-image-input", "chat-reasoning-summary"}
 
 
-def comply(server: RunningServer, *checks: str) -> dict[str, Any]:
-    """The result of each check, all of them where none is named."""
+def run_checks(server: RunningServer, *checks: str) -> dict[str, Any]:
+    """The results by check.  Runs all checks if none is named."""
     command = [sys.executable, "-c", "from llm_comply.cli import main; main()"]
     options = ["-u", f"{server.url}/v1", "-k", "none", "-m", "SmolLM2-135M-Instruct"]
     options += ["--format", "openai-chat", "--json"]
@@ -27,11 +28,11 @@ def comply(server: RunningServer, *checks: str) -> dict[str, Any]:
 
 
 def test_every_check_of_the_chat_api_passes(server: RunningServer) -> None:
-    results = comply(server)
+    results = run_checks(server)
     assert len(results) == 9
-    failed = [n for n in results.keys() - NOT_HERE if results[n]["status"] != "passed"]
-    if failed:  # its requests are not seeded, and an answer may not come to its end
-        results |= comply(server, *failed)
-    for name in results.keys() - NOT_HERE:
+    failed = [n for n in results.keys() - UNSUPPORTED if results[n]["status"] != "passed"]
+    if failed:  # once more: the requests have no seed, and an answer may not reach its end
+        results |= run_checks(server, *failed)
+    for name in results.keys() - UNSUPPORTED:
         assert results[name]["status"] == "passed", results[name]
         assert not results[name].get("warnings"), results[name]

@@ -1,4 +1,4 @@
-"""OpenAI's client for Node, as npm installs it."""
+"""OpenAI's client for Node, installed by npm."""
 
 import json
 import shutil
@@ -63,7 +63,7 @@ console.log(JSON.stringify({ whole, streamed, usage, called, completion, models,
 
 @pytest.fixture(scope="module")
 def answers(server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the script got, by its own names."""
+    """What the script received, by the names of its variables."""
     folder = tmp_path_factory.mktemp("npm")
     if not shutil.which("node") or not shutil.which("npm"):
         pytest.skip("needs node and npm")
@@ -92,13 +92,13 @@ def test_a_chat_is_answered(answers: dict[str, Any]) -> None:
     assert choice["finish_reason"] == "stop"
 
 
-def test_a_streamed_chat_is_the_whole_one(answers: dict[str, Any]) -> None:
+def test_a_streamed_chat_adds_up_to_the_unstreamed_one(answers: dict[str, Any]) -> None:
     whole = answers["whole"]
     assert answers["streamed"] == whole["choices"][0]["message"]["content"]
     assert answers["usage"]["total_tokens"] == whole["usage"]["total_tokens"]
 
 
-def test_a_streamed_tool_call_is_put_together(answers: dict[str, Any]) -> None:
+def test_the_client_assembles_a_streamed_tool_call(answers: dict[str, Any]) -> None:
     choice = answers["called"]["choices"][0]
     assert choice["finish_reason"] == "tool_calls"
     (call,) = choice["message"]["tool_calls"]
@@ -107,7 +107,7 @@ def test_a_streamed_tool_call_is_put_together(answers: dict[str, Any]) -> None:
     assert json.loads(call["function"]["arguments"])["city"] in ("Paris", "Rome")
 
 
-def test_completions_models_and_errors_are_understood(answers: dict[str, Any]) -> None:
+def test_the_client_understands_completions_models_and_errors(answers: dict[str, Any]) -> None:
     (choice,) = answers["completion"]["choices"]
     assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
     assert "SmolLM2-135M-Instruct" in answers["models"]
