@@ -29,7 +29,7 @@ from tests.support.engines import engine
 from tests.support.engines import has_exited
 from tests.support.engines import in_loop
 from tests.support.generations import GREEDY
-from tests.support.generations import asked
+from tests.support.generations import make_submit
 from tests.support.generations import output_of
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +45,7 @@ async def test_an_engine_ignores_sigint_and_sigterm_and_is_killed_first_when_mem
     assert client.pid
     os.kill(client.pid, signal.SIGINT)
     os.kill(client.pid, signal.SIGTERM)
-    assert (await output_of(client.submit(asked([1, 2], 5))))[1] == ["length"]
+    assert (await output_of(client.submit(make_submit([1, 2], 5))))[1] == ["length"]
     assert client.num_restarts == 0
     assert Path(f"/proc/{client.pid}/oom_score_adj").read_text() == "500\n"
 

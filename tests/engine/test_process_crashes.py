@@ -24,7 +24,7 @@ from tests.support.engines import has_exited
 from tests.support.engines import in_loop
 from tests.support.engines import until
 from tests.support.generations import ENDLESS
-from tests.support.generations import asked
+from tests.support.generations import make_submit
 from tests.support.generations import output_of
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
@@ -35,8 +35,8 @@ async def test_a_killed_engine_ends_its_requests_within_a_second_and_the_next_on
     tiny: Path,
 ) -> None:
     async with engine(tiny, max_num_sequence=1) as client:
-        running = client.submit(asked([1, 2], ENDLESS))
-        waiting = client.submit(asked([3, 4], 5))
+        running = client.submit(make_submit([1, 2], ENDLESS))
+        waiting = client.submit(make_submit([3, 4], 5))
         await running.admitted()
         await anext(running)
         assert client.gauges.running == 1 and client.pid
@@ -55,11 +55,11 @@ async def test_a_killed_engine_ends_its_requests_within_a_second_and_the_next_on
         assert client.state is EngineState.RESTARTING and "SIGKILL" in client.reason
         assert client.gauges == Gauges()
         with pytest.raises(ApiError) as refused:
-            client.submit(asked([1, 2], 5))
+            client.submit(make_submit([1, 2], 5))
         assert refused.value.status == 503 and "SIGKILL" in refused.value.message
         await client.wait_ready()
         assert client.num_restarts == 1 and client.pid != pid and has_exited(pid, 0)
-        assert (await output_of(client.submit(asked([1, 2], 5))))[1] == ["length"]
+        assert (await output_of(client.submit(make_submit([1, 2], 5))))[1] == ["length"]
 
 
 @pytest.mark.slow
@@ -68,7 +68,7 @@ def test_an_engine_killed_by_any_signal_is_replaced(number: signal.Signals, tiny
     @in_loop
     async def check() -> None:
         async with engine(tiny) as client:
-            running = client.submit(asked([1, 2], ENDLESS))
+            running = client.submit(make_submit([1, 2], ENDLESS))
             await anext(running)
             assert client.pid
             os.kill(client.pid, number)
@@ -76,7 +76,7 @@ def test_an_engine_killed_by_any_signal_is_replaced(number: signal.Signals, tiny
                 with pytest.raises(ApiError, match=number.name):
                     await output_of(running)
             await client.wait_ready()
-            assert (await output_of(client.submit(asked([1, 2], 5))))[1] == ["length"]
+            assert (await output_of(client.submit(make_submit([1, 2], 5))))[1] == ["length"]
 
     check()
 
@@ -87,14 +87,14 @@ def test_the_client_runs_on_uvloop_as_well(tiny: Path) -> None:
 
     async def scenario() -> None:
         async with engine(tiny) as client:
-            generation = client.submit(asked([1, 2], ENDLESS))
+            generation = client.submit(make_submit([1, 2], ENDLESS))
             await anext(generation)
             assert client.pid
             os.kill(client.pid, signal.SIGKILL)
             with pytest.raises(ApiError, match="SIGKILL"):
                 await output_of(generation)
             await client.wait_ready()
-            assert (await output_of(client.submit(asked([1, 2], 3))))[1] == ["length"]
+            assert (await output_of(client.submit(make_submit([1, 2], 3))))[1] == ["length"]
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(asyncio.wait_for(scenario(), 30))
@@ -106,7 +106,7 @@ async def test_a_request_in_two_crashes_must_not_be_retried_and_its_hash_is_logg
     tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(process, "main", engines.main_with_a_fatal_id)
-    poison = asked([engines.FATAL_ID], 5)
+    poison = make_submit([engines.FATAL_ID], 5)
     async with engine(tiny) as client:
         for status, code in ((503, "engine_restarted"), (500, "engine_crashed")):
             with pytest.raises(ApiError) as lost:
@@ -115,14 +115,14 @@ async def test_a_request_in_two_crashes_must_not_be_retried_and_its_hash_is_logg
             await client.wait_ready()
         assert lost.value.headers == {"x-should-retry": "false"}
         assert f"request {hash_of(poison)} was in the engine at two crashes" in caplog.text
-        assert (await output_of(client.submit(asked([1, 2], 5))))[1] == ["length"]
+        assert (await output_of(client.submit(make_submit([1, 2], 5))))[1] == ["length"]
 
 
 @pytest.mark.slow
 @in_loop
 async def test_a_hung_engine_is_killed_and_replaced(tiny: Path) -> None:
     async with engine(tiny, Patience(ready_s=0.8)) as client:
-        generation = client.submit(asked([1, 2], ENDLESS))
+        generation = client.submit(make_submit([1, 2], ENDLESS))
         await anext(generation)
         assert client.pid
         pid = client.pid
@@ -132,7 +132,7 @@ async def test_a_hung_engine_is_killed_and_replaced(tiny: Path) -> None:
                 await output_of(generation)
         await client.wait_ready()
         assert has_exited(pid, 0)
-        assert (await output_of(client.submit(asked([1, 2], 5))))[1] == ["length"]
+        assert (await output_of(client.submit(make_submit([1, 2], 5))))[1] == ["length"]
 
 
 @pytest.mark.slow
@@ -154,7 +154,7 @@ async def test_a_server_that_was_stopped_itself_does_not_blame_the_engine(tiny: 
         os.kill(client.pid, signal.SIGSTOP)
         time.sleep(1.2)  # the loop stands still
         os.kill(client.pid, signal.SIGCONT)
-        assert (await output_of(client.submit(asked([1, 2], 5))))[1] == ["length"]
+        assert (await output_of(client.submit(make_submit([1, 2], 5))))[1] == ["length"]
         assert client.num_restarts == 0
 
 
@@ -165,12 +165,12 @@ async def test_an_exception_in_a_step_ends_the_engine_with_a_traceback(
 ) -> None:
     monkeypatch.setattr(process, "main", engines.main_with_a_fatal_id)
     async with engine(tiny) as client:
-        generation = client.submit(asked([engines.FATAL_ID], 5))
+        generation = client.submit(make_submit([engines.FATAL_ID], 5))
         with pytest.raises(ApiError, match="exited with code 1"):
             await output_of(generation)
         assert "a fault of the step itself" in capfd.readouterr().err
         await client.wait_ready()
-        assert (await output_of(client.submit(asked([1, 2], 5))))[1] == ["length"]
+        assert (await output_of(client.submit(make_submit([1, 2], 5))))[1] == ["length"]
 
 
 @in_loop
@@ -188,7 +188,7 @@ async def test_garbage_from_the_engine_ends_it(tiny: Path, monkeypatch: pytest.M
 @in_loop
 async def test_garbage_to_the_engine_ends_it(tiny: Path) -> None:
     async with engine(tiny) as client:
-        generation = client.submit(asked([1, 2], ENDLESS))
+        generation = client.submit(make_submit([1, 2], ENDLESS))
         await anext(generation)
         assert client._process
         os.write(client._process._send_pipe.fileno(), b"\xff" * 64)
@@ -234,7 +234,7 @@ async def test_an_engine_that_keeps_crashing_is_restarted_only_once_a_minute(
     assert client.state is EngineState.RESTARTING and client.reason.endswith("in 60 s")
     assert 50 < int(client.retry["Retry-After"]) <= 60
     with pytest.raises(ApiError) as refused:
-        client.submit(asked([1], 1))
+        client.submit(make_submit([1], 1))
     assert refused.value.status == 503 and int(refused.value.headers["Retry-After"]) > 50
     await client.stop()
 

@@ -20,7 +20,7 @@ from tests.support.engines import has_exited
 from tests.support.engines import in_loop
 from tests.support.engines import until
 from tests.support.generations import ENDLESS
-from tests.support.generations import asked
+from tests.support.generations import make_submit
 from tests.support.generations import output_of
 from tests.support.gguf_writer import write_tiny_llama
 
@@ -64,7 +64,7 @@ def test_a_model_that_cannot_run_is_refused_and_not_loaded_again(
             await client.wait_ready()
         assert client.state is EngineState.REFUSED
         with pytest.raises(ApiError) as refused:
-            client.submit(asked([1], 1))
+            client.submit(make_submit([1], 1))
         assert refused.value.status == 503
         assert client.num_restarts == 0
         await client.stop()
@@ -127,7 +127,7 @@ async def test_a_draft_model_of_another_vocabulary_is_refused(tiny: Path, tmp_pa
 @in_loop
 async def test_stopping_ends_running_requests_and_may_be_repeated(tiny: Path) -> None:
     async with engine(tiny) as client:
-        generation = client.submit(asked([1, 2], ENDLESS))
+        generation = client.submit(make_submit([1, 2], ENDLESS))
         await anext(generation)
         await client.stop()
         assert client.state is EngineState.STOPPED and client.pid is None

@@ -9,7 +9,7 @@ GREEDY = Sampling(seed=0, temperature=0.0)
 ENDLESS = 10_000  # tokens: many seconds of work
 
 
-def asked(
+def make_submit(
     prompt_ids: list[int], max_tokens: int, sampling: Sampling = GREEDY, n: int = 1
 ) -> Submit:
     return Submit(0, prompt_ids, max_tokens, [], sampling, n)

@@ -1,4 +1,4 @@
-"""An engine that answers each request at once, as a test's script says."""
+"""An engine that answers each request at once, as the script of a test determines."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Script = Callable[[Generation], None]
 
 @dataclass
 class ScriptedEngine:
-    """In place of an EngineClient.  aborted: request and choice of each abort."""
+    """Replaces an EngineClient.  aborted: request and choice of each abort."""
 
     script: Script
     state = EngineState.READY
