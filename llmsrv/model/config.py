@@ -1,27 +1,27 @@
-"""The numbers of a model, believed only once they make sense together."""
+"""Reads the configuration of a model and checks that its numbers are consistent."""
 
 import math
 from dataclasses import dataclass
 
 from llmsrv.model.architecture import Architecture
-from llmsrv.model.keys import FolderKeys
-from llmsrv.model.keys import GGUFKeys
-from llmsrv.model.keys import Keys
-from llmsrv.model.rope import MOST_FACTOR
-from llmsrv.model.rope import MOST_POSITIONS
+from llmsrv.model.hparams import FolderHParams
+from llmsrv.model.hparams import GGUFHParams
+from llmsrv.model.hparams import HParams
+from llmsrv.model.rope import MAX_FACTOR
+from llmsrv.model.rope import MAX_POSITIONS
 from llmsrv.model.rope import Rope
 from llmsrv.model.rope import original_context
 from llmsrv.model.rope import read_local_rope
 from llmsrv.model.rope import read_rope
 from llmsrv.model.tensors import Tensors
 
-MOST_SCALE = 1e6
+MAX_SCALE = 1e6
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu_pytorch_tanh"}  # ours -> Hugging Face's
 
 
 @dataclass(frozen=True)
 class LayerConfig:
-    window: int | None  # positions that a row attends to, its own included; None: all
+    window: int | None  # positions a row attends to, including its own; None: all
     rope: Rope | None  # None: positions are not rotated
 
 
@@ -30,13 +30,13 @@ class ExpertsConfig:
     num_experts: int
     num_chosen: int
     intermediate_size: int
-    normalise: bool  # weights of the chosen experts add up to 1
+    normalise: bool  # the weights of the chosen experts sum to 1
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    architecture: str  # as the file has it
-    context_length: int  # positions that the model was made for
+    architecture: str  # as in the file
+    context_length: int  # in positions
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -54,7 +54,7 @@ class ModelConfig:
     residual_scale: float
     logit_scale: float
     logit_softcap: float | None
-    is_tied: bool | None  # output weights are the embedding; None: where there are no others
+    is_tied: bool | None  # output weights are the embedding; None: if the file has no others
 
     @property
     def num_layers(self) -> int:
@@ -62,177 +62,186 @@ class ModelConfig:
 
 
 def read_config(
-    keys: Keys, name: str, architecture: Architecture, tensors: Tensors
+    hparams: HParams, name: str, architecture: Architecture, tensors: Tensors
 ) -> ModelConfig:
-    """The configuration of a decoder; ModelError names the key, its value, what was expected.
+    """Reads the configuration of a decoder.
 
-    The bounds are far above any model known; they keep products of two numbers in bounds too."""
-    _check_what_is_computed(keys, architecture)
-    hidden_size = keys.integer("hidden_size", most=1 << 20)
-    num_heads = keys.integer("num_attention_heads", most=1 << 14)
-    num_kv_heads = keys.integer("num_key_value_heads", most=num_heads, default=num_heads)
+    Raises ModelError, which names the key, its value and what was expected.  The limits are far
+    above any known model; they also bound the products of two numbers."""
+    _refuse_unsupported(hparams, architecture)
+    hidden_size = hparams.integer("hidden_size", maximum=1 << 20)
+    num_heads = hparams.integer("num_attention_heads", maximum=1 << 14)
+    num_kv_heads = hparams.integer("num_key_value_heads", maximum=num_heads, default=num_heads)
     if num_heads % num_kv_heads:
-        keys.refuse("num_key_value_heads", num_kv_heads, f"a divisor of {num_heads} heads")
-    head_dim = _head_dim(keys, hidden_size, num_heads)
-    intermediate_size = keys.integer("intermediate_size", most=1 << 22)
-    num_layers = keys.integer("num_hidden_layers", most=1 << 12)
-    rope, layers = _layers(keys, architecture, tensors, num_layers, head_dim)
+        hparams.refuse("num_key_value_heads", num_kv_heads, f"a divisor of {num_heads} heads")
+    head_dim = _head_dim(hparams, hidden_size, num_heads)
+    intermediate_size = hparams.integer("intermediate_size", maximum=1 << 22)
+    num_layers = hparams.integer("num_hidden_layers", maximum=1 << 12)
+    rope, layers = _layers(hparams, architecture, tensors, num_layers, head_dim)
     embedding_scale = math.sqrt(hidden_size) if architecture.embedding_is_scaled else 1.0
-    is_wide = num_layers == architecture.num_layers_of_wide_scale
+    is_wide = num_layers == architecture.num_layers_with_wide_scale
     return ModelConfig(
         architecture=name,
-        context_length=_context_length(keys),
-        vocab_size=_vocab_size(keys),
+        context_length=_context_length(hparams),
+        vocab_size=_vocab_size(hparams),
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        norm_eps=keys.real("rms_norm_eps", most=1.0),
+        norm_eps=hparams.real("rms_norm_eps", maximum=1.0),
         layers=layers,
         long_from=rope.long_from,
-        rope_is_interleaved=isinstance(keys, GGUFKeys) and architecture.rope_is_permuted,
-        experts=_experts(keys, intermediate_size),
-        attention_scale=_attention_scale(keys, hidden_size / num_heads if is_wide else head_dim),
-        attention_softcap=keys.maybe_real("attn_logit_softcapping", MOST_SCALE),
-        embedding_scale=keys.real("embedding_multiplier", MOST_SCALE, embedding_scale),
-        residual_scale=keys.real("residual_multiplier", MOST_SCALE, 1.0),
-        logit_scale=1 / keys.real("logits_scaling", MOST_SCALE, 1.0),
-        logit_softcap=keys.maybe_real("final_logit_softcapping", MOST_SCALE),
-        is_tied=keys.get("tie_word_embeddings", bool),
+        rope_is_interleaved=isinstance(hparams, GGUFHParams) and architecture.rope_is_permuted,
+        experts=_experts(hparams, intermediate_size),
+        attention_scale=_attention_scale(hparams, hidden_size / num_heads if is_wide else head_dim),
+        attention_softcap=hparams.maybe_real("attn_logit_softcapping", MAX_SCALE),
+        embedding_scale=hparams.real("embedding_multiplier", MAX_SCALE, embedding_scale),
+        residual_scale=hparams.real("residual_multiplier", MAX_SCALE, 1.0),
+        logit_scale=1 / hparams.real("logits_scaling", MAX_SCALE, 1.0),
+        logit_softcap=hparams.maybe_real("final_logit_softcapping", MAX_SCALE),
+        is_tied=hparams.get("tie_word_embeddings", bool),
     )
 
 
-def _check_what_is_computed(keys: Keys, architecture: Architecture) -> None:
-    """Keys of config.json that would ask for another computation than ours."""
-    activation = keys.get("hidden_activation", str)
-    expected = ACTIVATIONS[architecture.function]
+def _refuse_unsupported(hparams: HParams, architecture: Architecture) -> None:
+    """Refuses keys of config.json that require a computation we do not implement."""
+    activation = hparams.get("hidden_activation", str)
+    expected = ACTIVATIONS[architecture.activation]
     if activation not in (None, expected):
-        keys.refuse("hidden_activation", repr(activation), expected)
-    if keys.get("use_bidirectional_attention", bool):
-        keys.refuse("use_bidirectional_attention", True, "false: encoders are not run")
-    if keys.get("quantization_config", dict):
-        keys.refuse("quantization_config", "there", "weights in F32, F16 or BF16")
-    if keys.get("mlp_only_layers", list):
-        keys.refuse("mlp_only_layers", "not empty", "experts in every layer")
-    keys.integer("decoder_sparse_step", most=1, default=1)
+        hparams.refuse("hidden_activation", repr(activation), expected)
+    if hparams.get("use_bidirectional_attention", bool):
+        hparams.refuse("use_bidirectional_attention", True, "false: encoders are not supported")
+    if hparams.get("quantization_config", dict):
+        hparams.refuse("quantization_config", "present", "weights in F32, F16 or BF16")
+    if hparams.get("mlp_only_layers", list):
+        hparams.refuse("mlp_only_layers", "not empty", "experts in every layer")
+    hparams.integer("decoder_sparse_step", maximum=1, default=1)
 
 
-def _head_dim(keys: Keys, hidden_size: int, num_heads: int) -> int:
-    if keys.get("head_dim", int) is None and hidden_size % num_heads:
-        keys.refuse("num_attention_heads", num_heads, f"a divisor of the width {hidden_size}")
-    most = 1 << 12
-    head_dim = keys.integer("head_dim", most, default=hidden_size // num_heads)
-    value_length = keys.integer("v_head_dim", most, default=head_dim)
-    if value_length != head_dim:
-        keys.refuse("v_head_dim", value_length, f"{head_dim}, as that of the keys")
+def _head_dim(hparams: HParams, hidden_size: int, num_heads: int) -> int:
+    if hparams.get("head_dim", int) is None and hidden_size % num_heads:
+        hparams.refuse("num_attention_heads", num_heads, f"a divisor of the width {hidden_size}")
+    maximum = 1 << 12
+    head_dim = hparams.integer("head_dim", maximum, default=hidden_size // num_heads)
+    v_head_dim = hparams.integer("v_head_dim", maximum, default=head_dim)
+    if v_head_dim != head_dim:
+        hparams.refuse("v_head_dim", v_head_dim, f"{head_dim}, the head_dim of the keys")
     return head_dim
 
 
-def _vocab_size(keys: Keys) -> int:
-    """As the key says, or GGUF's tokenizer where there is none; where both speak, they agree."""
-    tokens = keys.gguf.get("tokenizer.ggml.tokens", list) if isinstance(keys, GGUFKeys) else None
-    num_tokens = None if tokens is None else len(tokens)
-    vocab_size = keys.integer("vocab_size", most=1 << 24, default=num_tokens)
+def _vocab_size(hparams: HParams) -> int:
+    """From the key, else from GGUF's tokenizer; if both are there, they must agree."""
+    num_tokens = None
+    if isinstance(hparams, GGUFHParams):
+        tokens = hparams.gguf.get("tokenizer.ggml.tokens", list)
+        num_tokens = None if tokens is None else len(tokens)
+    vocab_size = hparams.integer("vocab_size", maximum=1 << 24, default=num_tokens)
     if num_tokens not in (None, vocab_size):
-        keys.refuse("vocab_size", vocab_size, f"{num_tokens}, as many as tokenizer.ggml.tokens")
+        expected = f"{num_tokens}, the length of tokenizer.ggml.tokens"
+        hparams.refuse("vocab_size", vocab_size, expected)
     return vocab_size
 
 
-def _experts(keys: Keys, intermediate_size: int) -> ExpertsConfig | None:
-    num_experts = keys.integer("num_experts", most=1 << 12, default=0, least=0)
+def _experts(hparams: HParams, intermediate_size: int) -> ExpertsConfig | None:
+    num_experts = hparams.integer("num_experts", maximum=1 << 12, default=0, minimum=0)
     if not num_experts:
         return None
     return ExpertsConfig(
         num_experts=num_experts,
-        num_chosen=keys.integer("num_experts_per_tok", most=num_experts),
-        intermediate_size=keys.integer("moe_intermediate_size", 1 << 22, intermediate_size),
-        normalise=keys.flag("norm_topk_prob", default=True),
+        num_chosen=hparams.integer("num_experts_per_tok", maximum=num_experts),
+        intermediate_size=hparams.integer("moe_intermediate_size", 1 << 22, intermediate_size),
+        normalise=hparams.flag("norm_topk_prob", default=True),
     )
 
 
-def _attention_scale(keys: Keys, usual: float) -> float:
-    scalar = keys.real("query_pre_attn_scalar", MOST_SCALE, usual)
-    return keys.real("attention_multiplier", MOST_SCALE, scalar**-0.5)
+def _attention_scale(hparams: HParams, default_scalar: float) -> float:
+    scalar = hparams.real("query_pre_attn_scalar", MAX_SCALE, default_scalar)
+    return hparams.real("attention_multiplier", MAX_SCALE, scalar**-0.5)
 
 
 # ---- Positions
 
 
-def _context_length(keys: Keys) -> int:
+def _context_length(hparams: HParams) -> int:
     """Positions that the model was trained for, or that yarn extends it to."""
-    context_length = keys.integer("max_position_embeddings", MOST_POSITIONS)
-    rope = _rope_keys(keys)
+    context_length = hparams.integer("max_position_embeddings", MAX_POSITIONS)
+    rope = _rope_hparams(hparams)
     if rope.get("rope_type", str) != "yarn":
         return context_length
-    return max(context_length, int(original_context(rope) * rope.real("factor", MOST_FACTOR)))
+    return max(context_length, int(original_context(rope) * rope.real("factor", MAX_FACTOR)))
 
 
-def _rope_keys(keys: Keys) -> Keys:
-    """The keys of rope, or of the global layers' rope: in config.json an object."""
-    if not isinstance(keys, FolderKeys):
-        return keys
-    section = keys.maybe_within("rope_parameters") or keys.maybe_within("rope_scaling")
-    return _maybe_rope_keys_of(keys, "full_attention") or section or keys
+def _rope_hparams(hparams: HParams) -> HParams:
+    """The rope hyperparameters, of the global layers if they differ by layer type.
+
+    In config.json they are in an object of their own."""
+    if not isinstance(hparams, FolderHParams):
+        return hparams
+    section = hparams.maybe_section("rope_parameters") or hparams.maybe_section("rope_scaling")
+    return _maybe_layer_type_rope(hparams, "full_attention") or section or hparams
 
 
-def _maybe_rope_keys_of(keys: Keys, layer_type: str) -> Keys | None:
-    """Since transformers 5 there may be an object for each type of layer."""
-    section = keys.maybe_within("rope_parameters") if isinstance(keys, FolderKeys) else None
-    return section and section.maybe_within(layer_type)
+def _maybe_layer_type_rope(hparams: HParams, layer_type: str) -> HParams | None:
+    """Since transformers 5, config.json may have a rope object for each layer type."""
+    if not isinstance(hparams, FolderHParams):
+        return None
+    section = hparams.maybe_section("rope_parameters")
+    return section and section.maybe_section(layer_type)
 
 
 def _layers(
-    keys: Keys,
+    hparams: HParams,
     architecture: Architecture,
     tensors: Tensors,
     num_layers: int,
     head_dim: int,
 ) -> tuple[Rope, tuple[LayerConfig, ...]]:
-    """The rope of the model, and what each layer does with positions."""
-    rope = local_rope = read_rope(_rope_keys(keys), tensors, head_dim)
-    local_keys = _maybe_rope_keys_of(keys, "sliding_attention")
-    if local_keys is not None:
-        local_rope = read_rope(local_keys, tensors, head_dim)
+    """Returns the rope of the model, and the window and rope of each layer."""
+    rope = local_rope = read_rope(_rope_hparams(hparams), tensors, head_dim)
+    local_hparams = _maybe_layer_type_rope(hparams, "sliding_attention")
+    if local_hparams is not None:
+        local_rope = read_rope(local_hparams, tensors, head_dim)
     elif not architecture.local_rope_is_scaled:
-        local_rope = read_local_rope(keys, head_dim, architecture.local_theta)
-    window = keys.integer("sliding_window", MOST_POSITIONS, architecture.default_window, least=0)
-    is_local = _local_layers(keys, architecture, num_layers, bool(window))
-    rotates = _rotating_layers(keys, architecture, num_layers)
+        local_rope = read_local_rope(hparams, head_dim, architecture.local_rope_theta)
+    default = architecture.default_sliding_window
+    window = hparams.integer("sliding_window", MAX_POSITIONS, default, minimum=0)
+    is_windowed = _windowed_layers(hparams, architecture, num_layers, bool(window))
+    rotates = _rotating_layers(hparams, architecture, num_layers)
     layers = [
         LayerConfig(window if local else None, (local_rope if local else rope) if turns else None)
-        for local, turns in zip(is_local, rotates, strict=True)
+        for local, turns in zip(is_windowed, rotates, strict=True)
     ]
     return rope, tuple(layers)
 
 
-def _local_layers(
-    keys: Keys, architecture: Architecture, num_layers: int, has_window: bool
+def _windowed_layers(
+    hparams: HParams, architecture: Architecture, num_layers: int, has_window: bool
 ) -> list[bool]:
-    """Which layers attend to no more than the window."""
-    if not has_window or not keys.flag("use_sliding_window", default=True):
+    """For each layer, whether it has the window."""
+    if not has_window or not hparams.flag("use_sliding_window", default=True):
         return [False] * num_layers
-    windowed = keys.maybe_windowed(num_layers)
+    windowed = hparams.maybe_windowed(num_layers)
     if windowed is not None:
         return windowed
-    first = keys.integer("max_window_layers", most=1 << 12, default=0, least=0)
-    interval = architecture.global_interval
+    first = hparams.integer("max_window_layers", maximum=1 << 12, default=0, minimum=0)
+    interval = architecture.sliding_window_pattern
     if interval is not None:
-        interval = keys.integer("sliding_window_pattern", most=1 << 12, default=interval)
+        interval = hparams.integer("sliding_window_pattern", maximum=1 << 12, default=interval)
     return [
         layer >= first and (interval is None or (layer + 1) % interval != 0)
         for layer in range(num_layers)
     ]
 
 
-def _rotating_layers(keys: Keys, architecture: Architecture, num_layers: int) -> list[bool]:
-    if architecture.rope_interval is None:
+def _rotating_layers(hparams: HParams, architecture: Architecture, num_layers: int) -> list[bool]:
+    if architecture.no_rope_layer_interval is None:
         return [True] * num_layers
-    flags = keys.get("no_rope_layers", list)  # 1 where a layer does rotate
+    flags = hparams.get("no_rope_layers", list)  # 1 for a layer that rotates
     if flags is not None:
         if len(flags) != num_layers or any(flag not in (0, 1) for flag in flags):
-            keys.refuse("no_rope_layers", flags, f"{num_layers} times 0 or 1")
+            hparams.refuse("no_rope_layers", flags, f"{num_layers} flags of 0 or 1")
         return [flag == 1 for flag in flags]
-    default = architecture.rope_interval
-    interval = keys.integer("no_rope_layer_interval", most=1 << 12, default=default)
+    default = architecture.no_rope_layer_interval
+    interval = hparams.integer("no_rope_layer_interval", maximum=1 << 12, default=default)
     return [(layer + 1) % interval != 0 for layer in range(num_layers)]

@@ -1,7 +1,7 @@
-"""Builds the program of a decoder from its numbers, its family's facts and its tensors.
+"""Builds the program of a decoder from its configuration, its architecture and its tensors.
 
-A layer is attention and feed-forward, each read from the residual stream `hidden` and added to it.
-Source: Vaswani et al. 2017; what families change in it is in families/.
+A layer is attention and feed-forward.  Each reads the residual stream `hidden` and adds to it.
+Source: Vaswani et al. 2017; the differences between families are in families/.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from llmsrv.model.tensors import Tensors
 
 
 def build_program(config: ModelConfig, architecture: Architecture, tensors: Tensors) -> Program:
-    """ModelError where a tensor is missing or not as config says."""
+    """Raises ModelError if a tensor is missing or does not match the configuration."""
     return Program(
         operations=tuple(_Decoder(config, architecture, tensors).operations()),
         buffers=_buffers(config, architecture),
@@ -77,12 +77,12 @@ class _Decoder:
         yield SelectLogitRows("last", "hidden")
         norm = tensors.norm("output_norm", config.hidden_size)
         yield Norm("last_normed", "last", norm, config.norm_eps)
-        yield Linear("logits", "last_normed", (self.head(embedding),), scale=config.logit_scale)
+        yield Linear("logits", "last_normed", (self.lm_head(embedding),), scale=config.logit_scale)
         if config.logit_softcap is not None:
             yield Softcap("logits", config.logit_softcap)
 
-    def head(self, embedding: Tensor) -> Tensor:
-        """The output weights, where the embedding does not serve as them."""
+    def lm_head(self, embedding: Tensor) -> Tensor:
+        """The output weights, which may be the embedding."""
         name, shape = "output.weight", embedding.shape
         if self.config.is_tied is None:
             return self.tensors.maybe_take(name, *shape) or embedding
@@ -95,7 +95,7 @@ class _Decoder:
         config, positions = self.config, self.config.layers[layer]
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         rows = {name + "attn_q": q, name + "attn_k": kv, name + "attn_v": kv}
-        if self.architecture.is_fused:
+        if self.architecture.has_fused_projections:
             rows = {name + "attn_qkv": q + 2 * kv}
 
         yield from self.pre_norm(name + "attn_norm")
@@ -114,8 +114,8 @@ class _Decoder:
     def rope_and_store(self, layer: int, name: str) -> Operation:
         config, rope = self.config, self.config.layers[layer].rope
         q_norm = k_norm = None
-        if self.architecture.head_norms != "none":
-            is_each = self.architecture.head_norms == "each"
+        if self.architecture.qk_norms != "none":
+            is_each = self.architecture.qk_norms == "per_head"
             q, kv = (1, 1) if is_each else (config.num_heads, config.num_kv_heads)
             q_norm = self.tensors.norm(name + "attn_q_norm", q * config.head_dim)
             k_norm = self.tensors.norm(name + "attn_k_norm", kv * config.head_dim)
@@ -138,10 +138,10 @@ class _Decoder:
             yield self.experts(name, self.config.experts)
             return
         rows = {name + "ffn_gate": inner, name + "ffn_up": inner}
-        if self.architecture.is_fused:
+        if self.architecture.has_fused_projections:
             rows = {name + "ffn_up": 2 * inner}
         yield Linear("gate_up", self.normed, *self.tensors.linear(rows, hidden))
-        yield GatedActivation("activated", "gate_up", self.architecture.function)
+        yield GatedActivation("activated", "gate_up", self.architecture.activation)
         yield from self.residual("activated", name + "ffn_down", inner, name + "post_ffw_norm")
 
     def experts(self, name: str, experts: ExpertsConfig) -> Operation:
@@ -156,15 +156,15 @@ class _Decoder:
             down=tuple(self.tensors.experts(name + "ffn_down_exps", num, hidden, inner)),
             num_chosen=experts.num_chosen,
             normalise=experts.normalise,
-            function=self.architecture.function,
+            function=self.architecture.activation,
             scale=self.config.residual_scale,
         )
 
-    # ---- Into and out of the residual stream
+    # ---- Reading and writing the residual stream
 
     @property
     def normed(self) -> str:
-        """The buffer that attention and feed-forward read."""
+        """The name of the buffer that attention and feed-forward read."""
         return "normed" if self.architecture.has_pre_norms else "hidden"
 
     def pre_norm(self, name: str) -> Iterator[Operation]:
@@ -173,7 +173,7 @@ class _Decoder:
             yield Norm("normed", "hidden", weight, self.config.norm_eps)
 
     def residual(self, x: str, name: str, columns: int, norm: str) -> Iterator[Operation]:
-        """Adds what attention or feed-forward put out to `hidden`."""
+        """Projects the output of attention or feed-forward and adds it to `hidden`."""
         hidden, scale = self.config.hidden_size, self.config.residual_scale
         product = self.tensors.linear({name: hidden}, columns)
         if not self.architecture.has_post_norms:

@@ -1,4 +1,4 @@
-"""Loads a model: which architecture it is, its numbers, and its program."""
+"""Loads a model: finds its architecture, reads its configuration and builds its program."""
 
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -25,9 +25,9 @@ from llmsrv.model.families.qwen import QWEN2
 from llmsrv.model.families.qwen import QWEN3
 from llmsrv.model.families.qwen import QWEN3_MOE
 from llmsrv.model.families.smollm3 import SMOLLM3
-from llmsrv.model.keys import FolderKeys
-from llmsrv.model.keys import GGUFKeys
-from llmsrv.model.keys import Keys
+from llmsrv.model.hparams import FolderHParams
+from llmsrv.model.hparams import GGUFHParams
+from llmsrv.model.hparams import HParams
 from llmsrv.model.tensors import FolderTensors
 from llmsrv.model.tensors import Tensors
 
@@ -44,7 +44,7 @@ ARCHITECTURES = (
     OLMO2,
     GRANITE,
 )
-BY_GGUF = {each.gguf: each for each in ARCHITECTURES if each.gguf}
+BY_GGUF = {each.gguf_name: each for each in ARCHITECTURES if each.gguf_name}
 BY_MODEL_TYPE = {name: each for each in ARCHITECTURES for name in each.model_types}
 
 
@@ -55,42 +55,44 @@ class Model:
 
 
 def load_model(path: Path, tick: Callable[[], None]) -> Model:
-    """Opens a GGUF file or a Hugging Face folder and lays out its program; `tick` is called once a
-    tensor.
+    """Opens a GGUF file or a Hugging Face folder and builds its program.
 
-    Raises ModelError, with the file and the key or tensor at fault, when it is refused."""
+    tick  called once per tensor
+    Raises ModelError, which names the file and the key or tensor at fault."""
     file = open_model(path)
-    parts = _gguf(file, tick) if isinstance(file, GGUFFile) else _folder(file, tick)
-    name, architecture, keys, tensors = parts
-    config = read_config(keys, name, architecture, tensors)
+    parts = _gguf_parts(file, tick) if isinstance(file, GGUFFile) else _folder_parts(file, tick)
+    name, architecture, hparams, tensors = parts
+    config = read_config(hparams, name, architecture, tensors)
     program = build_program(config, architecture, tensors)
     tensors.check_all_taken(name)
     return Model(config, program)
 
 
-Parts = tuple[str, Architecture, Keys, Tensors]
+Parts = tuple[str, Architecture, HParams, Tensors]
 
 
-def _gguf(gguf: GGUFFile, tick: Callable[[], None]) -> Parts:
+def _gguf_parts(gguf: GGUFFile, tick: Callable[[], None]) -> Parts:
     name = gguf.get("general.architecture", str)
     if name not in BY_GGUF:
-        raise _unknown(gguf.path, "general.architecture", name, BY_GGUF)
-    return name, BY_GGUF[name], GGUFKeys(gguf, name), Tensors(gguf, tick)
+        raise _unknown_architecture(gguf.path, "general.architecture", name, BY_GGUF)
+    return name, BY_GGUF[name], GGUFHParams(gguf, name), Tensors(gguf, tick)
 
 
-def _folder(folder: ModelFolder, tick: Callable[[], None]) -> Parts:
-    keys = FolderKeys(folder.path / "config.json", folder.config)
-    name = keys.get("model_type", str)
+def _folder_parts(folder: ModelFolder, tick: Callable[[], None]) -> Parts:
+    hparams = FolderHParams(folder.path / "config.json", folder.config)
+    name = hparams.get("model_type", str)
     if name not in BY_MODEL_TYPE:
-        raise _unknown(keys.path, "model_type", name, BY_MODEL_TYPE)
-    classes = keys.get("architectures", list) or []
+        raise _unknown_architecture(hparams.path, "model_type", name, BY_MODEL_TYPE)
+    classes = hparams.get("architectures", list) or []
     if classes and not str(classes[0]).endswith("ForCausalLM"):
-        keys.refuse("architectures", classes, "a class ...ForCausalLM, which generates text")
+        hparams.refuse("architectures", classes, "a class ...ForCausalLM, which generates text")
     architecture = BY_MODEL_TYPE[name]
-    tensors = FolderTensors(folder, tick, architecture.names, architecture.norm_offset)
-    return name, architecture, keys, tensors
+    tensors = FolderTensors(folder, tick, architecture.tensor_names, architecture.norm_offset)
+    return name, architecture, hparams, tensors
 
 
-def _unknown(path: Path, key: str, value: str | None, known: Iterable[str]) -> ModelError:
+def _unknown_architecture(
+    path: Path, key: str, value: str | None, known: Iterable[str]
+) -> ModelError:
     found = "is missing" if value is None else f"is {value!r:.100}"
-    return ModelError(f"{path}: key '{key}' {found}; this version runs {', '.join(known)}")
+    return ModelError(f"{path}: key '{key}' {found}; this version supports {', '.join(known)}")

@@ -1,6 +1,6 @@
-"""How far each pair of values turns from one position to the next, with every scaling of contexts.
+"""The angle by which rope turns each pair of values per position, with all context scalings.
 
-Source: transformers' modeling_rope_utils.py; the papers are named at each scaling.
+Source: transformers' modeling_rope_utils.py; each scaling cites its paper.
 """
 
 import math
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmsrv.backend.arrays import Array
-from llmsrv.model.keys import GGUFKeys
-from llmsrv.model.keys import Keys
+from llmsrv.model.hparams import GGUFHParams
+from llmsrv.model.hparams import HParams
 from llmsrv.model.tensors import Tensors
 
 SCALINGS = ("default", "none", "linear", "llama3", "yarn", "longrope", "su")
 DEFAULT_THETA = 10000.0
-MOST_THETA = 1e12
-MOST_FACTOR = 1e6
-MOST_POSITIONS = 1 << 28
+MAX_THETA = 1e12
+MAX_FACTOR = 1e6
+MAX_POSITIONS = 1 << 28
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,132 +30,132 @@ class Rope:
     long_from: int | None = None
 
 
-def read_rope(keys: Keys, tensors: Tensors, head_dim: int) -> Rope:
-    """The rope of a model, or of its global layers.
+def read_rope(hparams: HParams, tensors: Tensors, head_dim: int) -> Rope:
+    """Reads the rope of a model, or of its global layers.
 
-    In GGUF files the divisors of llama3 and longrope are tensors; elsewhere they are in the keys.
+    The divisors of llama3 and longrope are tensors in GGUF files, and hyperparameters elsewhere.
     """
-    rotary_dim = _rotary_dim(keys, head_dim)
-    theta = keys.real("rope_theta", MOST_THETA, default=DEFAULT_THETA)
-    plain = _plain(rotary_dim, theta)
-    short = tensors.maybe_values("rope_factors_short.weight", len(plain))
-    kind = keys.get("rope_type", str)
-    if kind not in (None, *SCALINGS):
-        keys.refuse("rope_type", repr(kind), "one of " + ", ".join(SCALINGS))
-    if kind in ("longrope", "su") or short is not None:
-        return _longrope(keys, tensors, plain)
-    if kind == "yarn":
-        return _yarn(keys, plain, theta)
-    if kind == "llama3":
-        plain = plain / _llama3_divisors(keys, plain)
-    elif kind == "linear" or (kind is None and isinstance(keys, GGUFKeys)):
-        plain = plain / keys.real("factor", MOST_FACTOR, default=None if kind else 1.0)
-    divisors = tensors.maybe_values("rope_freqs.weight", len(plain))
-    return Rope(_float32(plain if divisors is None else plain / divisors))
+    rotary_dim = _rotary_dim(hparams, head_dim)
+    theta = hparams.real("rope_theta", MAX_THETA, default=DEFAULT_THETA)
+    inv_freq = _inverse_frequencies(rotary_dim, theta)
+    short = tensors.maybe_values("rope_factors_short.weight", len(inv_freq))
+    rope_type = hparams.get("rope_type", str)
+    if rope_type not in (None, *SCALINGS):
+        hparams.refuse("rope_type", repr(rope_type), "one of " + ", ".join(SCALINGS))
+    if rope_type in ("longrope", "su") or short is not None:
+        return _longrope(hparams, tensors, inv_freq)
+    if rope_type == "yarn":
+        return _yarn(hparams, inv_freq, theta)
+    if rope_type == "llama3":
+        inv_freq = inv_freq / _llama3_divisors(hparams, inv_freq)
+    elif rope_type == "linear" or (rope_type is None and isinstance(hparams, GGUFHParams)):
+        inv_freq = inv_freq / hparams.real("factor", MAX_FACTOR, default=None if rope_type else 1.0)
+    divisors = tensors.maybe_values("rope_freqs.weight", len(inv_freq))
+    return Rope(_float32(inv_freq if divisors is None else inv_freq / divisors))
 
 
-def read_local_rope(keys: Keys, head_dim: int, theta: float | None) -> Rope:
-    """That of the layers with a window, where contexts are not scaled for them.
+def read_local_rope(hparams: HParams, head_dim: int, theta: float | None) -> Rope:
+    """Reads the rope of windowed layers to which context scaling does not apply.
 
-    theta is the architecture's; where it has none, it is that of the other layers."""
+    theta  the default for these layers; None: that of the other layers"""
     if theta is None:
-        theta = keys.real("rope_theta", MOST_THETA, default=DEFAULT_THETA)
-    theta = keys.real("rope_local_base_freq", MOST_THETA, default=theta)
-    return Rope(_float32(_plain(_rotary_dim(keys, head_dim), theta)))
+        theta = hparams.real("rope_theta", MAX_THETA, default=DEFAULT_THETA)
+    theta = hparams.real("rope_local_base_freq", MAX_THETA, default=theta)
+    return Rope(_float32(_inverse_frequencies(_rotary_dim(hparams, head_dim), theta)))
 
 
-def original_context(keys: Keys) -> int:
-    """Positions before the context was extended, where the file does not say otherwise."""
-    length = keys.integer("max_position_embeddings", MOST_POSITIONS)
-    return keys.integer("original_max_position_embeddings", MOST_POSITIONS, default=length)
+def original_context(hparams: HParams) -> int:
+    """Positions before the context was extended; by default, max_position_embeddings."""
+    length = hparams.integer("max_position_embeddings", MAX_POSITIONS)
+    return hparams.integer("original_max_position_embeddings", MAX_POSITIONS, default=length)
 
 
-def _rotary_dim(keys: Keys, head_dim: int) -> int:
-    share = keys.real("partial_rotary_factor", most=1.0, default=1.0)
-    rotary_dim = keys.integer("rotary_dim", most=head_dim, default=int(head_dim * share))
+def _rotary_dim(hparams: HParams, head_dim: int) -> int:
+    share = hparams.real("partial_rotary_factor", maximum=1.0, default=1.0)
+    rotary_dim = hparams.integer("rotary_dim", maximum=head_dim, default=int(head_dim * share))
     if rotary_dim % 2:
-        keys.refuse("rotary_dim", rotary_dim, "an even number")
+        hparams.refuse("rotary_dim", rotary_dim, "an even number")
     return rotary_dim
 
 
-def _plain(rotary_dim: int, theta: float) -> Array:
-    """Su et al. 2021, section 3.2.2."""
-    plain: Array = theta ** -(np.arange(0, rotary_dim, 2) / rotary_dim)
-    return plain
+def _inverse_frequencies(rotary_dim: int, theta: float) -> Array:
+    """Source: Su et al. 2021, section 3.2.2."""
+    inv_freq: Array = theta ** -(np.arange(0, rotary_dim, 2) / rotary_dim)
+    return inv_freq
 
 
 def _float32(frequencies: Array) -> Array:
     return frequencies.astype(np.float32)
 
 
-def _llama3_divisors(keys: Keys, plain: Array) -> Array:
-    """Between the two bounds of turns in the original context, from 1 to factor.
+def _llama3_divisors(hparams: HParams, inv_freq: Array) -> Array:
+    """Divisors from 1 to factor, interpolated by the number of turns in the original context.
 
-    Llama 3.1's reference code, apply_scaling."""
-    factor = keys.real("factor", MOST_FACTOR)
-    low = keys.real("low_freq_factor", MOST_FACTOR)
-    high = keys.real("high_freq_factor", MOST_FACTOR)
+    Source: Llama 3.1's reference code, apply_scaling."""
+    factor = hparams.real("factor", MAX_FACTOR)
+    low = hparams.real("low_freq_factor", MAX_FACTOR)
+    high = hparams.real("high_freq_factor", MAX_FACTOR)
     if high <= low:
-        keys.refuse("high_freq_factor", high, f"more than low_freq_factor, {low}")
-    original = keys.integer("original_max_position_embeddings", MOST_POSITIONS)
-    turns = original * plain / (2 * math.pi)
+        hparams.refuse("high_freq_factor", high, f"more than low_freq_factor, {low}")
+    original = hparams.integer("original_max_position_embeddings", MAX_POSITIONS)
+    turns = original * inv_freq / (2 * math.pi)
     share = np.clip((turns - low) / (high - low), 0, 1)
     divisors: Array = 1 / ((1 - share) / factor + share)
     return divisors
 
 
-def _yarn(keys: Keys, plain: Array, theta: float) -> Rope:
-    """Pairs that turn fast stay as they are, slow ones are divided by factor, with a ramp between.
+def _yarn(hparams: HParams, inv_freq: Array, theta: float) -> Rope:
+    """Leaves pairs that turn fast unchanged and divides slow ones by factor, with a ramp between.
 
-    Peng et al. 2023, sections 3.2 to 3.4."""
-    factor = keys.real("factor", MOST_FACTOR)
-    original = original_context(keys)
+    Source: Peng et al. 2023, sections 3.2 to 3.4."""
+    factor = hparams.real("factor", MAX_FACTOR)
+    original = original_context(hparams)
     if theta <= 1:
-        keys.refuse("rope_theta", theta, "above 1")
+        hparams.refuse("rope_theta", theta, "above 1")
 
-    def pair_that_turns(times: float) -> float:
-        return len(plain) * math.log(original / (times * 2 * math.pi)) / math.log(theta)
+    def pair_with_turns(times: float) -> float:
+        return len(inv_freq) * math.log(original / (times * 2 * math.pi)) / math.log(theta)
 
-    low = pair_that_turns(keys.real("beta_fast", MOST_FACTOR, default=32.0))
-    high = pair_that_turns(keys.real("beta_slow", MOST_FACTOR, default=1.0))
-    if keys.flag("truncate", default=True):
+    low = pair_with_turns(hparams.real("beta_fast", MAX_FACTOR, default=32.0))
+    high = pair_with_turns(hparams.real("beta_slow", MAX_FACTOR, default=1.0))
+    if hparams.flag("truncate", default=True):
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, 2 * len(plain) - 1)
-    ramp = np.clip((np.arange(len(plain)) - low) / max(high - low, 0.001), 0, 1)
-    frequencies = plain * (1 - ramp) + plain / factor * ramp
-    return Rope(_float32(frequencies), magnitude=_yarn_magnitude(keys, factor))
+    low, high = max(low, 0), min(high, 2 * len(inv_freq) - 1)
+    ramp = np.clip((np.arange(len(inv_freq)) - low) / max(high - low, 0.001), 0, 1)
+    frequencies = inv_freq * (1 - ramp) + inv_freq / factor * ramp
+    return Rope(_float32(frequencies), magnitude=_yarn_magnitude(hparams, factor))
 
 
-def _yarn_magnitude(keys: Keys, factor: float) -> float:
+def _yarn_magnitude(hparams: HParams, factor: float) -> float:
     def magnitude(scale: float) -> float:
         return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
 
-    given = keys.maybe_real("attention_factor", MOST_FACTOR)
-    if isinstance(keys, GGUFKeys):
+    given = hparams.maybe_real("attention_factor", MAX_FACTOR)
+    if isinstance(hparams, GGUFHParams):
         return magnitude(1) * (given or 1.0)  # llama.cpp multiplies the two
     if given is not None:
         return given
-    scale = keys.maybe_real("mscale", MOST_FACTOR)
-    scale_all = keys.maybe_real("mscale_all_dim", MOST_FACTOR)
+    scale = hparams.maybe_real("mscale", MAX_FACTOR)
+    scale_all = hparams.maybe_real("mscale_all_dim", MAX_FACTOR)
     if scale is not None and scale_all is not None:
         return magnitude(scale) / magnitude(scale_all)
     return magnitude(1)
 
 
-def _longrope(keys: Keys, tensors: Tensors, plain: Array) -> Rope:
+def _longrope(hparams: HParams, tensors: Tensors, inv_freq: Array) -> Rope:
     """Two sets of divisors, for sequences within the original context and for longer ones.
 
-    Ding et al. 2024, section 3."""
-    original = keys.integer("original_max_position_embeddings", MOST_POSITIONS, least=2)
+    Source: Ding et al. 2024, section 3."""
+    original = hparams.integer("original_max_position_embeddings", MAX_POSITIONS, minimum=2)
     ropes = []
-    for kind in ("short", "long"):
-        divisors = tensors.maybe_values(f"rope_factors_{kind}.weight", len(plain))
+    for length in ("short", "long"):
+        divisors = tensors.maybe_values(f"rope_factors_{length}.weight", len(inv_freq))
         if divisors is None:
-            divisors = np.array(keys.reals(f"{kind}_factor", len(plain), MOST_FACTOR))
-        ropes.append(_float32(plain / divisors))
-    magnitude = keys.maybe_real("attention_factor", MOST_FACTOR)
+            divisors = np.array(hparams.reals(f"{length}_factor", len(inv_freq), MAX_FACTOR))
+        ropes.append(_float32(inv_freq / divisors))
+    magnitude = hparams.maybe_real("attention_factor", MAX_FACTOR)
     if magnitude is None:
-        length = keys.integer("max_position_embeddings", MOST_POSITIONS)
-        factor = keys.real("factor", MOST_FACTOR, default=length / original)
+        context_length = hparams.integer("max_position_embeddings", MAX_POSITIONS)
+        factor = hparams.real("factor", MAX_FACTOR, default=context_length / original)
         magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     return Rope(ropes[0], ropes[1], magnitude, long_from=original)

@@ -1,5 +1,5 @@
-"""Hands a model's tensors to the decoder, by GGUF's names and each checked against what is expected
-of it, whichever format they are in.
+"""Gives the decoder a model's tensors by their GGUF names, for both file formats, and checks the
+shape and type of each.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from llmsrv.errors import ModelError
 from llmsrv.files.folder import ModelFolder
 from llmsrv.files.gguf import GGUFFile
 
-# GGUF's names -> Hugging Face's, those of a layer without blk.N. and model.layers.N.
+# GGUF's names -> Hugging Face's; names in a layer without blk.N. and model.layers.N.
 FOLDER_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -38,12 +38,12 @@ FOLDER_NAMES = {
     "ffn_up_exps": "mlp.experts.{expert}.up_proj",
     "ffn_down_exps": "mlp.experts.{expert}.down_proj",
 }
-# In files of old converters: rope's frequencies, which every reader computes itself.
+# Rope frequencies in files of old converters; every reader computes them itself.
 IGNORED = (".attn_rot_embd.", ".rotary_emb.inv_freq")
 
 
 class Tensors:
-    """The tensors of one GGUF file; which were taken is remembered, since others are an error."""
+    """The tensors of one GGUF file.  Remembers which were taken, since leftovers are an error."""
 
     def __init__(self, file: GGUFFile | ModelFolder, tick: Callable[[], None]) -> None:
         self.file = file
@@ -51,11 +51,11 @@ class Tensors:
         self.taken: set[str] = set()
 
     def name(self, name: str) -> str:
-        """What the file calls the tensor."""
+        """The tensor's name in the file."""
         return name
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """A tensor that must be there, with this shape; ModelError when it is not."""
+        """Returns a required tensor of this shape; ModelError if it is missing or differs."""
         tensor = self.maybe_take(name, *shape)
         if tensor is None:
             own = self.name(name)
@@ -63,7 +63,7 @@ class Tensors:
         return tensor
 
     def maybe_take(self, name: str, *shape: int) -> Tensor | None:
-        """A tensor that may be missing; ModelError when it is there and not as expected."""
+        """Returns an optional tensor, None if missing; ModelError if its shape or type differs."""
         info = self.file.tensors.get(self.name(name))
         if info is None:
             return None
@@ -72,17 +72,17 @@ class Tensors:
             raise ModelError(f"{where} has shape {info.shape}; expected {shape}")
         if info.type not in GGML_TYPES:
             known = ", ".join(GGML_TYPES)
-            raise ModelError(f"{where} has type {info.type}; this version runs {known}")
+            raise ModelError(f"{where} has type {info.type}; this version supports {known}")
         self.taken.add(info.name)
         self.tick()
         return Tensor(info.name, info.type, shape, np.frombuffer(self.file.data(info), np.uint8))
 
     def maybe_values(self, name: str, size: int) -> Array | None:
-        """A small tensor's values as float32, all finite and above 0."""
+        """Values of a small optional tensor as float32; they must be finite and above 0."""
         tensor = self.maybe_take(name, size)
         if tensor is None:
             return None
-        values = _values(tensor)
+        values = _dequantized(tensor)
         if not np.all((values > 0) & np.isfinite(values)):
             raise ModelError(f"{self.file.path}: tensor '{tensor.name}' must be finite and above 0")
         return values
@@ -94,15 +94,15 @@ class Tensors:
     def linear(
         self, rows: Mapping[str, int], columns: int
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The weights NAME.weight [rows, columns] of a product, and NAME.bias [rows] of all or none
-        of them."""
+        """Returns the weights NAME.weight [rows, columns] of a product, and the biases NAME.bias
+        [rows], which all or none of them have."""
         weights = [self.take(f"{name}.weight", size, columns) for name, size in rows.items()]
         has_biases = any(self.name(f"{name}.bias") in self.file.tensors for name in rows)
         biases = [self.take(f"{name}.bias", size) for name, size in rows.items() if has_biases]
         return tuple(weights), tuple(biases)
 
     def experts(self, name: str, num_experts: int, rows: int, columns: int) -> list[Tensor]:
-        """Each expert's part of NAME.weight [num_experts, rows, columns]."""
+        """Each expert's [rows, columns] of NAME.weight [num_experts, rows, columns]."""
         stacked = self.take(f"{name}.weight", num_experts, rows, columns)
         parts = stacked.data.reshape(num_experts, -1)
         return [
@@ -114,21 +114,21 @@ class Tensors:
         self.taken.add(self.name(name))
 
     def check_all_taken(self, architecture: str) -> None:
-        """A tensor that nobody asked for means that the model is not what its file says it is."""
+        """Refuses leftover tensors: they mean that the model is not what its file says."""
         names = [name for name in self.file.tensors if name not in self.taken]
         left = [name for name in names if not any(part in name for part in IGNORED)]
         if left:
             raise ModelError(
-                f"{self.file.path}: tensor '{left[0]}' is not part of a {architecture} as this "
-                f"version knows it ({len(left)} such tensors)"
+                f"{self.file.path}: tensor '{left[0]}' is not part of a {architecture}, as this "
+                f"version supports it ({len(left)} such tensors)"
             )
 
 
 class FolderTensors(Tensors):
     """The tensors of one Hugging Face folder.
 
-    names        as architecture.Architecture has them
-    norm_offset  is added to the weights of norms
+    names        Architecture.tensor_names
+    norm_offset  added to the weights of norms
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class FolderTensors(Tensors):
         self.norm_offset = norm_offset
 
     def name(self, name: str) -> str:
-        """blk.3.ffn_up.weight -> model.layers.3.mlp.up_proj.weight; its own names it leaves."""
+        """blk.3.ffn_up.weight -> model.layers.3.mlp.up_proj.weight; other names stay."""
         stem, _, suffix = name.rpartition(".")
         if not stem.startswith("blk."):
             return f"{self.names.get(stem, stem)}.{suffix}"
@@ -154,7 +154,7 @@ class FolderTensors(Tensors):
         tensor = super().norm(name, size)
         if not self.norm_offset:
             return tensor
-        values = _values(tensor) + np.float32(self.norm_offset)
+        values = _dequantized(tensor) + np.float32(self.norm_offset)
         return Tensor(tensor.name, "F32", tensor.shape, values.view(np.uint8))
 
     def experts(self, name: str, num_experts: int, rows: int, columns: int) -> list[Tensor]:
@@ -163,7 +163,7 @@ class FolderTensors(Tensors):
         return [self.take(name, rows, columns) for name in names]
 
 
-def _values(tensor: Tensor) -> Array:
+def _dequantized(tensor: Tensor) -> Array:
     values = np.empty(prod(tensor.shape), np.float32)
     dequantize(tensor.type, tensor.data, values)
     return values

@@ -1,4 +1,4 @@
-"""Gemma 3 270M, quantised as Q4_K_M, against transformers in float32 (tests/data/golden)."""
+"""Gemma 3 270M, quantized as Q4_K_M, against transformers in float32 (tests/data/golden)."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.support.plans import generate
 
 GOLDEN = Path(__file__).parents[1] / "data/golden/gemma-3-270m-q4_k_m.json"
 CASES = json.loads(GOLDEN.read_text())["cases"]
-NEAR = 2e-3  # of a log-probability
+TOLERANCE = 2e-3  # of a log-probability
 
 
 @pytest.fixture(scope="module")
@@ -33,5 +33,5 @@ def test_cases_together_give_the_golden_tokens_and_log_probabilities(plan):
         assert run.ids == case["greedy_ids"]
         for ours, golden in zip(run.alternatives, case["top10_logprobs"], strict=True):
             theirs = dict(golden)
-            # Twelve are asked for, so that the tenth and those after it may change places.
-            assert {id: ours.get(id) for id in theirs} == pytest.approx(theirs, abs=NEAR)
+            # We request twelve, so that the tenth and the next ones may swap places.
+            assert {id: ours.get(id) for id in theirs} == pytest.approx(theirs, abs=TOLERANCE)

@@ -1,5 +1,6 @@
-"""Tiny models made and answered by transformers (tests/data/golden/tiny), one of each kind, through
-the loader, the engine and the reference backend: from their folders, and written as GGUF files."""
+"""One tiny model of each architecture, from its folder and as a GGUF file, through the loader, the
+engine and the reference backend.  Transformers made the models and the expected answers
+(tests/data/golden/tiny)."""
 
 import asyncio
 import functools
@@ -22,25 +23,26 @@ from tests.support.parameters import slow_but
 
 TINY = Path(__file__).parents[1] / "data/golden/tiny"
 NAMES = sorted(folder.name for folder in TINY.iterdir())
-# GGUF has no key for SmolLM 3's layers without rope: every fourth, where this one has the second.
+# GGUF has no key for SmolLM 3's layers without rope: it is every fourth, but in this model the
+# second.
 GGUF_NAMES = [name for name in NAMES if name != "smollm3-nope"]
-# Twelve are asked for, so that the tenth and those after it may change places.
+# We request twelve, so that the tenth and the next ones may swap places.
 GREEDY = Sampling(seed=0, temperature=0.0, num_logprobs=12)
-# These stand for the others except where slow tests run; the CPU backend answers as all of them.
+# Without slow tests, these represent the others; the CPU backend's tests cover all of them.
 FEW = ("gemma3", "llama-yarn", "phi3-longrope", "qwen3-moe")
-NEAR = 1e-3  # of a log-probability
+TOLERANCE = 1e-3  # of a log-probability
 
 
-def cases_of(name):
+def read_cases(name):
     return json.loads((TINY / name / "golden.json").read_text())["cases"]
 
 
-def submit_of(number, case):
+def make_submit(number, case):
     return Submit(number, case["prompt_ids"], len(case["greedy_ids"]), [], GREEDY)
 
 
 class Engine:
-    """An engine over the model, which takes at most so many rows and sequences in a step."""
+    """An engine with limits for the rows and sequences of a step."""
 
     def __init__(self, program, context_length, max_rows, max_sequences):
         limits = Limits(max_rows, max_sequences, max_sequences, num_blocks=128)
@@ -49,10 +51,10 @@ class Engine:
         self.core = EngineCore(plan, limits, *numbers)
 
     def run(self, cases):
-        """The Tokens of each case, in order."""
+        """Returns the Tokens of each case, in order."""
         tokens = [[] for _ in cases]
         for number, case in enumerate(cases):
-            self.core.submit(submit_of(number, case))
+            self.core.submit(make_submit(number, case))
         while self.core.has_work:
             step = self.core.step()
             assert not step.failed
@@ -65,12 +67,12 @@ def check(tokens: list[Tokens], case):
     assert [id for each in tokens for id in each.ids] == case["greedy_ids"]
     alternatives = [dict(values) for each in tokens for values in each.alternatives]
     for ours, theirs in zip(alternatives, map(dict, case["top10_logprobs"]), strict=True):
-        assert {id: ours.get(id) for id in theirs} == pytest.approx(theirs, abs=NEAR)
+        assert {id: ours.get(id) for id in theirs} == pytest.approx(theirs, abs=TOLERANCE)
 
 
 def check_all(model, name, max_rows, max_sequences):
     engine = Engine(model.program, model.config.context_length, max_rows, max_sequences)
-    for tokens, case in zip(engine.run(cases_of(name)), cases_of(name), strict=True):
+    for tokens, case in zip(engine.run(read_cases(name)), read_cases(name), strict=True):
         check(tokens, case)
 
 
@@ -94,18 +96,18 @@ def test_each_case_alone_in_chunks_of_any_size_gives_the_tokens_of_transformers(
 
 
 @pytest.mark.parametrize("name", slow_but(GGUF_NAMES, *FEW))
-def test_written_as_gguf_they_give_the_same_tokens(name, tmp_path):
+def test_models_written_as_gguf_give_the_same_tokens(name, tmp_path):
     model = load(to_gguf(TINY / name, tmp_path / "tiny.gguf"))
     check_all(model, name, max_rows=512, max_sequences=4)
 
 
 @in_loop
 async def test_a_real_engine_process_gives_the_tokens_of_transformers():
-    """Longrope, whose long sequences must be told from short ones in the engine itself."""
-    cases = cases_of("phi3-longrope")
+    """Uses longrope, where the engine itself must distinguish long from short sequences."""
+    cases = read_cases("phi3-longrope")
 
     async def generated(client, case):
-        submit = submit_of(0, case)
+        submit = make_submit(0, case)
         async with client.submit(submit) as generation:
             return [each async for each in generation if isinstance(each, Tokens)]
 

@@ -1,4 +1,4 @@
-"""Tiny random llamas against a plain float64 forward pass, without cache, batch or blocks."""
+"""Tiny random llamas against a plain float64 forward pass without cache, batches or blocks."""
 
 import numpy as np
 import pytest
@@ -20,21 +20,21 @@ from tests.support.plans import generate
 PROMPTS = [[5, 9, 200], [7], list(range(3, 53)), [11] * 16, [250, 3] * 9 + [4]]
 
 
-def plan_of(path, num_blocks=40):
+def compile_plan(path, num_blocks=40):
     limits = Limits(max_rows=512, max_logit_rows=8, max_slots=8, num_blocks=num_blocks)
     program = load_model(path, lambda: None).program
     return ReferenceBackend().compile(program, limits, lambda: None)
 
 
-def logits_of(plan, ids):
-    """[vocab_size], of the last id."""
+def last_logits(plan, ids):
+    """The logits after the last id: [vocab_size]."""
     blocks = range(1, 2 + len(ids) // BLOCK_SIZE)
     plan.forward(batch_of([Piece(ids, 0, blocks)]))
     return plan.read("logits")[0]
 
 
 class Llama64:
-    """The forward pass straight from the papers."""
+    """The forward pass as in the papers."""
 
     def __init__(self, path):
         self.gguf = open_gguf(path)
@@ -56,7 +56,7 @@ class Llama64:
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * self.tensors[name + ".weight"]
 
     def rope(self, x):
-        """x [T, heads, dim], from position 0 on; pairs are neighbours."""
+        """x is [T, heads, dim] from position 0; pairs are adjacent values."""
         dim = self.number("rope.dimension_count")
         frequencies = self.number("rope.freq_base") ** (-np.arange(0, dim, 2) / dim)
         frequencies = frequencies / self.number("rope.scaling.factor", 1.0)
@@ -88,7 +88,7 @@ class Llama64:
         return self.linear(name + "ffn_down", gate / (1 + np.exp(-gate)) * up)
 
     def logits(self, ids):
-        """[vocab_size], of the last id."""
+        """The logits after the last id: [vocab_size]."""
         x = self.tensors["token_embd.weight"][ids]
         for layer in range(self.number("block_count")):
             name = f"blk.{layer}."
@@ -132,12 +132,12 @@ VARIANTS = {
     **{type: {"weight_type": type} for type in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")},
     "untied": {"tied": False},
     "one kv head": {"num_kv_heads": 1},
-    "as many kv heads": {"num_kv_heads": 4},
+    "equally many kv heads": {"num_kv_heads": 4},
     "one layer": {"layers": 1},
     "linear scaling": {
         "metadata": {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     },
-    "half of a head turned": {"metadata": {"llama.rope.dimension_count": 8}},
+    "half of each head rotated": {"metadata": {"llama.rope.dimension_count": 8}},
     "rope_freqs": {"tensors": {"rope_freqs.weight": np.float32([1, 1, 2, 3, 5, 8, 8, 8])}},
     "biases": {"tensors": BIASES},
     "heads wider than the hidden size": {
@@ -152,11 +152,11 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_are_those_of_the_plain_forward_pass(variant, tmp_path):
+def test_logits_equal_those_of_the_plain_forward_pass(variant, tmp_path):
     path = write_tiny_llama(tmp_path / "tiny.gguf", **VARIANTS[variant])
-    plan, oracle = plan_of(path), Llama64(path)
+    plan, oracle = compile_plan(path), Llama64(path)
     for prompt in PROMPTS:
-        np.testing.assert_allclose(logits_of(plan, prompt), oracle.logits(prompt), atol=3e-5)
+        np.testing.assert_allclose(last_logits(plan, prompt), oracle.logits(prompt), atol=3e-5)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def greedy(tiny):
-    """What the plain forward pass puts out after each of PROMPTS."""
+    """The output of the plain forward pass for each of PROMPTS."""
     oracle = Llama64(tiny)
     return [oracle.greedy(prompt, 20) for prompt in PROMPTS]
 
@@ -174,21 +174,21 @@ def greedy(tiny):
 @pytest.mark.parametrize("chunk", slow_but([1, 3, 16, 512], 3, 512))
 def test_chunks_of_any_size_give_the_same_tokens(tiny, greedy, chunk):
     runs = [Run(prompt, 20) for prompt in PROMPTS]
-    generate(plan_of(tiny), runs, chunk)
+    generate(compile_plan(tiny), runs, chunk)
     assert [run.ids for run in runs] == greedy
 
 
 def test_sequences_alone_give_the_same_tokens_as_together(tiny, greedy):
-    plan = plan_of(tiny)
+    plan = compile_plan(tiny)
     for prompt, expected in zip(PROMPTS, greedy):
         run = Run(prompt, 20)
         generate(plan, [run], seed=len(prompt))
         assert run.ids == expected
 
 
-def test_a_step_can_feed_on_what_the_step_before_sampled(tiny, greedy):
-    """Rows of -1 - r: the host need not know the ids to lay out the next step."""
-    plan, ids = plan_of(tiny), [[], []]
+def test_a_step_can_use_the_ids_that_the_previous_step_sampled(tiny, greedy):
+    """Rows with id -1 - r: the host can prepare the next step without knowing the ids."""
+    plan, ids = compile_plan(tiny), [[], []]
     for slot in range(2):
         plan.sampling.set(slot, SamplingParameters(temperature=0))
     pieces = [Piece(PROMPTS[2], 0, [8, 2, 5, 7, 11]), Piece(PROMPTS[0], 0, [3, 1])]
@@ -204,8 +204,8 @@ def test_a_step_can_feed_on_what_the_step_before_sampled(tiny, greedy):
     assert ids == [greedy[2], greedy[0]]
 
 
-def test_a_nan_in_one_sequence_fails_that_sequence_alone(tiny, greedy):
-    plan = plan_of(tiny)
+def test_a_nan_in_one_sequence_fails_only_that_sequence(tiny, greedy):
+    plan = compile_plan(tiny)
     for slot in range(2):
         plan.sampling.set(slot, SamplingParameters(temperature=0))
     plan.forward(batch_of([Piece(PROMPTS[0], 0, [1]), Piece(PROMPTS[1], 0, [2])]))
@@ -216,7 +216,7 @@ def test_a_nan_in_one_sequence_fails_that_sequence_alone(tiny, greedy):
     assert samples.ids.tolist() == [-1, greedy[1][1]]
 
 
-def test_a_step_inside_a_prompt_wants_no_logits(tiny):
-    plan = plan_of(tiny)
+def test_a_step_inside_a_prompt_computes_no_logits(tiny):
+    plan = compile_plan(tiny)
     plan.forward(batch_of([Piece(PROMPTS[2], 0, [1, 2, 3, 4], wants_logits=False)]))
     assert plan.read("logits").shape[0] == 0

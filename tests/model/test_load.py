@@ -1,4 +1,4 @@
-"""What is refused at load, and that the message names the file, the key or tensor, and why."""
+"""Which models are refused, with a message that names the file, the key or tensor, and why."""
 
 import re
 from math import nan
@@ -23,7 +23,7 @@ def load(path):
 
 
 def refusal(tmp_path, **changes):
-    """Why a tiny llama with these changes is refused."""
+    """The message with which a tiny llama with these changes is refused."""
     path = write_tiny_llama(tmp_path / "tiny.gguf", **changes)
     with pytest.raises(ModelError) as error:
         load(path)
@@ -32,7 +32,7 @@ def refusal(tmp_path, **changes):
     return message.removeprefix(f"{path}: ")
 
 
-def test_a_model_loads_with_the_numbers_of_its_file(tmp_path):
+def test_a_model_loads_with_the_configuration_of_its_file(tmp_path):
     config = load(write_tiny_llama(tmp_path / "tiny.gguf", vocab_size=300)).config
     assert (config.architecture, config.context_length, config.vocab_size) == ("llama", 512, 300)
     assert (config.hidden_size, config.intermediate_size, config.num_layers) == (64, 128, 2)
@@ -42,7 +42,7 @@ def test_a_model_loads_with_the_numbers_of_its_file(tmp_path):
     assert config.norm_eps == np.float32(1e-5)
 
 
-def test_the_default_models_program_is_the_llama_of_the_paper(smollm2):
+def test_the_program_of_the_default_model_is_the_llama_of_the_paper(smollm2):
     model = load(smollm2)
     operations, config = model.program.operations, model.config
     assert (config.num_layers, config.num_heads, config.num_kv_heads) == (30, 9, 3)
@@ -58,7 +58,7 @@ def test_the_default_models_program_is_the_llama_of_the_paper(smollm2):
     np.testing.assert_allclose(rope.frequencies, expected, rtol=1e-7)
 
 
-def test_loading_ticks_once_a_tensor(tmp_path):
+def test_loading_ticks_once_per_tensor(tmp_path):
     ticks = []
     load_model(write_tiny_llama(tmp_path / "tiny.gguf"), lambda: ticks.append(1))
     assert len(ticks) == 2 + 2 * 9
@@ -68,17 +68,18 @@ def test_loading_ticks_once_a_tensor(tmp_path):
 
 
 @pytest.mark.parametrize("value, found", [("gpt5", "is 'gpt5'"), ("\x1b[31m", r"is '\x1b[31m'")])
-def test_an_unknown_architecture_is_refused_with_the_known(tmp_path, value, found):
+def test_the_error_for_an_unknown_architecture_lists_the_known_ones(tmp_path, value, found):
     message = refusal(tmp_path, metadata={"general.architecture": value})
     assert message == (
-        f"key 'general.architecture' {found}; this version runs llama, smollm3, qwen2, qwen3, "
+        f"key 'general.architecture' {found}; this version supports llama, smollm3, qwen2, qwen3, "
         "qwen3moe, gemma2, gemma3, phi3, olmo2, granite"
     )
 
 
 def test_a_file_without_an_architecture_is_refused(tmp_path):
     path = write_gguf(tmp_path / "none.gguf", {"general.name": "x"})
-    with pytest.raises(ModelError, match="'general.architecture' is missing; this version runs"):
+    expected = "'general.architecture' is missing; this version supports"
+    with pytest.raises(ModelError, match=expected):
         load(path)
 
 
@@ -97,7 +98,7 @@ ABSURD = [
     ("attention.head_count_kv", 3, "a divisor of 4 heads"),
     ("attention.head_count_kv", 8, "1 to 4"),
     ("attention.key_length", 0, "1 to"),
-    ("attention.value_length", 8, "16, as that of the keys"),
+    ("attention.value_length", 8, "16, the head_dim of the keys"),
     ("attention.layer_norm_rms_epsilon", 0.0, "above 0 and at most 1"),
     ("attention.layer_norm_rms_epsilon", nan, "above 0 and at most 1"),
     ("rope.freq_base", 0.0, "above 0"),
@@ -108,20 +109,20 @@ ABSURD = [
     ("rope.scaling.type", "dynamic", "one of default, none, linear, "),
     ("rope.scaling.factor", 0.0, "above 0"),
     ("vocab_size", 0, "1 to"),
-    ("vocab_size", 1000, "270, as many as tokenizer.ggml.tokens"),
+    ("vocab_size", 1000, "270, the length of tokenizer.ggml.tokens"),
 ]
 
 
 @pytest.mark.parametrize("key, value, expected", ABSURD)
-def test_an_absurd_number_is_refused_by_key_and_value(tmp_path, key, value, expected):
+def test_the_error_for_an_absurd_number_names_its_key_and_value(tmp_path, key, value, expected):
     message = refusal(tmp_path, metadata={f"llama.{key}": value})
-    shown = value.value if isinstance(value, Typed) else value
+    number = value.value if isinstance(value, Typed) else value
     assert message.startswith(f"key 'llama.{key}' is ")
-    assert str(shown) in message and f"expected {expected}" in message
+    assert str(number) in message and f"expected {expected}" in message
 
 
 @pytest.mark.parametrize("value", ["64", True, 64.0, [64, 64]])
-def test_a_number_of_another_type_is_refused(tmp_path, value):
+def test_a_number_of_the_wrong_type_is_refused(tmp_path, value):
     message = refusal(tmp_path, metadata={"llama.embedding_length": value})
     assert "llama.embedding_length" in message and "must be int" in message
 
@@ -133,7 +134,7 @@ REQUIRED = [
 
 
 @pytest.mark.parametrize("key", REQUIRED)
-def test_a_missing_number_is_refused_by_key(tmp_path, key):
+def test_the_error_for_a_missing_number_names_its_key(tmp_path, key):
     numbers = dict.fromkeys(REQUIRED, 2)
     numbers |= {"embedding_length": 64, "attention.layer_norm_rms_epsilon": 1e-5}
     del numbers[key]
@@ -147,7 +148,7 @@ def test_a_missing_number_is_refused_by_key(tmp_path, key):
 
 
 @pytest.mark.parametrize("scaling", [{}, {"llama.rope.scaling.type": "none"}])
-def test_scaling_of_rope_needs_its_type_not_to_be_none(tmp_path, scaling):
+def test_rope_is_not_scaled_if_the_scaling_type_is_none(tmp_path, scaling):
     metadata = {"llama.rope.scaling.factor": 8.0, **scaling}
     config = load(write_tiny_llama(tmp_path / "tiny.gguf", metadata=metadata)).config
     assert config.layers[0].rope.frequencies[0] == (1.0 if scaling else 1 / 8)
@@ -160,7 +161,7 @@ def zeros(*shape):
     return np.zeros(shape, np.float32)
 
 
-def test_a_missing_tensor_is_refused_by_name_and_expected_shape(tmp_path):
+def test_the_error_for_a_missing_tensor_names_it_and_its_shape(tmp_path):
     message = refusal(tmp_path, metadata={"llama.block_count": 3})
     assert message == "tensor 'blk.2.attn_norm.weight' is missing; expected (64,)"
 
@@ -175,35 +176,35 @@ def test_a_missing_tensor_is_refused_by_name_and_expected_shape(tmp_path):
     ("blk.0.attn_output.bias", (32,), (64,)),
     ("rope_freqs.weight", (16,), (8,)),
 ])
-def test_a_tensor_of_another_shape_is_refused(tmp_path, name, found, expected):
+def test_a_tensor_of_the_wrong_shape_is_refused(tmp_path, name, found, expected):
     message = refusal(tmp_path, tensors={name: zeros(*found)})
     assert message == f"tensor '{name}' has shape {found}; expected {expected}"
 
 
-def test_a_tensor_of_another_type_is_refused_with_the_known(tmp_path):
+def test_the_error_for_an_unsupported_tensor_type_lists_the_supported_ones(tmp_path):
     tensors = {"blk.0.ffn_down.weight": (24, (64, 128), bytes(64 * 128))}
     message = refusal(tmp_path, tensors=tensors)
     assert message.startswith(
-        "tensor 'blk.0.ffn_down.weight' has type I8; this version runs F32, F16, BF16, "
+        "tensor 'blk.0.ffn_down.weight' has type I8; this version supports F32, F16, BF16, "
     )
 
 
-def test_a_bias_of_one_of_three_stacked_weights_asks_for_the_others(tmp_path):
+def test_a_bias_of_one_of_three_stacked_weights_requires_the_others(tmp_path):
     message = refusal(tmp_path, tensors={"blk.0.attn_k.bias": zeros(32)})
     assert message == "tensor 'blk.0.attn_q.bias' is missing; expected (64,)"
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, nan, float("inf")])
-def test_divisors_of_rope_must_make_sense(tmp_path, bad):
+def test_rope_divisors_must_be_finite_and_positive(tmp_path, bad):
     divisors = np.float32([1, 1, 1, bad, 1, 1, 1, 1])
     message = refusal(tmp_path, tensors={"rope_freqs.weight": divisors})
     assert message == "tensor 'rope_freqs.weight' must be finite and above 0"
 
 
-def test_a_tensor_that_no_llama_has_is_refused(tmp_path):
+def test_a_tensor_that_is_not_part_of_a_llama_is_refused(tmp_path):
     message = refusal(tmp_path, tensors={"blk.0.attn_q_norm.weight": zeros(16)})
     assert message.startswith("tensor 'blk.0.attn_q_norm.weight' is not part of a llama")
 
 
-def test_a_leftover_of_old_converters_is_ignored(tmp_path):
+def test_a_leftover_tensor_of_old_converters_is_ignored(tmp_path):
     load(write_tiny_llama(tmp_path / "t.gguf", tensors={"blk.0.attn_rot_embd.weight": zeros(8)}))

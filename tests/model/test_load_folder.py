@@ -1,4 +1,4 @@
-"""What a Hugging Face folder's config.json may say, in old and new words, and what is refused."""
+"""Which keys in config.json are read, with old and new spellings, and which are refused."""
 
 import json
 from math import log
@@ -21,19 +21,19 @@ TINY = Path(__file__).parents[1] / "data/golden/tiny"
 # 3 layers, hidden size 64, 4 heads of 16, 2 kv heads
 
 
-def config_of(name, **changes):
-    """config.json of a tiny model, with changes; what is changed to ... is left out."""
+def changed_config(name, **changes):
+    """config.json of a tiny model with changes; a key changed to ... is left out."""
     config = {**json.loads((TINY / name / "config.json").read_text()), **changes}
     return {key: value for key, value in config.items() if value is not ...}
 
 
-def folder_of(tmp_path, name, tensors=None, **changes):
+def changed_folder(tmp_path, name, tensors=None, **changes):
     weights = tensors or dict(read_safetensors(TINY / name / "model.safetensors"))
-    return write_folder(tmp_path / "model", weights, config=config_of(name, **changes))
+    return write_folder(tmp_path / "model", weights, config=changed_config(name, **changes))
 
 
 def load(tmp_path, name, tensors=None, **changes):
-    return load_model(folder_of(tmp_path, name, tensors, **changes), lambda: None)
+    return load_model(changed_folder(tmp_path, name, tensors, **changes), lambda: None)
 
 
 def refusal(tmp_path, name="llama", tensors=None, **changes):
@@ -44,7 +44,7 @@ def refusal(tmp_path, name="llama", tensors=None, **changes):
     return message
 
 
-def frequencies_of(config):
+def layer_frequencies(config):
     return [layer.rope and layer.rope.frequencies for layer in config.layers]
 
 
@@ -52,10 +52,10 @@ def same(ours, theirs):
     return all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-# ---- Older words for the same
+# ---- Older spellings
 
 
-OLD = {
+OLD_SPELLINGS = {
     "llama-linear": {
         "rope_parameters": ...,
         "rope_theta": 10000.0,
@@ -112,11 +112,11 @@ OLD = {
 }
 
 
-@pytest.mark.parametrize("name", OLD)
-def test_older_words_say_the_same(tmp_path, name):
+@pytest.mark.parametrize("name", OLD_SPELLINGS)
+def test_older_spellings_give_the_same_configuration(tmp_path, name):
     new = load_model(TINY / name, lambda: None).config
-    old = load(tmp_path, name, **OLD[name]).config
-    assert same(frequencies_of(old), frequencies_of(new))
+    old = load(tmp_path, name, **OLD_SPELLINGS[name]).config
+    assert same(layer_frequencies(old), layer_frequencies(new))
     assert [layer.window for layer in old.layers] == [layer.window for layer in new.layers]
     for ours, theirs in zip(old.layers, new.layers):
         if theirs.rope and theirs.rope.long_frequencies is not None:
@@ -128,15 +128,15 @@ def test_older_words_say_the_same(tmp_path, name):
 # ---- Layers
 
 
-def operations_of(model, kind):
+def select_operations(model, kind):
     return [operation for operation in model.program.operations if isinstance(operation, kind)]
 
 
-def test_layers_have_the_windows_that_their_types_say(tmp_path):
+def test_layer_types_decide_which_layers_have_a_window(tmp_path):
     types = ["full_attention", "sliding_attention", "full_attention"]
     changes = {"use_sliding_window": True, "sliding_window": 24, "layer_types": types}
     model = load(tmp_path, "qwen2", **changes)
-    assert [each.window for each in operations_of(model, Attention)] == [None, 24, None]
+    assert [each.window for each in select_operations(model, Attention)] == [None, 24, None]
 
 
 @pytest.mark.parametrize("changes, windows", [
@@ -145,29 +145,30 @@ def test_layers_have_the_windows_that_their_types_say(tmp_path):
     ({"sliding_window": 8, "use_sliding_window": False}, [None, None, None]),
     ({"sliding_window": 8, "max_window_layers": 2}, [None, None, 8]),
 ])
-def test_without_types_every_layer_has_the_window_that_is_used(tmp_path, changes, windows):
+def test_without_layer_types_every_layer_has_the_window(tmp_path, changes, windows):
     model = load(tmp_path, "mistral-window", **changes)
-    assert [each.window for each in operations_of(model, Attention)] == windows
+    assert [each.window for each in select_operations(model, Attention)] == windows
 
 
-def test_every_fourth_layer_of_a_smollm3_does_not_rotate_and_gguf_says_the_same(tmp_path):
+def test_every_fourth_layer_of_a_smollm3_does_not_rotate_in_either_format(tmp_path):
     tensors = dict(read_safetensors(TINY / "smollm3-nope/model.safetensors"))
     copies = {name.replace(".1.", ".3."): tensors[name] for name in tensors if ".1." in name}
     changes = {"num_hidden_layers": 4, "no_rope_layers": ..., "no_rope_layer_interval": ...}
-    folder = folder_of(tmp_path, "smollm3-nope", {**tensors, **copies}, **changes, layer_types=None)
+    changes["layer_types"] = None
+    folder = changed_folder(tmp_path, "smollm3-nope", {**tensors, **copies}, **changes)
     for path in (folder, to_gguf(folder, tmp_path / "tiny.gguf")):
-        ropes = operations_of(load_model(path, lambda: None), RopeAndStore)
+        ropes = select_operations(load_model(path, lambda: None), RopeAndStore)
         assert [rope.frequencies is None for rope in ropes] == [False, False, False, True]
 
 
-def test_local_layers_of_a_gemma3_have_a_rope_of_their_own(tmp_path):
+def test_windowed_layers_of_a_gemma3_have_their_own_rope(tmp_path):
     linear = {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0}
     local = {"rope_theta": 1e4, "rope_type": "default"}
     ropes = {"full_attention": linear, "sliding_attention": local}
     model = load(tmp_path, "gemma3", rope_parameters=ropes)
     steps = np.arange(0, 16, 2) / 16
     expected = np.array([1e4**-steps, 1e4**-steps, 1e6**-steps / 8])
-    np.testing.assert_allclose(frequencies_of(model.config), expected, rtol=1e-6)
+    np.testing.assert_allclose(layer_frequencies(model.config), expected, rtol=1e-6)
 
 
 # ---- Scalings
@@ -183,7 +184,7 @@ def yarn(**more):
     ({"mscale": 0.5, "mscale_all_dim": 1.0}, (0.05 * log(4) + 1) / (0.1 * log(4) + 1)),
     ({"factor": 0.5}, 1.0),
 ])
-def test_yarn_scales_what_is_attended_to(tmp_path, more, magnitude):
+def test_yarn_scales_attention(tmp_path, more, magnitude):
     parameters = yarn(original_max_position_embeddings=32) | more
     config = load(tmp_path, "llama-yarn", rope_parameters=parameters).config
     assert config.layers[0].rope.magnitude == pytest.approx(magnitude)
@@ -196,7 +197,7 @@ def test_yarn_extends_the_context(tmp_path, original, context):
     assert config.context_length == context
 
 
-def test_yarn_without_an_original_context_extends_the_whole(tmp_path):
+def test_yarn_without_an_original_context_extends_the_full_context(tmp_path):
     ropes = []
     for original in (None, 256):
         parameters = yarn(original_max_position_embeddings=original)
@@ -210,25 +211,25 @@ def test_yarn_without_an_original_context_extends_the_whole(tmp_path):
     ({"factor": 1.0}, 1.0),
     ({"attention_factor": 1.25}, 1.25),
 ])
-def test_longrope_scales_what_is_attended_to(tmp_path, more, magnitude):
-    given = config_of("phi3-longrope")["rope_parameters"]
+def test_longrope_scales_attention(tmp_path, more, magnitude):
+    given = changed_config("phi3-longrope")["rope_parameters"]
     config = load(tmp_path, "phi3-longrope", rope_parameters=given | more).config
     assert config.layers[0].rope.magnitude == pytest.approx(magnitude)
     assert config.long_from == 32
 
 
-def test_part_of_a_head_may_rotate(tmp_path):
+def test_only_part_of_a_head_may_rotate(tmp_path):
     given = {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 0.75}
     config = load(tmp_path, "phi3", rope_parameters=given).config
-    assert [len(frequencies) for frequencies in frequencies_of(config)] == [6, 6, 6]
+    assert [len(frequencies) for frequencies in layer_frequencies(config)] == [6, 6, 6]
 
 
 # ---- Refusals
 
 
 @pytest.mark.parametrize("changes, expected", [
-    ({"model_type": "bert"}, "key 'model_type' is 'bert'; this version runs llama, mistral, mix"),
-    ({"model_type": ...}, "key 'model_type' is missing; this version runs llama"),
+    ({"model_type": "bert"}, "'model_type' is 'bert'; this version supports llama, mistral, mixt"),
+    ({"model_type": ...}, "key 'model_type' is missing; this version supports llama"),
     ({"architectures": ["LlamaForSequenceClassification"]}, "expected a class ...ForCausalLM"),
     ({"hidden_act": "relu"}, "'hidden_act' is 'relu'; expected silu"),
     ({"quantization_config": {"bits": 4}}, "expected weights in F32, F16 or BF16"),
@@ -265,25 +266,25 @@ def test_part_of_a_head_may_rotate(tmp_path):
         "'rope_parameters.short_factor' is missing; expected 8 numbers",
     ),
     ({"sliding_window": 8, "layer_types": ["full_attention"]}, "is ['full_attention']; expected 3"),
-    ({"sliding_window": 8, "layer_types": ["chunked"] * 3}, "one of full_attention, sliding"),
+    ({"sliding_window": 8, "layer_types": ["chunked"] * 3}, "3 times full_attention or sliding"),
     ({"num_hidden_layers": 4}, "'model.layers.3.input_layernorm.weight' is missing"),
     ({"num_hidden_layers": 2}, "is not part of a llama"),
     ({"vocab_size": 513}, "embed_tokens.weight' has shape (512, 64); expected (513, 64)"),
     ({"num_local_experts": 4, "num_experts_per_tok": 5}, "per_tok' is 5; expected 1 to 4"),
 ])
-def test_a_config_that_makes_no_sense_is_refused_by_key(tmp_path, changes, expected):
+def test_the_error_for_an_invalid_config_names_the_key(tmp_path, changes, expected):
     assert expected in refusal(tmp_path, **changes)
 
 
 @pytest.mark.parametrize("factors", [[1.0] * 7, ["x"] * 8, [0] * 8, [nan] * 8, [True] * 8])
-def test_divisors_of_longrope_must_make_sense(tmp_path, factors):
-    given = config_of("phi3-longrope")["rope_parameters"] | {"long_factor": factors}
+def test_longrope_divisors_must_be_finite_and_positive(tmp_path, factors):
+    given = changed_config("phi3-longrope")["rope_parameters"] | {"long_factor": factors}
     message = refusal(tmp_path, "phi3-longrope", rope_parameters=given)
     assert "'rope_parameters.long_factor' is" in message
 
 
 @pytest.mark.parametrize("flags", [[1, 0], [1, 0, 2], "101"])
-def test_flags_of_layers_without_rope_must_be_one_a_layer(tmp_path, flags):
+def test_there_must_be_one_rope_flag_per_layer(tmp_path, flags):
     assert "no_rope_layers" in refusal(tmp_path, "smollm3-nope", no_rope_layers=flags)
 
 
@@ -293,18 +294,18 @@ def test_an_encoder_that_is_shaped_like_a_decoder_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}])
-def test_layers_without_experts_among_others_with_them_are_refused(tmp_path, changes):
+def test_models_with_experts_only_in_some_layers_are_refused(tmp_path, changes):
     assert next(iter(changes)) in refusal(tmp_path, "qwen3-moe", **changes)
 
 
 # ---- Output weights
 
 
-def test_output_weights_are_the_embedding_where_the_config_says_so(tmp_path):
+def test_output_weights_are_the_embedding_if_the_config_says_so(tmp_path):
     program = load(tmp_path, "llama", tie_word_embeddings=True).program
     assert program.operations[-1].weights == (program.operations[0].table,)
 
 
-def test_output_weights_that_must_be_there_are_asked_for(tmp_path):
+def test_output_weights_are_required_if_they_are_not_tied(tmp_path):
     message = refusal(tmp_path, "qwen2", tie_word_embeddings=False)
     assert "'lm_head.weight' is missing; expected (512, 64)" in message

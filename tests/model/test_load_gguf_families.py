@@ -1,4 +1,4 @@
-"""What GGUF files of the families say about windows, ropes and scales, and what they do not say."""
+"""Windows, ropes and scales in GGUF files of each family, and the defaults for missing keys."""
 
 from pathlib import Path
 
@@ -16,9 +16,10 @@ TINY = Path(__file__).parents[1] / "data/golden/tiny"
 STEPS = np.arange(0, 16, 2) / 16  # of a head of 16
 
 
-def config_of(tmp_path, name, **metadata):
-    """The configuration of a tiny model of 3 layers, with these keys of its architecture changed;
-    __ stands for a dot."""
+def read_config(tmp_path, name, **metadata):
+    """The configuration of a tiny model of 3 layers with these keys of its architecture changed.
+
+    In the names of keys, __ means a dot."""
     architecture = name.partition("-")[0]
     keys = {f"{architecture}.{key.replace('__', '.')}": value for key, value in metadata.items()}
     path = to_gguf(TINY / name, tmp_path / "tiny.gguf", keys)
@@ -30,7 +31,7 @@ def windows(config):
 
 
 def thetas(config):
-    """The base of each layer's rope, by its second frequency."""
+    """The theta of each layer's rope, computed from its second frequency."""
     return [round(float(layer.rope.frequencies[1]) ** -8) for layer in config.layers]
 
 
@@ -44,32 +45,32 @@ PATTERN = "attention__sliding_window_pattern"
     ([False, True, False], [None, 16, None]),
 ])
 def test_a_gemma3_has_global_layers_by_interval_or_list(tmp_path, pattern, expected):
-    config = config_of(tmp_path, "gemma3", **{PATTERN: pattern})
+    config = read_config(tmp_path, "gemma3", **{PATTERN: pattern})
     assert windows(config) == expected
     assert thetas(config) == [1_000_000 if window is None else 10_000 for window in expected]
 
 
 @pytest.mark.parametrize("pattern", [[True], [1, 0, 1], 0, Typed("INT32", -2), "11"])
-def test_a_pattern_of_windows_that_makes_no_sense_is_refused(tmp_path, pattern):
+def test_an_invalid_sliding_window_pattern_is_refused(tmp_path, pattern):
     with pytest.raises(ModelError, match="key 'gemma3.attention.sliding_window_pattern' "):
-        config_of(tmp_path, "gemma3", **{PATTERN: pattern})
+        read_config(tmp_path, "gemma3", **{PATTERN: pattern})
 
 
-def test_local_layers_of_a_gemma3_may_have_another_base_and_are_not_scaled(tmp_path):
+def test_windowed_layers_of_a_gemma3_may_have_another_theta_and_are_not_scaled(tmp_path):
     scaling = {"rope__scaling__type": "linear", "rope__scaling__factor": 8.0}
-    config = config_of(tmp_path, "gemma3", rope__freq_base_swa=500.0, **scaling)
+    config = read_config(tmp_path, "gemma3", rope__freq_base_swa=500.0, **scaling)
     expected = np.array([500.0**-STEPS, 500.0**-STEPS, 1e6**-STEPS / 8])
     frequencies = [layer.rope.frequencies for layer in config.layers]
     np.testing.assert_allclose(frequencies, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("window, expected", [(None, [4096, None, 4096]), (0, [None, None, None])])
-def test_a_gemma2_has_windows_in_every_other_layer_also_unsaid(tmp_path, window, expected):
-    assert windows(config_of(tmp_path, "gemma2", attention__sliding_window=window)) == expected
+def test_a_gemma2_has_a_window_in_every_other_layer_by_default(tmp_path, window, expected):
+    assert windows(read_config(tmp_path, "gemma2", attention__sliding_window=window)) == expected
 
 
-def test_an_olmo3_is_an_olmo2_whose_local_layers_are_not_scaled(tmp_path):
-    config = config_of(
+def test_an_olmo3_is_an_olmo2_whose_windowed_layers_are_not_scaled(tmp_path):
+    config = read_config(
         tmp_path,
         "olmo2",
         attention__sliding_window=8,
@@ -82,22 +83,22 @@ def test_an_olmo3_is_an_olmo2_whose_local_layers_are_not_scaled(tmp_path):
     assert first == [1.0, 0.5, 1.0]
 
 
-def test_numbers_of_a_granite_are_its_multipliers(tmp_path):
-    config = config_of(tmp_path, "granite", attention__scale=None, residual_scale=None)
+def test_the_multipliers_of_a_granite_are_read_or_have_defaults(tmp_path):
+    config = read_config(tmp_path, "granite", attention__scale=None, residual_scale=None)
     assert config.attention_scale == 16**-0.5 and config.residual_scale == 1.0
     assert config.embedding_scale == 3.0 and config.logit_scale == 1 / 2.5
 
 
 @pytest.mark.parametrize("key", ["embedding_scale", "residual_scale", "logit_scale"])
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
-def test_multipliers_that_make_no_sense_are_refused(tmp_path, key, value):
+def test_invalid_multipliers_are_refused(tmp_path, key, value):
     with pytest.raises(ModelError, match=f"key 'granite.{key}' is {value}; expected above 0"):
-        config_of(tmp_path, "granite", **{key: value})
+        read_config(tmp_path, "granite", **{key: value})
 
 
 @pytest.mark.parametrize("num_layers, scale", [(45, 2**-0.5), (46, 4**-0.5)])
-def test_the_largest_gemma2_scales_attention_by_width_for_each_head(tmp_path, num_layers, scale):
-    """2 heads of 2 in a width of 8; only the number of layers tells."""
+def test_the_largest_gemma2_scales_attention_by_hidden_size_per_head(tmp_path, num_layers, scale):
+    """2 heads of 2 with hidden_size 8; only the number of layers identifies the model."""
     shapes = {"attn_q": (4, 8), "attn_k": (4, 8), "attn_v": (4, 8), "attn_output": (8, 4)}
     shapes |= {"ffn_gate": (8, 8), "ffn_up": (8, 8), "ffn_down": (8, 8)}
     shapes |= dict.fromkeys(["attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"], (8,))

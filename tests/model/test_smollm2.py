@@ -14,9 +14,9 @@ from tests.support.plans import generate
 
 GOLDEN = Path(__file__).parents[1] / "data/golden/smollm2-135m-instruct-q4_1.json"
 CASES = json.loads(GOLDEN.read_text())["cases"]
-NEAR = 2e-3  # of a log-probability
+TOLERANCE = 2e-3  # of a log-probability
 
-pytestmark = pytest.mark.slow  # the tiny models of test_golden_tiny.py show quickly what these do
+pytestmark = pytest.mark.slow  # test_golden_tiny.py is the quick version
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def plan(smollm2):
     return ReferenceBackend().compile(program, limits, lambda: None)
 
 
-def run_of(case):
+def make_run(case):
     parameters = SamplingParameters(temperature=0, num_logprobs=11)
     return Run(case["prompt_ids"], len(case["greedy_ids"]), parameters)
 
@@ -35,20 +35,20 @@ def check(run, case):
     assert run.ids == case["greedy_ids"]
     for step, golden in enumerate(case["top10_logprobs"]):
         theirs, ours = dict(golden), run.alternatives[step]
-        assert run.logprobs[step] == pytest.approx(theirs[run.ids[step]], abs=NEAR)
-        # Eleven are asked for, so that the tenth and the eleventh may change places.
-        assert {id: ours.get(id) for id in theirs} == pytest.approx(theirs, abs=NEAR)
+        assert run.logprobs[step] == pytest.approx(theirs[run.ids[step]], abs=TOLERANCE)
+        # We request eleven, so that the tenth and the eleventh may swap places.
+        assert {id: ours.get(id) for id in theirs} == pytest.approx(theirs, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("index, chunk", [(0, 1), (1, 3), (8, 512)])  # the shortest, the longest
 def test_a_case_alone_gives_the_golden_tokens_and_log_probabilities(plan, index, chunk):
-    run = run_of(CASES[index])
+    run = make_run(CASES[index])
     generate(plan, [run], chunk, seed=chunk)
     check(run, CASES[index])
 
 
 def test_all_cases_together_in_chunks_give_the_golden_tokens_and_log_probabilities(plan):
-    runs = [run_of(case) for case in CASES]
+    runs = [make_run(case) for case in CASES]
     generate(plan, runs, chunk=16, seed=1)
     for run, case in zip(runs, CASES):
         check(run, case)

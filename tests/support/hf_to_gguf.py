@@ -1,7 +1,7 @@
-"""Writes a tiny Hugging Face model as the GGUF file that llama.cpp's converter would make of it.
+"""Writes a tiny Hugging Face model as the GGUF file that llama.cpp's converter would write.
 
-Deliberately apart from llmsrv.model: names, permutations and keys are stated here once more, by
-family, from llama.cpp's conversion/*.py.
+Deliberately shares no code with llmsrv.model: names, permutations and keys are listed again here,
+by family, from llama.cpp's conversion/*.py.
 """
 
 import json
@@ -36,7 +36,7 @@ ARCHITECTURES = {
     "olmo2": "olmo2",
 }
 PERMUTED = {"llama", "smollm3", "granite"}
-SHIFTED = {"gemma2", "gemma3"}  # norms are stored less 1
+SHIFTED = {"gemma2", "gemma3"}  # norms are stored minus 1
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -59,7 +59,7 @@ NAMES = {
     "mlp.gate": "ffn_gate_inp",
     "block_sparse_moe.gate": "ffn_gate_inp",
 }
-POST_NORMED = {"gemma2", "gemma3", "olmo2"}  # post_attention_layernorm is what it says
+POST_NORMED = {"gemma2", "gemma3", "olmo2"}  # post_attention_layernorm follows attention
 EXPERT_NAMES = {
     "gate_proj": "ffn_gate_exps",
     "up_proj": "ffn_up_exps",
@@ -68,8 +68,8 @@ EXPERT_NAMES = {
     "w3": "ffn_up_exps",
     "w2": "ffn_down_exps",
 }
-# Keys of a family alone: GGUF's -> Hugging Face's
-OWN_KEYS = {
+# Keys of single families: GGUF's -> Hugging Face's
+FAMILY_KEYS = {
     "attention.sliding_window": "sliding_window",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
@@ -84,18 +84,19 @@ OWN_KEYS = {
 
 
 def to_gguf(folder: Path, path: Path, metadata: Mapping[str, object] | None = None) -> Path:
-    """Matrices stay as they are; norms, biases and factors become float32.  `metadata` adds to ours
-    or replaces it; None there leaves a key out."""
+    """Keeps matrices unchanged and converts norms, biases and factors to float32.
+
+    metadata  added to ours or replacing it; a value of None removes the key"""
     config = json.loads((folder / "config.json").read_text())
     architecture = ARCHITECTURES[config["model_type"]]
     tensors: dict[str, Array | RawTensor] = {}
     stacks: dict[str, list[RawTensor]] = {}
-    for name, tensor in sorted(read_safetensors(folder / "model.safetensors"), key=_order):
+    for name, tensor in sorted(read_safetensors(folder / "model.safetensors"), key=_sort_key):
         if ".experts." in name:
             stacks.setdefault(_expert_name(name), []).append(tensor)
         else:
             own = gguf_name(name, architecture)
-            tensors[own] = _converted(own, tensor, config, architecture)
+            tensors[own] = _convert(own, tensor, config, architecture)
     for name, stack in stacks.items():
         (type_, shape, _), data = stack[0], b"".join(data for _, _, data in stack)
         tensors[name] = type_, (len(stack), *shape), data
@@ -105,7 +106,7 @@ def to_gguf(folder: Path, path: Path, metadata: Mapping[str, object] | None = No
 
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, RawTensor]]:
-    """A length, a JSON header, the data."""
+    """Yields name and tensor.  The file is a length, a JSON header, and the data."""
     data = path.read_bytes()
     (length,) = struct.unpack_from("<Q", data)
     for name, entry in json.loads(data[8 : 8 + length]).items():
@@ -114,8 +115,8 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, RawTensor]]:
             yield name, (entry["dtype"], tuple(entry["shape"]), data[start:end])
 
 
-def _order(item: tuple[str, RawTensor]) -> list[tuple[int, str]]:
-    """Experts by number."""
+def _sort_key(item: tuple[str, RawTensor]) -> list[tuple[int, str]]:
+    """A sort key that orders experts by number."""
     return [(int(part) if part.isdigit() else -1, part) for part in item[0].split(".")]
 
 
@@ -135,7 +136,7 @@ def _expert_name(name: str) -> str:
     return f"blk.{parts[2]}.{EXPERT_NAMES[parts[-2]]}.weight"
 
 
-def _converted(
+def _convert(
     name: str, tensor: RawTensor, config: Config, architecture: str
 ) -> Array | RawTensor:
     type_, shape, data = tensor
@@ -143,7 +144,7 @@ def _converted(
     heads = {"attn_q.": "num_attention_heads", "attn_k.": "num_key_value_heads"}
     for part, key in heads.items():
         if part in name and architecture in PERMUTED:
-            # Rows of each head in the order 0, half, 1, half + 1, ...
+            # Puts the rows of each head in the order 0, half, 1, half + 1, ...
             rows = np.frombuffer(data, "<u2").reshape(config[key], 2, -1, *shape[1:])
             data = rows.swapaxes(1, 2).tobytes()
     if len(shape) > 1:
@@ -173,7 +174,7 @@ def _metadata(config: Config, architecture: str) -> dict[str, object]:
         "rope.dimension_count": head_dim,
         "vocab_size": config["vocab_size"],
     }
-    numbers |= {own: config[key] for own, key in OWN_KEYS.items() if config.get(key)}
+    numbers |= {own: config[key] for own, key in FAMILY_KEYS.items() if config.get(key)}
     if architecture == "gemma3":
         numbers["attention.sliding_window_pattern"] = [
             type_ == "sliding_attention" for type_ in config["layer_types"]

@@ -1,6 +1,6 @@
-"""Gemma 2 and 3: norms before and after, local layers between global ones, scaled embeddings.
+"""Gemma 2 and 3: norms before and after, windowed layers between global ones, scaled embeddings.
 
-The norms compute x * (1 + weight): converters to GGUF add the 1.  Sources: Gemma 2 and Gemma 3
+The norms compute x * (1 + weight); converters to GGUF add the 1.  Sources: Gemma 2 and Gemma 3
 technical reports, 2024 and 2025.
 """
 
@@ -12,28 +12,28 @@ NAMES = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 GEMMA2 = Architecture(
-    gguf="gemma2",
+    gguf_name="gemma2",
     model_types=("gemma2",),
-    names=NAMES,
+    tensor_names=NAMES,
     has_post_norms=True,
-    function="gelu",
+    activation="gelu",
     norm_offset=1.0,
     embedding_is_scaled=True,
-    default_window=4096,
-    global_interval=2,
-    num_layers_of_wide_scale=46,  # 27B
+    default_sliding_window=4096,
+    sliding_window_pattern=2,
+    num_layers_with_wide_scale=46,  # 27B
 )
 GEMMA3 = Architecture(
-    gguf="gemma3",
+    gguf_name="gemma3",
     model_types=("gemma3_text",),
-    names=NAMES,
+    tensor_names=NAMES,
     has_post_norms=True,
-    head_norms="each",
-    function="gelu",
+    qk_norms="per_head",
+    activation="gelu",
     norm_offset=1.0,
     embedding_is_scaled=True,
-    global_interval=6,
+    sliding_window_pattern=6,
     local_rope_is_scaled=False,
-    local_theta=10000.0,
-    num_layers_of_wide_scale=62,  # 27B
+    local_rope_theta=10000.0,
+    num_layers_with_wide_scale=62,  # 27B
 )

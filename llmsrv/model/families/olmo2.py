@@ -1,5 +1,5 @@
-"""OLMo 2: norms only after attention and feed-forward, and of q and k over all heads together.  In
-GGUF files also OLMo 3, which has windows in three of four layers.
+"""OLMo 2: norms only after attention and feed-forward, and norms of q and k over all heads.  GGUF
+files of OLMo 3, which has windows in three of four layers, use the same name.
 
 Source: OLMo 2 report, 2025, section 3.2.
 """
@@ -7,14 +7,14 @@ Source: OLMo 2 report, 2025, section 3.2.
 from llmsrv.model.architecture import Architecture
 
 OLMO2 = Architecture(
-    gguf="olmo2",
+    gguf_name="olmo2",
     model_types=("olmo2",),
-    names={
+    tensor_names={
         "post_attention_norm": "post_attention_layernorm",
         "post_ffw_norm": "post_feedforward_layernorm",
     },
     has_pre_norms=False,
     has_post_norms=True,
-    head_norms="all",
+    qk_norms="all_heads",
     local_rope_is_scaled=False,
 )

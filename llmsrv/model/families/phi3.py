@@ -6,8 +6,8 @@ Sources: Phi-3 technical report, 2024; Ding et al. 2024 (LongRoPE).
 from llmsrv.model.architecture import Architecture
 
 PHI3 = Architecture(
-    gguf="phi3",
+    gguf_name="phi3",
     model_types=("phi3",),
-    names={"ffn_up": "mlp.gate_up_proj"},  # as in GGUF, ffn_up holds both
-    is_fused=True,
+    tensor_names={"ffn_up": "mlp.gate_up_proj"},  # as in GGUF, ffn_up holds both
+    has_fused_projections=True,
 )

@@ -5,6 +5,6 @@ Sources: Qwen2 and Qwen3 technical reports, 2024 and 2025.
 
 from llmsrv.model.architecture import Architecture
 
-QWEN2 = Architecture(gguf="qwen2", model_types=("qwen2",))
-QWEN3 = Architecture(gguf="qwen3", model_types=("qwen3",), head_norms="each")
-QWEN3_MOE = Architecture(gguf="qwen3moe", model_types=("qwen3_moe",), head_norms="each")
+QWEN2 = Architecture(gguf_name="qwen2", model_types=("qwen2",))
+QWEN3 = Architecture(gguf_name="qwen3", model_types=("qwen3",), qk_norms="per_head")
+QWEN3_MOE = Architecture(gguf_name="qwen3moe", model_types=("qwen3_moe",), qk_norms="per_head")

@@ -6,8 +6,8 @@ Source: Yang et al. 2025, Rope to Nope and Back Again.
 from llmsrv.model.architecture import Architecture
 
 SMOLLM3 = Architecture(
-    gguf="smollm3",
+    gguf_name="smollm3",
     model_types=("smollm3",),
     rope_is_permuted=True,
-    rope_interval=4,
+    no_rope_layer_interval=4,
 )

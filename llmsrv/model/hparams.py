@@ -1,6 +1,6 @@
-"""The keys of a model file, asked for by Hugging Face's names and answered from either format.
+"""The hyperparameters in a model file, by Hugging Face name, for both file formats.
 
-Every answer is checked, and a refusal names the file, the key as the file has it, and what was
+Every value is checked.  A refusal names the file, the key as the file spells it, and what was
 expected.  Source of GGUF's names: docs/gguf.md of the ggml project and llama.cpp's constants.
 """
 
@@ -16,7 +16,7 @@ from llmsrv.files.gguf import GGUFFile
 
 T = TypeVar("T")
 
-# What a GGUF file can say; a key that is not here it leaves to the architecture.
+# Hugging Face's keys -> GGUF's.  For other keys, GGUF files rely on the architecture.
 GGUF_KEYS = {
     "max_position_embeddings": "context_length",
     "vocab_size": "vocab_size",
@@ -50,7 +50,7 @@ GGUF_KEYS = {
     "beta_fast": "rope.scaling.yarn_beta_fast",
     "beta_slow": "rope.scaling.yarn_beta_slow",
 }
-# Other names that Hugging Face's own files have for the same.
+# Alternative names in Hugging Face's own files.
 ALIASES = {
     "num_experts": "num_local_experts",
     "hidden_activation": "hidden_act",
@@ -58,60 +58,60 @@ ALIASES = {
 }
 
 
-class Keys(ABC):
-    path: Path  # of the file that has the keys
+class HParams(ABC):
+    path: Path  # of the file with the keys
 
     @abstractmethod
     def name(self, key: str) -> str:
-        """What the file calls it."""
+        """The key as the file spells it."""
 
     @abstractmethod
     def get(self, key: str, kind: type[T]) -> T | None:
-        """The value, None where there is none; ModelError when it is not a `kind`."""
+        """Returns the value, None if missing; ModelError if it is not a `kind`."""
 
     def refuse(self, key: str, value: object, expected: str) -> NoReturn:
         found = "is missing" if value is None else f"is {value!s:.100}"
         raise ModelError(f"{self.path}: key '{self.name(key)}' {found}; expected {expected}")
 
-    def integer(self, key: str, most: int, default: int | None = None, least: int = 1) -> int:
+    def integer(self, key: str, maximum: int, default: int | None = None, minimum: int = 1) -> int:
         value = self.get(key, int)
         value = default if value is None else value
-        if value is None or not least <= value <= most:
-            self.refuse(key, value, f"{least} to {most}")
+        if value is None or not minimum <= value <= maximum:
+            self.refuse(key, value, f"{minimum} to {maximum}")
         return value
 
-    def real(self, key: str, most: float, default: float | None = None) -> float:
-        value = self.maybe_real(key, most)
+    def real(self, key: str, maximum: float, default: float | None = None) -> float:
+        value = self.maybe_real(key, maximum)
         value = default if value is None else value
         if value is None:
-            self.refuse(key, value, f"above 0 and at most {most:g}")
+            self.refuse(key, value, f"above 0 and at most {maximum:g}")
         return value
 
-    def maybe_real(self, key: str, most: float) -> float | None:
+    def maybe_real(self, key: str, maximum: float) -> float | None:
         value = self.get(key, float)
-        if value is not None and not 0 < value <= most:  # NaN is refused too
-            self.refuse(key, value, f"above 0 and at most {most:g}")
+        if value is not None and not 0 < value <= maximum:  # NaN is refused too
+            self.refuse(key, value, f"above 0 and at most {maximum:g}")
         return None if value is None else float(value)
 
-    def reals(self, key: str, count: int, most: float) -> list[float]:
+    def reals(self, key: str, count: int, maximum: float) -> list[float]:
         values = self.get(key, list)
         if values is None or len(values) != count:
             self.refuse(key, None if values is None else f"of {len(values)}", f"{count} numbers")
         for value in values:
-            if type(value) not in (int, float) or not 0 < value <= most:
-                self.refuse(key, f"with {value!r}", f"numbers above 0 and at most {most:g}")
+            if type(value) not in (int, float) or not 0 < value <= maximum:
+                self.refuse(key, f"with {value!r}", f"numbers above 0 and at most {maximum:g}")
         return [float(value) for value in values]
 
     @abstractmethod
     def maybe_windowed(self, num_layers: int) -> list[bool] | None:
-        """For each layer whether it has a window, where the file lists them."""
+        """For each layer, whether it has a window; None if the file does not list them."""
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.get(key, bool)
         return default if value is None else value
 
 
-class GGUFKeys(Keys):
+class GGUFHParams(HParams):
     """The metadata keys of one architecture."""
 
     def __init__(self, gguf: GGUFFile, architecture: str) -> None:
@@ -135,54 +135,54 @@ class GGUFKeys(Keys):
         return flags
 
 
-class FolderKeys(Keys):
-    """The keys of config.json, or of an object in it, which falls back on what is around it."""
+class FolderHParams(HParams):
+    """The keys of config.json, or of an object in it; a missing key is looked up in the parent."""
 
     def __init__(
         self,
         path: Path,
         values: Mapping[str, object],
         section: str = "",
-        around: "FolderKeys | None" = None,
+        parent: "FolderHParams | None" = None,
     ) -> None:
         self.path = path
         self.values = values
         self.section = section
-        self.around = around
+        self.parent = parent
 
     def name(self, key: str) -> str:
-        return self.section + self._present(key)
+        return self.section + self._key_in_file(key)
 
     def get(self, key: str, kind: type[T]) -> T | None:
-        value = self.values.get(self._present(key))
+        value = self.values.get(self._key_in_file(key))
         if value is None:
-            return self.around.get(key, kind) if self.around else None
+            return self.parent.get(key, kind) if self.parent else None
         kinds: tuple[type, ...] = (int, float) if kind is float else (kind,)
-        # bool is an int to Python; to a model file it is not.
+        # In Python a bool is an int; in a model file it is not.
         if isinstance(value, kinds) and (type(value) is bool) is (kind is bool):
             return value  # type: ignore[return-value]
         got, wanted = type(value).__name__, kind.__name__
         where = f"{self.path}: key '{self.name(key)}'"
         raise ModelError(f"{where} must be {wanted}, but it is {got}")
 
-    def maybe_within(self, key: str) -> "FolderKeys | None":
-        """The object under this key."""
+    def maybe_section(self, key: str) -> "FolderHParams | None":
+        """The hyperparameters of the object under this key; None if missing."""
         values = self.values.get(key)
         if values is None:
             return None
         if not isinstance(values, dict):
             self.refuse(key, repr(values), "an object")
-        return FolderKeys(self.path, values, f"{self.section}{key}.", self)
+        return FolderHParams(self.path, values, f"{self.section}{key}.", self)
 
     def maybe_windowed(self, num_layers: int) -> list[bool] | None:
         types, known = self.get("layer_types", list), ("full_attention", "sliding_attention")
         if types is None:
             return None
         if len(types) != num_layers or any(type not in known for type in types):
-            self.refuse("layer_types", types, f"{num_layers} times one of {', '.join(known)}")
+            self.refuse("layer_types", types, f"{num_layers} times {' or '.join(known)}")
         return [type == "sliding_attention" for type in types]
 
-    def _present(self, key: str) -> str:
-        """The name of the two that a key may have under which there is a value."""
+    def _key_in_file(self, key: str) -> str:
+        """Of the key and its alias, the one that has a value."""
         alias = ALIASES.get(key, key)
         return alias if alias in self.values and self.values.get(key) is None else key
