@@ -2,6 +2,8 @@
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -102,3 +104,32 @@ def test_every_package_of_the_program_is_installed() -> None:
         ".".join(("llmsrv", *path.parent.parts)) for path in modules() if path.name == "__init__.py"
     }
     assert listed == found | {"llmsrv.kernels"}
+
+
+def module_level_imports(path: Path) -> Iterator[str]:
+    """The modules of llmsrv that a module imports outside functions, for type checking too."""
+    pending: list[ast.AST] = [ast.parse((PACKAGE / path).read_text())]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        pending.extend(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # The imported name may itself be a module.
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield node.module or ""
+
+
+def test_the_modules_import_each_other_without_a_circle() -> None:
+    graph = {
+        ".".join(("llmsrv", *path.with_suffix("").parts)).removesuffix(".__init__"): set(
+            module_level_imports(path)
+        )
+        for path in modules()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"modules import each other in a circle: {' <- '.join(error.args[1])}")
