@@ -98,13 +98,13 @@ def after_reasoning_source(
     """
     rest, *further = json.loads(source)["grammars"]
     lazy = "" if closing in tokenizer.special_tokens else "[lazy]"
-    thoughts = "thoughts" if is_begun else f"({lark_text(opening, tokenizer)} thoughts)?"
+    reasoning = "reasoning" if is_begun else f"({lark_text(opening, tokenizer)} reasoning)?"
     lines = [
-        f"start: {thoughts} @answer",
-        "thoughts: thought BLANKS",
-        f"thought{lazy}: TEXT {lark_text(closing, tokenizer)}",
+        f"start: {reasoning} @answer",
+        "reasoning: closed_text SPACES",
+        f"closed_text{lazy}: TEXT {lark_text(closing, tokenizer)}",
         r"TEXT: /(.|\n)*/",
-        r"BLANKS: /\s{0,4}/",
+        r"SPACES: /\s{0,4}/",
     ]
     return _source_from([{"lark_grammar": "\n".join(lines)}, {"name": "answer", **rest}, *further])
 

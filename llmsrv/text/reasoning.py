@@ -19,7 +19,7 @@ def template_has_reasoning(template: str) -> bool:
 class ReasoningParser:
     """Parses one answer.  Drops the tags, and whitespace before the reasoning and the answer.
 
-    has_reasoning  whether an opening tag was seen
+    has_reasoning  whether the prompt or the answer opened the reasoning
     reasoning_end  where the closing tag ends, in characters of text; None until it was seen
     """
 

@@ -13,9 +13,9 @@ import pytest
 from llmsrv.errors import ModelError
 from llmsrv.files.gguf import MAX_ITEMS
 from llmsrv.files.gguf import MAX_KEYS
-from llmsrv.files.gguf import TENSOR_TYPES
 from llmsrv.files.gguf import open_gguf
 from llmsrv.files.mapped import MAX_TENSORS
+from llmsrv.files.tensor_types import TENSOR_TYPES
 from tests.support.gguf_writer import Typed
 from tests.support.gguf_writer import write_gguf
 from tests.support.gguf_writer import write_tiny_llama

@@ -8,7 +8,7 @@ import pytest
 
 from llmsrv.backend.quants.ggml_types import GGML_TYPES
 from llmsrv.backend.quants.ggml_types import dequantize
-from llmsrv.files.gguf import TENSOR_TYPES
+from llmsrv.files.tensor_types import TENSOR_TYPES
 
 # 16 bytes whose low halves count up and whose high halves count down.
 NIBBLES = bytes(low | high << 4 for low, high in zip(range(16), reversed(range(16))))
