@@ -1,5 +1,5 @@
 /* Attention with int8 planes, for up to sixteen queries, in AMX tiles. */
-#include "attention_int8.h"
+#include "attention_planes.h"
 
 #if defined(TIER_AMX) && KV_INT8
 #include "amx_tiles.h"

@@ -2,7 +2,7 @@
  *     m = max(s);  l = sum of exp(s - m);  o = sum of exp(s - m) v
  *
  * Two implementations: float32 (attention_f32.c), and int8 planes where the tier has int8 dot
- * products (attention_int8.h). */
+ * products (attention_planes.h). */
 #ifndef ATTENTION_CHUNK_H
 #define ATTENTION_CHUNK_H
 

@@ -1,5 +1,5 @@
 /* Attention with int8 planes, for up to eight queries, by int8 dot products of four. */
-#include "attention_int8.h"
+#include "attention_planes.h"
 
 #if KV_INT8
 

@@ -1,6 +1,6 @@
 /* Attention with int8 planes: chooses between dot products of four bytes, for few queries, and AMX
  * tiles, for many. */
-#include "attention_int8.h"
+#include "attention_planes.h"
 
 #if KV_INT8
 

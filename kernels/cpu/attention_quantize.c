@@ -1,6 +1,6 @@
 /* Attention with int8 planes: quantizes queries, and turns scores into quantized attention
  * weights. */
-#include "attention_int8.h"
+#include "attention_planes.h"
 
 #if KV_INT8
 

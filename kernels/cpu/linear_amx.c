@@ -1,6 +1,6 @@
 /* Products on CPUs with AMX: few rows by linear_amx_gemv.c, many by linear_amx_gemm.c. */
 #ifdef TIER_AMX
-#include "linear_amx.h"
+#include "linear_amx_scales.h"
 
 void multiply_tiles(
     const Operation *operation, WeightGroups groups, int num_rows, int first, int end)

@@ -2,7 +2,7 @@
  * tiles. */
 #ifdef TIER_AMX
 #include "amx_tiles.h"
-#include "linear_amx.h"
+#include "linear_amx_scales.h"
 #include "linear_epilogue.h"
 
 /* Shuffles that take the low bytes of 16-bit lanes, each twice, or the high ones. */

@@ -1,7 +1,7 @@
 /* Few rows: multiplies weights as they lie in memory, by int8 dot products of four, and sums in 64
  * bits. */
 #ifdef TIER_AMX
-#include "linear_amx.h"
+#include "linear_amx_scales.h"
 #include "linear_epilogue.h"
 
 typedef struct {

@@ -51,7 +51,7 @@ static inline size_t head_offset(int format, int k)
     return (8 * block_bytes(format) + head_bytes(format)) * (size_t)(k / 8);
 }
 
-/* With AMX (linear_amx.h), a group begins with the unit of each row, a float, and its weights
+/* With AMX (linear_amx_scales.h), a group begins with the unit of each row, a float; its weights
  * become integers of this many bytes. */
 static inline int weight_planes(int format)
 {

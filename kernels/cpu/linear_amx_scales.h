@@ -13,8 +13,8 @@
  * An AMX tile has 16 rows of 64 bytes (Intel 64 and IA-32 Software Developer's Manual, volume 1,
  * chapter 18).  Its products multiply bytes of two tiles, the second with four columns of sixteen
  * rows side by side: exactly what a vector of linear_formats.h holds. */
-#ifndef LINEAR_AMX_H
-#define LINEAR_AMX_H
+#ifndef LINEAR_AMX_SCALES_H
+#define LINEAR_AMX_SCALES_H
 
 #include "linear_products.h"
 #include "linear_unpack.h"

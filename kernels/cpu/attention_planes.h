@@ -13,8 +13,8 @@
  * where products of two low bytes are computed as if all of w's low bytes were 127.5.  The error is
  * smaller than that of keys of 14 bits.  The last two terms are the zero-point compensation.
  * Scores are in units of ln 2, so that exp is 2^score. */
-#ifndef ATTENTION_INT8_H
-#define ATTENTION_INT8_H
+#ifndef ATTENTION_PLANES_H
+#define ATTENTION_PLANES_H
 
 #include "attention_chunk.h"
 
