@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
+from llmsrv.text import nested_json
+
 if TYPE_CHECKING:
     from llguidance import LLMatcher
     from llguidance import LLTokenizer
@@ -145,7 +147,7 @@ def checked_schema(schema: Any, whitespace_pattern: str | None = None) -> dict[s
 
 def _parse_json(text: bytes | str) -> Any:
     try:
-        return json.loads(text)
+        return nested_json.loads(text.decode() if isinstance(text, bytes) else text)
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"the schema is not JSON: {error}") from None
 

@@ -17,6 +17,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from llmsrv.text import nested_json
+
 
 @dataclass(frozen=True)
 class ToolCallFormat:
@@ -267,7 +269,7 @@ class ToolCallParser:
 def _parse_call(text: str) -> tuple[str, str] | None:
     """Name and arguments of a complete object with its keys in any order; None if not a call."""
     try:
-        call = json.loads(text)
+        call = nested_json.loads(text)
     except (ValueError, RecursionError):
         return None
     if isinstance(function := call.get("function"), dict):

@@ -45,6 +45,8 @@ CASES: list[tuple[str, str, str, Calls]] = [
     ("hermes", '<tool_call>{"arguments": {"a": {"b": 2}}, "name": "f"}</tool_call>', "",
      [("f", '{"a": {"b": 2}}')]),
     ("hermes", '<tool_call>{"name": "f"}</tool_call>', "", [("f", "{}")]),
+    ("hermes", r'<tool_call>{"arguments": {"a": "\ud83d"}, "name": "f"}</tool_call>', "",
+     [("f", '{"a": "\ufffd"}')]),
     ("hermes", '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', "",
      [("f", '{"a": 1}')]),
     ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1', "", [("f", '{"a": 1')]),
