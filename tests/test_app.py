@@ -266,7 +266,9 @@ def test_metrics_are_prometheus_text_with_the_names_that_dashboards_use(
     assert families["vllm:kv_cache_usage_perc"].samples[0].value == 0
 
 
-def test_a_model_without_a_template_says_what_to_do(tmp_path: Path) -> None:
+def test_a_model_without_a_template_says_what_to_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = write_tiny_llama(tmp_path / "bare.gguf", metadata={"tokenizer.chat_template": 0})
     with run_server("--model", str(model)) as server:
         client = openai_client(server.url)
@@ -276,6 +278,8 @@ def test_a_model_without_a_template_says_what_to_do(tmp_path: Path) -> None:
             )
     template = tmp_path / "template.jinja"
     template.write_text("{{ messages[0].content }}")
-    loaded = load_text_model(model, str(template), tmp_path).template
+    with caplog.at_level("INFO"):
+        loaded = load_text_model(model, str(template), tmp_path).template
+    assert "no system role" in caplog.messages[-1]
     assert loaded is not None
     assert loaded.render([{"role": "user", "content": "abc"}]) == "abc"

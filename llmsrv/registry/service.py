@@ -1,6 +1,7 @@
 """A loaded model: its text half, which turns text into ids and back, and its engine."""
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from llmsrv.text.tokenizer import Tokenizer
 from llmsrv.text.tokenizer import load_tokenizer
 from llmsrv.text.worker import GrammarWorker
 from llmsrv.version import __version__
+
+log = logging.getLogger("llmsrv")
 
 UNITS = "requests", "tokens of prompts"  # of the fields of Queued
 
@@ -53,6 +56,8 @@ def load_text_model(path: Path, template_file: str | None, cache_dir: Path) -> T
     else:
         source, origin = read_chat_template(model), str(path)
     template = None if source is None else ChatTemplate(source, tokenizer, origin)
+    if template is not None:
+        log.info("chat template of %s: %s", path, template.facts.describe())
     grammars = GrammarWorker(path, cache_dir)
     return TextModel(tokenizer, template, sampling_defaults(model), grammars)
 

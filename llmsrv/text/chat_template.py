@@ -36,12 +36,15 @@ import jinja2.sandbox
 from llmsrv.errors import ApiError
 from llmsrv.errors import StartupError
 from llmsrv.text import reasoning
+from llmsrv.text.template_probe import TemplateFacts
+from llmsrv.text.template_probe import probe
 from llmsrv.text.tokenizer import Tokenizer
 from llmsrv.text.tokenizer import label_special
 from llmsrv.text.tokenizer import longest_match_pattern
 from llmsrv.text.tool_calls import detect_format
 
 RENDER_S = 1.0  # of the thread's CPU time
+PROBE_S = 0.25  # of all renderings of the probe together, which usually take a few milliseconds
 _deadline_s: ContextVar[float] = ContextVar("deadline_s")
 
 # The error code if the template itself fails, rather than refusing the messages.
@@ -53,6 +56,7 @@ class ChatTemplate:
 
     tool_call_format  how the template writes tool calls: a name in tool_calls.FORMATS
     has_reasoning     whether the template has <think> tags
+    facts             what it takes, found out by trying it
     is_slow           whether a rendering hit its deadline; do not render on the event loop then
     """
 
@@ -68,7 +72,7 @@ class ChatTemplate:
             source.encode()  # a model's file may contain invalid UTF-8
             environment = _environment()
             parsed = environment.parse(source)
-            self._variables = jinja2.meta.find_undeclared_variables(parsed)
+            self._variable_names = jinja2.meta.find_undeclared_variables(parsed)
             self._template = environment.from_string(_add_deadline_to_loops(parsed))
         except Exception as error:  # the compiler evaluates constants, so it may raise anything
             line = getattr(error, "lineno", None)
@@ -80,10 +84,31 @@ class ChatTemplate:
         self.tool_call_format = detect_format(source)
         self.has_reasoning = reasoning.template_has_reasoning(source)
         self.is_slow = False
+        self.facts = self._probe()
 
     def uses_variable(self, variable: str) -> bool:
         """True if the template uses a variable of this name."""
-        return variable in self._variables
+        return variable in self._variable_names
+
+    def _probe(self) -> TemplateFacts:
+        deadline_s = time.thread_time() + PROBE_S
+
+        def render(
+            messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+        ) -> str | None:
+            _deadline_s.set(deadline_s)
+            try:
+                return self._template.render(self._variables_for(messages, tools))
+            except TimeoutError:
+                raise
+            except Exception:  # a template is foreign code and may raise anything
+                return None
+
+        try:
+            return probe(render, self._variable_names)
+        except TimeoutError:
+            self.is_slow = True
+            return TemplateFacts(has_tools=self.uses_variable("tools"))
 
     def render(
         self,
@@ -140,16 +165,13 @@ class ChatTemplate:
         try:
             safe_messages = self._replace_in(messages, placeholders)
             if continue_final_message:
-                safe_messages[-1]["content"] += end
-            variables = self._replace_in(dict(extra or {}), placeholders) | {
-                "messages": safe_messages,
-                "tools": self._replace_in(tools, placeholders),
-                "documents": None,
-                "add_generation_prompt": add_generation_prompt,
-                **self._tokenizer.named_tokens,
-            }
+                _append_text(safe_messages[-1], end)
+            variables = self._variables_for(
+                safe_messages, self._replace_in(tools, placeholders), add_generation_prompt
+            )
+            safe_extra = self._replace_in(dict(extra or {}), placeholders)
             _deadline_s.set(time.thread_time() + RENDER_S)
-            text = self._template.render(variables)
+            text = self._template.render(safe_extra | variables)
         except _RaisedByTemplate as error:
             message = placeholders.restore(str(error))
             raise ApiError(400, message, param="messages", code="invalid_value") from None
@@ -162,6 +184,20 @@ class ChatTemplate:
             message = "The model's chat template leaves the last message out."
             raise ApiError(400, message, param="continue_final_message", code="invalid_value")
         return text[: text.rindex(end)] if end else text, placeholders
+
+    def _variables_for(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool = True,
+    ) -> dict[str, Any]:
+        return {
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self._tokenizer.named_tokens,
+        }
 
     def _replace_in(self, value: Any, placeholders: "_Placeholders") -> Any:
         """Replaces text that could form a special token, at any depth of a caller's value."""
@@ -191,6 +227,13 @@ class ChatTemplate:
         The template's own text after it could complete the token."""
         starts = range(max(0, size - self._max_partial_chars), size)
         return next((start for start in starts if text[start:size] in self._partial_tokens), size)
+
+
+def _append_text(message: dict[str, Any], text: str) -> None:
+    if isinstance(message["content"], list):
+        message["content"].append({"type": "text", "text": text})
+    else:
+        message["content"] = (message["content"] or "") + text
 
 
 class _Placeholders:
@@ -284,7 +327,15 @@ def _tojson(
         indent=indent,
         separators=separators,
         sort_keys=sort_keys,
+        default=_list_of_iterator,
     )
+
+
+def _list_of_iterator(value: Any) -> list[Any]:
+    """What `map` and `select` return, which json cannot write."""
+    if isinstance(value, Iterator):
+        return list(value)
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -40,7 +40,9 @@ class ToolUse:
 def tool_use(
     service: Service, tools: Sequence[ToolDefinition], choice: ToolChoice
 ) -> ToolUse | None:
-    """None without tools.  ApiError 400 if the choice names a tool that is not among them."""
+    """None without tools.  ApiError 400 if the choice names a tool that is not among them.
+
+    If there must be calls, it is one where the chat template takes no more in a message."""
     if not tools:
         if choice.must_call or choice.allowed_names:
             raise invalid("tool_choice", "it is only allowed when 'tools' are given")
@@ -53,14 +55,19 @@ def tool_use(
         format=FORMATS[_format_name(service)],
         callable={name: tools_by_name[name] for name in choice.allowed_names or tools_by_name},
         must_call=choice.must_call,
-        at_most_one=choice.at_most_one,
+        at_most_one=choice.at_most_one or (choice.must_call and not _takes_several(service)),
     )
+
+
+def _takes_several(service: Service) -> bool:
+    template = service.text.template
+    return template is None or template.facts.takes_several_calls
 
 
 def _format_name(service: Service) -> str:
     configured, template = service.config.tool_call_parser, service.text.template
     if configured != "auto":
         return configured
-    if template is not None and template.uses_variable("tools"):
+    if template is not None and template.facts.has_tools:
         return template.tool_call_format
-    return "hermes"  # prompt.py describes tools to other templates in this format
+    return "hermes"  # template_messages.py describes tools to other templates in this format

@@ -92,7 +92,7 @@ def test_a_turn_has_reasoning_text_and_calls_with_their_tokens(text_model: Any) 
     ("fields", "options", "param"),
     [
         ({"reasoning_effort": "low"}, OPTIONS, "reasoning.effort"),
-        ({"template_variables": {"x": 1}}, OPTIONS, "template.x"),
+        ({"template_variables": {"x": [1]}}, OPTIONS, "template.x"),
         ({}, GenerationOptions(max_tokens=512), "input"),
         ({"messages": [Message("user", "a" * 10_000)]}, OPTIONS, "input"),
     ],

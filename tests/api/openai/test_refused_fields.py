@@ -45,6 +45,7 @@ from tests.support.tiny_requests import post
         {"verbosity": "medium"},
         {"tools": []},
         {"tool_choice": "auto"},
+        {"chat_template_kwargs": {"enable_thinking": True, "unheard of": 1}},
     ],
     ids=str,
 )
@@ -94,7 +95,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}},
       "tools": [WEATHER]}, "tool_choice"),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
-    ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs.enable_thinking"),
+    ({"chat_template_kwargs": {"thinking": [1]}}, "chat_template_kwargs.thinking"),
     ({"reasoning_effort": "low"}, "reasoning_effort"),
     ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
     ({"prompt_logprobs": 21}, "prompt_logprobs"),
