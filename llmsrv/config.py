@@ -16,6 +16,7 @@ from typing import NamedTuple
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 # As in backend/choose.py, which the server process does not import, since it needs numpy.
 BACKENDS = ("auto", "cpu", "reference")
+DEFAULT_MAX_STEP_MS = 50  # 20 tokens a second, faster than anyone reads
 SPECULATIVE_MODES = ("disable", "ngram", "small_draft")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -39,6 +40,7 @@ class EngineConfig:
     max_num_sequence: int = 0  # sequences that run at once; 0: the mode's
     max_total_seq_length: int = 0  # tokens in the KV cache; 0: the mode's, or what fits
     prefill_chunk_size: int = 0  # rows in one step; 0: the default
+    max_step_ms: int = DEFAULT_MAX_STEP_MS  # of a step that computes both streams and prompts
     context_window_size: int = 0  # tokens in one sequence; 0: what the model was trained for
     extend_context: bool = False  # allow more tokens than the model was trained for
     gpu_memory_utilization: float = 0.85  # share of the backend's memory to use
@@ -145,6 +147,14 @@ class Config:
         least=0,
         most=65536,
         overrides=True,
+    )
+    max_step_ms: int = option(
+        DEFAULT_MAX_STEP_MS,
+        "Engine",
+        "how many milliseconds a step may last that computes prompts next to running answers: with "
+        "more, prompts are computed faster; with less, answers flow more evenly",
+        least=1,
+        most=10000,
     )
     backend: str = option(
         "auto",

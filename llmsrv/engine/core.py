@@ -24,6 +24,7 @@ from llmsrv.backend.base import Limits
 from llmsrv.backend.base import PendingSamples
 from llmsrv.backend.base import Plan
 from llmsrv.backend.sampling.samples import Samples
+from llmsrv.config import DEFAULT_MAX_STEP_MS
 from llmsrv.engine.batch import build_batch
 from llmsrv.engine.draft_model import DraftModel
 from llmsrv.engine.grammar import Grammar
@@ -76,6 +77,7 @@ class EngineCore:
         draft_plan: Plan | None = None,
         draft_length: int = 0,
         is_pipelined: bool | None = None,
+        max_step_s: float = DEFAULT_MAX_STEP_MS / 1000,
     ) -> None:
         """limits              of the compiled plan; its KV cache must hold a full context_length
         long_from           of the program; None: no sequence is long
@@ -83,6 +85,7 @@ class EngineCore:
         uses_prompt_lookup, draft_length  see Speculation
         draft_plan          of the draft model, compiled for the same limits
         is_pipelined        whether to run ahead (pipeline.py); None: if the plan is asynchronous
+        max_step_s          of a step that computes both streams and prompts
         """
         self._clock = clock
         self._plan = plan
@@ -103,6 +106,7 @@ class EngineCore:
             limits.max_rows,
             self._costs,
             self._speculation,
+            max_step_s,
             limits.max_logit_rows - limits.max_slots,
         )
         self._sequences: dict[int, list[Sequence]] = {}  # by request, those that have not ended

@@ -182,6 +182,7 @@ def _load(config: EngineConfig, tick: Callable[[], None]) -> "tuple[EngineCore, 
         uses_prompt_lookup=config.speculative_mode == "ngram",
         draft_plan=plans[1] if len(plans) > 1 else None,
         draft_length=config.spec_draft_length,
+        max_step_s=config.max_step_ms / 1000,
     )
     return core, ready
 

@@ -1,11 +1,12 @@
 """Decides which rows the next step computes: continuous batching in the order of rank.
 
 Every sequence in decode gets one row before anything else, so a long prompt never stops the running
-streams.  Decode may get further rows for drafts (speculation.py).  The remaining rows go to prompts
-in chunks: first to running sequences, then to sequences that are admitted from the queue, as long
-as there are slots, blocks and rows.  A step has at most max_rows rows, and few enough that its
-streams stay smooth, judging by what earlier steps cost (_num_prefill_rows).  Half of the rows for
-prompts go to short prompts that arrived after a long one, so a short question does not wait until
+streams.  Decode may get further rows for drafts (speculation.py).  The rest of the step goes to
+prompts in chunks: first to running sequences, then to sequences that are admitted from the queue,
+as long as there are slots, blocks and rows.  A step that carries both streams and prompts may last
+up to max_step_s, judging by what earlier steps cost (_prefill_work): that is short enough for a
+reader, and long enough for prompts to be computed nearly as fast as alone.  Half of the work for
+prompts goes to short prompts that arrived after a long one, so a short question does not wait until
 someone else's document is computed.
 
 Preemption: if a sequence in decode needs a block and none is free, the running sequence with the
@@ -26,6 +27,7 @@ Knows nothing of token ids, sampling or messages.
 """
 
 from bisect import insort
+from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
@@ -41,21 +43,12 @@ from llmsrv.engine.sequence import State
 from llmsrv.engine.speculation import Speculation
 from llmsrv.engine.step_costs import StepCosts
 
-# Requests that arrive or end wait for the end of the current step.
-MAX_STEP_S = 1.0
-# Maximum slowdown of a decode step that also carries prompt rows: 1.0 doubles its duration.
-MAX_PREFILL_SLOWDOWN = 1.0
-# A prompt with more tokens than this to compute is part of so many steps that streams would notice.
-# Its steps take only half as long again on average; then few of them take three times as long, even
-# if other programs use the cores too.
-LONG_PROMPT_TOKENS = 512
-MAX_LONG_PREFILL_SLOWDOWN = 0.5
+# Of a step without streams.  Requests that arrive or end wait for the end of the current step.
+MAX_PREFILL_STEP_S = 1.0
+# If decode alone takes nearly max_step_s or longer, prompts may still slow it down by this much.
+MIN_PREFILL_SLOWDOWN = 0.5
 # Maximum slowdown of a decode step by drafts while there are prompts, which slow it down already.
 MAX_DRAFT_SLOWDOWN = 0.25
-# With more prompts than streams, prompts may slow down decode further, but only to this duration.
-SMOOTH_STEP_S = 0.04
-# If decode alone takes nearly that long, prompts may still slow it down by this much.
-MIN_PREFILL_SLOWDOWN = 0.5
 # Prompts always get this many rows.  Four rows with one stream would more than double the duration
 # of a step where rows are expensive (AVX2).  Two rows alone would not lead to larger steps.
 MIN_PREFILL_ROWS_WITH_DECODE, MIN_PREFILL_ROWS_ALONE = 2, 4
@@ -65,6 +58,14 @@ MIN_PREFILL_ROWS_WITH_DECODE, MIN_PREFILL_ROWS_ALONE = 2, 4
 POSITIONS_PER_ROW_COST = 1000
 # How many waiting sequences are considered for overtaking a long prompt.
 MAX_OVERTAKE_CANDIDATES = 8
+
+
+def work_of(num_rows: int, num_computed: int) -> int:
+    """The cost of the next rows of a sequence, in decode rows, which are assumed to cost the same.
+
+    num_computed  earlier positions that each row attends to
+    """
+    return num_rows + (num_rows - 1) * num_computed // POSITIONS_PER_ROW_COST
 
 
 class Chunk(NamedTuple):
@@ -80,9 +81,7 @@ class Chunk(NamedTuple):
 
     @property
     def work(self) -> int:
-        """The cost of the chunk, in decode rows, which are assumed to cost the same."""
-        num_pairs = (self.num_tokens - 1) * self.sequence.num_computed
-        return self.num_rows + num_pairs // POSITIONS_PER_ROW_COST
+        return work_of(self.num_tokens, self.sequence.num_computed) + len(self.draft)
 
     @property
     def num_logit_rows(self) -> int:
@@ -98,6 +97,35 @@ class Chunk(NamedTuple):
         return Rows(self.sequence, first, ids, self.num_logit_rows)
 
 
+@dataclass
+class PrefillBudget:
+    """What a step has left for prompts.
+
+    work              as in work_of
+    spare_logit_rows  in addition to one per sequence
+    """
+
+    rows: int
+    work: float
+    spare_logit_rows: int
+
+    @property
+    def is_used_up(self) -> bool:
+        return self.rows < 1 or self.work < 1
+
+    def take(self, sequence: Sequence, max_work: float) -> Chunk:
+        """As much of the prompt as takes at most max_work >= 1; at least one row."""
+        row_cost = 1 + sequence.num_computed / POSITIONS_PER_ROW_COST
+        num_rows = min(self.rows, sequence.num_uncomputed, 1 + (max_work - 1) / row_cost)
+        if sequence.wants_prompt_logprobs:
+            num_rows = min(num_rows, 1 + self.spare_logit_rows)
+        chunk = Chunk(sequence, int(num_rows))
+        self.rows -= chunk.num_rows
+        self.work -= chunk.work
+        self.spare_logit_rows -= max(0, chunk.num_logit_rows - 1)
+        return chunk
+
+
 class Scheduler:
     def __init__(
         self,
@@ -106,13 +134,17 @@ class Scheduler:
         max_rows: int,
         costs: StepCosts,
         speculation: Speculation,
+        max_step_s: float,
         num_spare_logit_rows: int = 0,
     ) -> None:
-        """num_spare_logit_rows: logit rows of a step in addition to one per sequence."""
+        """max_step_s            of a step that computes both streams and prompts
+        num_spare_logit_rows  logit rows of a step in addition to one per sequence
+        """
         # With fewer rows than sequences, decode could take all rows of every step.
         assert max_rows >= max_num_sequence
         self._kv_cache = kv_cache
         self._max_rows = max_rows
+        self._max_step_s = max_step_s
         self._num_spare_logit_rows = num_spare_logit_rows
         self._costs = costs
         self._speculation = speculation
@@ -144,29 +176,22 @@ class Scheduler:
         """
         self.admitted, self.copies = [], []
         chunks = self._with_drafts(self._schedule_decode())
-        budget = self._num_prefill_rows(len(chunks), sum(chunk.num_rows for chunk in chunks))
+        num_rows = sum(chunk.num_rows for chunk in chunks)
         spare = self._num_spare_logit_rows - sum(len(chunk.draft) for chunk in chunks)
-
-        def prefill(sequence: Sequence, max_rows: int) -> int:
-            nonlocal budget, spare
-            if sequence.wants_prompt_logprobs:
-                max_rows = min(max_rows, 1 + spare)
-            chunk = Chunk(sequence, min(max_rows, sequence.num_uncomputed))
-            chunks.append(chunk)
-            budget -= chunk.num_rows
-            spare -= max(0, chunk.num_logit_rows - 1)
-            return chunk.num_rows
-
-        short_prompts = self._short_prompts() if budget > 1 else []
-        short_budget = budget // 2
+        work = self._prefill_work(len(chunks), num_rows)
+        budget = PrefillBudget(self._max_rows - num_rows, work, spare)
+        short_prompts = [] if budget.is_used_up else self._short_prompts()
+        short_work = budget.work / 2
         for sequence in short_prompts:
-            if short_budget:
-                short_budget -= prefill(sequence, short_budget)
+            if short_work >= 1 and budget.rows:
+                chunks.append(budget.take(sequence, short_work))
+                short_work -= chunks[-1].work
         for sequence in self.running:
-            if budget and sequence.num_uncomputed > 1 and sequence not in short_prompts:
-                prefill(sequence, budget)
-        while budget and (head := self.waiting.head) and self._admit(head):
-            prefill(head, budget)
+            is_waiting = sequence.num_uncomputed > 1 and sequence not in short_prompts
+            if is_waiting and not budget.is_used_up:
+                chunks.append(budget.take(sequence, budget.work))
+        while not budget.is_used_up and (head := self.waiting.head) and self._admit(head):
+            chunks.append(budget.take(head, budget.work))
         return chunks
 
     def mark_computed(self, sequence: Sequence, num_tokens: int) -> None:
@@ -191,28 +216,16 @@ class Scheduler:
         block_hashes = sequence.block_hashes.full(num_blocks, sequence.ids)
         self._kv_cache.cache_blocks(sequence.slot, block_hashes)
 
-    def _num_prefill_rows(self, num_streams: int, num_rows: int) -> int:
-        """How many rows the step may have for prompts, in addition to num_rows for its streams."""
-        limit_s, least = MAX_STEP_S, float(MIN_PREFILL_ROWS_ALONE)
-        first = next((s for s in self.running if s.num_uncomputed > 1), self.waiting.head)
-        position = first.num_computed if first else 0
-
-        def rows_within(step_s: float) -> float:
-            row_cost = 1 + position / POSITIONS_PER_ROW_COST
-            return (self._costs.rows_within(step_s) - num_rows) / row_cost
-
+    def _prefill_work(self, num_streams: int, num_rows: int) -> float:
+        """Work that the step may have for prompts, in addition to num_rows rows for its streams."""
+        limit_s, min_rows = MAX_PREFILL_STEP_S, MIN_PREFILL_ROWS_ALONE
         if num_streams:
             decode_s = self._costs.of(num_rows)
-            num_prompts = self._num_prompts()
-            is_long = first is not None and first.num_tokens - first.num_cached > LONG_PROMPT_TOKENS
-            slowdown = MAX_LONG_PREFILL_SLOWDOWN if is_long else MAX_PREFILL_SLOWDOWN
-            prompts_s = decode_s * slowdown * max(1.0, num_prompts / num_streams)
-            prompts_s = min(prompts_s, SMOOTH_STEP_S - decode_s)
-            limit_s = decode_s + max(prompts_s, decode_s * MIN_PREFILL_SLOWDOWN)
-            # Far into a prompt, one row reads so much of the cache that further rows are cheap.
-            far = MIN_PREFILL_ROWS_WITH_DECODE * position // POSITIONS_PER_ROW_COST
-            least = max(MIN_PREFILL_ROWS_WITH_DECODE, min(far, rows_within(SMOOTH_STEP_S)))
-        return int(min(self._max_rows - num_rows, max(rows_within(limit_s), least)))
+            limit_s = max(self._max_step_s, decode_s * (1 + MIN_PREFILL_SLOWDOWN))
+            min_rows = MIN_PREFILL_ROWS_WITH_DECODE
+        first = next((each for each in self.running if each.num_uncomputed > 1), None)
+        min_work = work_of(min_rows, first.num_computed if first else 0)
+        return max(min_work, self._costs.rows_within(limit_s) - num_rows)
 
     def _num_prompts(self) -> int:
         return sum(each.num_uncomputed > 1 for each in self.running) + len(self.waiting)

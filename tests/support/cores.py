@@ -37,6 +37,7 @@ class Engine:
         draft_length: int | None = None,
         make_draft_plan: Callable[[Limits], Plan] | None = None,
         is_pipelined: bool | None = None,
+        max_step_s: float = 0.05,
     ) -> None:
         """draft_length: as in Speculation; None: no prompt lookup.  make_draft_plan: makes the plan
         of a draft model, which replaces prompt lookup."""
@@ -53,6 +54,7 @@ class Engine:
             draft_plan=make_draft_plan(limits) if make_draft_plan else None,
             draft_length=draft_length or 0,
             is_pipelined=is_pipelined,
+            max_step_s=max_step_s,
         )
         self.admitted: list[int] = []
         self.num_cached: list[int] = []  # cached tokens of each admission

@@ -50,8 +50,8 @@ class Clock:
         return plan
 
 
-def timed_engine(clock: Clock, **limits: int) -> Engine:
-    sizes = {"max_rows": 512, "max_sequences": 32, "blocks": 1000, "context": 2000, **limits}
+def timed_engine(clock: Clock, **options: float) -> Engine:
+    sizes = {"max_rows": 512, "max_sequences": 32, "blocks": 1000, "context": 2000, **options}
     return Engine(make_plan=clock.make_plan, clock=clock, **sizes)  # type: ignore[arg-type]
 
 
