@@ -195,13 +195,13 @@ def measure_long_prompt(
             gaps[number] += between_s
     alone_s = statistics.median(times[0])
     rows = []
-    for number, prompt_s in times.items():
+    for number, prompts_s in times.items():
         between_s = sorted(gaps[number]) or [0.0]
         rows.append(
             {
                 "streams": number,
-                "prompt, s": statistics.median(prompt_s),
-                "by alone": statistics.median(prompt_s) / alone_s,
+                "prompt, s": statistics.median(prompts_s),
+                "by alone": statistics.median(prompts_s) / alone_s,
                 "inter-token p50, ms": 1e3 * between_s[len(between_s) // 2],
                 "inter-token p99, ms": 1e3 * between_s[len(between_s) * 99 // 100],
                 "longest, ms": 1e3 * between_s[-1],

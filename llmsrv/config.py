@@ -55,14 +55,14 @@ class EngineConfig:
 
 
 class Mode(NamedTuple):
-    """How many sequences run at once, and the most tokens in the KV cache; 0: as many as these
-    sequences can fill."""
+    """How many sequences run at once, and how many tokens of KV cache each of them gets if memory
+    allows; 0: as many as the context length."""
 
     max_num_sequence: int
-    max_total_seq_length: int
+    tokens_per_sequence: int
 
 
-MODES = {"local": Mode(32, 16384), "interactive": Mode(1, 0), "server": Mode(128, 0)}
+MODES = {"local": Mode(32, 8192), "interactive": Mode(1, 0), "server": Mode(128, 0)}
 
 
 def option(default: Any, group: str, help: str, **metadata: Any) -> Any:
@@ -120,9 +120,9 @@ class Config:
     mode: str = option(
         "local",
         "Engine",
-        "what to size the engine for: local runs up to 32 requests at once that share a KV cache "
-        "of 16384 tokens; interactive runs one, server up to 128, both with a KV cache as large as "
-        "they can use and memory allows",
+        "what to size the engine for: local runs up to 32 requests at once, with a KV cache for "
+        "8192 tokens each; interactive runs one, server up to 128, with a KV cache for their "
+        "longest answers; all within what memory allows",
         choices=tuple(MODES),
     )
     max_num_sequence: int = option(
@@ -246,6 +246,13 @@ class Config:
     )
     request_timeout_s: int = option(
         0, "Engine", "seconds after which a request fails; 0 sets no limit", least=0
+    )
+    default_max_tokens: int = option(
+        0,
+        "Answers",
+        "maximum number of tokens in a chat answer whose request sets no limit; 0 allows as many "
+        "as fit in the context",
+        least=0,
     )
     tool_call_parser: str = option(
         "auto",

@@ -371,6 +371,7 @@ class EngineCore:
             num_drafts=self._speculation.num_drafts,
             num_draft_tokens=self._speculation.num_draft_tokens,
             num_accepted_tokens=self._speculation.num_accepted_tokens,
+            num_recomputed_tokens=self._scheduler.num_recomputed,
         )
         step = Step(self._admitted, self._tokens, self._finished, self._failed, gauges)
         self._admitted, self._tokens, self._finished, self._failed = [], [], [], []

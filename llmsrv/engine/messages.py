@@ -30,6 +30,14 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     num_logprobs: int = -1  # -1: none; 0: the sampled token's; k: and k alternatives
 
 
+class RepetitionDetection(msgspec.Struct, frozen=True, array_like=True):
+    """Ends a choice whose output repeats itself (repetition.py)."""
+
+    max_pattern_size: int  # tokens
+    min_pattern_size: int = 0
+    min_count: int = 2
+
+
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
     """A request to generate, accepted by the server."""
 
@@ -45,6 +53,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
     priority: int = 0  # lower ones are scheduled earlier
     tenant: bytes = b""  # tenants of equal priority get equal shares
     deadline_s: float = math.inf  # the request fails if it has not finished by then
+    repetition_detection: RepetitionDetection | None = None
     prompt_logprobs: bool = False  # also sends Tokens of choice PROMPT; needs num_logprobs
 
 
@@ -104,7 +113,8 @@ class Tokens(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True):
-    """A choice ended.  reason: "stop" (an end id), "length" (max_tokens or context) or "abort".
+    """A choice ended.  reason: "stop" (an end id), "length" (max_tokens, context or a
+    repetition) or "abort".
 
     A time is 0 if the choice ended before that event.
     """
@@ -144,6 +154,7 @@ class Gauges(msgspec.Struct, frozen=True, array_like=True):
     num_drafts: int = 0  # of speculative decoding
     num_draft_tokens: int = 0  # tokens in the drafts
     num_accepted_tokens: int = 0  # draft tokens that were accepted
+    num_recomputed_tokens: int = 0  # tokens computed again after preemptions
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):

@@ -11,7 +11,9 @@ someone else's document is computed.
 
 Preemption: if a sequence in decode needs a block and none is free, the running sequence with the
 last rank is preempted.  Its blocks are freed and it returns to the queue.  When it is admitted
-again, its prompt and its output so far are computed again.
+again, its prompt and its output so far are computed again.  To keep that rare, a sequence is
+admitted only if it and all that run may still produce as much output as the longest of the latest
+outputs, or as much as is left of their own limits (_num_growth_blocks).
 
 Every sequence finishes.  A sequence is never preempted before one of a later rank, sequences are
 admitted from the head of the queue only, and the KV cache holds at least one sequence of full
@@ -27,6 +29,7 @@ Knows nothing of token ids, sampling or messages.
 """
 
 from bisect import insort
+from collections import deque
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -56,6 +59,9 @@ MIN_PREFILL_ROWS_WITH_DECODE, MIN_PREFILL_ROWS_ALONE = 2, 4
 # on a CPU; 300 or 2000 work as well).  Without it, steps near the end of long prompts are far too
 # long.
 POSITIONS_PER_ROW_COST = 1000
+# How many of the latest outputs tell how long others may become, and the length that is assumed
+# until so many have ended.
+NUM_RECENT_OUTPUTS, INITIAL_OUTPUT_TOKENS = 32, 8192
 # How many waiting sequences are considered for overtaking a long prompt.
 MAX_OVERTAKE_CANDIDATES = 8
 
@@ -148,12 +154,14 @@ class Scheduler:
         self._num_spare_logit_rows = num_spare_logit_rows
         self._costs = costs
         self._speculation = speculation
+        self.recent_outputs = deque([INITIAL_OUTPUT_TOKENS], maxlen=NUM_RECENT_OUTPUTS)
         self._free_slots = list(range(max_num_sequence - 1, -1, -1))
         self.waiting = FairQueue()
         self.running: list[Sequence] = []  # by rank
         self.admitted: list[Sequence] = []  # by the last schedule()
         self.copies: list[tuple[int, int]] = []  # (source, target) blocks, before the step
         self.num_preemptions = 0
+        self.num_recomputed = 0  # tokens that were computed again after preemptions
         self.num_prefix_queries = 0  # tokens looked up at admission
         self.num_prefix_hits = 0  # tokens found
 
@@ -162,6 +170,8 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Ends a sequence in any state, and frees its slot and blocks."""
+        if sequence.output_ids:
+            self.recent_outputs.append(len(sequence.output_ids))
         if sequence.state is State.RUNNING:
             self.running.remove(sequence)
             self._free_blocks(sequence)
@@ -289,6 +299,7 @@ class Scheduler:
 
     def _preempt_last(self) -> Sequence:
         sequence = self.running.pop()
+        sequence.num_discarded = sequence.num_computed
         self._free_blocks(sequence)
         sequence.move_to(State.WAITING)
         self.waiting.put_back(sequence)
@@ -301,9 +312,10 @@ class Scheduler:
         if sequence.awaits_leader or not self._free_slots:
             return False
         cached = self._find_cached_blocks(sequence)
-        # Keep a block for each running sequence to grow into: admitting into the last free blocks
-        # would only lead to a preemption, and to computing the same prompt again.
-        num_needed = num_blocks_for(sequence.num_tokens) - len(cached) + len(self.running)
+        # Keep the blocks that running sequences will need.  Otherwise one would be preempted soon,
+        # and its tokens would be computed again.
+        num_needed = num_blocks_for(sequence.num_tokens) - len(cached)
+        num_needed += self._num_growth_blocks([*self.running, sequence])
         if num_needed + self._kv_cache.num_evictable(cached) > self._kv_cache.num_free:
             return False
         self.waiting.pop(sequence)
@@ -318,9 +330,22 @@ class Scheduler:
         sequence.num_computed = sequence.num_cached = len(cached) * BLOCK_SIZE + num_copied
         self.num_prefix_queries += sequence.num_tokens
         self.num_prefix_hits += sequence.num_cached
+        self.num_recomputed += max(0, sequence.num_discarded - sequence.num_cached)
         insort(self.running, sequence, key=by_rank)
         self.admitted.append(sequence)
         return True
+
+    def _num_growth_blocks(self, sequences: list[Sequence]) -> int:
+        """Blocks to keep free for the further output of these sequences."""
+        num_expected = max(BLOCK_SIZE, *self.recent_outputs)
+        num_blocks = 0
+        for sequence in sequences:
+            num_left = sequence.max_tokens - len(sequence.output_ids)
+            if not sequence.num_preemptions:  # else it would be preempted again and again
+                num_left = min(num_left, num_expected)
+            num_tokens = sequence.num_tokens
+            num_blocks += num_blocks_for(num_tokens + num_left) - num_blocks_for(num_tokens)
+        return num_blocks
 
     def _find_cached_blocks(self, sequence: Sequence) -> list[int]:
         """The cached blocks that the sequence can start with."""

@@ -15,6 +15,7 @@ from llmsrv.engine.kv_cache import BlockHashes
 from llmsrv.engine.lookup import Lookup
 from llmsrv.engine.messages import Finished
 from llmsrv.engine.messages import Submit
+from llmsrv.engine.repetition import ends_with_repetition
 
 NO_SLOT = -1
 
@@ -70,6 +71,7 @@ class Sequence:
     first_token_s: float = 0.0
     last_token_s: float = 0.0
     num_preemptions: int = 0
+    num_discarded: int = 0  # positions that were computed when it was last preempted
 
     def move_to(self, state: State) -> None:
         assert (self.state, state) in TRANSITIONS, (self.state, state)
@@ -128,7 +130,14 @@ class Sequence:
         self.output_ids.append(id)
         if id in self.end_ids or (self.grammar is not None and self.grammar.accept(id)):
             return "stop"
-        return "length" if len(self.output_ids) >= self.max_tokens else None
+        is_full = len(self.output_ids) >= self.max_tokens
+        return "length" if is_full or self._repeats_itself() else None
+
+    def _repeats_itself(self) -> bool:
+        detection = self.submit.repetition_detection
+        if detection is None or len(self.output_ids) < self.submit.min_tokens:
+            return False
+        return ends_with_repetition(self.output_ids, detection)
 
     def finished(self, reason: str) -> Finished:
         return Finished(

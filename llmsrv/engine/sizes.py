@@ -78,7 +78,7 @@ def choose_sizes(config: EngineConfig, trained_context: int, memory: MemoryBudge
         total, why = config.max_total_seq_length, "as requested"
         _check_total(config, total, fitting, memory)
     else:
-        wanted = min(num_sequences * context, mode.max_total_seq_length or num_sequences * context)
+        wanted = num_sequences * min(context, mode.tokens_per_sequence or context)
         total, why = max(wanted, config.context_window_size), f"mode {config.mode}"
         if total > fitting:
             total, why = fitting, f"all that fits in {_memory_share(memory, config)}"

@@ -36,6 +36,7 @@ SINCE_START = {
     "prefix_cache_queries": "num_prefix_queries",
     "prefix_cache_hits": "num_prefix_hits",
     "num_preemptions": "num_preemptions",
+    "preemption_recomputed_tokens": "num_recomputed_tokens",
     "spec_decode_num_drafts": "num_drafts",
     "spec_decode_num_draft_tokens": "num_draft_tokens",
     "spec_decode_num_accepted_tokens": "num_accepted_tokens",
@@ -75,6 +76,7 @@ class Counters:
     prefix_cache_queries: int = _number("Prompt tokens looked up in the prefix cache")
     prefix_cache_hits: int = _number("Prompt tokens found in the prefix cache")
     num_preemptions: int = _number("Sequences that lost their blocks to others")
+    preemption_recomputed_tokens: int = _number("Tokens computed again after preemptions")
     spec_decode_num_drafts: int = _number("Drafts of speculative decoding")
     spec_decode_num_draft_tokens: int = _number("Tokens of drafts")
     spec_decode_num_accepted_tokens: int = _number("Tokens of drafts that were kept")

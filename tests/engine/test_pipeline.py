@@ -17,6 +17,7 @@ from llmsrv.engine.grammar import GrammarCompiler
 from llmsrv.engine.messages import Abort
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.messages import Submit
+from llmsrv.engine.scheduler import NUM_RECENT_OUTPUTS
 from llmsrv.model.load import load_model
 from llmsrv.text.grammar import choice_source
 from llmsrv.text.grammar import load_ll_tokenizer
@@ -141,6 +142,7 @@ class PipelinedRun:
             compile_grammar=lambda source: compiled(model.compiler, source),
             is_pipelined=is_pipelined,
         )
+        self.core._scheduler.recent_outputs.extend([0] * NUM_RECENT_OUTPUTS)  # rather preempt
         self.results = Results()
         self.num_steps = 0
         self._case = case

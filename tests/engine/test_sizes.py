@@ -33,8 +33,8 @@ def config(**fields: object) -> EngineConfig:
     "fields, trained, fitting, wanted",
     [
         # sequences, tokens in the cache, context
-        ({}, 8192, 10**7, (32, 16384, 8192)),
-        ({}, 131072, 10**7, (32, 16384, 16384)),
+        ({}, 8192, 10**7, (32, 32 * 8192, 8192)),
+        ({}, 131072, 10**7, (32, 32 * 8192, 131072)),
         ({}, 256, 10**7, (32, 8192, 256)),
         ({}, 8192, 4000, (32, 4000, 4000)),
         ({"mode": "interactive"}, 8192, 10**7, (1, 8192, 8192)),
@@ -45,9 +45,9 @@ def config(**fields: object) -> EngineConfig:
         ({"max_num_sequence": 4}, 2048, 10**7, (4, 8192, 2048)),
         ({"max_total_seq_length": 100_000}, 8192, 10**6, (32, 100_000, 8192)),
         ({"max_total_seq_length": 1000}, 8192, 10**6, (32, 1008, 1008)),
-        ({"context_window_size": 1024}, 8192, 10**6, (32, 16384, 1024)),
-        ({"context_window_size": 32768}, 131072, 10**6, (32, 32768, 32768)),
-        ({"context_window_size": 9000, "extend_context": True}, 8192, 10**6, (32, 16384, 9000)),
+        ({"context_window_size": 1024}, 8192, 10**6, (32, 32 * 1024, 1024)),
+        ({"context_window_size": 32768}, 131072, 10**6, (32, 32 * 8192, 32768)),
+        ({"context_window_size": 9000, "extend_context": True}, 8192, 10**6, (32, 32 * 8192, 9000)),
     ],
 )
 def test_sizes_follow_mode_options_model_and_memory(

@@ -13,6 +13,7 @@ from llmsrv.engine.messages import Gauges
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.messages import Step
 from llmsrv.engine.messages import Submit
+from llmsrv.engine.scheduler import NUM_RECENT_OUTPUTS
 from tests.support.fake_plan import FakePlan
 from tests.support.fake_plan import NAN_ID
 from tests.support.fake_plan import VOCAB_SIZE
@@ -38,9 +39,11 @@ class Engine:
         make_draft_plan: Callable[[Limits], Plan] | None = None,
         is_pipelined: bool | None = None,
         max_step_s: float = 0.05,
+        recent_output_tokens: int = 0,
     ) -> None:
         """draft_length: as in Speculation; None: no prompt lookup.  make_draft_plan: makes the plan
-        of a draft model, which replaces prompt lookup."""
+        of a draft model, which replaces prompt lookup.  recent_output_tokens: the length of recent
+        outputs; 0: sequences are admitted while there are blocks, and preempted when they grow."""
         limits = Limits(max_rows, max_sequences + spare_logit_rows, max_sequences, blocks + 1)
         self.plan = make_plan(limits)
         context_length = min(context, blocks * BLOCK_SIZE)
@@ -56,6 +59,8 @@ class Engine:
             is_pipelined=is_pipelined,
             max_step_s=max_step_s,
         )
+        recent_outputs = self.core._scheduler.recent_outputs
+        recent_outputs.extend([recent_output_tokens] * NUM_RECENT_OUTPUTS)
         self.admitted: list[int] = []
         self.num_cached: list[int] = []  # cached tokens of each admission
         self.outputs: dict[tuple[int, int], list[int]] = {}

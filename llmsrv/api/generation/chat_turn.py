@@ -4,6 +4,8 @@ tool calls.  Every dialect with messages is a translation to a ChatTurn and from
 
 from dataclasses import dataclass
 
+import msgspec
+
 from llmsrv.api.generation.conversation import Conversation
 from llmsrv.api.generation.conversation import ToolChoice
 from llmsrv.api.generation.grammar import WantedGrammar
@@ -11,13 +13,21 @@ from llmsrv.api.generation.grammar import answer_grammar
 from llmsrv.api.generation.job import Job
 from llmsrv.api.generation.job import start_job
 from llmsrv.api.generation.options import GenerationOptions
+from llmsrv.api.generation.options import RepetitionDetection
 from llmsrv.api.generation.prompt import prompt_ids
 from llmsrv.api.generation.submit import max_output_tokens
 from llmsrv.api.generation.tools import tool_use
 from llmsrv.asgi.request import Request
+from llmsrv.config import DEFAULT_MODEL
 from llmsrv.registry.service import Service
 from llmsrv.text.reasoning import THINK_START
 from llmsrv.text.tokenizer import Tokenizer
+
+# The default model is so small that it may repeat itself until its context is full.  This ends an
+# answer of no more than loops, but neither rules of dashes nor the head of a wide table.
+DEFAULT_MODEL_REPETITION = RepetitionDetection(
+    max_pattern_size=128, min_pattern_size=4, min_count=6
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,15 @@ class ChatTurn:
         tools = tool_use(service, self.conversation.tools, self.tool_choice)
         ids = await prompt_ids(service, self.conversation, options)
         is_thinking = _is_thinking(service, ids)
-        limit = max_output_tokens(service, len(ids), options.max_tokens, None, params.messages)
+        default_limit = service.config.default_max_tokens or None
+        limit = max_output_tokens(
+            service, len(ids), options.max_tokens, default_limit, params.messages
+        )
+        is_limited = options.max_tokens or default_limit or options.repetition_detection
+        if not is_limited and service.config.model == [DEFAULT_MODEL]:
+            options = msgspec.structs.replace(
+                options, repetition_detection=DEFAULT_MODEL_REPETITION
+            )
         job = await start_job(
             request,
             service,

@@ -21,6 +21,15 @@ Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 
 
+class RepetitionDetection(msgspec.Struct):
+    """vLLM's: end the answer if it ends with min_count times the same pattern of tokens.  A
+    max_pattern_size of 0 turns it off."""
+
+    max_pattern_size: Annotated[int, Meta(ge=0, le=1024)] = 0
+    min_pattern_size: Annotated[int, Meta(ge=0, le=1024)] = 0
+    min_count: Annotated[int, Meta(ge=0, le=INT32 - 1)] = 0
+
+
 class GenerationOptions(msgspec.Struct, kw_only=True):
     """None means the default: the model's own for sampling parameters, otherwise the server's.
 
@@ -45,6 +54,7 @@ class GenerationOptions(msgspec.Struct, kw_only=True):
     include_stop_str_in_output: bool | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=INT32 - 1)] | None = None
     ignore_eos: bool | None = None
+    repetition_detection: RepetitionDetection | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: NumAlternatives | None = None
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=INT32 - 1)] | None = None

@@ -12,6 +12,7 @@ from llmsrv.api.generation.options import GenerationOptions
 from llmsrv.api.generation.output import OutputRules
 from llmsrv.api.generation.tools import ToolUse
 from llmsrv.asgi.request import Request
+from llmsrv.engine.messages import RepetitionDetection
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.messages import Submit
 from llmsrv.errors import ApiError
@@ -67,6 +68,7 @@ def make_submits(
             priority=options.priority or 0,
             tenant=tenant,
             deadline_s=deadline_s,
+            repetition_detection=_repetition_detection(options),
             prompt_logprobs=wants_prompt_logprobs,
         )
         for ids, limit in zip(prompts, max_tokens, strict=True)
@@ -117,6 +119,15 @@ def output_rules(
 def _end_ids(options: GenerationOptions, tokenizer: Tokenizer) -> list[int]:
     end_ids = [] if options.ignore_eos else sorted(tokenizer.end_ids)
     return end_ids + (options.stop_token_ids or [])
+
+
+def _repetition_detection(options: GenerationOptions) -> RepetitionDetection | None:
+    wanted = options.repetition_detection
+    if wanted is None or not wanted.max_pattern_size:
+        return None
+    return RepetitionDetection(
+        wanted.max_pattern_size, wanted.min_pattern_size, wanted.min_count
+    )
 
 
 def _salt(tenant: bytes, cache_salt: str | None) -> bytes:

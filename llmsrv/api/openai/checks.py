@@ -14,6 +14,13 @@ def check_shared_fields(body: GenerationRequest, config: Config) -> None:
         raise invalid("stream_options", "it is only allowed when 'stream' is true")
     if body.prompt_logprobs is not None and body.stream:
         raise invalid("prompt_logprobs", "it is not allowed when 'stream' is true")
+    if (detection := body.repetition_detection) is not None and detection.max_pattern_size:
+        if detection.min_count < 2:
+            raise invalid("repetition_detection", "'min_count' must be at least 2")
+        if detection.min_pattern_size > detection.max_pattern_size:
+            raise invalid(
+                "repetition_detection", "'min_pattern_size' is larger than 'max_pattern_size'"
+            )
     if body.debug_config is None:
         return
     if not config.enable_debug:

@@ -8,6 +8,7 @@ from typing import cast
 import pytest
 
 from llmsrv.api.generation.chat_turn import ChatTurn
+from llmsrv.api.generation.chat_turn import DEFAULT_MODEL_REPETITION
 from llmsrv.api.generation.conversation import Conversation
 from llmsrv.api.generation.conversation import Message
 from llmsrv.api.generation.conversation import ParamNames
@@ -15,11 +16,13 @@ from llmsrv.api.generation.conversation import ToolChoice
 from llmsrv.api.generation.conversation import ToolDefinition
 from llmsrv.api.generation.job import Usage
 from llmsrv.api.generation.options import GenerationOptions
+from llmsrv.api.generation.options import RepetitionDetection
 from llmsrv.api.generation.output import Delta
 from llmsrv.asgi.request import Request
 from llmsrv.config import Config
 from llmsrv.engine.client import EngineClient
 from llmsrv.engine.client import Generation
+from llmsrv.engine.messages import Submit
 from llmsrv.errors import ApiError
 from llmsrv.registry.counters import Counters
 from llmsrv.registry.service import Service
@@ -44,9 +47,11 @@ def refuse(generation: Generation) -> None:
     raise AssertionError("the engine gets no request")
 
 
-def run(turn: ChatTurn, text_model: Any, script: Script = refuse) -> tuple[list[Delta], Usage]:
+def run(
+    turn: ChatTurn, text_model: Any, script: Script = refuse, **settings: Any
+) -> tuple[list[Delta], Usage]:
     """Every delta of the turn, and its usage."""
-    config = Config(reasoning_parser="think", tool_call_parser="hermes")
+    config = Config(reasoning_parser="think", tool_call_parser="hermes", **settings)
     engine = cast(EngineClient, ScriptedEngine(script))
     service = Service(config, ["tiny"], engine, text_model, Counters())
 
@@ -86,6 +91,45 @@ def test_a_turn_has_reasoning_text_and_calls_with_their_tokens(text_model: Any) 
     assert (last.finish_reason, last.text) == ("tool_calls", "")
     assert usage.num_output_tokens == sum(map(len, ids)) and usage.num_cached_tokens == 3
     assert len(ids[0]) < usage.num_reasoning_tokens < len(ids[0] + ids[1])
+
+
+ASKED = RepetitionDetection(max_pattern_size=9, min_count=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "max_tokens", "max_pattern_size"),
+    [
+        (OPTIONS, {}, None, DEFAULT_MODEL_REPETITION.max_pattern_size),
+        (OPTIONS, {"model": ["other.gguf"]}, None, None),
+        (OPTIONS, {"default_max_tokens": 50}, 50, None),
+        (OPTIONS, {"default_max_tokens": 10**6}, None, None),
+        (GenerationOptions(max_tokens=60), {"default_max_tokens": 50}, 60, None),
+        (GenerationOptions(max_tokens=60), {}, 60, None),
+        (GenerationOptions(repetition_detection=ASKED), {}, None, 9),
+        (GenerationOptions(repetition_detection=RepetitionDetection()), {}, None, None),
+    ],
+)
+def test_an_answer_is_limited_by_the_request_or_the_server_or_by_repetition(
+    text_model: Any,
+    options: GenerationOptions,
+    settings: dict[str, Any],
+    max_tokens: int | None,
+    max_pattern_size: int | None,
+) -> None:
+    """max_tokens  None: what the context leaves"""
+    submits: list[Submit] = []
+
+    def answer(generation: Generation) -> None:
+        submits.append(generation.submit)
+        generation.admit(num_cached_tokens=0)
+        finish(generation, 0, "length")
+
+    turn = ChatTurn(conversation=Conversation(messages=HELLO), options=options)
+    run(turn, text_model, answer, **settings)
+    (submit,) = submits
+    assert submit.max_tokens == (max_tokens or 512 - len(submit.prompt_ids))
+    detection = submit.repetition_detection
+    assert (detection and detection.max_pattern_size) == max_pattern_size
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ from tests.support.tiny_requests import post
         {"store": True},
         {"safety_identifier": "x", "prompt_cache_key": "y"},
         {"priority": -3},
+        {"repetition_detection": {}},
         {"response_format": {"type": "text"}},
         {"modalities": ["text"]},
         {"verbosity": "medium"},
@@ -103,6 +104,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"debug_config": {"ignore_eos": True}}, "debug_config"),
     ({"allowed_token_ids": [1] * (2**18 + 1)}, "allowed_token_ids"),
     ({"cache_salt": ""}, "cache_salt"),
+    ({"repetition_detection": {"max_pattern_size": 4}}, "repetition_detection"),
+    ({"repetition_detection": {"max_pattern_size": 4, "min_count": 1}}, "repetition_detection"),
+    ({"repetition_detection": {"max_pattern_size": 4, "min_pattern_size": 5, "min_count": 2}},
+     "repetition_detection"),
+    ({"repetition_detection": {"max_pattern_size": 1025, "min_count": 2}},
+     "repetition_detection.max_pattern_size"),
+    ({"repetition_detection": 3}, "repetition_detection"),
     ({"priority": 2**31}, "priority"),
     ({"metadata": {"a": 1}}, "metadata"),
     *(({field: "unheard of"}, field) for field in UNSUPPORTED),
@@ -169,7 +177,7 @@ def test_a_request_has_a_budget_of_choices_and_of_tokens(
 VLLM = """top_k min_p repetition_penalty min_tokens ignore_eos stop_token_ids priority cache_salt
     include_stop_str_in_output skip_special_tokens prompt_logprobs return_tokens_as_token_ids
     return_token_ids structured_outputs guided_json guided_regex guided_choice guided_grammar
-    truncate_prompt_tokens""".split()
+    truncate_prompt_tokens repetition_detection""".split()
 VLLM_CHAT = "add_generation_prompt continue_final_message chat_template_kwargs".split()
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 from openai import OpenAI
 
 from tests.support.real_model import ANSWER
@@ -39,6 +40,36 @@ def test_ignore_eos_generates_up_to_the_limit(client: OpenAI) -> None:
     answer = chat(client, temperature=0, max_tokens=10, extra_body={"ignore_eos": True})
     assert answer.usage.completion_tokens == 10
     assert answer.choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(
+    "fields, num_tokens",
+    [
+        ({"max_pattern_size": 3, "min_count": 5}, 5),
+        ({"max_pattern_size": 3, "min_pattern_size": 2, "min_count": 5}, 10),
+        ({"max_pattern_size": 0, "min_count": 5}, 12),
+    ],
+)
+def test_an_answer_that_repeats_itself_ends_if_that_is_asked_for(
+    client: OpenAI, fields: dict[str, int], num_tokens: int, is_stream: bool
+) -> None:
+    paris = 7042
+    answer = chat(
+        client,
+        temperature=0,
+        max_tokens=12,
+        logit_bias={str(paris): 100},
+        extra_body={"repetition_detection": fields},
+        stream=is_stream,
+    )
+    if is_stream:
+        choices = [chunk.choices[0] for chunk in answer]
+        text = "".join(choice.delta.content or "" for choice in choices)
+        reason = choices[-1].finish_reason
+    else:
+        text, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+    assert (text, reason) == (" Paris" * num_tokens, "length")
 
 
 def test_a_seed_repeats_an_answer_and_another_seed_does_not(client: OpenAI) -> None:

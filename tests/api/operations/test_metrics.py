@@ -108,7 +108,7 @@ def test_every_family_is_present_with_the_labels_that_dashboards_filter_on(
         labels = families[f"vllm:{name}"].samples[0].labels
         assert (labels["model_name"], labels["engine"]) == ("tiny", "0")
     cache = families["vllm:cache_config_info"].samples[0].labels
-    assert (cache["block_size"], cache["num_gpu_blocks"]) == ("16", "1024")
+    assert (cache["block_size"], cache["num_gpu_blocks"]) == ("16", "16384")
     assert families["vllm:kv_cache_usage_perc"].samples[0].value == 0
     assert {"http_requests", "process_cpu_seconds", "python_info"} <= families.keys()
     assert families["llmsrv:http_open_connections"].samples[0].value >= 1
