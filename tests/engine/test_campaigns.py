@@ -20,6 +20,7 @@ from llmsrv.engine.client import Generation
 from llmsrv.engine.messages import Finished
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.messages import Submit
+from llmsrv.engine.scheduler import NUM_RECENT_OUTPUTS
 from llmsrv.errors import ApiError
 from tests.support.engines import engine
 from tests.support.engines import gauges_at_rest
@@ -219,6 +220,9 @@ async def ask_in_a_crowd(tiny: Path, num_requests: int, rng: random.Random) -> N
             else:
                 assert await ids_of(generation) == alone[index]
 
+        # After short outputs, more sequences are admitted than the cache can hold in the end.
+        short = (ids_of(client.submit(submit_of([i], 2))) for i in range(NUM_RECENT_OUTPUTS))
+        await asyncio.gather(*short)
         await asyncio.gather(*(ask(rng.randrange(len(prompts))) for _ in range(num_requests)))
         await gauges_at_rest(client)
         assert client.gauges.num_preemptions > 0 and client.gauges.num_prefix_hits > 0
