@@ -44,7 +44,7 @@ from llmsrv.text.tokenizer import longest_match_pattern
 from llmsrv.text.tool_calls import detect_format
 
 RENDER_S = 1.0  # of the thread's CPU time
-PROBE_S = 0.25  # of all renderings of the probe together, which usually take a few milliseconds
+PROBE_S = 0.25  # CPU time of the whole probe, which usually takes a few milliseconds
 _deadline_s: ContextVar[float] = ContextVar("deadline_s")
 
 # The error code if the template itself fails, rather than refusing the messages.
@@ -56,7 +56,7 @@ class ChatTemplate:
 
     tool_call_format  how the template writes tool calls: a name in tool_calls.FORMATS
     has_reasoning     whether the template has <think> tags
-    facts             what it takes, found out by trying it
+    facts             what it supports, detected by probing it
     is_slow           whether a rendering hit its deadline; do not render on the event loop then
     """
 
@@ -332,7 +332,7 @@ def _tojson(
 
 
 def _list_of_iterator(value: Any) -> list[Any]:
-    """What `map` and `select` return, which json cannot write."""
+    """`map` and `select` return iterators, which json does not write."""
     if isinstance(value, Iterator):
         return list(value)
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")

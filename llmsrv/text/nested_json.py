@@ -1,8 +1,8 @@
 """Reads JSON that arrived as a string inside other JSON, from a client or from a model.
 
-JSON can write half of a character: "\\ud83d" is the first of the two surrogates of an emoji.
-Python's decoder makes a string of it that is not Unicode, and fails later and far away, wherever it
-is encoded or tokenised.  So it is replaced here, as UTF-8 decoders replace what they cannot read.
+JSON can escape half of a character: "\\ud83d" is the first of the two surrogates of an emoji.
+Python decodes it to a string that is not valid Unicode, which fails later and far away, when it is
+encoded or tokenized.  So it is replaced here, as UTF-8 decoders replace what they cannot read.
 Source: RFC 8259 section 8.2.
 """
 

@@ -1,9 +1,9 @@
-"""Finds out what a chat template takes, by rendering small conversations and looking at the result.
+"""Detects what a chat template supports: renders small conversations and looks at the result.
 
 Templates refuse, drop or misprint what they were not written for: a system role, a message without
 content, two calls in one message.  Few say so, and no two in the same way.  So each template is
-tried once, when it is loaded, with texts that are easy to find again in what it writes.  What was
-found decides how api/generation/template_messages.py translates a conversation for it.
+probed once, at load, with texts that are easy to find in its output.  The facts decide how
+api/generation/template_messages.py translates a conversation for it.
 
 Knows nothing of how a template is rendered.
 """
@@ -22,7 +22,7 @@ Render = Callable[[Messages, Messages | None], str | None]
 
 
 class Arguments(enum.Enum):
-    """What a call's arguments may be.  ANY: an object is right, but other values do not fail."""
+    """What a call's arguments may be.  ANY: an object is best, but other values do not fail."""
 
     ANY = "any"
     OBJECT = "object"
@@ -31,7 +31,7 @@ class Arguments(enum.Enum):
 
 class CallIds(enum.Enum):
     """Which ids calls may have.  NINE: nine letters and digits, as Mistral's templates demand.
-    FUNCTION: functions.NAME:INDEX, as Kimi's show in place of the name."""
+    FUNCTION: functions.NAME:INDEX, as Kimi's templates show instead of the name."""
 
     ANY = "any"
     NINE = "nine"
@@ -40,21 +40,21 @@ class CallIds(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class TemplateFacts:
-    """What a template takes.  The defaults are those of one that takes everything.
+    """What a template supports.  The defaults describe one that accepts everything.
 
     needs_parts                content must be a list of parts, not a string
-    has_system_role            whether it shows a system message
-    keeps_system_after_result  also when the conversation ends with the result of a call
-    takes_late_system          also after the first message, and several of them
-    takes_repeated_roles       two messages of the user in a row
-    takes_user_after_result    a message of the user right after the result of a call
-    takes_null_content         content of a message that only has calls; if not, it must be ""
-    has_tools                  whether it describes tools
-    needs_system_for_tools     it does so only if there is a system message
-    needs_tools_list           without tools it takes an empty list only
-    has_calls                  whether it shows calls
-    has_results                whether it shows their results
-    takes_calls_with_content   a message may have both
+    has_system_role            a system message appears in the prompt
+    keeps_system_after_result  even if the conversation ends with the result of a call
+    takes_late_system          anywhere in the conversation, and more than one
+    takes_repeated_roles       two user messages in a row
+    takes_user_after_result    a user message right after the result of a call
+    takes_null_content         in a message that only has calls; otherwise it must be ""
+    has_tools                  it describes tools to the model
+    needs_system_for_tools     it describes them only if there is a system message
+    needs_tools_list           it fails without tools unless they are an empty list
+    has_calls                  calls appear in the prompt
+    has_results                results of calls appear in the prompt
+    takes_calls_with_content   a message with both keeps its calls
     takes_several_calls        in one message
     switches                   variables that turn thinking on or off
     """
@@ -78,7 +78,7 @@ class TemplateFacts:
     switches: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """One line for the log."""
+        """One line, for the log."""
         parts = ["content only in parts"] if self.needs_parts else []
         if not self.has_system_role:
             parts.append("no system role")
@@ -140,21 +140,21 @@ TOOL = {
 
 
 def probe(render: Render, variables: Collection[str]) -> TemplateFacts:
-    """variables: those that the template uses.  Renders about a dozen small conversations."""
+    """Renders about a dozen small conversations.  variables: the names that the template uses."""
     return _Probe(render).facts(variables)
 
 
 class _Probe:
     def __init__(self, render: Render) -> None:
         self._render = render
-        # The form of content and of no tools that shows a single message
+        # The forms of content, and of no tools, in which a single message appears
         self._needs_parts = False
         self._no_tools: Messages | None = None
 
     def facts(self, variables: Collection[str]) -> TemplateFacts:
         switches = tuple(name for name in SWITCHES if name in variables)
         if not self._finds_plain_form():
-            # It shows nothing that we can find: its own errors are as good as ours.
+            # Nothing of the message appears, so nothing can be detected.
             return TemplateFacts(has_tools="tools" in variables, switches=switches)
         user = self._message("user", FIRST_USER)
         system = self._message("system", FIRST_SYSTEM)
@@ -183,7 +183,7 @@ class _Probe:
     def _tool_facts(
         self, system: dict[str, Any], user: dict[str, Any], again: dict[str, Any]
     ) -> dict[str, Any]:
-        """The fields of TemplateFacts about tools, those about calls included."""
+        """The fields of TemplateFacts about tools and calls."""
         if self._describes_tools([user]):
             start = [user]
         elif self._describes_tools([system, user]):
@@ -224,9 +224,9 @@ class _Probe:
         }
 
     def _arguments_and_text(self, start: Messages) -> tuple[Any, str]:
-        """Arguments in the form that the template expects, and what it writes with a string."""
+        """Arguments in the form that the template expects, and its output for a string."""
         as_object, as_string = {KEY: VALUES[0]}, json.dumps({KEY: VALUES[0]})
-        for content in ("", None):  # some show calls only in messages without content
+        for content in ("", None):  # some templates drop calls unless content is null
             with_object = self._text([*start, *self._calls(as_object, content)])
             with_string = self._text([*start, *self._calls(as_string, content)])
             if VALUES[0] in with_object + with_string:
@@ -236,7 +236,7 @@ class _Probe:
         expects_string = as_string in with_string and not object_is_right
         return as_string if expects_string else as_object, with_string
 
-    # ---- Conversations and what a template makes of them
+    # ---- Conversations, and how the template renders them
 
     def _message(self, role: str, content: str) -> dict[str, Any]:
         parts = [{"type": "text", "text": content}]
@@ -270,7 +270,7 @@ class _Probe:
         return with_tools is not None and with_tools != self._render(messages, self._no_tools)
 
     def _text(self, messages: Messages) -> str:
-        """What the template writes with tools; "" if it fails."""
+        """The prompt with tools; "" if the template fails."""
         return self._render(messages, [TOOL]) or ""
 
     def _shows(self, messages: Messages, *texts: str) -> bool:

@@ -1,9 +1,9 @@
-"""Translates a conversation into the messages that a chat template takes.
+"""Translates a conversation into messages that the chat template accepts.
 
-What the template takes was found out when it was loaded (text/template_probe.py).  Each function
-here removes one thing that it does not take, and changes nothing for a template that does.  A
-template that does not know tools gets tools, calls and their results as text, in the format that
-the Hermes models made common.
+text/template_probe.py detected at load what the template supports.  Each function here rewrites one
+thing that some templates do not support, and is skipped for those that do.  A template that does
+not know tools gets tools, calls and their results as text, in the format that the Hermes models
+made common.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ For each function call, return a JSON object with the function's name and argume
 <tool_call>
 {{"name": <function-name>, "arguments": <arguments-object>}}
 </tool_call>"""
-BETWEEN_MESSAGES = "\n\n"  # where two messages become one
+MESSAGE_SEPARATOR = "\n\n"  # where two messages become one
 NINE_CHARACTERS = re.compile("[a-zA-Z0-9]{9}")
 
 
@@ -79,14 +79,14 @@ def template_input(conversation: Conversation, facts: TemplateFacts) -> Template
 
 
 def _with_one_system_message(messages: Sequence[Message]) -> list[Message]:
-    """All system messages joined at the beginning, in their order."""
+    """Joins all system messages at the beginning, in order."""
     system = [message for message in messages if message.role == "system"]
     others = [message for message in messages if message.role != "system"]
     return [*([_joined(system)] if system else []), *others]
 
 
 def _system_in_user_message(messages: list[Message], is_last: bool = False) -> list[Message]:
-    """The system message at the beginning of the first, or last, user message."""
+    """Moves the system message into the first, or last, user message."""
     if messages[0].role != "system":
         return messages
     system, *others = messages
@@ -103,14 +103,14 @@ def _system_in_user_message(messages: list[Message], is_last: bool = False) -> l
 
 def _joined(messages: Sequence[Message]) -> Message:
     texts = [message.content for message in messages if message.content]
-    return replace(messages[0], content=BETWEEN_MESSAGES.join(texts))
+    return replace(messages[0], content=MESSAGE_SEPARATOR.join(texts))
 
 
 # ---- Calls and their results
 
 
 def _content_before_calls(messages: Sequence[Message]) -> list[Message]:
-    """Messages with content and calls as two: first the content, then the calls."""
+    """Splits messages with content and calls: first the content, then the calls."""
     split: list[Message] = []
     for message in messages:
         if message.tool_calls and message.content:
@@ -121,7 +121,8 @@ def _content_before_calls(messages: Sequence[Message]) -> list[Message]:
 
 
 def _one_call_per_message(messages: Sequence[Message]) -> list[Message]:
-    """Several calls of a message, and the results after it, as call, result, call, result."""
+    """Splits several calls in a message, and the results after it, into call, result, call,
+    result."""
     split: list[Message] = []
     position = 0
     while position < len(messages):
@@ -147,8 +148,8 @@ def _calls_and_results(message: Message, results: list[Message]) -> Iterator[Mes
 
 
 def _answer_after_results(messages: Sequence[Message]) -> list[Message]:
-    """A blank answer between the result of a call and a message of the user: a template may refuse
-    one that is empty."""
+    """Puts a blank answer between a result and a user message.  Some templates refuse an empty
+    one."""
     answered: list[Message] = []
     for message in messages:
         if message.role == "user" and answered and _is_result(answered[-1]):
@@ -158,7 +159,7 @@ def _answer_after_results(messages: Sequence[Message]) -> list[Message]:
 
 
 def _alternating(messages: Sequence[Message]) -> list[Message]:
-    """Messages in a row of the same role as one, except calls and results."""
+    """Merges consecutive messages of one role, except calls and results."""
     merged: list[Message] = []
     for message in messages:
         last = merged[-1] if merged else None
@@ -175,8 +176,8 @@ def _is_result(message: Message) -> bool:
 
 
 def _with_call_ids(messages: Sequence[Message], form: CallIds) -> list[Message]:
-    """Ids of the form that the template takes, the same in calls and results, and each result with
-    the name of its call."""
+    """Rewrites ids in the given form, alike in calls and results; names each result after its
+    call."""
     ids: dict[str | None, str] = {}
     names: dict[str | None, str] = {}
     changed: list[Message] = []
@@ -207,7 +208,7 @@ def _call_id(call: ToolCall, index: int, form: CallIds) -> str:
 
 
 def _calls_as_text(messages: Sequence[Message], has_results: bool) -> list[Message]:
-    """Calls as text of the assistant; results, unless the template has them, as the user's."""
+    """Calls become text of the assistant, and results, unless has_results, text of the user."""
     plain: list[Message] = []
     follows_result = False
     for message in messages:
@@ -243,7 +244,7 @@ def _tools_as_text(
     return [prompt, *messages]
 
 
-# ---- What the template gets
+# ---- Messages and tools as templates expect them
 
 
 def _template_message(message: Message, facts: TemplateFacts) -> dict[str, Any]:
@@ -272,7 +273,7 @@ def _template_message(message: Message, facts: TemplateFacts) -> dict[str, Any]:
 
 
 def _arguments(text: str, facts: TemplateFacts) -> Any:
-    """In the form that the template takes.  Where it must be an object, others become one."""
+    """In the form that the template expects.  If that is an object, other values become one."""
     arguments = _parsed_arguments(text)
     if facts.arguments is Arguments.STRING:
         is_text = isinstance(arguments, str)
@@ -283,7 +284,7 @@ def _arguments(text: str, facts: TemplateFacts) -> Any:
 
 
 def _parsed_arguments(text: str) -> Any:
-    """An object; the text itself if it is not JSON, as when a call was cut off."""
+    """The parsed object; the text itself if it is not JSON, as for a call that was cut off."""
     if not text.strip():
         return {}
     try:

@@ -42,7 +42,7 @@ def tool_use(
 ) -> ToolUse | None:
     """None without tools.  ApiError 400 if the choice names a tool that is not among them.
 
-    If there must be calls, it is one where the chat template takes no more in a message."""
+    A forced call is a single one if the chat template supports no more in a message."""
     if not tools:
         if choice.must_call or choice.allowed_names:
             raise invalid("tool_choice", "it is only allowed when 'tools' are given")
