@@ -50,7 +50,8 @@ GGUF_KEYS = {
     "beta_fast": "rope.scaling.yarn_beta_fast",
     "beta_slow": "rope.scaling.yarn_beta_slow",
 }
-# Alternative names in Hugging Face's own files.
+# Alternative names: in GGUF files of 2023, and in Hugging Face's own files.
+GGUF_ALIASES = {"factor": "rope.scale_linear"}
 ALIASES = {
     "num_experts": "num_local_experts",
     "hidden_activation": "hidden_act",
@@ -120,7 +121,9 @@ class GGUFHParams(HParams):
         self.architecture = architecture
 
     def name(self, key: str) -> str:
-        return f"{self.architecture}.{GGUF_KEYS.get(key, key)}"
+        name = f"{self.architecture}.{GGUF_KEYS.get(key, key)}"
+        alias = f"{self.architecture}.{GGUF_ALIASES.get(key)}"
+        return alias if alias in self.gguf.metadata and name not in self.gguf.metadata else name
 
     def get(self, key: str, kind: type[T]) -> T | None:
         return self.gguf.get(self.name(key), kind) if key in GGUF_KEYS else None

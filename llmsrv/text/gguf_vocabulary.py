@@ -20,6 +20,7 @@ from llmsrv.files.gguf import GGUFFile
 from llmsrv.text.pre_tokenizers import PRE_TOKENIZERS
 from llmsrv.text.pre_tokenizers import PreTokenizer
 from llmsrv.text.sentencepiece import cached_merges
+from llmsrv.text.vocabulary import END_TOKEN_TEXTS
 from llmsrv.text.vocabulary import METASPACE
 from llmsrv.text.vocabulary import DecoderType
 from llmsrv.text.vocabulary import TokenType
@@ -27,6 +28,7 @@ from llmsrv.text.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
+PLAIN_TYPES = frozenset((TokenType.NORMAL, TokenType.USER_DEFINED))
 BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 NAMED_IDS = {
     "bos": "tokenizer.ggml.bos_token_id",
@@ -137,14 +139,18 @@ def _strings(gguf: GGUFFile, key: str) -> list[str]:
 
 
 def _types(gguf: GGUFFile, tokens: list[str]) -> Sequence[float]:
-    """The token types; all NORMAL if the file has none."""
+    """The token types; all NORMAL if the file has none.  Some converters type the tokens that end
+    an answer as plain text, which models would print without end: they are always CONTROL."""
     key = "tokenizer.ggml.token_type"
-    if key not in gguf.metadata:
-        return [TokenType.NORMAL] * len(tokens)
-    types = _numbers(gguf, key, len(tokens))
+    types: list[float] = [TokenType.NORMAL] * len(tokens)
+    if key in gguf.metadata:
+        types = list(_numbers(gguf, key, len(tokens)))
     for id, type in enumerate(types):
         if type == TokenType.BYTE and not BYTE_TOKEN.fullmatch(tokens[id]):
             raise ModelError(f"{gguf.path}: token {id}, {tokens[id]!r}, must be a byte as <0x41>")
+        if type in PLAIN_TYPES and tokens[id] in END_TOKEN_TEXTS:
+            log.warning("%s: token %d, %r, is not typed as control", gguf.path, id, tokens[id])
+            types[id] = TokenType.CONTROL
     return types
 
 

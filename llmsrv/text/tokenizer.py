@@ -21,6 +21,7 @@ from llmsrv.files.folder import ModelFolder
 from llmsrv.files.gguf import GGUFFile
 from llmsrv.text.folder_vocabulary import read_folder
 from llmsrv.text.gguf_vocabulary import read_gguf
+from llmsrv.text.vocabulary import END_TOKEN_TEXTS
 from llmsrv.text.vocabulary import METASPACE
 from llmsrv.text.vocabulary import SPECIAL_TYPES
 from llmsrv.text.vocabulary import DecoderType
@@ -31,8 +32,6 @@ from llmsrv.text.vocabulary import Vocabulary
 # Each text is encoded on the calling thread.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# Control tokens that end an answer even if the files do not say so.
-END_TOKEN_TEXTS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>")
 # Fill-in-the-middle tokens: before the prefix, before the suffix, and before the middle, which the
 # model writes.
 FIM_TEXTS = (

@@ -10,6 +10,22 @@ import tokenizers
 
 METASPACE = "\u2581"  # SentencePiece writes " " like this
 
+# Control tokens that end an answer even if the files do not say so.
+# Source: llama.cpp, src/llama-vocab.cpp.
+END_TOKEN_TEXTS = frozenset(
+    (
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|end|>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<end_of_turn>",
+        "<end_of_utterance>",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    )
+)
+
 
 class TokenType(IntEnum):
     """tokenizer.ggml.token_type; any other value means plain text."""

@@ -59,7 +59,8 @@ class Llama64:
         """x is [T, heads, dim] from position 0; pairs are adjacent values."""
         dim = self.number("rope.dimension_count")
         frequencies = self.number("rope.freq_base") ** (-np.arange(0, dim, 2) / dim)
-        frequencies = frequencies / self.number("rope.scaling.factor", 1.0)
+        linear = self.number("rope.scale_linear", 1.0)  # in files of 2023
+        frequencies = frequencies / self.number("rope.scaling.factor", linear)
         frequencies = frequencies / self.tensors.get("rope_freqs.weight", 1.0)
         turns = np.exp(1j * np.arange(len(x))[:, None] * frequencies)[:, None]
         pairs = (x[..., 0:dim:2] + 1j * x[..., 1:dim:2]) * turns
@@ -137,6 +138,7 @@ VARIANTS = {
     "linear scaling": {
         "metadata": {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     },
+    "linear scaling under its first name": {"metadata": {"llama.rope.scale_linear": 4.0}},
     "half of each head rotated": {"metadata": {"llama.rope.dimension_count": 8}},
     "rope_freqs": {"tensors": {"rope_freqs.weight": np.float32([1, 1, 2, 3, 5, 8, 8, 8])}},
     "biases": {"tensors": BIASES},

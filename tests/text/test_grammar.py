@@ -163,6 +163,6 @@ def test_an_answer_may_follow_reasoning(
         source = after_reasoning_source(plain, tokenizer, "<think>", "</think>", is_begun)
         assert texts.take(source, text) == is_taken
     yes = choice_source(["yes"])
-    source = after_reasoning_source(yes, tokenizer, SPECIAL, "<|endoftext|>", is_begun)
-    text = text.replace("<think>", SPECIAL).replace("</think>", "<|endoftext|>")
+    source = after_reasoning_source(yes, tokenizer, SPECIAL, SPECIAL, is_begun)
+    text = text.replace("<think>", SPECIAL).replace("</think>", SPECIAL)
     assert texts.take(source, text) == is_taken

@@ -77,10 +77,10 @@ def test_a_format_accepts_its_answers_and_no_others(
 
 
 def test_a_special_token_may_be_the_trigger(texts: Texts, tokenizer: Tokenizer) -> None:
-    tags = [tag(f"{SPECIAL}f ", ""), tag(f"{SPECIAL}g ", "<|endoftext|>")]
+    tags = [tag(f"{SPECIAL}f ", ""), tag(f"{SPECIAL}g ", SPECIAL)]
     form = {"type": "triggered_tags", "triggers": [SPECIAL], "tags": tags}
     source = format_source(form, tokenizer)
-    assert texts.take(source, f'text {SPECIAL}f {{"n": 1}}{SPECIAL}g {{"n": 2}}<|endoftext|>')
+    assert texts.take(source, f'text {SPECIAL}f {{"n": 1}}{SPECIAL}g {{"n": 2}}{SPECIAL}')
     assert not texts.take(source, f"text {SPECIAL}h")
 
 

@@ -89,7 +89,7 @@ def test_facts_of_the_default_model(smollm2_tokenizer):
     tokenizer = smollm2_tokenizer
     assert tokenizer.vocab_size == 49152
     assert tokenizer.bos_id == 1 and not tokenizer.add_bos
-    assert tokenizer.end_ids == {2}
+    assert tokenizer.end_ids == {0, 2}  # <|endoftext|>, <|im_end|>
     assert tokenizer.special_tokens["<|im_start|>"] == 1
     assert len(tokenizer.special_tokens) == 17
     assert tokenizer.named_tokens["bos_token"] == "<|im_start|>"
@@ -303,18 +303,26 @@ def test_the_file_or_else_the_pre_tokenizer_decides_whether_bos_is_added(load):
 
 
 def test_end_ids_are_eos_eot_eom_and_the_well_known_control_tokens(load):
-    assert load().end_ids == {2}
-    assert load(eos_token_id=0).end_ids == {0, 2}  # <|im_end|> is known by its text
-    assert load(eos_token_id=None).end_ids == {2}
-    assert load(eot_token_id=5, eom_token_id=6).end_ids == {2, 5, 6}
-    texts = {"<|eot_id|>": CONTROL, "<end_of_turn>": CONTROL, "<|end|>": NORMAL}
-    changed = load(**with_more_tokens(**texts))
-    assert changed.end_ids == {2, changed.vocab_size - 3, changed.vocab_size - 2}
+    assert load().end_ids == {0, 2}  # <|endoftext|> is known by its text
+    assert load(eos_token_id=1).end_ids == {0, 1, 2}  # and <|im_end|>
+    assert load(eos_token_id=None).end_ids == {0, 2}
+    assert load(eot_token_id=5, eom_token_id=6).end_ids == {0, 2, 5, 6}
+
+
+@pytest.mark.parametrize("type", [CONTROL, NORMAL, USER_DEFINED])
+@pytest.mark.parametrize("text", ["<|eot_id|>", "<end_of_turn>", "<|end|>", "<|end_of_text|>"])
+def test_a_token_that_ends_an_answer_is_control_whatever_its_type_in_the_file(load, text, type):
+    tokenizer = load(**with_more_tokens(**{text: type, "<|other|>": type}))
+    assert tokenizer.end_ids == {0, 2, tokenizer.vocab_size - 2}
+    assert tokenizer.is_special(tokenizer.vocab_size - 2)
+    assert tokenizer.is_special(tokenizer.vocab_size - 1) == (type == CONTROL)
+    assert tokenizer.encode(text, parse_special=True) == [tokenizer.vocab_size - 2]
+    assert len(tokenizer.encode(text, parse_special=False)) > 1
 
 
 def test_a_named_id_outside_the_vocabulary_is_ignored_with_a_warning(load, caplog):
     tokenizer = load(bos_token_id=99999, eot_token_id=2**32 - 1)
-    assert tokenizer.bos_id is None and tokenizer.end_ids == {2}
+    assert tokenizer.bos_id is None and tokenizer.end_ids == {0, 2}
     assert "tokenizer.ggml.bos_token_id 99999 is outside its" in caplog.text
 
 
@@ -325,8 +333,8 @@ def test_a_missing_pre_tokenizer_falls_back_to_default_with_a_warning(load, capl
 
 def test_token_types_may_be_missing(load):
     tokenizer = load(token_type=None)
-    assert tokenizer.special_tokens == {}
-    assert len(tokenizer.encode(TINY_SPECIALS[0], parse_special=True)) == len(TINY_SPECIALS[0])
+    assert tokenizer.special_tokens == {"<|endoftext|>": 0, "<|im_end|>": 2}  # they end answers
+    assert len(tokenizer.encode(TINY_SPECIALS[1], parse_special=True)) == len(TINY_SPECIALS[1])
 
 
 def test_special_tokens_may_be_prefixes_of_each_other(load):
