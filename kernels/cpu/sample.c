@@ -255,6 +255,18 @@ static float logprob_of(float logit, float best, double log_sum)
     return (float)((double)(logit - best) - log_sum);
 }
 
+/* The place of an id, from 1, with the largest logit first, among equals the lowest id first. */
+static int32_t rank_of(const LogitRow *row, int32_t id)
+{
+    const float *logits = row->logits, logit = logits[id];
+    int32_t rank = 1;
+    for (int32_t i = 0; i < id; i++)
+        rank += logits[i] >= logit;
+    for (int32_t i = id + 1; i < row->vocab_size; i++)
+        rank += logits[i] > logit;
+    return rank;
+}
+
 /* Reports the k largest log-probabilities, the largest first, among equals the lowest id first. */
 static void report_top_logprobs(
     Scratch *s, const LogitRow *row, int32_t k, double log_sum, int32_t *ids, float *logprobs)
@@ -305,6 +317,7 @@ static void sample_row(const Sampling *sampling, int32_t r, Scratch *s)
 
     sampling->ids[r] = FAILED;
     sampling->logprobs[r] = NAN;
+    sampling->ranks[r] = 0;
     row.best = max_logit(s, row.logits, row.vocab_size);
     if (isnan(row.best))
         return;
@@ -317,8 +330,10 @@ static void sample_row(const Sampling *sampling, int32_t r, Scratch *s)
     }
     int32_t id = target >= 0 ? target : sample_id(sampling, r, row, s);
     sampling->ids[r] = id;
-    if (id != FAILED && num_logprobs >= 0)
-        sampling->logprobs[r] = logprob_of(row.logits[id], row.best, log_sum);
+    if (id == FAILED || num_logprobs < 0)
+        return;
+    sampling->logprobs[r] = logprob_of(row.logits[id], row.best, log_sum);
+    sampling->ranks[r] = rank_of(&row, id);
 }
 
 /* Counts the generated tokens: the ids of rows whose drafts before them were all sampled. */

@@ -43,6 +43,7 @@ typedef struct {
     uint8_t *scratch; /* [thread][llmsrv_sample_scratch_bytes] */
     int32_t *ids;
     float *logprobs;
+    int32_t *ranks; /* of ids, from 1; 0 where num_logprobs is negative */
     int32_t num_alternatives; /* columns of the next two, at least every row's num_logprobs */
     int32_t *alternative_ids;
     float *alternative_logprobs;

@@ -317,6 +317,8 @@ class EngineCore:
 
     def _append_token(self, row: LogitRow, index: int, samples: Samples, now_s: float) -> None:
         sequence = row.sequence
+        if not sequence.max_tokens:
+            return self._finish(sequence, "length")
         tokens = _tokens_of_row(sequence, sequence.choice, index, samples)
         if row.draft == NO_ID:
             self._tokens.append(tokens)
@@ -326,6 +328,7 @@ class EngineCore:
             last.ids.extend(tokens.ids)
             last.logprobs.extend(tokens.logprobs)
             last.alternatives.extend(tokens.alternatives)
+            last.ranks.extend(tokens.ranks)
         reason = sequence.append(tokens.ids[0], now_s)
         self._scheduler.cache_last_block(sequence)
         if reason:
@@ -385,11 +388,13 @@ def _tokens_of_row(sequence: Sequence, choice: int, row: int, samples: Samples) 
         raise ApiError(500, "The model's output is not a number; nothing can be sampled.")
     logprobs: list[float] = []
     alternatives: list[list[tuple[int, float]]] = []
+    ranks: list[int] = []
     if sequence.submit.sampling.num_logprobs >= 0:
         ids, values = samples.alternatives[row]
         logprobs = [float(samples.logprobs[row])]
         alternatives = [list(zip(ids.tolist(), values.tolist(), strict=True))]
-    return Tokens(sequence.submit.request, choice, [id], logprobs, alternatives)
+        ranks = [int(samples.ranks[row])]
+    return Tokens(sequence.submit.request, choice, [id], logprobs, alternatives, ranks)
 
 
 def _failed(request: int, error: Exception) -> Failed:

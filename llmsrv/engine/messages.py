@@ -43,7 +43,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
 
     request: int  # given by EngineClient.submit
     prompt_ids: list[int]
-    max_tokens: int
+    max_tokens: int  # 0: only the prompt is computed
     end_ids: list[int]  # sampling one of these ends the choice with "stop"
     sampling: Sampling
     n: int = 1  # choices; each draws with its own choice index
@@ -102,7 +102,7 @@ class Tokens(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one choice, including an end id.
 
     For PROMPT, all prompt tokens but the first, in order and before the tokens of any choice.
-    logprobs and alternatives are as long as ids, or empty if they were not requested.
+    logprobs, alternatives and ranks are as long as ids, or empty if they were not requested.
     """
 
     request: int
@@ -110,6 +110,7 @@ class Tokens(msgspec.Struct, frozen=True, array_like=True):
     ids: list[int]
     logprobs: list[float]
     alternatives: list[list[tuple[int, float]]]  # most likely first
+    ranks: list[int] = []  # of the ids among all logits, from 1
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True):

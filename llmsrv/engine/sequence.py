@@ -36,7 +36,7 @@ TRANSITIONS = {
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """max_tokens  of the request, limited by the context length; at least 1
+    """max_tokens  of the request, limited by the context length; 0: only the prompt is computed
     is_long     see backend.base.Batch
     leader      the first choice of the request; None for the first choice itself
     rank        its place among all sequences, which never changes (fair_queue.py)

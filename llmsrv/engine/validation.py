@@ -26,7 +26,7 @@ MAX_BIAS = 1000
 def check_submit(submit: Submit, context_length: int, vocab_size: int) -> None:
     """Raises ApiError if the request can never be computed."""
     num_prompt = len(submit.prompt_ids)
-    if num_prompt >= context_length:
+    if num_prompt + min(submit.max_tokens, 1) > context_length:
         raise ApiError(
             400,
             f"This model's maximum context length is {context_length} tokens. However, "
@@ -37,8 +37,8 @@ def check_submit(submit: Submit, context_length: int, vocab_size: int) -> None:
         raise ApiError(400, "the prompt is empty; expected at least 1 token")
     if not 0 <= min(submit.prompt_ids) <= max(submit.prompt_ids) < vocab_size:
         raise ApiError(400, f"a token id of the prompt is not in [0, {vocab_size})")
-    if submit.max_tokens < 1 or submit.n < 1:
-        raise ApiError(400, "max_tokens and n must be at least 1")
+    if submit.max_tokens < 0 or submit.n < 1:
+        raise ApiError(400, "max_tokens must be at least 0 and n at least 1")
     _check_ids("stop_token_ids", submit.end_ids, vocab_size)
     _check_sampling(submit.sampling, vocab_size)
     _check_min_tokens(submit)

@@ -26,7 +26,7 @@ from tests.support.fake_plan import VOCAB_SIZE
         ({"prompt_ids": []}, "bad_request", "empty"),
         ({"prompt_ids": [1, VOCAB_SIZE]}, "bad_request", "not in"),
         ({"prompt_ids": [-1, 1]}, "bad_request", "not in"),
-        ({"max_tokens": 0}, "bad_request", "at least 1"),
+        ({"max_tokens": -1}, "bad_request", "at least 0"),
         ({"n": 0}, "bad_request", "at least 1"),
         ({"sampling": Sampling(seed=1, temperature=float("nan"))}, "invalid_value", "temperature"),
         ({"sampling": Sampling(seed=1, top_p=1.5)}, "invalid_value", "top_p"),

@@ -39,6 +39,20 @@ def test_prompt_logprobs_are_complete_and_precede_the_choices(
     engine.assert_idle()
 
 
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("num_prompt", [1, 16, 40, 200])  # up to the context
+def test_a_request_for_no_token_only_computes_its_prompt(num_prompt: int, n: int) -> None:
+    engine = Engine(context=200, spare_logit_rows=3)
+    prompt = healthy_prompt(num_prompt)
+    fields = {"n": n, "max_tokens": 0, "sampling": WITH_LOGPROBS, "prompt_logprobs": True}
+    engine.submit(1, prompt, **fields)
+    engine.run()
+    assert engine.outputs.get((1, PROMPT), []) == prompt[1:]
+    assert [engine.finished[1, choice].reason for choice in range(n)] == ["length"] * n
+    assert not any(engine.outputs.get((1, choice)) for choice in range(n))
+    engine.assert_idle()
+
+
 def test_prompt_logprobs_are_sent_once_even_if_computed_again() -> None:
     engine = Engine(blocks=8, context=120, max_sequences=3, spare_logit_rows=2)
     prompts = {request: healthy_prompt(40, request) for request in (1, 2, 3)}

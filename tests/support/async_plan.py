@@ -11,7 +11,7 @@ from llmsrv.backend.base import PendingSamples
 from llmsrv.backend.sampling.samples import Samples
 from tests.support.fake_plan import FakePlan
 
-NO_ROWS = Samples(np.zeros(0, np.int32), np.zeros(0, np.float32), [])
+NO_ROWS = Samples(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int32), [])
 
 
 class AsyncFakePlan(FakePlan):

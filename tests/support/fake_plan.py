@@ -97,6 +97,7 @@ class FakePlan(Plan):
         self._check_drafts(slots[drawn], drafts[drawn], np.flatnonzero(drawn))
         ids = np.full(len(slots), FAILED, np.int32)
         logprobs = np.full(len(slots), np.nan, np.float32)
+        ranks = np.zeros(len(slots), np.int32)
         alternatives = []
         for row, (slot, known) in enumerate(zip(slots.tolist(), self._logit_ids, strict=True)):
             parameters = self.sampling.parameters[slot]
@@ -108,10 +109,10 @@ class FakePlan(Plan):
                 ids[row] = next_id(known, seed, choice, position)
             k = int(parameters["num_logprobs"])
             if k >= 0:
-                logprobs[row] = -0.5
+                logprobs[row], ranks[row] = -0.5, 1
             others = np.arange(max(k, 0), dtype=np.int32)
             alternatives.append((others, -1.0 - others.astype(np.float32)))
-        return Samples(ids, logprobs, alternatives)
+        return Samples(ids, logprobs, ranks, alternatives)
 
     def _check_drafts(self, slots: Array, drafts: Array, rows: Array) -> None:
         """Each slot's first row follows a sampled token, its other rows follow the drafts."""

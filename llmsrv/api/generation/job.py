@@ -211,8 +211,11 @@ async def start_job(
 
 
 def _token_logprobs(tokens: Tokens) -> list[TokenLogprob]:
-    parts = zip(tokens.ids, tokens.logprobs, tokens.alternatives, strict=True)
-    return [TokenLogprob(id, logprob, alternatives) for id, logprob, alternatives in parts]
+    parts = zip(tokens.ids, tokens.logprobs, tokens.alternatives, tokens.ranks, strict=True)
+    return [
+        TokenLogprob(id, logprob, alternatives, rank=rank)
+        for id, logprob, alternatives, rank in parts
+    ]
 
 
 async def _merge(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:

@@ -25,12 +25,14 @@ class TokenLogprob:
 
     alternatives  the most likely tokens at its position, most likely first
     text_offset   where its text begins, in characters of the choice's text
+    rank          its place among all tokens, from 1
     """
 
     id: int
     logprob: float
     alternatives: list[tuple[int, float]]
     text_offset: int = 0
+    rank: int = 0
 
 
 @dataclass

@@ -180,17 +180,18 @@ def max_output_tokens(
     assert service.engine.ready is not None
     context = service.engine.ready.context_length
     left = context - num_prompt_tokens
-    if left < (wanted or 1):
+    least = 1 if wanted is None else wanted
+    if left < least:
         raise ApiError(
             400,
             f"This model's maximum context length is {context} tokens. However, you requested "
-            f"{num_prompt_tokens + (wanted or 1)} tokens ({num_prompt_tokens} in the {param}, "
-            f"{wanted or 1} in the completion). Please reduce the length of the {param}"
+            f"{num_prompt_tokens + least} tokens ({num_prompt_tokens} in the {param}, "
+            f"{least} in the completion). Please reduce the length of the {param}"
             + (" or the completion." if wanted else "."),
             param=param,
             code="context_length_exceeded",
         )
-    return wanted or min(left, default or left)
+    return min(left, default or left) if wanted is None else wanted
 
 
 def truncate_prompt(service: Service, options: GenerationOptions, ids: list[int]) -> list[int]:
@@ -199,7 +200,8 @@ def truncate_prompt(service: Service, options: GenerationOptions, ids: list[int]
     if num_kept is None:
         return ids
     assert service.engine.ready is not None
-    most = service.engine.ready.context_length - (options.max_tokens or 1)
+    num_wanted = 1 if options.max_tokens is None else options.max_tokens
+    most = service.engine.ready.context_length - num_wanted
     return ids[-(max(1, most) if num_kept < 1 else num_kept) :]
 
 

@@ -30,13 +30,18 @@ class LogprobFormatter:
         return {"content": content, "refusal": None}
 
     def completion(self, tokens: Sequence[TokenLogprob], first_id: int | None) -> dict[str, Any]:
-        """first_id: a token to list before the others.  Nothing precedes it, so it has no
+        """The top of a token also has the token itself, so it may be longer than asked for.
+
+        first_id: a token to list before the others.  Nothing precedes it, so it has no
         log-probability."""
         lists: dict[str, list[Any]] = {
             "tokens": [self._text(token.id) for token in tokens],
             "token_logprobs": [finite(token.logprob) for token in tokens],
             "top_logprobs": [
-                {self._text(id): finite(value) for id, value in self._top(token)}
+                {
+                    self._text(id): finite(value)
+                    for id, value in [*self._top(token), (token.id, token.logprob)]
+                }
                 for token in tokens
             ],
             "text_offset": [token.text_offset for token in tokens],
@@ -64,13 +69,13 @@ def prompt_logprobs(
 ) -> list[dict[str, Any] | None]:
     """vLLM's prompt_logprobs: for each prompt token, itself and its alternatives by id.
 
-    The first token has none.  The rank of a token that is not among the alternatives is null.
+    The first token has none.
     """
     return [None, *(_by_id(tokenizer, token, num_alternatives) for token in tokens)]
 
 
 def _by_id(tokenizer: Tokenizer, token: TokenLogprob, num_alternatives: int) -> dict[str, Any]:
-    ranks: dict[int, tuple[float, int | None]] = {token.id: (token.logprob, None)}
+    ranks = {token.id: (token.logprob, token.rank)}
     top = token.alternatives[:num_alternatives]
     ranks |= {id: (value, rank) for rank, (id, value) in enumerate(top, start=1)}
     return {

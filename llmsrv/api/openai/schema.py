@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from llmsrv.api.generation.options import GenerationOptions
+from llmsrv.api.generation.options import INT32
 from llmsrv.api.generation.options import NumAlternatives
 from llmsrv.api.generation.options import TokenCount
 from llmsrv.api.generation.options import TokenId
@@ -196,6 +197,7 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     prompt: (
         str | Annotated[list[TokenId | str | list[TokenId]], Meta(min_length=1)]
     )
+    max_tokens: Annotated[int, Meta(ge=0, le=INT32 - 1)] | None = None  # 0: only the prompt
     logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Meta(ge=1, le=128)] | None = None

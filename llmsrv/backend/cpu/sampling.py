@@ -46,6 +46,7 @@ class SamplingStruct(ctypes.Structure):
         ("scratch", pointer),
         ("ids", pointer),
         ("logprobs", pointer),
+        ("ranks", pointer),
         ("num_alternatives", int32),
         ("alternative_ids", pointer),
         ("alternative_logprobs", pointer),
@@ -109,7 +110,8 @@ class Sampler:
         self._table = table
         max_rows, array = limits.max_logit_rows, Memory(library).array
         size = num_threads * library.llmsrv_sample_scratch_bytes(table.vocab_size)
-        self._slots, self._targets, self._drafts, self.ids = array((4, max_rows), np.int32)
+        integers = array((5, max_rows), np.int32)
+        self._slots, self._targets, self._drafts, self.ids, self._ranks = integers
         self._output_positions = array((max_rows,), np.int64)
         self._logprobs = array((max_rows,), np.float32)
         self._kept = scratch, _ = array((size,), np.uint8), logits
@@ -126,6 +128,7 @@ class Sampler:
             scratch=address_of(scratch),
             ids=address_of(self.ids),
             logprobs=address_of(self._logprobs),
+            ranks=address_of(self._ranks),
         )
         self._at = ctypes.addressof(self._struct)
 
@@ -146,7 +149,12 @@ class Sampler:
             alternatives = [NO_ALTERNATIVES] * num_rows
         else:
             alternatives = self._call_for_alternatives(counts, width)
-        return Samples(self.ids[:num_rows].copy(), self._logprobs[:num_rows].copy(), alternatives)
+        return Samples(
+            self.ids[:num_rows].copy(),
+            self._logprobs[:num_rows].copy(),
+            self._ranks[:num_rows].copy(),
+            alternatives,
+        )
 
     def _call_for_alternatives(self, counts: list[int], width: int) -> list[tuple[Array, Array]]:
         """counts: the number of alternatives for each row, at most `width`."""

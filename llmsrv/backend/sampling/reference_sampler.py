@@ -25,7 +25,7 @@ fraction = floor(share * 2**32): at least one id is always kept, and a share of 
 A row whose logits contain NaN or +inf, or that has no id left to draw, gets the id FAILED; other
 rows are not affected.  Log-probabilities are those of the model's own logits, before any of these
 steps: logit - max - log(sum / 2**40), in float64, where sum is that of the weights of step 5 at
-temperature 1.
+temperature 1.  So are the ranks.
 
 Speculation: rows of one slot are drawn as if the draft tokens before them were part of the output.
 Each row draws with the random bits of its own position, so it draws what plain decoding would draw
@@ -105,6 +105,7 @@ def sample(
     ids = largest.astype(np.int32)
     is_sound = np.isfinite(logits[np.arange(len(logits)), largest])
     logprobs = np.full(len(logits), np.nan, np.float32)
+    ranks = np.zeros(len(logits), np.int32)
     alternatives = [(np.zeros(0, np.int32), np.zeros(0, np.float32)) for _ in range(len(logits))]
     for row, slot in enumerate(slots.tolist()):
         parameters, extras = table.parameters[slot], table.extras.get(slot)
@@ -121,10 +122,11 @@ def sample(
             best = largest_of(logits[row], int(parameters["num_logprobs"]))
             values = log_softmax(logits[row], np.append(best, ids[row]))
             logprobs[row] = values[-1]
+            ranks[row] = _rank_of(logits[row], int(ids[row]))
             alternatives[row] = best.astype(np.int32), values[:-1]
     for row in np.flatnonzero((targets < 0) & are_reached(ids, drafts)).tolist():
         table.count(int(slots[row]), int(ids[row]))
-    return Samples(ids, logprobs, alternatives)
+    return Samples(ids, logprobs, ranks, alternatives)
 
 
 def drafted_before(drafts: Ids, row: int) -> Ids:
@@ -159,6 +161,12 @@ def largest_of(values: Floats, k: int) -> Integers:
     kth = np.partition(values, len(values) - k)[len(values) - k]
     places = np.flatnonzero(values >= kth)  # k of them, or more on a tie with the kth
     return places[np.argsort(-values[places], kind="stable")[:k]]
+
+
+def _rank_of(logits: Floats, id: int) -> int:
+    """The place of an id, from 1, in the order of largest_of()."""
+    before, behind = logits[:id] >= logits[id], logits[id + 1 :] > logits[id]
+    return 1 + int(np.count_nonzero(before)) + int(np.count_nonzero(behind))
 
 
 def candidates(

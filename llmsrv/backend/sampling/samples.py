@@ -14,10 +14,13 @@ class Samples:
 
     ids           [R] int32, FAILED if the row could not be sampled
     logprobs      [R] float32, of the sampled id; NaN if not asked for or if the row FAILED
+    ranks         [R] int32, of the sampled id among all logits, the largest first and ties by
+                  lowest id: from 1; 0 if not asked for or if the row FAILED
     alternatives  for each row its largest (ids, logprobs), most likely first; empty if not asked
                   for
     """
 
     ids: Ids
     logprobs: Floats
+    ranks: Ids
     alternatives: list[tuple[Ids, Floats]]

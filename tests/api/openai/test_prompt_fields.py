@@ -38,7 +38,7 @@ def test_echo_with_logprobs_has_every_token_with_its_offset(tiny_client: OpenAI)
     assert logprobs.tokens[:2] == ["hello", " the"]
     assert logprobs.token_logprobs[0] is None and logprobs.top_logprobs[0] is None
     assert all(value < 0 for value in logprobs.token_logprobs[1:])
-    assert all(0 < len(top) <= 2 for top in logprobs.top_logprobs[2:])
+    assert all(0 < len(top) <= 3 for top in logprobs.top_logprobs[2:])
     assert logprobs.text_offset[:3] == [0, 5, 9]
     assert logprobs.text_offset == sorted(logprobs.text_offset)
 
@@ -50,8 +50,48 @@ def test_prompt_logprobs_equal_those_of_the_echo(tiny_client: OpenAI) -> None:
     assert listed[0] is None
     for id, tokens, logprob in zip(prompt[1:], listed[1:], echoed.token_logprobs[1:4], strict=True):
         assert tokens[str(id)]["logprob"] == logprob
-        ranks = [token["rank"] for token in tokens.values() if token["rank"]]
-        assert sorted(ranks) == [1, 2, 3]
+        own_rank = tokens[str(id)]["rank"]
+        assert sorted(token["rank"] for token in tokens.values()) == sorted({1, 2, 3, own_rank})
+
+
+def test_a_prompt_can_be_scored_without_an_answer(tiny_client: OpenAI) -> None:
+    fields: dict[str, Any] = {"echo": True, "logprobs": 1, "temperature": 0}
+    scored = complete(tiny_client, "hello the wo", max_tokens=0, **fields)
+    choice, longer = scored.choices[0], complete(tiny_client, "hello the wo", **fields).choices[0]
+    assert choice.text == "hello the wo" and choice.finish_reason == "length"
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        values = getattr(choice.logprobs, name)
+        assert values == getattr(longer.logprobs, name)[:3] and len(values) == 3
+    assert scored.usage.completion_tokens == 0 and scored.usage.prompt_tokens == 3
+    full = complete(tiny_client, [9] * 512, max_tokens=0, **fields).choices[0]
+    assert len(full.logprobs.token_logprobs) == 512
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_stream_of_no_token_ends(tiny_client: OpenAI, echo: bool) -> None:
+    chunks = list(complete(tiny_client, "hello", max_tokens=0, stream=True, n=2, echo=echo))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == ("hello" * 2 if echo else "")
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == ["length"] * 2
+
+
+@pytest.mark.parametrize("logprobs", [0, 1, 5])
+def test_the_top_always_has_the_sampled_token(tiny_client: OpenAI, logprobs: int) -> None:
+    allowed = {"allowed_token_ids": [45], "max_tokens": 3}  # id 45 is "*"
+    choice = complete(tiny_client, "hello", logprobs=logprobs, echo=True, **allowed).choices[0]
+    tops, own = choice.logprobs.top_logprobs, choice.logprobs.token_logprobs
+    assert choice.logprobs.tokens[1:] == ["*"] * 3
+    assert [top["*"] for top in tops[1:]] == own[1:]
+    assert all(len(top) <= logprobs + 1 for top in tops[1:])
+
+
+@pytest.mark.parametrize("num_alternatives", [0, 2])
+def test_every_token_of_a_prompt_has_its_rank(tiny_client: OpenAI, num_alternatives: int) -> None:
+    answer = complete(tiny_client, [9, 30, 40], prompt_logprobs=num_alternatives).choices[0]
+    wide = complete(tiny_client, [9, 30, 40], prompt_logprobs=20).choices[0]
+    for id, few, many in zip((30, 40), answer.prompt_logprobs[1:], wide.prompt_logprobs[1:]):
+        assert few[str(id)] == many[str(id)] and few[str(id)]["rank"] >= 1
+        less_likely = [t for t in many.values() if t["logprob"] < many[str(id)]["logprob"]]
+        assert all(token["rank"] > many[str(id)]["rank"] for token in less_likely)
 
 
 def test_a_chat_can_return_the_log_probabilities_and_ids_of_its_prompt(tiny_client: OpenAI) -> None:

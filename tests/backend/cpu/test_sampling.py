@@ -52,6 +52,7 @@ def check_samples(backend, logits, slots, parameters, drafts=None, targets=None,
     theirs = sample(logits, table, *where, targets, drafts)
     assert ours.ids.tolist() == theirs.ids.tolist()
     np.testing.assert_array_equal(ours.logprobs, theirs.logprobs)
+    assert ours.ranks.tolist() == theirs.ranks.tolist()
     for mine, yours in zip(ours.alternatives, theirs.alternatives, strict=True):
         np.testing.assert_array_equal(mine[0], yours[0])
         np.testing.assert_array_equal(mine[1], yours[1])

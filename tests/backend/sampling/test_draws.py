@@ -126,6 +126,14 @@ def test_tied_alternatives_are_the_lowest_ids():
     assert ids.tolist() == [1, 0, 2]
 
 
+@pytest.mark.parametrize("target, rank", [(1, 1), (0, 2), (2, 3), (4, 4), (3, 5)])
+def test_the_rank_counts_larger_logits_and_equal_ones_of_lower_ids(target, rank):
+    logits = np.array([[2, 5, 2, 0, 1]], np.float32)
+    table = table_of([SamplingParameters(num_logprobs=0)], 5)
+    where = np.zeros(1, np.int32), np.zeros(1, np.int64), np.array([target], np.int32)
+    assert sample(logits, table, *where).ranks.tolist() == [rank]
+
+
 def test_there_are_no_more_alternatives_than_ids():
     samples = sample_one([1, 5, 1], temperature=0, num_logprobs=20)
     assert samples.alternatives[0][0].tolist() == [1, 0, 2]
@@ -136,6 +144,7 @@ def test_log_probabilities_are_returned_only_if_asked_for(num_logprobs, has_logp
     samples = sample_one([1, 5, 1], temperature=0, num_logprobs=num_logprobs)
     assert bool(np.isfinite(samples.logprobs[0])) == has_logprob
     assert len(samples.alternatives[0][0]) == max(num_logprobs, 0)
+    assert bool(samples.ranks[0]) == has_logprob
 
 
 def test_a_target_is_reported_and_neither_drawn_nor_counted():
