@@ -51,12 +51,19 @@ class BodyDecoder(Generic[T]):
 
     unsupported  fields that the API defines but this server does not support; any other field that
                  the type does not have is unknown
+    ignored      further fields that the API defines, which change no answer
     """
 
-    def __init__(self, type: type[T], unsupported: UnsupportedFields = {}) -> None:
+    def __init__(
+        self,
+        type: type[T],
+        unsupported: UnsupportedFields = {},
+        ignored: Collection[str] = frozenset(),
+    ) -> None:
         self._decoder = msgspec.json.Decoder(type)
         self._fields = type.__struct_fields__
         self._unsupported = unsupported
+        self._ignored = ignored
 
     async def read(self, request: Request, models: Models) -> T:
         """The request's body as the route's type.
@@ -70,7 +77,7 @@ class BodyDecoder(Generic[T]):
         _check_num_parts(body)
         decoded = decode_body(self._decoder, body)
         models.num_unknown_fields += check_other_fields(
-            body, self._fields, models.config.strict_fields, self._unsupported
+            body, self._fields, models.config.strict_fields, self._unsupported, self._ignored
         )
         return decoded
 
@@ -101,9 +108,13 @@ def decode_body(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
 
 
 def check_other_fields(
-    body: bytes, supported: Collection[str], is_strict: bool, unsupported: UnsupportedFields = {}
+    body: bytes,
+    supported: Collection[str],
+    is_strict: bool,
+    unsupported: UnsupportedFields = {},
+    ignored: Collection[str] = frozenset(),
 ) -> int:
-    """The number of unknown fields in the JSON object `body`.
+    """The number of unknown and ignored fields in the JSON object `body`.
 
     Raises ApiError 400 for an unsupported field whose value matters, and for an unknown field if
     is_strict.
@@ -114,7 +125,7 @@ def check_other_fields(
         if field in unsupported:
             value = msgspec.json.decode(fields[field])
             _check_unsupported(field, value, harmless=unsupported[field])
-        elif is_strict:
+        elif is_strict and field not in ignored:
             name = field[:MAX_QUOTED_CHARS]
             message = f"Unknown parameter: '{name}'."
             raise ApiError(400, message, param=name, code="unknown_parameter")

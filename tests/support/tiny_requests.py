@@ -31,8 +31,11 @@ def complete(client: OpenAI, prompt: Any = "hello", **fields: Any) -> Any:
 
 
 def chat(client: OpenAI, messages: list[Any] = MESSAGES, **fields: Any) -> Any:
+    known = {name: fields.pop(name) for name in ("stream",) if name in fields}
     body = {"max_tokens": 8, "seed": 1, **fields}
-    return client.chat.completions.create(model="tiny", messages=messages, extra_body=body)
+    return client.chat.completions.create(
+        model="tiny", messages=messages, **known, extra_body=body
+    )
 
 
 def post(server: RunningServer, path: str, fields: dict[str, Any]) -> tuple[int, dict[str, Any]]:

@@ -6,6 +6,7 @@ depend on the model (its context, its vocabulary) are checked in submit.py and b
 """
 
 from typing import Annotated
+from typing import Literal
 
 import msgspec
 from msgspec import Meta
@@ -49,7 +50,7 @@ class GenerationOptions(msgspec.Struct, kw_only=True):
     logit_bias: Annotated[dict[TokenId, Bias], Meta(max_length=1024)] | None = None
     allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=2**18)] | None = None
     seed: Annotated[int, Meta(ge=-INT64, le=INT64 - 1)] | None = None
-    stop: StopString | Annotated[list[StopString], Meta(max_length=4)] | None = None
+    stop: StopString | Annotated[list[StopString], Meta(max_length=16)] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=128)] | None = None
     include_stop_str_in_output: bool | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=INT32 - 1)] | None = None
@@ -58,5 +59,6 @@ class GenerationOptions(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool | None = None
     prompt_logprobs: NumAlternatives | None = None
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=INT32 - 1)] | None = None
+    truncation_side: Literal["left", "right"] | None = None  # the side that is cut off
     priority: Annotated[int, Meta(ge=-INT32, le=INT32 - 1)] | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None

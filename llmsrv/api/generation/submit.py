@@ -195,14 +195,16 @@ def max_output_tokens(
 
 
 def truncate_prompt(service: Service, options: GenerationOptions, ids: list[int]) -> list[int]:
-    """The last truncate_prompt_tokens of a prompt; -1: as many as the context leaves room for."""
+    """The last truncate_prompt_tokens of a prompt, or the first if its right side is cut off; -1:
+    as many as the context leaves room for."""
     num_kept = options.truncate_prompt_tokens
     if num_kept is None:
         return ids
     assert service.engine.ready is not None
     num_wanted = 1 if options.max_tokens is None else options.max_tokens
     most = service.engine.ready.context_length - num_wanted
-    return ids[-(max(1, most) if num_kept < 1 else num_kept) :]
+    num_kept = max(1, most) if num_kept < 1 else num_kept
+    return ids[:num_kept] if options.truncation_side == "right" else ids[-num_kept:]
 
 
 def check_fits_context(service: Service, text: str, param: str) -> None:

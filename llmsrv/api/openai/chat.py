@@ -13,6 +13,7 @@ from llmsrv.api.decode import BodyDecoder
 from llmsrv.api.generation.answer_parser import ToolCallDelta
 from llmsrv.api.generation.chat_turn import ChatTurn
 from llmsrv.api.generation.chat_turn import RunningTurn
+from llmsrv.api.generation.conversation import Conversation
 from llmsrv.api.generation.output import Delta
 from llmsrv.api.generation.respond import respond
 from llmsrv.api.generation.submit import tenant_of
@@ -23,6 +24,7 @@ from llmsrv.api.openai.logprobs import LogprobFormatter
 from llmsrv.api.openai.logprobs import prompt_logprobs
 from llmsrv.api.openai.reply import Reply
 from llmsrv.api.openai.schema import ChatCompletionRequest
+from llmsrv.api.openai.schema import IGNORED
 from llmsrv.api.openai.schema import UNSUPPORTED
 from llmsrv.api.openai.structured import wanted_grammar
 from llmsrv.asgi.request import Request
@@ -38,15 +40,16 @@ from llmsrv.text.tokenizer import Tokenizer
 class ChatCompletions:
     def __init__(self, models: Models) -> None:
         self._models = models
-        self._decoder = BodyDecoder(ChatCompletionRequest, UNSUPPORTED)
+        self._decoder = BodyDecoder(ChatCompletionRequest, UNSUPPORTED, IGNORED)
 
     async def __call__(self, request: Request) -> Response | EventStream:
         body = await self._decoder.read(request, self._models)
         _check(body, self._models.config)
         service = self._models.find(body.model, tenant_of(request))
-        turn = await chat_turn(body, service.text.tokenizer).start(request, service)
-        answer = ChatAnswer(service, body, turn)
-        return await respond(request, turn.job, answer, is_stream=bool(body.stream))
+        turn = chat_turn(body, service.text.tokenizer)
+        running = await turn.start(request, service)
+        answer = ChatAnswer(service, body, running, _echo(body, turn.conversation))
+        return await respond(request, running.job, answer, is_stream=bool(body.stream))
 
 
 def _check(body: ChatCompletionRequest, config: Config) -> None:
@@ -54,6 +57,12 @@ def _check(body: ChatCompletionRequest, config: Config) -> None:
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs", "it is only allowed when 'logprobs' is true")
     body.max_tokens = body.max_completion_tokens or body.max_tokens
+
+
+def _echo(body: ChatCompletionRequest, conversation: Conversation) -> str:
+    """What an answer begins with: vLLM's `echo` repeats an assistant's last message."""
+    last = conversation.messages[-1]
+    return last.content or "" if body.echo and last.role == "assistant" else ""
 
 
 def chat_turn(body: ChatCompletionRequest, tokenizer: Tokenizer) -> ChatTurn:
@@ -70,15 +79,19 @@ def chat_turn(body: ChatCompletionRequest, tokenizer: Tokenizer) -> ChatTurn:
 
 
 class ChatAnswer:
-    """One turn's answer in OpenAI's shape."""
+    """One turn's answer in OpenAI's shape.  echo: what its content begins with."""
 
-    def __init__(self, service: Service, body: ChatCompletionRequest, turn: RunningTurn) -> None:
+    def __init__(
+        self, service: Service, body: ChatCompletionRequest, turn: RunningTurn, echo: str = ""
+    ) -> None:
         self._tokenizer = service.text.tokenizer
         self._body = body
         self._turn = turn
         self._logprobs = LogprobFormatter(
             self._tokenizer, body.top_logprobs or 0, bool(body.return_tokens_as_token_ids)
         )
+        self._has_reasoning = body.include_reasoning is not False
+        self._echo = echo
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         self._reply = Reply(service, body, turn.job, kind, "chatcmpl")
 
@@ -94,14 +107,17 @@ class ChatAnswer:
         return orjson.dumps(fields)
 
     def events(self) -> AsyncGenerator[bytes, None]:
-        first = {"role": "assistant", "content": ""}
+        first = {"role": "assistant", "content": self._echo}
         indices = range(self._turn.job.num_choices)
         return self._reply.events(self._chunks, [self._chunk(Delta(i), first) for i in indices])
 
     def _choice(self, choice: Delta) -> dict[str, Any]:
+        message = message_of(choice, self._turn.is_thinking is not None and self._has_reasoning)
+        if self._echo:
+            message["content"] = self._echo + (message["content"] or "")
         fields = {
             "index": choice.index,
-            "message": message_of(choice, self._turn.is_thinking is not None),
+            "message": message,
             "logprobs": self._logprobs.chat(choice.logprobs) if self._body.logprobs else None,
             "finish_reason": choice.finish_reason,
         }
@@ -110,6 +126,8 @@ class ChatAnswer:
     def _chunks(self, delta: Delta) -> list[bytes]:
         """One chunk per kind of part, then one with the finish_reason.  The first has all token ids
         and log-probabilities."""
+        if not self._has_reasoning:
+            delta.reasoning = ""
         parts = message_deltas(delta)
         if not parts and (delta.logprobs or (delta.token_ids and self._body.return_token_ids)):
             parts = [{}]

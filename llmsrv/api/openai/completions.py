@@ -27,6 +27,7 @@ from llmsrv.api.openai.logprobs import finite
 from llmsrv.api.openai.logprobs import prompt_logprobs
 from llmsrv.api.openai.reply import Reply
 from llmsrv.api.openai.schema import CompletionRequest
+from llmsrv.api.openai.schema import IGNORED
 from llmsrv.api.openai.schema import MAX_PROMPTS
 from llmsrv.api.openai.schema import UNSUPPORTED
 from llmsrv.api.openai.structured import wanted_grammar
@@ -46,7 +47,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 class Completions:
     def __init__(self, models: Models) -> None:
         self._models = models
-        self._decoder = BodyDecoder(CompletionRequest, UNSUPPORTED)
+        self._decoder = BodyDecoder(CompletionRequest, UNSUPPORTED, IGNORED)
 
     async def __call__(self, request: Request) -> Response | EventStream:
         body = await self._decoder.read(request, self._models)

@@ -80,7 +80,7 @@ def _message(message: schema.Message, index: int) -> Message:
         content=content,
         name=message.name,
         tool_calls=_tool_calls(message) if is_assistant else (),
-        reasoning=message.reasoning_content if is_assistant else None,
+        reasoning=(message.reasoning_content or message.reasoning) if is_assistant else None,
         tool_call_id=message.tool_call_id if is_tool else None,
     )
 

@@ -31,7 +31,7 @@ class Reply:
         """kind: the value of `object`; prefix: of the id."""
         self._job = job
         self._head: dict[str, Any] = {
-            "id": f"{prefix}-{secrets.token_hex(16)}",
+            "id": f"{prefix}-{body.request_id or secrets.token_hex(16)}",
             "object": kind,
             "created": int(time.time()),
             "model": body.model,

@@ -58,6 +58,7 @@ class Message(msgspec.Struct):
     tool_call_id: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # vLLM's newer name for it
     audio: None = None
     function_call: None = None
 
@@ -156,6 +157,7 @@ class GenerationRequest(GenerationOptions, kw_only=True):
     stream_options: StreamOptions | None = None
     return_tokens_as_token_ids: bool | None = None
     return_token_ids: bool | None = None
+    request_id: Name | None = None  # becomes part of the answer's id
     debug_config: DebugConfig | None = None
 
     # The form of the answer: see structured.py.
@@ -165,6 +167,9 @@ class GenerationRequest(GenerationOptions, kw_only=True):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    # llama-server's
+    grammar: str | None = None
+    json_schema: msgspec.Raw = msgspec.field(default_factory=lambda: NOTHING)
 
     # Accepted without any effect, except that an answer to `service_tier` has one too.
     user: str | None = None
@@ -188,6 +193,8 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
     ) = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
+    echo: bool | None = None  # begins the answer with the assistant's last message
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: Annotated[dict[str, Any], Meta(max_length=32)] | None = None
@@ -205,27 +212,52 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     add_special_tokens: bool | None = None
 
 
+# Fields that change no answer: never refused, but counted like unknown ones.
+IGNORED = frozenset(
+    (
+        "prediction",  # an answer's speed does not depend on it
+        # vLLM's
+        "guided_decoding_backend",
+        "session_id",
+        "stream_interval",
+    )
+)
+
 # Unsupported field -> the values that change nothing, and so are accepted like null.  A field that
 # is neither here nor above is unknown.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
+    "best_of": (1,),  # in chat
     "function_call": ("none",),
     "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
-    "prediction": (),
     "verbosity": ("medium",),
     "web_search_options": (),
     # vLLM's
+    "add_special_tokens": (False,),  # in chat, where the template has them
     "bad_words": ([],),
     "chat_template": (),
+    "detokenize": (True,),
     "documents": ([],),
     "early_stopping": (False,),
-    "echo": (False,),
+    "ec_transfer_params": (),
+    "guided_whitespace_pattern": (),
     "kv_transfer_params": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
+    "logprob_token_ids": ([],),
+    "media_io_kwargs": ({},),
+    "mm_payload": ("tensors",),
     "mm_processor_kwargs": ({},),
+    "prompt_embeds": ([],),
+    "return_mm_kwargs": (False, True),
+    "return_prompt_text": (False,),
+    "return_token_offsets": (False,),
+    "routed_experts_prompt_start": (0,),
     "spaces_between_special_tokens": (True,),
+    "thinking_token_budget": (-1,),
     "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    "watermarking": (False,),
 }

@@ -1,4 +1,4 @@
-"""The form of an answer, in the request fields of OpenAI, MLC or vLLM, as one wanted grammar.
+"""The form of an answer, in the fields of OpenAI, MLC, vLLM or llama.cpp, as one wanted grammar.
 
 Source: OpenAI API reference, "Structured Outputs"; vLLM, "Structured Outputs".
 """
@@ -59,6 +59,10 @@ def _wanted_grammars(body: GenerationRequest, tokenizer: Tokenizer) -> Iterator[
         yield WantedGrammar("guided_choice", lambda: choice_source(choices), BAD_GRAMMAR)
     if (grammar := body.guided_grammar) is not None:
         yield WantedGrammar("guided_grammar", lambda: grammar_source(grammar), BAD_GRAMMAR)
+    if gbnf := body.grammar:
+        yield WantedGrammar("grammar", lambda: grammar_source(gbnf), BAD_GRAMMAR)
+    if body.json_schema != NOTHING:
+        yield WantedGrammar("json_schema", lambda: json_schema_source(bytes(body.json_schema)))
 
 
 def _structured_outputs_grammars(

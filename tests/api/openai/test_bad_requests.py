@@ -20,7 +20,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens": 1.5}, "max_tokens", "invalid_type"),
     ({"max_tokens": 8192}, "messages", "context_length_exceeded"),
     ({"stop": ""}, "stop", "string_below_min_length"),
-    ({"stop": list("abcde")}, "stop", "array_above_max_length"),
+    ({"stop": list("abcdefghijklmnopq")}, "stop", "array_above_max_length"),
     ({"messages": []}, "messages", "array_below_min_length"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
     ({"messages": [{"role": "boss", "content": ""}]}, "messages[0].role", "invalid_value"),

@@ -114,6 +114,10 @@ def test_a_prompt_is_truncated_at_its_beginning(tiny_client: OpenAI) -> None:
         tiny_client, [9, 8, 7, 6], truncate_prompt_tokens=2, return_token_ids=True
     )
     assert answer.choices[0].prompt_token_ids == [7, 6]
+    ids = [*range(10, 18)]
+    for side, kept in ((None, ids[4:]), ("left", ids[4:]), ("right", ids[:4])):
+        fields = {"truncate_prompt_tokens": 4, "truncation_side": side, "return_token_ids": True}
+        assert complete(tiny_client, ids, **fields).choices[0].prompt_token_ids == kept
     most = complete(tiny_client, [9] * 2000, truncate_prompt_tokens=-1)
     assert most.usage.total_tokens == 512
     whole = chat(tiny_client, return_token_ids=True).prompt_token_ids
@@ -167,3 +171,20 @@ def test_an_answer_continues_the_last_message(tiny_client: OpenAI) -> None:
     )
     with pytest.raises(openai.BadRequestError, match="the assistant's"):
         chat(tiny_client, continue_final_message=True)
+
+
+@pytest.mark.parametrize("content", ["the wo", [{"type": "text", "text": "the wo"}]])
+def test_a_chat_can_repeat_the_message_that_it_continues(tiny_client: OpenAI, content: Any) -> None:
+    messages = [*MESSAGES, {"role": "assistant", "content": content}]
+    fields = {"continue_final_message": True, "echo": True}
+    plain = chat(tiny_client, messages, continue_final_message=True).choices[0].message.content
+    assert chat(tiny_client, messages, **fields).choices[0].message.content == "the wo" + plain
+    chunks = chat(tiny_client, messages, stream=True, n=2, **fields)
+    streamed = "".join(c.choices[0].delta.content or "" for c in chunks if not c.choices[0].index)
+    assert streamed == "the wo" + plain
+    assert chat(tiny_client, echo=True).choices == chat(tiny_client).choices
+
+
+def test_a_request_id_becomes_part_of_the_id_of_the_answer(tiny_client: OpenAI) -> None:
+    assert complete(tiny_client, request_id="my own").id == "cmpl-my own"
+    assert chat(tiny_client, request_id="my own").id == "chatcmpl-my own"

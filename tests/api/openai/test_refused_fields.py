@@ -1,23 +1,24 @@
 """Which request fields are refused, ignored and counted."""
 
+import json
 import typing
 from typing import Any
 
 import pytest
 from openai import OpenAI
-from openai.types import completion_create_params
 from openai.types.chat import ChatCompletionAssistantMessageParam
 from openai.types.chat import ChatCompletionContentPartTextParam
 from openai.types.chat import ChatCompletionStreamOptionsParam
 from openai.types.chat import ChatCompletionToolMessageParam
 from openai.types.chat import ChatCompletionUserMessageParam
-from openai.types.chat import completion_create_params as chat_create_params
 
+from bench.fields import fields_of_class
+from bench.fields import openai_fields
+from bench.fields import unknown_fields
 from llmsrv.api.decode import check_other_fields
 from llmsrv.api.generation.submit import check_budget
-from llmsrv.api.openai.schema import ChatCompletionRequest
-from llmsrv.api.openai.schema import CompletionRequest
 from llmsrv.api.openai.schema import ContentPart
+from llmsrv.api.openai.schema import IGNORED
 from llmsrv.api.openai.schema import Message
 from llmsrv.api.openai.schema import StreamOptions
 from llmsrv.api.openai.schema import UNSUPPORTED
@@ -47,6 +48,10 @@ from tests.support.tiny_requests import post
         {"tools": []},
         {"tool_choice": "auto"},
         {"chat_template_kwargs": {"enable_thinking": True, "unheard of": 1}},
+        {"grammar": "", "json_schema": None},
+        {"session_id": "me", "stream_interval": 10, "guided_decoding_backend": "xgrammar"},
+        {"detokenize": True, "thinking_token_budget": -1, "include_reasoning": True},
+        {"stop": [f"never {i}" for i in range(16)]},
     ],
     ids=str,
 )
@@ -113,7 +118,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"repetition_detection": 3}, "repetition_detection"),
     ({"priority": 2**31}, "priority"),
     ({"metadata": {"a": 1}}, "metadata"),
-    *(({field: "unheard of"}, field) for field in UNSUPPORTED),
+    *(({field: "unheard of"}, field) for field in ("audio", "logprob_token_ids", "prompt_embeds",
+      "thinking_token_budget")),
+    ({"detokenize": False}, "detokenize"),
+    ({"add_special_tokens": True}, "add_special_tokens"),
+    ({"truncation_side": "middle"}, "truncation_side"),
+    ({"stop": ["a"] * 17}, "stop"),
+    ({"request_id": "x" * 257}, "request_id"),
+    ({"grammar": "root ::= (", "max_tokens": 4}, "grammar"),
+    ({"json_schema": 7}, "json_schema"),
+    ({"grammar": 'root ::= "a"', "json_schema": {"type": "object"}}, "json_schema"),
 ]  # fmt: skip
 
 
@@ -174,18 +188,48 @@ def test_a_request_has_a_budget_of_choices_and_of_tokens(
 
 # ---- Fields that are known and unknown
 
-VLLM = """top_k min_p repetition_penalty min_tokens ignore_eos stop_token_ids priority cache_salt
-    include_stop_str_in_output skip_special_tokens prompt_logprobs return_tokens_as_token_ids
-    return_token_ids structured_outputs guided_json guided_regex guided_choice guided_grammar
-    truncate_prompt_tokens repetition_detection""".split()
-VLLM_CHAT = "add_generation_prompt continue_final_message chat_template_kwargs".split()
+# Of vLLM 0.33, as `python -m bench.fields` reads them from its source.
+VLLM = """add_special_tokens allowed_token_ids bad_words cache_salt ec_transfer_params echo
+    frequency_penalty ignore_eos include_stop_str_in_output kv_transfer_params length_penalty
+    logit_bias logprob_token_ids logprobs max_tokens min_p min_tokens mm_payload model n
+    presence_penalty priority prompt_logprobs repetition_detection repetition_penalty request_id
+    response_format return_mm_kwargs return_token_ids return_token_offsets
+    return_tokens_as_token_ids routed_experts_prompt_start seed session_id skip_special_tokens
+    spaces_between_special_tokens stop stop_token_ids stream stream_interval stream_options
+    structured_outputs temperature thinking_token_budget top_k top_p truncate_prompt_tokens
+    truncation_side use_beam_search user vllm_xargs watermarking""".split()
+VLLM_CHAT = """add_generation_prompt chat_template chat_template_kwargs continue_final_message
+    documents include_reasoning max_completion_tokens media_io_kwargs messages mm_processor_kwargs
+    parallel_tool_calls reasoning_effort return_prompt_text tool_choice tools
+    top_logprobs""".split()
+VLLM_COMPLETIONS = ["prompt", "prompt_embeds", "suffix"]
+# Of earlier releases, and of llama-server and MLC
+OTHERS = """best_of detokenize early_stopping guided_choice guided_decoding_backend guided_grammar
+    guided_json guided_regex guided_whitespace_pattern logits_processors grammar json_schema
+    debug_config""".split()
+
+
+@pytest.mark.parametrize(
+    "request_type, fields",
+    [
+        ("ChatCompletionRequest", {*VLLM, *VLLM_CHAT, *OTHERS}),
+        ("CompletionRequest", {*VLLM, *VLLM_COMPLETIONS, *OTHERS}),
+    ],
+)
+def test_no_field_of_vllm_or_openai_is_unknown(request_type: str, fields: set[str]) -> None:
+    assert unknown_fields(request_type, fields) == set()
+    assert unknown_fields(request_type, openai_fields(request_type)) == set()
+    assert unknown_fields(request_type, {"wibble", "seed"}) == {"wibble"}
+
+
+def test_the_fields_of_a_request_type_are_read_from_its_source() -> None:
+    source = "class A(B):\n    x: int = 0\n    _y: int\n    z = 1\nclass C:\n    w: int\n"
+    assert fields_of_class(source, "A") == {"x"}
 
 
 @pytest.mark.parametrize(
     "documented, accepted",
     [
-        (chat_create_params.CompletionCreateParamsStreaming, ChatCompletionRequest),
-        (completion_create_params.CompletionCreateParamsStreaming, CompletionRequest),
         (ChatCompletionStreamOptionsParam, StreamOptions),
         (ChatCompletionUserMessageParam, Message),
         (ChatCompletionAssistantMessageParam, Message),
@@ -194,25 +238,40 @@ VLLM_CHAT = "add_generation_prompt continue_final_message chat_template_kwargs".
     ],
 )
 def test_every_field_that_openai_documents_is_known(documented: Any, accepted: Any) -> None:
-    assert set(typing.get_type_hints(documented)) <= {*accepted.__struct_fields__, *UNSUPPORTED}
+    assert set(typing.get_type_hints(documented)) <= set(accepted.__struct_fields__)
 
 
-def test_the_fields_of_vllm_and_mlc_are_accepted() -> None:
-    assert {*VLLM, "debug_config"} <= set(CompletionRequest.__struct_fields__)
-    assert {*VLLM, *VLLM_CHAT, "debug_config"} <= set(ChatCompletionRequest.__struct_fields__)
+@pytest.mark.parametrize("field, values", UNSUPPORTED.items(), ids=list(UNSUPPORTED))
+def test_an_unsupported_field_is_accepted_only_if_it_changes_nothing(
+    field: str, values: tuple[Any, ...]
+) -> None:
+    def check(value: Any) -> None:
+        check_other_fields(json.dumps({field: value}).encode(), [], True, UNSUPPORTED)
+
+    for value in (None, *values):
+        check(value)
+    for value in (7, "unheard of", ["a"], {"a": 1}):
+        with pytest.raises(ApiError) as caught:
+            check(value)
+        assert (caught.value.param, caught.value.code) == (field, "unsupported_parameter")
 
 
-def test_unknown_fields_are_ignored_and_counted(
+def test_unknown_and_ignored_fields_are_counted(
     tiny_server: RunningServer, tiny_client: OpenAI
 ) -> None:
     name = "llmsrv:unknown_fields_total"
     before = gauges(tiny_server, KEY)[name]
     complete(tiny_client, frobnicate=1, wibble={"a": [1]})
     assert gauges(tiny_server, KEY)[name] == before + 2
+    prediction = {"type": "content", "content": "hello"}
+    assert chat(tiny_client, prediction=prediction).choices == chat(tiny_client).choices
+    assert gauges(tiny_server, KEY)[name] == before + 3
 
 
 def test_a_strict_server_refuses_unknown_fields() -> None:
-    assert check_other_fields(b'{"a": 1, "b": 2, "echo": null}', ["a"], False, UNSUPPORTED) == 1
+    body = b'{"a": 1, "b": 2, "documents": null, "prediction": {}}'
+    assert check_other_fields(body, ["a"], False, UNSUPPORTED, IGNORED) == 2
     with pytest.raises(ApiError) as caught:
-        check_other_fields(b'{"a": 1, "b": 2}', ["a"], True)
+        check_other_fields(body, ["a"], True, UNSUPPORTED, IGNORED)
     assert (caught.value.param, caught.value.code) == ("b", "unknown_parameter")
+    assert check_other_fields(b'{"prediction": {}}', [], True, UNSUPPORTED, IGNORED) == 1

@@ -84,6 +84,7 @@ def source_of(service: Service, **fields: Any) -> str:
         {"response_format": {"type": "json_object", "schema": PERSON}},
         {"response_format": {"type": "json_object", "schema": json.dumps(PERSON)}},
         {"guided_json": PERSON},
+        {"json_schema": PERSON},
         {"guided_json": json.dumps(PERSON)},
         {"structured_outputs": {"json": PERSON}},
         {"structured_outputs": {"json": PERSON}, "response_format": {"type": "text"}},
@@ -100,7 +101,10 @@ def test_a_schema_may_be_in_many_fields(service: Service, fields: dict[str, Any]
         ({"guided_choice": ["a", "b"]}, [{"structured_outputs": {"choice": ["a", "b"]}}]),
         (
             {"guided_grammar": "start: /a/"},
-            [{"response_format": {"type": "grammar", "grammar": "start: /a/"}}],
+            [
+                {"response_format": {"type": "grammar", "grammar": "start: /a/"}},
+                {"grammar": "start: /a/"},
+            ],
         ),
         (
             {"response_format": {"type": "json_object"}},
