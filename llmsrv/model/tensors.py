@@ -2,6 +2,7 @@
 shape and type of each.
 """
 
+import logging
 from collections.abc import Callable
 from collections.abc import Mapping
 from math import prod
@@ -15,6 +16,9 @@ from llmsrv.backend.quants.ggml_types import dequantize
 from llmsrv.errors import ModelError
 from llmsrv.files.folder import ModelFolder
 from llmsrv.files.gguf import GGUFFile
+from llmsrv.files.mapped import short_repr
+
+log = logging.getLogger("llmsrv.engine")
 
 # GGUF's names -> Hugging Face's; names in a layer without blk.N. and model.layers.N.
 FOLDER_NAMES = {
@@ -115,13 +119,16 @@ class Tensors:
 
     def check_all_taken(self, architecture: str) -> None:
         """Refuses leftover tensors: they mean that the model is not what its file says."""
-        names = [name for name in self.file.tensors if name not in self.taken]
-        left = [name for name in names if not any(part in name for part in IGNORED)]
+        left = self._left()
         if left:
             raise ModelError(
                 f"{self.file.path}: tensor '{left[0]}' is not part of a {architecture}, as this "
                 f"version supports it ({len(left)} such tensors)"
             )
+
+    def _left(self) -> list[str]:
+        names = [name for name in self.file.tensors if name not in self.taken]
+        return [name for name in names if not any(part in name for part in IGNORED)]
 
 
 class FolderTensors(Tensors):
@@ -149,6 +156,16 @@ class FolderTensors(Tensors):
             return f"{self.names.get(stem, stem)}.{suffix}"
         _, layer, stem = stem.split(".")
         return f"model.layers.{layer}.{self.names.get(stem, stem)}.{suffix}"
+
+    def check_all_taken(self, architecture: str) -> None:
+        """Folders also hold what generation does not need, as heads for training or an encoder for
+        images.  Only a tensor in a layer would change what is computed here."""
+        outside = [name for name in self._left() if not name.startswith("model.layers.")]
+        self.taken.update(outside)
+        if outside:
+            what, count = f"tensor {short_repr(outside[0])}", len(outside)
+            log.warning("%s: %s is not used (%d such tensors)", self.file.path, what, count)
+        super().check_all_taken(architecture)
 
     def norm(self, name: str, size: int) -> Tensor:
         tensor = super().norm(name, size)

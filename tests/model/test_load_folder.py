@@ -309,3 +309,22 @@ def test_output_weights_are_the_embedding_if_the_config_says_so(tmp_path):
 def test_output_weights_are_required_if_they_are_not_tied(tmp_path):
     message = refusal(tmp_path, "qwen2", tie_word_embeddings=False)
     assert "'lm_head.weight' is missing; expected (512, 64)" in message
+
+
+def with_more(**further):
+    return dict(read_safetensors(TINY / "llama" / "model.safetensors")) | further
+
+
+def test_a_tensor_outside_the_layers_is_not_used_with_a_warning(tmp_path, caplog):
+    num_operations = len(load(tmp_path, "llama").program.operations)
+    assert caplog.text == ""
+    ones = np.ones((2, 4), np.float32)
+    tensors = with_more(**{"score.weight": ones, "vision_tower.patch.bias": ones})
+    assert len(load(tmp_path, "llama", tensors).program.operations) == num_operations
+    assert "tensor 'score.weight' is not used (2 such tensors)" in caplog.text
+
+
+def test_a_further_tensor_in_a_layer_is_refused(tmp_path):
+    name = "model.layers.0.self_attn.q_norm.weight"
+    message = refusal(tmp_path, tensors=with_more(**{name: np.ones(4, np.float32)}))
+    assert f"tensor '{name}' is not part of a llama" in message
