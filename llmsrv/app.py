@@ -71,7 +71,7 @@ class App:
             pass  # servers would log them as bugs; that the body is incomplete is enough
 
     async def _run_lifespan(self, receive: Receive, send: Send) -> None:
-        listener = None if logs.is_set_up() else logs.set_up(self._config.log_level)
+        tear_down_log = None if logs.is_set_up() else logs.set_up(self._config.log_level)
         try:
             await receive()  # lifespan.startup
             try:
@@ -90,8 +90,8 @@ class App:
                 await runtime.stop()
             await send({"type": "lifespan.shutdown.complete"})
         finally:
-            if listener is not None:
-                logs.tear_down(listener)
+            if tear_down_log is not None:
+                tear_down_log()
 
     async def _start_ready(self) -> Runtime:
         """Returns once the first models are served."""

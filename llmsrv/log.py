@@ -1,34 +1,111 @@
-"""Logging that never blocks the event loop and never lets a client write to the terminal.
+"""Output that never blocks the event loop, and logs in which no client can write to the terminal.
 
-Records go through a bounded queue to a thread.  While the sink is blocked, further records are
-dropped and counted.  Control characters in messages are escaped.
+A pipe whose reader has stopped fills up, and then every write to it blocks.  So text goes through a
+bounded queue to a thread.  While the stream is blocked, further lines are dropped and counted.
+Control characters in log messages are escaped.
 """
 
+import atexit
+import io
 import logging
-import logging.handlers
+import os
 import queue
+import select
 import sys
+import threading
+from collections.abc import Callable
 from typing import Any
+from typing import TextIO
 
 QUEUE_LENGTH = 1000
+FINISH_S = 0.5  # to write what is left when the process ends
 
 
-class _DroppingHandler(logging.handlers.QueueHandler):
-    """Counts the records that it has to drop, and adds the number to the next one it can queue."""
+class Output(io.TextIOBase):
+    """A text stream in place of another one, whose write() never waits."""
 
-    dropped = 0
+    def __init__(self, stream: TextIO, length: int = QUEUE_LENGTH) -> None:
+        """length: how many writes can wait; more are dropped."""
+        self._stream = stream
+        self._encoding = stream.encoding or "utf-8"
+        self._fd = _file_descriptor(stream)
+        self._waiting: queue.Queue[str | None] = queue.Queue(length)
+        self.num_dropped = 0  # lines
+        self._num_reported = 0  # of these, in the stream itself
+        self._thread = threading.Thread(target=self._run, name="llmsrv-output", daemon=True)
+        self._thread.start()
 
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        return record  # the queue stays in this process, so nothing is pickled
-
-    def enqueue(self, record: logging.LogRecord) -> None:
+    def write(self, text: str) -> int:
+        num_new = self.num_dropped - self._num_reported
+        note = f"({num_new} lines dropped)\n" if num_new else ""
         try:
-            if self.dropped:
-                record.msg = f"{record.msg} ({self.dropped} lines dropped before this one)"
-            self.queue.put_nowait(record)
-            self.dropped = 0
+            self._waiting.put_nowait(note + text)
+            self._num_reported = self.num_dropped
         except queue.Full:
-            self.dropped += 1
+            self.num_dropped += text.count("\n")
+        return len(text)
+
+    def flush(self) -> None:
+        """Does nothing: waiting for the stream is what this class avoids."""
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    @property
+    def num_waiting(self) -> int:
+        """Writes that the thread has not begun."""
+        return self._waiting.qsize()
+
+    def finish(self) -> None:
+        """Waits until everything is written, or for FINISH_S.  Later writes are lost."""
+        try:
+            self._waiting.put(None, timeout=FINISH_S / 2)
+        except queue.Full:
+            return
+        self._thread.join(FINISH_S / 2)
+
+    def _run(self) -> None:
+        while (text := self._waiting.get()) is not None:
+            try:
+                self._write(text)
+            except (OSError, ValueError):
+                pass  # the reader is gone, or the stream is closed; the server still serves
+
+    def _write(self, text: str) -> None:
+        if self._fd is None:
+            self._stream.write(text)
+            self._stream.flush()
+            return
+        # Not through the stream: a thread that is blocked in it would hold its lock, and Python
+        # would wait for that lock when the process ends.
+        data = text.encode(self._encoding, "backslashreplace")
+        while data:
+            try:
+                data = data[os.write(self._fd, data) :]
+            except BlockingIOError:  # another process has made the shared pipe non-blocking
+                select.select([], [self._fd], [])
+
+
+def _file_descriptor(stream: TextIO) -> int | None:
+    try:
+        return stream.fileno()
+    except OSError:  # a stream in memory
+        return None
+
+
+def guard_output() -> None:
+    """Makes sys.stdout and sys.stderr streams that never block, until the process ends."""
+    for name in ("stdout", "stderr"):
+        # Python has None for a stream that was closed when the process started.
+        output = Output(getattr(sys, name) or open(os.devnull, "w"))
+        setattr(sys, name, output)
+        atexit.register(output.finish)
+
+
+def num_dropped_lines() -> int:
+    """Lines that guarded streams have dropped."""
+    streams = (sys.stdout, sys.stderr)
+    return sum(stream.num_dropped for stream in streams if isinstance(stream, Output))
 
 
 class _EscapingFormatter(logging.Formatter):
@@ -51,24 +128,21 @@ def is_set_up() -> bool:
     return logging.getLogger("llmsrv").hasHandlers()
 
 
-def set_up(level: str) -> logging.handlers.QueueListener:
-    """Starts logging to stderr at `level`, until tear_down()."""
-    sink = logging.StreamHandler(sys.stderr)
+def set_up(level: str) -> Callable[[], None]:
+    """Starts logging to stderr at `level`; returns a function that undoes this."""
+    output = sys.stderr if isinstance(sys.stderr, Output) else Output(sys.stderr)
+    sink = logging.StreamHandler(output)
     sink.setFormatter(_EscapingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    records: queue.Queue[logging.LogRecord] = queue.Queue(QUEUE_LENGTH)
     root = logging.getLogger("llmsrv")
     root.setLevel(level.upper())
-    root.handlers = [_DroppingHandler(records)]
+    root.handlers = [sink]
     root.propagate = False
-    listener = logging.handlers.QueueListener(records, sink)
-    listener.start()
-    return listener
 
+    def tear_down() -> None:
+        root.setLevel(logging.NOTSET)
+        root.handlers = []
+        root.propagate = True
+        if output is not sys.stderr:
+            output.finish()
 
-def tear_down(listener: logging.handlers.QueueListener) -> None:
-    """Writes the records that are left, and undoes set_up()."""
-    listener.stop()
-    root = logging.getLogger("llmsrv")
-    root.setLevel(logging.NOTSET)
-    root.handlers = []
-    root.propagate = True
+    return tear_down

@@ -39,14 +39,12 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 def serve(config: Config) -> int:
     """Serves until a signal and returns the exit code; StartupError if it cannot start."""
     signal.signal(signal.SIGTERM, _exit)  # until the event loop has its own handlers
-    listener = logs.set_up(config.log_level)
-    try:
-        _warn_about_keys(config)
-        sockets = bind(config.host, config.port)
-        runtime = Runtime(config, config.host)
-        return run(_serve(runtime, sockets))
-    finally:
-        logs.tear_down(listener)
+    logs.guard_output()
+    logs.set_up(config.log_level)
+    _warn_about_keys(config)
+    sockets = bind(config.host, config.port)
+    runtime = Runtime(config, config.host)
+    return run(_serve(runtime, sockets))
 
 
 async def _serve(runtime: Runtime, sockets: list[socket.socket]) -> int:
@@ -65,7 +63,7 @@ async def _serve(runtime: Runtime, sockets: list[socket.socket]) -> int:
         await _first_of(loading, signals.first)
         if loading.done():
             loading.result()  # StartupError: a model cannot be served
-            _print_unless_closed(_ready_message(runtime, sockets[0].getsockname()))
+            print(_ready_message(runtime, sockets[0].getsockname()))
         number = await signals.first
         grace_s = CTRL_C_GRACE_S if number == signal.SIGINT else config.drain_timeout_s
     finally:
@@ -146,10 +144,3 @@ def _description(service: "Service") -> str:
     ready = service.engine.ready
     assert ready is not None
     return f"{service.names[0]} on the {ready.backend} backend ({ready.backend_reason})"
-
-
-def _print_unless_closed(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except OSError:  # stdout is closed; the server still serves
-        pass

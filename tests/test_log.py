@@ -1,10 +1,14 @@
-"""Log lines are escaped and never block."""
+"""Log lines are escaped, and output never blocks."""
 
+import io
 import logging
-import queue
+import os
+import time
 from typing import Any
 
 from llmsrv import log
+from tests.support.pipes import PIPE_BYTES
+from tests.support.pipes import fill
 
 
 def formatted(message: str, *args: object, exc_info: Any = None) -> str:
@@ -25,11 +29,52 @@ def test_a_traceback_keeps_its_lines_but_its_text_is_escaped() -> None:
     assert "\x1b" not in text
 
 
-def test_a_blocked_sink_drops_lines_and_reports_how_many() -> None:
-    records: queue.Queue[logging.LogRecord] = queue.Queue(1)
-    handler = log._DroppingHandler(records)
-    for number in range(4):
-        handler.handle(logging.LogRecord("llmsrv", logging.INFO, "", 0, f"{number}", (), None))
-    assert records.get_nowait().getMessage() == "0"
-    handler.handle(logging.LogRecord("llmsrv", logging.INFO, "", 0, "later", (), None))
-    assert records.get_nowait().getMessage() == "later (3 lines dropped before this one)"
+def test_a_blocked_stream_drops_lines_and_reports_how_many() -> None:
+    read_fd, write_fd = os.pipe()
+    fill(write_fd)
+    with open(write_fd, "w") as stream, open(read_fd, "rb") as reader:
+        output = log.Output(stream, length=1)
+        output.write("taken by the thread, which is blocked now\n")
+        while output.num_waiting:
+            time.sleep(0.001)
+        for number in range(4):
+            output.write(f"{number}\n")
+        assert output.num_dropped == 3
+        reader.read(PIPE_BYTES)
+        while output.num_waiting:
+            time.sleep(0.001)
+        output.write("later\n")
+        output.finish()
+        stream.close()
+        lines = reader.read().decode().splitlines()
+    assert lines == ["taken by the thread, which is blocked now", "0", "(3 lines dropped)", "later"]
+
+
+def test_a_stream_that_stays_blocked_does_not_hold_up_the_end() -> None:
+    read_fd, write_fd = os.pipe()
+    fill(write_fd)
+    with open(write_fd, "w") as stream, open(read_fd, "rb") as reader:
+        output = log.Output(stream)
+        output.write("x\n")
+        started_s = time.monotonic()
+        output.finish()
+        assert time.monotonic() - started_s < 5 * log.FINISH_S
+        reader.read(PIPE_BYTES)  # lets the thread end
+
+
+def test_a_stream_without_a_file_gets_the_text_too() -> None:
+    stream = io.StringIO()
+    output = log.Output(stream)
+    print("one", "two", file=output)
+    output.finish()
+    assert stream.getvalue() == "one two\n"
+
+
+def test_a_closed_reader_is_no_error() -> None:
+    read_fd, write_fd = os.pipe()
+    os.close(read_fd)
+    with open(write_fd, "w") as stream:
+        output = log.Output(stream)
+        output.write("a\n")
+        output.write("b\n")
+        output.finish()

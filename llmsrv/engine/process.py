@@ -85,7 +85,8 @@ def main(
     _offer_to_oom_killer()
     _let_others_preempt()
     os.environ.setdefault("OPENBLAS_NUM_THREADS", OPENBLAS_NUM_THREADS)
-    listener = log.set_up(config.log_level)
+    log.guard_output()
+    log.set_up(config.log_level)
     try:
         _run(config, receive.fileno(), send.fileno(), generation, heartbeat)
     except EOFError:
@@ -93,8 +94,6 @@ def main(
     except Exception:
         logger.critical("the engine failed", exc_info=True)
         sys.exit(1)
-    finally:
-        listener.stop()
 
 
 def _run(

@@ -22,6 +22,7 @@ from prometheus_client.core import SummaryMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from llmsrv import log
 from llmsrv.api.operations.traffic import Traffic
 from llmsrv.engine.messages import Gauges
 from llmsrv.registry.counters import Counters
@@ -151,6 +152,9 @@ class _TrafficCollector(Collector):
             yield family(f"llmsrv:http_{name}", "As the HTTP server counts", number)
         yield CounterMetricFamily(
             "llmsrv:unknown_fields", "Request fields ignored", self._models.num_unknown_fields
+        )
+        yield CounterMetricFamily(
+            "llmsrv:dropped_log_lines", "Lines of output dropped", log.num_dropped_lines()
         )
 
     def _sizes(self, name: str, help: str, num_bytes: dict[str, int]) -> Metric:
