@@ -223,6 +223,12 @@ class EngineClient:
         return queued
 
     @property
+    def num_free_seats(self) -> int:
+        """Sequences that could run in addition to those of the last step."""
+        most = self.ready.max_num_sequence if self.ready else 0
+        return max(0, most - self.gauges.running)
+
+    @property
     def retry(self) -> dict[str, str]:
         """Headers of a response that asks to retry when the engine may be ready."""
         left_s = math.ceil(self._restart_s - time.monotonic())

@@ -99,12 +99,14 @@ class Service:
         """The error for a request that the queue has no room for, or None.
 
         A full queue refuses tenants that already have their equal share of it.  This is decided
-        before any work on a request, so that refusing many is cheap.
+        before any work on a request, so that refusing many is cheap.  Requests that the engine is
+        about to take, because it has seats free, do not count as waiting.
         """
         queued = self.engine.queued()
         num_sharing = len(queued.keys() | {tenant})
         own = queued.get(tenant, Queued(0, 0))
-        limits = Queued(self.config.max_queue, self.config.max_queue_tokens)
+        max_requests = self.config.max_queue + self.engine.num_free_seats
+        limits = Queued(max_requests, self.config.max_queue_tokens)
         totals = Queued(*map(sum, zip(*queued.values()))) if queued else own
         for limit, total, mine, unit in zip(limits, totals, own, UNITS, strict=True):
             if total >= limit and mine * num_sharing >= limit:
