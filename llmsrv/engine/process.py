@@ -1,9 +1,9 @@
 """The engine process: supervisor.py starts it, messages through a pipe drive it, and it ends with
 its parent.
 
-The top of this module imports only the standard library and messages.  The server process imports
-this module to start main() and must never load numpy.  main() imports the rest, after it has set up
-the environment.
+The top of this module imports only the standard library and what both processes share.  The server
+process imports this module to start main() and must never load numpy.  main() imports the rest,
+after it has set up the environment.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from llmsrv import log
 from llmsrv.config import EngineConfig
+from llmsrv.engine.heartbeat import Heartbeat
 from llmsrv.engine.messages import Ready
 from llmsrv.engine.messages import Refused
 from llmsrv.engine.messages import Stop
@@ -69,13 +70,13 @@ def main(
     receive: Connection,
     send: Connection,
     generation: int,
-    heartbeat: ctypes.c_ulonglong,
+    heartbeat: Heartbeat,
 ) -> None:
     """Loads the model, sends Ready or Refused, and runs steps until Stop or the end of the parent.
 
     receive, send  this process's ends of the two pipes (queues.py)
-    heartbeat      a counter in shared memory that grows as long as the engine makes progress: with
-                   each weight loaded, each operation of a plan, each turn of the loop
+    heartbeat      grows as long as the engine makes progress: with each weight loaded, each
+                   operation of a plan, each turn of the loop
     """
     # Ctrl-C, or a service manager, may signal the whole process group.  The server handles that and
     # sends Stop.
@@ -88,7 +89,7 @@ def main(
     log.guard_output()
     log.set_up(config.log_level)
     try:
-        _run(config, receive.fileno(), send.fileno(), generation, heartbeat)
+        _run(config, receive.fileno(), send.fileno(), generation, heartbeat.count)
     except EOFError:
         pass  # the server is gone
     except Exception:

@@ -17,6 +17,7 @@ from multiprocessing import resource_tracker
 
 from llmsrv.config import EngineConfig
 from llmsrv.engine import process
+from llmsrv.engine.heartbeat import Heartbeat
 from llmsrv.engine.messages import FromEngine
 from llmsrv.engine.messages import Ready
 from llmsrv.engine.messages import Stop
@@ -68,7 +69,7 @@ class EngineProcess:
         self._receiver: Receiver[FromEngine] = Receiver(
             self._receive_pipe.fileno(), generation, FromEngine
         )
-        self._heartbeat = context.RawValue("Q", 0)
+        self._heartbeat = Heartbeat()
         self._process = context.Process(
             target=process.main,
             args=(config, child_receive, child_send, generation, self._heartbeat),
@@ -155,7 +156,7 @@ class EngineProcess:
         """Counts checks without a heartbeat instead of seconds: if this process was stopped too, or
         had no CPU time, the engine is not to blame."""
         patience_s = self._patience.ready_s if self._is_ready else self._patience.loading_s
-        beat = self._heartbeat.value
+        beat = self._heartbeat.count.value
         num_still = num_still + 1 if beat == last else 0
         if num_still < CHECKS:
             self._watch = self._loop.call_later(

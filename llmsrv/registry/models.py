@@ -21,6 +21,7 @@ from llmsrv.config import Config
 from llmsrv.config import EngineConfig
 from llmsrv.config import engine_config
 from llmsrv.engine.client import EngineClient
+from llmsrv.engine.client import EngineState
 from llmsrv.engine.client import RETRY
 from llmsrv.errors import ApiError
 from llmsrv.errors import StartupError
@@ -91,8 +92,11 @@ class Model:
         if self.service is not None:
             return self.service.unavailable()
         if self.state is ModelState.LOADING:
-            reason = "The model is not ready: it is being loaded."
-            return ApiError(503, reason, code="model_not_ready", headers=RETRY)
+            reason, headers = "it is being loaded", RETRY
+            if self.engine is not None and self.engine.state is EngineState.RESTARTING:
+                reason, headers = self.engine.reason, self.engine.retry
+            message = f"The model is not ready: {reason}."
+            return ApiError(503, message, code="model_not_ready", headers=headers)
         return ApiError(
             503,
             f"The model `{self.names[0]}` is not loaded; POST /models/load loads it.",

@@ -141,8 +141,8 @@ async def test_an_idle_engine_raises_its_heartbeat(tiny: Path) -> None:
     async with engine(tiny) as client:
         assert client._process
         heartbeat = client._process._heartbeat
-        first = heartbeat.value
-        await until(lambda: heartbeat.value > first)
+        first = heartbeat.count.value
+        await until(lambda: heartbeat.count.value > first)
 
 
 @pytest.mark.slow

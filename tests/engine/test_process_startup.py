@@ -1,6 +1,7 @@
 """Starting and stopping an engine process: models that cannot run, hangs, early stops."""
 
 import asyncio
+import errno
 import os
 import signal
 from pathlib import Path
@@ -40,6 +41,18 @@ async def test_an_engine_that_hangs_while_loading_is_killed(
     monkeypatch.setattr(process, "main", engines.PROCESS_MAIN)
     await client.wait_ready()
     await client.stop()
+
+
+@in_loop
+async def test_121_an_engine_starts_where_dev_shm_cannot_be_written(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("multiprocessing.heap.Arena.__init__", refuse)
+    async with engine(tiny) as client:
+        assert client.num_restarts == 0
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ not affect the others."""
 
 import asyncio
 import dataclasses
+import errno
 import http.client
 import json
 import os
@@ -359,3 +360,21 @@ def test_an_engine_leaves_room_for_the_largest_other_models(tmp_path: Path) -> N
 def test_options_for_a_single_model_are_refused_for_several(options: dict[str, Any]) -> None:
     with pytest.raises(StartupError, match="for one model"):
         find_models(config("x.gguf", "y.gguf", **options))
+
+
+@in_loop
+async def test_an_engine_that_cannot_be_started_is_the_reason_of_the_503(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("llmsrv.engine.client.EngineProcess", refuse)
+    config = Config(model=[str(write_tiny_llama(tmp_path / "tiny.gguf"))], backend="reference")
+    models = Models(config, find_models(config))
+    await models.start()
+    await asyncio.sleep(0)  # the engine's first start
+    error = models.unavailable()
+    assert error is not None and error.status == 503
+    assert "the engine cannot be started" in error.message and "open files" in error.message
+    await models.stop()

@@ -1,7 +1,6 @@
 """Engine processes for tests: real ones behind a client, and ones with a misbehaving main."""
 
 import asyncio
-import ctypes
 import functools
 import os
 import select
@@ -18,6 +17,7 @@ from typing import Any
 from llmsrv.config import EngineConfig
 from llmsrv.engine import process
 from llmsrv.engine.client import EngineClient
+from llmsrv.engine.heartbeat import Heartbeat
 from llmsrv.engine.messages import Gauges
 from llmsrv.engine.supervisor import Patience
 
@@ -150,7 +150,7 @@ def main_that_sends_garbage(
     receive: Connection,
     send: Connection,
     generation: int,
-    heartbeat: ctypes.c_ulonglong,
+    heartbeat: Heartbeat,
 ) -> None:
     os.write(send.fileno(), b"\xff" * 64)
     time.sleep(3600)
