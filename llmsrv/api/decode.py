@@ -41,6 +41,7 @@ MAX_QUOTED_CHARS = 64  # of a bad value in an error message
 # small parts.  The event loop would stall for that second, and no real request needs that many.
 _MAX_STRINGS = 1 << 17
 _MAX_BRACKETS = 1 << 18  # including those in strings
+_LARGE_BODY_BYTES = 1 << 16
 
 # Field -> the values of it that change nothing, and so are accepted like null.
 UnsupportedFields = Mapping[str, Collection[Any]]
@@ -64,6 +65,17 @@ class BodyDecoder(Generic[T]):
         self._fields = type.__struct_fields__
         self._unsupported = unsupported
         self._ignored = ignored
+
+    async def read_for_model(self, request: Request, models: Models, tenant: bytes) -> T:
+        """As read(), but a request that will be refused whatever its body says is refused first.
+
+        This is for bodies that the client may not have sent yet: it waits for `100 Continue`, or
+        the body is large.
+        """
+        length = int(request.headers.get("content-length") or 0)
+        if request.headers.get("expect") is not None or length > _LARGE_BODY_BYTES:
+            models.check_before_body(tenant)
+        return await self.read(request, models)
 
     async def read(self, request: Request, models: Models) -> T:
         """The request's body as the route's type.

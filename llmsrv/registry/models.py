@@ -183,13 +183,28 @@ class Models:
         while it is overloaded.
         """
         model = self._models[0] if self.config.any_model_name else self.get(name)
-        if error := self._draining() or model.unavailable():
+        if error := self._refusal(model, tenant):
             raise error
         assert model.service is not None
-        if error := model.service.overloaded(tenant):
-            raise error
         model.last_used_s = time.monotonic()
         return model.service
+
+    def check_before_body(self, tenant: bytes) -> None:
+        """Raises the error that find() will raise, if the model's name makes no difference.
+
+        A client that sends `Expect: 100-continue` then need not send its body.
+        """
+        error = self._draining()
+        if len(self._models) == 1:
+            error = self._refusal(self._models[0], tenant)
+        if error:
+            raise error
+
+    def _refusal(self, model: Model, tenant: bytes) -> ApiError | None:
+        if error := self._draining() or model.unavailable():
+            return error
+        assert model.service is not None
+        return model.service.overloaded(tenant)
 
     def get(self, name: str) -> Model:
         """The model with that name; ApiError 404 if there is none."""
@@ -296,7 +311,7 @@ class Models:
             if not isinstance(error, StartupError):
                 raise
             log.error("%s", error)
-            raise self._draining() or _refusal(model, error) from None
+            raise self._draining() or _load_error(model, error) from None
 
     async def _make_room(self) -> Model | None:
         """Unloads a model if the limit is reached, and returns it."""
@@ -317,7 +332,7 @@ def _file_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _refusal(model: Model, error: StartupError) -> ApiError:
+def _load_error(model: Model, error: StartupError) -> ApiError:
     """The client's error; it names the model where the StartupError names the file."""
     reason = str(error).replace(str(model.path), model.names[0])
     return ApiError(

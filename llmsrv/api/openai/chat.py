@@ -43,9 +43,10 @@ class ChatCompletions:
         self._decoder = BodyDecoder(ChatCompletionRequest, UNSUPPORTED, IGNORED)
 
     async def __call__(self, request: Request) -> Response | EventStream:
-        body = await self._decoder.read(request, self._models)
+        tenant = tenant_of(request)
+        body = await self._decoder.read_for_model(request, self._models, tenant)
         _check(body, self._models.config)
-        service = self._models.find(body.model, tenant_of(request))
+        service = self._models.find(body.model, tenant)
         turn = chat_turn(body, service.text.tokenizer)
         running = await turn.start(request, service)
         answer = ChatAnswer(service, body, running, _echo(body, turn.conversation))

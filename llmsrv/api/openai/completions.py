@@ -50,9 +50,10 @@ class Completions:
         self._decoder = BodyDecoder(CompletionRequest, UNSUPPORTED, IGNORED)
 
     async def __call__(self, request: Request) -> Response | EventStream:
-        body = await self._decoder.read(request, self._models)
+        tenant = submit.tenant_of(request)
+        body = await self._decoder.read_for_model(request, self._models, tenant)
         _check(body, self._models.config)
-        service = self._models.find(body.model, submit.tenant_of(request))
+        service = self._models.find(body.model, tenant)
         prompts = await _prompt_ids(service, body)
         job = await start_job(
             request,

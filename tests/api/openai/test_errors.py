@@ -9,6 +9,10 @@ from typing import cast
 import pytest
 
 from llmsrv.api.gate import Gate
+from llmsrv.asgi.types import Message
+from llmsrv.asgi.types import Receive
+from llmsrv.asgi.types import Scope
+from llmsrv.asgi.types import Send
 from llmsrv.config import Config
 from llmsrv.errors import ApiError
 from llmsrv.http_app import build_http_app
@@ -162,3 +166,23 @@ def test_a_server_without_a_loaded_model_says_so() -> None:
         answer = refusal(path)
         assert error_of(answer) == (503, "service_unavailable_error", "model_not_loaded")
         assert answer.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize("path", GENERATES)
+@pytest.mark.parametrize("field", [("expect", "100-continue"), ("content-length", "70000")])
+def test_52_a_body_that_would_be_refused_is_not_asked_for(
+    path: str, field: tuple[str, str]
+) -> None:
+    """The first read of a body makes the server send `100 Continue`."""
+    gate = Gate("127.0.0.1", [], [KEY])
+    app = build_http_app(Models(Config(), [Model(["tiny"], Path("tiny.gguf"))]), gate, lambda: {})
+
+    async def never_read(scope: Scope, _: Receive, send: Send) -> None:
+        async def receive() -> Message:
+            raise AssertionError("the body was asked for")
+
+        await app(scope, receive, send)
+
+    headers = {"host": "localhost", "authorization": f"Bearer {KEY}"}
+    answer = asyncio.run(ask(never_read, "POST", path, dict([*headers.items(), field])))
+    assert error_of(answer) == (503, "service_unavailable_error", "model_not_loaded")
