@@ -13,11 +13,13 @@ import logging
 import os
 from collections.abc import Callable
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from llmsrv import log as logs
 from llmsrv.asgi.types import ASGIApp
 from llmsrv.asgi.types import ClientDisconnected
+from llmsrv.asgi.types import RawHeaders
 from llmsrv.asgi.types import Receive
 from llmsrv.asgi.types import Scope
 from llmsrv.asgi.types import Send
@@ -26,6 +28,9 @@ from llmsrv.config import Config
 from llmsrv.errors import StartupError
 from llmsrv.options import config_from_environment
 from llmsrv.runtime import Runtime
+
+if TYPE_CHECKING:
+    from llmsrv.http_app import HttpApp
 
 log = logging.getLogger("llmsrv")
 
@@ -42,7 +47,7 @@ def build(config: Config | None = None) -> ASGIApp:
 class App:
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._http_app: ASGIApp | None = None  # from startup to shutdown
+        self._http_app: "HttpApp | None" = None  # from startup to shutdown
 
     async def start(
         self, runtime: Runtime, connections: Callable[[], Mapping[str, int]] = dict
@@ -52,6 +57,10 @@ class App:
         connections  as in Runtime.start, which also says which threads may call this
         """
         self._http_app = await runtime.start(connections)
+
+    def error_headers(self, origin: bytes | None) -> RawHeaders:
+        """CORS headers of an error that the HTTP server answers itself; origin: of the request."""
+        return self._http_app.error_headers(origin) if self._http_app else ()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

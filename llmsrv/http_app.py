@@ -5,6 +5,7 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Awaitable
 from collections.abc import Callable
 from collections.abc import Mapping
 
@@ -26,6 +27,7 @@ from llmsrv.asgi.sse import EventStream
 from llmsrv.asgi.types import ASGIApp
 from llmsrv.asgi.types import ClientDisconnected
 from llmsrv.asgi.types import Message
+from llmsrv.asgi.types import RawHeaders
 from llmsrv.asgi.types import Receive
 from llmsrv.asgi.types import Scope
 from llmsrv.asgi.types import Send
@@ -39,10 +41,26 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 EXPOSED_HEADERS = ("x-request-id", "retry-after", "openai-processing-ms")
 
 
+class HttpApp:
+    """The application for `http` scopes."""
+
+    def __init__(self, app: ASGIApp, cors: CORS) -> None:
+        self._app = app
+        self._cors = cors
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        return self._app(scope, receive, send)
+
+    def error_headers(self, origin: bytes | None) -> RawHeaders:
+        """CORS headers of an error that the HTTP server answers itself; origin: of the request."""
+        # The server may not have read Origin yet; then only pages of any origin may read the error.
+        return self._cors.response_fields((origin or b"null").decode("latin-1"))
+
+
 def build_http_app(
     models: Models, gate: Gate, connections: Callable[[], Mapping[str, int]]
-) -> ASGIApp:
-    """The application for `http` scopes; connections: as in Traffic."""
+) -> HttpApp:
+    """connections: as in Traffic"""
     config = models.config
     router = Router()
     router.add("POST", "/v1/chat/completions", ChatCompletions(models))
@@ -53,7 +71,7 @@ def build_http_app(
     for path in ("/", "/docs", "/openapi.json"):  # where browsers look
         router.open(path)
     origins = config.allow_origins or (["*"] if gate.has_keys else "loopback")
-    with_cors = CORS(
+    cors = CORS(
         Application(gate, router),
         allow_origins=origins,
         allow_methods=config.allow_methods,
@@ -61,7 +79,7 @@ def build_http_app(
         allow_credentials=config.allow_credentials,
         expose_headers=EXPOSED_HEADERS,
     )
-    return counted(identified(with_cors), traffic)
+    return HttpApp(counted(identified(cors), traffic), cors)
 
 
 class Application:

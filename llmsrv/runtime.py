@@ -10,14 +10,17 @@ import gc
 import logging
 from collections.abc import Callable
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from llmsrv.api.gate import Gate
 from llmsrv.api.gate import read_keys
-from llmsrv.asgi.types import ASGIApp
 from llmsrv.config import Config
 from llmsrv.errors import StartupError
 from llmsrv.registry.find_models import find_models
 from llmsrv.registry.models import Models
+
+if TYPE_CHECKING:
+    from llmsrv.http_app import HttpApp
 
 log = logging.getLogger("llmsrv")
 
@@ -34,7 +37,7 @@ class Runtime:
         self.gate = Gate(host, config.allowed_hosts, keys)
         self.models = Models(config, find_models(config))
 
-    async def start(self, connections: Callable[[], Mapping[str, int]] = dict) -> ASGIApp:
+    async def start(self, connections: Callable[[], Mapping[str, int]] = dict) -> "HttpApp":
         """Starts the engines, and returns the application before they are ready.
 
         The application answers 503 until then.  Call it in the main thread, or in one that lives as

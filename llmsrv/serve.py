@@ -55,7 +55,7 @@ async def _serve(runtime: Runtime, sockets: list[socket.socket]) -> int:
     app = App(config)
     await app.start(runtime, lambda: vars(server.counters))
     settings = ServerSettings(body_limit_bytes=runtime.models.body_limit_bytes)
-    server = Server(app, sockets, settings)
+    server = Server(app, sockets, settings, app.error_headers)
     await server.start()
     loading = asyncio.create_task(runtime.ready())
     grace_s = 0.0

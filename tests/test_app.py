@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,38 @@ def test_with_a_key_pages_of_any_origin_may_read_even_errors(tiny_server: Runnin
         _, answer, _ = ask(tiny_server, "GET", "/v1/models", headers)
         assert answer["Access-Control-Allow-Origin"] == "*"
         assert "x-request-id" in answer["Access-Control-Expose-Headers"]
+
+
+@pytest.mark.parametrize(
+    "request_line, fields, status",
+    [
+        ("POST /v1/completions HTTP/1.1", {"Content-Length": str(9 << 20)}, 413),
+        ("GET /" + "x" * 9000 + " HTTP/1.1", {}, 414),
+        ("POST /v1/completions HTTP/1.1", {"Content-Length": "1", "Expect": "a cake"}, 417),
+        ("GET /v1/models HTTP/1.1", {f"X-{i}": "" for i in range(200)}, 431),
+        ("GET /v1/models HTTP/1.1", {"X-Long": "x" * 40_000}, 431),
+        ("GET /v1/models HTTP/1.1", {"Transfer-Encoding": "gzip"}, 501),
+    ],
+    ids=str,
+)
+def test_pages_may_read_errors_that_the_http_server_answers_itself(
+    tiny_server: RunningServer, request_line: str, fields: dict[str, str], status: int
+) -> None:
+    headers = {"Host": "localhost", "Origin": "https://app.example"} | fields
+    lines = [request_line, *(f"{name}: {value}" for name, value in headers.items())]
+    with http_socket(tiny_server) as sock:
+        sock.sendall("\r\n".join([*lines, "", ""]).encode())
+        response = http.client.HTTPResponse(sock)
+        response.begin()
+        assert response.status == status
+        assert error(response.read())["message"]
+    assert response.headers["Access-Control-Allow-Origin"] == "*"
+    assert "x-request-id" in response.headers["Access-Control-Expose-Headers"]
+
+
+def http_socket(server: RunningServer) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=20)
 
 
 def test_a_preflight_needs_no_key(tiny_server: RunningServer) -> None:

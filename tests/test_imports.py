@@ -13,7 +13,7 @@ GROUND = {"config", "errors", "log", "options", "version"}
 
 # Layer -> what it may import besides ground and itself; a dotted name allows only that module.
 MAY_IMPORT = {
-    "app": {"runtime", "asgi.types"},
+    "app": {"runtime", "http_app", "asgi.types"},
     "runtime": {"http_app", "registry", "api", "asgi.types"},
     "http_app": {"registry", "api", "asgi"},
     "server": {"asgi.types"},

@@ -87,7 +87,7 @@ class CORS:
             if method is not None:
                 await self._answer_preflight(origin, method, headers)(send)
                 return
-        extra = self._response_fields(origin)
+        extra = self.response_fields(origin)
         await self._app(scope, receive, _with_fields(send, extra) if extra else send)
 
     def is_allowed(self, origin: str) -> bool:
@@ -96,7 +96,8 @@ class CORS:
             return LOOPBACK_ORIGIN.fullmatch(origin) is not None
         return self._any_origin or origin in self._origins
 
-    def _response_fields(self, origin: str | None) -> Fields:
+    def response_fields(self, origin: str | None) -> Fields:
+        """What a response to a page of that origin needs; None: to a request without Origin."""
         if origin is None or not self.is_allowed(origin):
             return self._not_allowed
         return [*self._allowed, *self._named_origin(origin)]

@@ -12,17 +12,20 @@ is full nothing is read, and TCP flow control slows the client down.
 
 import asyncio
 import logging
+from collections.abc import Callable
 from enum import Enum
 from typing import cast
 
 from llmsrv.asgi.types import ASGIApp
 from llmsrv.asgi.types import ClientDisconnected
+from llmsrv.asgi.types import RawHeaders
 from llmsrv.asgi.types import Scope
 from llmsrv.asgi.types import StreamBroken
 from llmsrv.errors import ApiError
 from llmsrv.server.exchange import Exchange
 from llmsrv.server.head import HeadReader
 from llmsrv.server.head import RequestHead
+from llmsrv.server.head import find_origin
 from llmsrv.server.response import error_response
 from llmsrv.server.settings import ServerCounters
 from llmsrv.server.settings import ServerSettings
@@ -33,12 +36,22 @@ log = logging.getLogger("llmsrv.server")
 
 ASGI = {"version": "3.0", "spec_version": "2.4"}
 
+# Origin of a request, None without one -> headers of an error that the server itself answers.
+ErrorHeaders = Callable[[bytes | None], RawHeaders]
+
 
 class ServerState:
     """What the connections of one server share."""
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings, counters: ServerCounters) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: ServerSettings,
+        counters: ServerCounters,
+        error_headers: ErrorHeaders = lambda origin: (),
+    ) -> None:
         self.app = app
+        self.error_headers = error_headers
         self.settings = settings
         self.counters = counters
         self.loop = asyncio.get_running_loop()
@@ -285,7 +298,8 @@ class Connection(asyncio.BufferedProtocol):
     def _answer_and_close(self, error: ApiError) -> None:
         """Sends the error and closes; a response that has started is just broken off."""
         if not self._exchange or not self._exchange.response.is_started:
-            self.write(error_response(error))
+            origin = self._exchange.origin if self._exchange else find_origin(self.buffer)
+            self.write(error_response(error, self._server_state.error_headers(origin)))
         self._linger()
 
     def _linger(self) -> None:

@@ -57,6 +57,10 @@ class Exchange:
         self._is_disconnected = False
         self._ping = b""
 
+    @property
+    def origin(self) -> bytes | None:
+        return next((value for name, value in self.scope["headers"] if name == b"origin"), None)
+
     async def receive(self) -> Message:
         while not (self._is_disconnected or self.response.is_complete):
             # Clear before looking, not after: _maybe_body may find a bad body, which ends the

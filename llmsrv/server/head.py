@@ -33,6 +33,7 @@ MAX_METHOD_BYTES = 32
 MAX_HOST_BYTES = 255
 HOST = re.compile(rb"([0-9A-Za-z._~-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{0,5}))?")
 ABSOLUTE_FORM = re.compile(rb"https?://([^/?]*)([^?]*)(.*)", re.IGNORECASE)
+ORIGIN = re.compile(rb"\r\norigin:[ \t]*([\x21-\x7e]+)[ \t]*\r\n", re.IGNORECASE)
 # More than 19 digits may not fit 64 bits at the next hop.  A leading zero does not mean octal.
 CONTENT_LENGTH = re.compile(rb"[0-9]{1,19}")
 
@@ -78,8 +79,8 @@ class HeadReader:
     def read(self, buffer: bytearray) -> RequestHead | None:
         """Returns the next head and removes it from the buffer; None while it is incomplete.
 
-        Raises ApiError 400, 405, 413, 414, 417, 431, 501 or 505.  The connection must then be
-        closed, because nothing says where the next request would begin.
+        Raises ApiError 400, 405, 413, 414, 417, 431, 501 or 505 and leaves the buffer as it is.
+        The connection must then be closed, as nothing says where the next request would begin.
         """
         # One empty line before the request line is tolerated (RFC 9112 section 2.2).
         start = 2 if buffer.startswith(b"\r\n") else 0
@@ -88,11 +89,11 @@ class HeadReader:
             self._check_unfinished(buffer, start)
             self._searched = len(buffer)
             return None
-        head = bytes(buffer[start : end + 4])
+        head = parse_head(bytes(buffer[start : end + 4]), self._settings)
         del buffer[: end + 4]
         self._searched = 0
         self._line_is_checked = False
-        return parse_head(head, self._settings)
+        return head
 
     def _check_unfinished(self, buffer: bytearray, start: int) -> None:
         """Refuses input that cannot become a valid head, without waiting for the deadline."""
@@ -112,6 +113,12 @@ class HeadReader:
             self._line_is_checked = True
         if len(buffer) - line_end - 2 > self._settings.max_header_bytes:
             raise _headers_too_large()
+
+
+def find_origin(buffer: bytearray) -> bytes | None:
+    """The value of Origin in a head that was refused, of which the buffer may hold only a part."""
+    match = ORIGIN.search(buffer.partition(b"\r\n\r\n")[0] + b"\r\n")
+    return match[1] if match else None
 
 
 def parse_head(head: bytes, settings: ServerSettings) -> RequestHead:

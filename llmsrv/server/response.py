@@ -122,13 +122,14 @@ class ResponseWriter:
         return lines
 
 
-def error_response(error: ApiError) -> bytes:
+def error_response(error: ApiError, more_headers: RawHeaders = ()) -> bytes:
     """A complete response with the error object; the connection closes after it."""
     headers = [
         (b"content-type", b"application/json"),
         (b"x-request-id", secrets.token_hex(16).encode()),
     ]
     headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
+    headers += more_headers
     writer = ResponseWriter("GET", "1.1")
     writer.start(error.status, headers)
     return writer.body(error.body(), more_body=False, close=True)

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from llmsrv.asgi.types import ASGIApp
 from llmsrv.server.connection import Connection
+from llmsrv.server.connection import ErrorHeaders
 from llmsrv.server.connection import ServerState
 from llmsrv.server.listener import Acceptor
 from llmsrv.server.settings import ServerCounters
@@ -28,18 +29,27 @@ class Server:
     """An application on listening sockets (see listener.bind), from start() to drain()."""
 
     def __init__(
-        self, app: ASGIApp, sockets: Sequence[socket.socket], settings: ServerSettings
+        self,
+        app: ASGIApp,
+        sockets: Sequence[socket.socket],
+        settings: ServerSettings,
+        error_headers: ErrorHeaders = lambda origin: (),
     ) -> None:
+        """error_headers: for errors that the server answers without the application, such as 431;
+        gets the request's Origin, None without one."""
         self.counters = ServerCounters()
         self._app = app
         self._sockets = sockets
         self._settings = settings
+        self._error_headers = error_headers
         self._server_state: ServerState
         self._acceptor: Acceptor
         self._attaching: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        self._server_state = ServerState(self._app, self._settings, self.counters)
+        self._server_state = ServerState(
+            self._app, self._settings, self.counters, self._error_headers
+        )
         self._acceptor = Acceptor(
             self._sockets, self._connect, self.counters, self._settings.accept_pause_s
         )

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from llmsrv.asgi.types import RawHeaders
 from llmsrv.asgi.types import Scope
 from llmsrv.server.settings import ServerSettings
+from tests.support.asgi_apps import echo
 from tests.support.parameters import slow_but
 from tests.support.serving import LOOPS
 from tests.support.serving import Serving
@@ -368,3 +370,25 @@ def test_refusals_are_counted(server: Serving) -> None:
     before = server.counters.refused_requests
     server.exchange(b"\x16\x03\x01")
     assert server.counters.refused_requests == before + 1
+
+
+ORIGINS = [
+    (b"GET / HTTP/1.1\r\n%bOrigin: http://a\r\nTE\r\n\r\n" % H, b"http://a"),
+    (b"GET / HTTP/1.1\r\n%bORIGIN:\thttp://a \r\nExpect: x\r\n\r\n" % H, b"http://a"),
+    (b"GET / HTTP/1.1\r\n%bOrigin: a\x01b\r\nExpect: x\r\n\r\n" % H, None),
+    (b"GET / HTTP/1.1\r\n%bExpect: x\r\n\r\nOrigin: http://a\r\n" % H, None),
+    (chunked(b"x\r\n").replace(b"\r\n", b"\r\nOrigin: http://a\r\n", 1), b"http://a"),
+]
+
+
+@pytest.mark.parametrize("request_bytes, origin", ORIGINS, ids=repr)
+def test_an_error_of_the_server_itself_has_headers_that_depend_on_the_origin(
+    request_bytes: bytes, origin: bytes | None
+) -> None:
+    def error_headers(origin: bytes | None) -> RawHeaders:
+        return [(b"x-origin", origin or b"none")]
+
+    with serving(echo, error_headers=error_headers) as server:
+        (answer,) = server.exchange(request_bytes)
+    assert 400 <= answer.status < 500
+    assert answer.headers["x-origin"].encode() == (origin or b"none")

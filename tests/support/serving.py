@@ -21,6 +21,7 @@ from llmsrv.asgi.types import ASGIApp
 from llmsrv.asgi.types import Receive
 from llmsrv.asgi.types import Scope
 from llmsrv.asgi.types import Send
+from llmsrv.server.connection import ErrorHeaders
 from llmsrv.server.listener import bind
 from llmsrv.server.server import Server
 from llmsrv.server.settings import ServerCounters
@@ -150,12 +151,15 @@ class Serving:
 
 @contextmanager
 def serving(
-    app: ASGIApp, settings: ServerSettings = ServerSettings(), loop: str = "uvloop"
+    app: ASGIApp,
+    settings: ServerSettings = ServerSettings(),
+    loop: str = "uvloop",
+    error_headers: ErrorHeaders = lambda origin: (),
 ) -> Iterator[Serving]:
     """Serves app on a free port of 127.0.0.1 until the block ends."""
     event_loop = LOOPS[loop]()
     sockets = bind("127.0.0.1", 0)
-    server = Server(app, sockets, settings)
+    server = Server(app, sockets, settings, error_headers)
     thread = threading.Thread(target=event_loop.run_forever)
     thread.start()
     running = Serving(event_loop, server, sockets[0].getsockname()[1])
