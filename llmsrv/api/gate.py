@@ -7,10 +7,13 @@ resolves to 127.0.0.1 (DNS rebinding).
 import hashlib
 import hmac
 import ipaddress
+import math
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
+from llmsrv.api.brake import Brake
+from llmsrv.api.brake import network_of
 from llmsrv.asgi.request import Headers
 from llmsrv.asgi.request import Request
 from llmsrv.asgi.router import Access
@@ -30,6 +33,7 @@ class Gate:
         self._allowed_hosts = LOOPBACK_NAMES | {name.lower() for name in allowed_hosts}
         # A set of keyed digests: the time of a look-up reveals nothing about the keys.
         self._secret = secrets.token_bytes(32)
+        self._brake = Brake()
         self.replace_keys(keys)
 
     @property
@@ -41,7 +45,7 @@ class Gate:
         self._digests = {self._digest(key.encode()) for key in keys}
 
     def check(self, request: Request, access: Access) -> None:
-        """Raises ApiError 403 or 401 for a request that is not let in; access: of its route.
+        """Raises ApiError 403, 401 or 429 for a request that is not let in; access: of its route.
 
         Sets request.state["tenant"] to bytes that identify the client but do not reveal its key.
         """
@@ -52,7 +56,7 @@ class Gate:
         if is_on_loopback:
             self._check_host(request.headers.get("host"))
         if self.has_keys and access is not Access.OPEN:
-            request.state["tenant"] = self._check_key(request.headers)
+            request.state["tenant"] = self._check_key(request)
         elif access is Access.OPERATOR and not is_on_loopback:
             raise ApiError(
                 403,
@@ -71,15 +75,23 @@ class Gate:
                 code="host_not_allowed",
             )
 
-    def _check_key(self, headers: Headers) -> bytes:
-        """The digest of the request's key; ApiError 401 if it has none or a wrong one."""
-        key = _sent_key(headers)
+    def _check_key(self, request: Request) -> bytes:
+        """The digest of the request's key.
+
+        Raises ApiError 401 if it has none or a wrong one, and 429 after too many wrong ones.
+        """
+        key = _sent_key(request.headers)
         if not key:
             raise _unauthorized(
                 "You didn't provide an API key. Send it as 'Authorization: Bearer KEY'.", None
             )
         digest = self._digest(key.encode("latin-1", "replace"))
-        if digest not in self._digests:
+        network = network_of(request.client[0] if request.client else "")
+        if (wait_s := self._brake.retry_after_s(network, digest)) > 0:
+            raise _too_many_wrong_keys(wait_s)
+        is_right = digest in self._digests
+        self._brake.note_key(network, digest, is_right)
+        if not is_right:
             raise _unauthorized("Incorrect API key provided.", "invalid_api_key")
         return digest
 
@@ -143,3 +155,9 @@ def _is_address(name: str) -> bool:
 
 def _unauthorized(message: str, code: str | None) -> ApiError:
     return ApiError(401, message, code=code, headers={"WWW-Authenticate": "Bearer"})
+
+
+def _too_many_wrong_keys(wait_s: float) -> ApiError:
+    message = "Too many incorrect API keys came from your address. Please try again later."
+    headers = {"Retry-After": str(math.ceil(wait_s))}
+    return ApiError(429, message, code="rate_limit_exceeded", headers=headers)

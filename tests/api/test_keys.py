@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from llmsrv.api.brake import MAX_WRONG_KEYS
+from llmsrv.api.brake import Brake
 from llmsrv.api.gate import Gate
 from llmsrv.asgi.request import Request
 from llmsrv.asgi.router import Access
@@ -166,3 +168,69 @@ def test_sighup_reloads_the_key_file(tmp_path: Path) -> None:
         server.process.send_signal(signal.SIGHUP)
         eventually(lambda: "keeping the current API keys" in server.output)
         assert status(server, "new") == 200
+
+
+class Clock:
+    now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def status_of(gate: Gate, key: str, host: str = "192.0.2.7") -> int:
+    request = make_request([(b"x-api-key", key.encode())])
+    request.client = (host, 1)
+    try:
+        gate.check(request, Access.KEY)
+    except ApiError as error:
+        if error.status == 429:
+            assert error.code == "rate_limit_exceeded"
+            assert error.headers == {"Retry-After": "1"}
+        return error.status
+    return 200
+
+
+def test_128_an_address_that_tries_out_keys_is_slowed_down_to_one_a_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("llmsrv.api.gate.Brake", lambda: Brake(clock))
+    gate = Gate("0.0.0.0", [], ["one", "two"])
+    assert status_of(gate, "one") == 200
+    statuses = [status_of(gate, f"wrong {number}") for number in range(4440)]
+    assert statuses == [401] * MAX_WRONG_KEYS + [429] * (4440 - MAX_WRONG_KEYS)
+    assert status_of(gate, "two") == 429  # otherwise an attacker would learn that it is right
+    assert status_of(gate, "one") == 200  # known from before
+    assert status_of(gate, "wrong 1") == 401
+    assert status_of(gate, "two", "192.0.2.8") == 200  # from elsewhere
+    for second in range(3):
+        clock.now_s += 1
+        keys = [f"{second} {number}" for number in range(3)]
+        assert [status_of(gate, key) for key in keys] == [401, 429, 429]
+    clock.now_s += 1
+    assert status_of(gate, "two") == 200
+
+
+def test_a_client_that_keeps_sending_one_wrong_key_locks_nobody_out() -> None:
+    gate = Gate("0.0.0.0", [], ["one"])
+    assert {status_of(gate, "old") for _ in range(4440)} == {401}
+    assert status_of(gate, "one") == 200
+
+
+def test_the_addresses_of_one_ipv6_network_share_a_budget() -> None:
+    gate = Gate("0.0.0.0", [], ["one"])
+    hosts = [f"2001:db8::{number:x}" for number in range(MAX_WRONG_KEYS + 1)]
+    assert [status_of(gate, host, host) for host in hosts] == [401] * MAX_WRONG_KEYS + [429]
+    assert status_of(gate, "no", "2001:db8:0:1::1") == 401
+    assert status_of(gate, "no", "fe80::1%eth0") == 401
+
+
+def test_what_is_remembered_of_addresses_and_keys_is_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("llmsrv.api.brake.MAX_ADDRESSES", 10)
+    monkeypatch.setattr("llmsrv.api.brake.MAX_KEYS", 10)
+    brake = Brake()
+    for number in range(20):
+        brake.note_key(str(number), b"digest", is_right=False)
+    assert len(brake._budgets) == len(brake._answered) == 10
