@@ -3,7 +3,7 @@
 The port is bound before anything slow, so that a port in use is reported at once.  Clients get 503
 with the reason until the models are loaded.  On the first signal, running requests get a grace
 period to finish; a second signal ends them at once.  Either way each request gets its final event
-before the process exits.  SIGHUP reloads the file of API keys.
+before the process exits.  SIGHUP reloads the file of API keys; without one it is as SIGTERM.
 """
 
 import asyncio
@@ -49,9 +49,11 @@ def serve(config: Config) -> int:
 
 async def _serve(runtime: Runtime, sockets: list[socket.socket]) -> int:
     config = runtime.config
-    signals = _Signals()
-    if config.api_key_file:  # otherwise SIGHUP keeps its default effect: the process ends
+    signals = _Signals(signal.SIGINT, signal.SIGTERM)
+    if config.api_key_file:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, runtime.reload_keys)
+    elif signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        signals.watch(signal.SIGHUP)  # the terminal is gone
     app = App(config)
     await app.start(runtime, lambda: vars(server.counters))
     settings = ServerSettings(body_limit_bytes=runtime.models.body_limit_bytes)
@@ -90,14 +92,17 @@ async def _first_of(*futures: "asyncio.Future[Any]", timeout_s: float | None = N
 
 
 class _Signals:
-    """The first and the second SIGINT or SIGTERM, as futures of the signal's number."""
+    """The first and the second signal to stop, as futures of the signal's number."""
 
-    def __init__(self) -> None:
+    def __init__(self, *numbers: int) -> None:
         loop = asyncio.get_running_loop()
         self.first: asyncio.Future[int] = loop.create_future()
         self.second: asyncio.Future[int] = loop.create_future()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._note, number)
+        for number in numbers:
+            self.watch(number)
+
+    def watch(self, number: int) -> None:
+        asyncio.get_running_loop().add_signal_handler(number, self._note, number)
 
     def _note(self, number: int) -> None:
         if not self.first.done():

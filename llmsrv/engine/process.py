@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llmsrv.engine")
 
+SERVER_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 # A step computes many small products.  OpenBLAS's threads slow those down, and they spin on cores
 # that the server needs.
 OPENBLAS_NUM_THREADS = "1"
@@ -78,10 +79,10 @@ def main(
     heartbeat      grows as long as the engine makes progress: with each weight loaded, each
                    operation of a plan, each turn of the loop
     """
-    # Ctrl-C, or a service manager, may signal the whole process group.  The server handles that and
-    # sends Stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Ctrl-C, a service manager or a closed terminal may signal the whole process group.  The server
+    # handles that and sends Stop.
+    for number in SERVER_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     _die_with_parent()
     _offer_to_oom_killer()
     _let_others_preempt()

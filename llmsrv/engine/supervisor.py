@@ -198,13 +198,13 @@ def _reason_of(exitcode: int | None) -> str:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Blocks SIGINT and SIGTERM during the `with` block.
+    """Blocks the signals that an engine ignores during the `with` block.
 
     A process started in it inherits the blocked signals.  So a signal to the whole process group
     cannot end it before it is able to ignore that signal.
     """
     resource_tracker.ensure_running()  # starting it unblocks the signals, so do that before
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, process.SERVER_SIGNALS)
     try:
         yield
     finally:

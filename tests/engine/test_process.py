@@ -38,13 +38,13 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks i
 
 @needs_proc
 @in_loop
-async def test_an_engine_ignores_sigint_and_sigterm_and_is_killed_first_when_memory_is_short(
+async def test_an_engine_ignores_the_server_s_signals_and_is_killed_first_when_memory_is_short(
     shared: SharedEngine,
 ) -> None:
     client = shared.client
     assert client.pid
-    os.kill(client.pid, signal.SIGINT)
-    os.kill(client.pid, signal.SIGTERM)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(client.pid, number)
     assert (await output_of(client.submit(make_submit([1, 2], 5))))[1] == ["length"]
     assert client.num_restarts == 0
     assert Path(f"/proc/{client.pid}/oom_score_adj").read_text() == "500\n"

@@ -225,7 +225,10 @@ def test_a_killed_engine_ends_its_requests_within_a_second_and_comes_back(
     assert is_idle(open_server)
 
 
-def test_sigterm_lets_running_requests_finish_and_exits_with_0(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_sigterm_and_sighup_let_running_requests_finish_and_exit_with_0(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     model = write_tiny_llama(tmp_path / "tiny.gguf", context_length=4096)
     with run_server("--model", str(model)) as server:
         client = openai_client(server.url)
@@ -233,7 +236,8 @@ def test_sigterm_lets_running_requests_finish_and_exits_with_0(tmp_path: Path) -
             model="tiny", prompt="a", max_tokens=100, stream=True, extra_body={"ignore_eos": True}
         )
         next(iter(stream))
-        server.process.send_signal(signal.SIGTERM)
+        os.kill(server.engine_pid(), number)  # a closed terminal signals the whole group
+        server.process.send_signal(number)
         reasons = [chunk.choices[0].finish_reason for chunk in stream]
         assert reasons[-1] == "length"
         assert server.process.wait(10) == 0
