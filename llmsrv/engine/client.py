@@ -15,26 +15,24 @@ import itertools
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Mapping
 from typing import NamedTuple
-from typing import Self
 
 import msgspec
 
 from llmsrv.config import EngineConfig
 from llmsrv.engine.crashes import Crashes
 from llmsrv.engine.crashes import hash_of
+from llmsrv.engine.generation import Generation
+from llmsrv.engine.generation import NO_RETRY
 from llmsrv.engine.messages import Abort
 from llmsrv.engine.messages import Failed
-from llmsrv.engine.messages import Finished
 from llmsrv.engine.messages import FromEngine
 from llmsrv.engine.messages import Gauges
 from llmsrv.engine.messages import Ready
 from llmsrv.engine.messages import Step
 from llmsrv.engine.messages import Submit
-from llmsrv.engine.messages import Tokens
 from llmsrv.engine.supervisor import EngineProcess
 from llmsrv.engine.supervisor import Patience
 from llmsrv.errors import ApiError
@@ -46,7 +44,6 @@ log = logging.getLogger("llmsrv.engine")
 MAX_UNSENT_BYTES = 8 << 20
 RETRY = {"Retry-After": "1", "x-should-retry": "true"}
 RESTART = "; it is started again"
-NO_RETRY = {"x-should-retry": "false"}
 MAX_RETRY_AFTER_S = 60  # clients do not wait much longer
 
 
@@ -56,116 +53,6 @@ class EngineState(enum.Enum):
     RESTARTING = "restarting"
     REFUSED = "refused"  # permanent: the model cannot be run
     STOPPED = "stopped"
-
-
-class Generation:
-    """The events of one request, in order, for one task to await.
-
-    Use it in `async with`, or exhaust it, or abort it; otherwise the request keeps running.  Events
-    wait here until they are taken; the engine never waits for that.
-    """
-
-    def __init__(self, submit: Submit, abort: Callable[[int, int | None], None]) -> None:
-        self.submit = submit
-        self.num_cached_tokens = 0  # of the prompt; set when the first choice is admitted
-        self.submitted_s = time.monotonic()
-        self.admitted_s: float | None = None  # when the first choice was admitted
-        self.received_s = 0.0  # when the last event that was taken arrived
-        self._abort = abort
-        self._events: deque[tuple[Tokens | Finished, float]] = deque()
-        self._unfinished = set(range(submit.n))  # choices; empty when the request has ended
-        self._error: ApiError | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    async def admitted(self) -> None:
-        """Returns when the first choice is admitted.  Raises the ApiError that came instead."""
-        while not self.is_admitted and self._unfinished:
-            await self._wait()
-        if self._error and not self.is_admitted:
-            raise self._error
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Tokens | Finished:
-        """The next event; none after an abort.  Raises the ApiError that ended the request."""
-        while not self._events:
-            if self._error:
-                raise self._error
-            if not self._unfinished:
-                raise StopAsyncIteration
-            await self._wait()
-        event, self.received_s = self._events.popleft()
-        return event
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.abort()
-
-    def abort(self, choice: int | None = None) -> None:
-        """Ends the request, or one choice, with "abort".  May be called any time and repeatedly."""
-        if choice is None:
-            self._events.clear()
-        if choice in self._unfinished or (choice is None and self._unfinished):
-            self._abort(self.submit.request, choice)
-
-    # Only EngineClient calls the following.
-
-    @property
-    def has_ended(self) -> bool:
-        return not self._unfinished
-
-    @property
-    def is_admitted(self) -> bool:
-        return self.admitted_s is not None
-
-    def admit(self, num_cached_tokens: int) -> None:
-        if self.admitted_s is None:
-            self.num_cached_tokens = num_cached_tokens
-            self.admitted_s = time.monotonic()
-        self._wake()
-
-    def push(self, event: Tokens | Finished) -> None:
-        self._events.append((event, time.monotonic()))
-        if isinstance(event, Finished):
-            self._unfinished.discard(event.choice)
-        self._wake()
-
-    def end(self, error: ApiError | None) -> None:
-        self._error = error
-        self._unfinished.clear()
-        self._wake()
-
-    def lose(self, reason: str, code: str, is_poison: bool, retry: dict[str, str]) -> None:
-        """Ends the request with its engine.  A request that was never admitted may be retried."""
-        if is_poison:
-            message = f"The server fails whenever it processes this request: {reason}."
-            self.end(ApiError(500, message, code="engine_crashed", headers=NO_RETRY))
-        elif self.is_admitted:
-            message = f"The server had an error while processing your request: {reason}."
-            self.end(ApiError(500, message, code=code))
-        else:
-            message = f"The model is not ready: {reason}."
-            self.end(ApiError(503, message, code=code, headers=retry))
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def _wait(self) -> None:
-        assert self._waiter is None, "a generation is for one task"
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
 
 
 class Queued(NamedTuple):
@@ -199,6 +86,7 @@ class EngineClient:
         self._changed = asyncio.Event()  # replaced when the state changes or requests end
         self._requests = itertools.count(1)
         self._generations: dict[int, Generation] = {}  # by request number, not ended
+        self._queued: dict[bytes, Queued] = {}  # of these, what is not admitted, by tenant
         self._supervision: asyncio.Task[None] | None = None
         self._crashes = Crashes()
         self._restart_s = 0.0  # when to start the next engine, monotonic
@@ -212,15 +100,9 @@ class EngineClient:
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
-    def queued(self) -> dict[bytes, Queued]:
+    def queued(self) -> Mapping[bytes, Queued]:
         """Requests that are not admitted yet, by tenant."""
-        queued: dict[bytes, Queued] = {}
-        for generation in self._generations.values():
-            if not generation.is_admitted:
-                submit = generation.submit
-                requests, tokens = queued.get(submit.tenant, (0, 0))
-                queued[submit.tenant] = Queued(requests + 1, tokens + len(submit.prompt_ids))
-        return queued
+        return self._queued
 
     @property
     def num_free_seats(self) -> int:
@@ -276,6 +158,7 @@ class EngineClient:
         submit = msgspec.structs.replace(submit, request=next(self._requests))
         self._process.send(submit)
         generation = self._generations[submit.request] = Generation(submit, self._abort)
+        self._count_queued(submit, 1)
         return generation
 
     async def stop(
@@ -349,6 +232,7 @@ class EngineClient:
             if generation := generations.get(admitted.request):
                 if not generation.is_admitted:
                     num_prompt_tokens += len(generation.submit.prompt_ids)
+                    self._count_queued(generation.submit, -1)
                 generation.admit(admitted.num_cached_tokens)
         for tokens in step.tokens:
             if generation := generations.get(tokens.request):
@@ -357,10 +241,10 @@ class EngineClient:
             if generation := generations.get(finished.request):
                 generation.push(finished)
                 if generation.has_ended:
-                    del generations[finished.request]
+                    self._remove(finished.request)
         for failed in step.failed:
-            if generation := generations.pop(failed.request, None):
-                generation.end(_error_of(failed))
+            if failed.request in generations:
+                self._remove(failed.request).end(_error_of(failed))
         self.gauges = step.gauges
         self._on_step(step, num_prompt_tokens)
         if not generations:
@@ -368,14 +252,26 @@ class EngineClient:
 
     def _abort(self, request: int, choice: int | None) -> None:
         if choice is None:
-            self._generations.pop(request).end(None)
+            self._remove(request).end(None)
             self._note_change()
         if self._process is not None:
             self._process.send(Abort(request, choice))
 
+    def _remove(self, request: int) -> Generation:
+        generation = self._generations.pop(request)
+        if not generation.is_admitted:
+            self._count_queued(generation.submit, -1)
+        return generation
+
+    def _count_queued(self, submit: Submit, change: int) -> None:
+        requests, tokens = self._queued.pop(submit.tenant, (0, 0))
+        if requests + change:
+            tokens += change * len(submit.prompt_ids)
+            self._queued[submit.tenant] = Queued(requests + change, tokens)
+
     def _lose_all(self, code: str) -> None:
         """Ends all unfinished requests, with the reason of the current state."""
-        generations, self._generations = self._generations, {}
+        generations, self._generations, self._queued = self._generations, {}, {}
         for generation in generations.values():
             is_poison = self._crashes.is_poison(generation.submit)
             if is_poison:

@@ -16,7 +16,7 @@ import pytest
 
 from llmsrv.engine.client import EngineClient
 from llmsrv.engine.client import EngineState
-from llmsrv.engine.client import Generation
+from llmsrv.engine.generation import Generation
 from llmsrv.engine.messages import Finished
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.messages import Submit

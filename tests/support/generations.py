@@ -1,6 +1,6 @@
 """Requests to an engine process, and everything that comes back."""
 
-from llmsrv.engine.client import Generation
+from llmsrv.engine.generation import Generation
 from llmsrv.engine.messages import Finished
 from llmsrv.engine.messages import Sampling
 from llmsrv.engine.messages import Submit

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from dataclasses import field
 
 from llmsrv.engine.client import EngineState
-from llmsrv.engine.client import Generation
+from llmsrv.engine.generation import Generation
 from llmsrv.engine.client import Queued
 from llmsrv.engine.messages import Finished
 from llmsrv.engine.messages import Ready
@@ -22,6 +22,7 @@ class ScriptedEngine:
     script: Script
     state = EngineState.READY
     ready = Ready("llama", "none", "", 270, 512, 4, 64, 16, 0.0)
+    num_free_seats = 4
     aborted: list[tuple[int, int | None]] = field(default_factory=list)
 
     def queued(self) -> dict[bytes, Queued]:

@@ -19,7 +19,7 @@ from llmsrv.api.generation.submit import output_rules
 from llmsrv.api.generation.submit import tenant_of
 from llmsrv.api.generation.tools import ToolUse
 from llmsrv.asgi.request import Request
-from llmsrv.engine.client import Generation
+from llmsrv.engine.generation import Generation
 from llmsrv.engine.messages import Finished
 from llmsrv.engine.messages import PROMPT
 from llmsrv.engine.messages import Submit

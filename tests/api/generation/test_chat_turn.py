@@ -21,7 +21,7 @@ from llmsrv.api.generation.output import Delta
 from llmsrv.asgi.request import Request
 from llmsrv.config import Config
 from llmsrv.engine.client import EngineClient
-from llmsrv.engine.client import Generation
+from llmsrv.engine.generation import Generation
 from llmsrv.engine.messages import Submit
 from llmsrv.errors import ApiError
 from llmsrv.registry.counters import Counters

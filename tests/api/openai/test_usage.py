@@ -16,7 +16,7 @@ from llmsrv.api.generation.output import ChoiceOutput
 from llmsrv.api.generation.output import OutputRules
 from llmsrv.config import Config
 from llmsrv.engine.client import EngineClient
-from llmsrv.engine.client import Generation
+from llmsrv.engine.generation import Generation
 from llmsrv.engine.messages import Tokens
 from llmsrv.errors import ApiError
 from llmsrv.http_app import build_http_app
