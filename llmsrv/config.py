@@ -258,7 +258,11 @@ class Config:
         "auto",
         "Answers",
         "the format in which the model writes tool calls; auto detects it from the chat template",
-        choices=("auto", "hermes", "llama3", "mistral", "json"),
+        choices=(
+            *("auto", "hermes", "llama3", "mistral", "json", "granite", "phi4", "functools"),
+            *("nemotron", "apriel", "qwen3_coder", "seed", "minimax_m2", "glm", "deepseek_v3"),
+            *("deepseek_v31", "kimi_k2", "functionary", "pythonic", "lfm2", "olmo3"),
+        ),
     )
     reasoning_parser: str = option(
         "auto",

@@ -115,6 +115,13 @@ class Model:
         self._text = await asyncio.to_thread(
             load_text_model, self.path, config.chat_template, config.cache_dir
         )
+        template = self._text.template
+        if config.tool_call_parser == "auto" and template and template.has_unknown_tool_calls:
+            log.warning(
+                "%s: the chat template shows no format of tool calls that is known; calls are "
+                "expected as JSON, unless --tool-call-parser names another format",
+                self.path,
+            )
 
     async def start_engine(self, config: EngineConfig) -> None:
         """Returns before the engine is ready."""

@@ -41,7 +41,7 @@ from llmsrv.text.template_probe import probe
 from llmsrv.text.tokenizer import Tokenizer
 from llmsrv.text.tokenizer import label_special
 from llmsrv.text.tokenizer import longest_match_pattern
-from llmsrv.text.tool_calls import detect_format
+from llmsrv.text.tool_calls.formats import detect_format
 
 RENDER_S = 1.0  # of the thread's CPU time
 PROBE_S = 0.25  # CPU time of the whole probe, which usually takes a few milliseconds
@@ -54,7 +54,8 @@ TEMPLATE_FAILED = "template_failed"
 class ChatTemplate:
     """A compiled template and the tokenizer whose special tokens it writes.
 
-    tool_call_format  how the template writes tool calls: a name in tool_calls.FORMATS
+    tool_call_format  how the template writes tool calls: a name in tool_calls.formats.FORMATS; None
+                      if that is not known
     has_reasoning     whether the template has <think> tags
     facts             what it supports, detected by probing it
     is_slow           whether a rendering hit its deadline; do not render on the event loop then
@@ -85,6 +86,11 @@ class ChatTemplate:
         self.has_reasoning = reasoning.template_has_reasoning(source)
         self.is_slow = False
         self.facts = self._probe()
+
+    @property
+    def has_unknown_tool_calls(self) -> bool:
+        """True if the template takes tools, and shows calls in no format that is known."""
+        return self.tool_call_format is None and self.uses_variable("tools")
 
     def uses_variable(self, variable: str) -> bool:
         """True if the template uses a variable of this name."""

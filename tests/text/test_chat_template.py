@@ -319,7 +319,7 @@ def test_a_template_knows_the_variables_that_it_uses(tokenizer):
 def test_a_template_shows_the_tool_call_format_and_the_reasoning_tags(tokenizer, chatml):
     template = ChatTemplate("{{ '<tool_call>' }}{{ '</think>' }}", tokenizer)
     assert (template.tool_call_format, template.has_reasoning) == ("hermes", True)
-    assert (chatml.tool_call_format, chatml.has_reasoning) == ("json", False)
+    assert (chatml.tool_call_format, chatml.has_reasoning) == (None, False)
 
 
 def test_the_last_message_is_left_open_if_it_is_to_be_continued(chatml):

@@ -8,30 +8,10 @@ from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from llmsrv.text.tool_calls import FORMATS
-from llmsrv.text.tool_calls import ToolCallParser
-from llmsrv.text.tool_calls import detect_format
-
-NAMES = ["f", "get_weather"]
-Calls = list[tuple[str, str]]
-
-
-def parse(format: str, pieces: list[str], at_most_one: bool = False) -> tuple[str, Calls]:
-    """The content, and the name and arguments of each call, joined as a client does."""
-    parser = ToolCallParser(FORMATS[format], NAMES, at_most_one)
-    content = ""
-    names: list[str] = []
-    arguments: list[list[str]] = []
-    for text, deltas in [*map(parser.push, pieces), parser.flush()]:
-        content += text
-        for delta in deltas:
-            if delta.name is not None:
-                assert delta.index == len(names)
-                names.append(delta.name)
-                arguments.append([])
-            arguments[delta.index].append(delta.arguments)
-    return content, list(zip(names, map("".join, arguments)))
-
+from llmsrv.text.tool_calls.formats import FORMATS
+from tests.support.calls import Calls
+from tests.support.calls import TOOLS
+from tests.support.calls import parse
 
 CASES: list[tuple[str, str, str, Calls]] = [
     # format, answer, text, calls
@@ -50,11 +30,16 @@ CASES: list[tuple[str, str, str, Calls]] = [
     ("hermes", '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', "",
      [("f", '{"a": 1}')]),
     ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1', "", [("f", '{"a": 1')]),
-    ("hermes", '<tool_call>{"name": "nobody", "arguments": {}}</tool_call> x',
-     '<tool_call>{"name": "nobody", "arguments": {}}</tool_call> x', []),
-    ("hermes", " <tool_call> what?", " <tool_call> what?", []),
-    ("hermes", "<tool_call>", "<tool_call>", []),
-    ("hermes", '<tool_call>{"name": "f", "argum', '<tool_call>{"name": "f", "argum', []),
+    ("hermes", '<tool_call>{"name": "nobody", "arguments": {}}</tool_call> x', " x",
+     [("nobody", "{}")]),
+    ("hermes", " <tool_call> what?", "  what?", []),
+    ("hermes", "<tool_call>", "", []),
+    ("hermes", '<tool_call>{"a": 1}</tool_call>', '{"a": 1}', []),
+    ("hermes", '<tool_call>{"name": "f", "argum', "", []),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {}}</tool_', "", [("f", "{}")]),
+    ("hermes", 'I think that <tool_', "I think that ", []),
+    ("hermes", "if a <", "if a <", []),
+    ("hermes", '<tool_<tool_call>call>', "<tool_\ncall>", []),
     ("hermes", '{"name": "f", "arguments": {}}', '{"name": "f", "arguments": {}}', []),
     ("llama3", '{"name": "f", "parameters": {"a": 1}}', "", [("f", '{"a": 1}')]),
     ("llama3", '<|python_tag|>{"type": "function", "name": "f", "parameters": {"a": 1}}; '
@@ -65,16 +50,110 @@ CASES: list[tuple[str, str, str, Calls]] = [
      '"arguments": {}, "id": "123456789"}]', "", [("f", '{"a": 1}'), ("f", "{}")]),
     ("mistral", 'ok[TOOL_CALLS]f[ARGS]{"a": {}}[TOOL_CALLS]get_weather{"b": 1}', "ok",
      [("f", '{"a": {}}'), ("get_weather", '{"b": 1}')]),
-    ("mistral", "[TOOL_CALLS]nobody{}", "[TOOL_CALLS]nobody{}", []),
+    ("mistral", "[TOOL_CALLS]nobody{}", "", [("nobody", "{}")]),
+    ("mistral", "[TOOL_CALLS] or nothing", " or nothing", []),
     ("json", ' {"function": {"name": "f", "arguments": {"a": 1}}}', "", [("f", '{"a": 1}')]),
     ("json", '[{"name": "f", "arguments": {"a": 1}}]', "", [("f", '{"a": 1}')]),
     ("json", "[1] as they say", "[1] as they say", []),
+    ("json", '{"name": "nobody", "arguments": {}}', '{"name": "nobody", "arguments": {}}', []),
+    ("json", '{"name": "get_w', "", []),
+    ("json", '[{"type": "function", "function": {"na', "", []),
+    ("json", '{"name": "Rome", "argum', '{"name": "Rome", "argum', []),
+    ("json", '{"namely": 1', '{"namely": 1', []),
     ("json", "", "", []),
     ("json", " \n", " \n", []),
+    ("granite", '<|tool_call|>[{"name": "f", "arguments": {"a": 1}}, '
+     '{"name": "f", "arguments": {}}]', "", [("f", '{"a": 1}'), ("f", "{}")]),
+    ("phi4", '<|tool_call|>[{"name": "f", "arguments": {"a": 1}}]<|/tool_call|>', "",
+     [("f", '{"a": 1}')]),
+    ("functools", 'Yes. functools[{"name": "f", "arguments": {"a": 1}}]', "Yes.",
+     [("f", '{"a": 1}')]),
+    ("nemotron", 'So:\n<TOOLCALL>[{"name": "f", "arguments": {"a": 1}}, '
+     '{"name": "f", "arguments": {}}]</TOOLCALL>', "So:", [("f", '{"a": 1}'), ("f", "{}")]),
+    ("apriel", '<tool_calls>[{"name": "f", "arguments": {}, "id": "1"}]</tool_calls>', "",
+     [("f", "{}")]),
+    ("deepseek_v3", "Hm.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n"
+     '{"a": {"b": 1}}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>'
+     'get_weather\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>', "Hm.",
+     [("f", '{"a": {"b": 1}}'), ("get_weather", "{}")]),
+    ("deepseek_v31", '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": 1}<｜tool▁call▁end｜>'
+     "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>", "",
+     [("f", '{"a": 1}'), ("f", "{}")]),
+    ("kimi_k2", "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0"
+     '<|tool_call_argument_begin|>{"a": 1}<|tool_call_end|><|tool_calls_section_end|>', "",
+     [("f", '{"a": 1}')]),
+    ("functionary", '<function=f>{"a": 1}</function><function=f>{}</function>', "",
+     [("f", '{"a": 1}'), ("f", "{}")]),
 ]  # fmt: skip
 
+QWEN = "<tool_call>\n<function={}>\n{}</function>\n</tool_call>"
+ALL_TYPES = (
+    '<parameter=text>\na "b"\n\nc\n</parameter>\n'
+    "<parameter=number>\n12345678901234567890\n</parameter>\n<parameter=flag>\nTrue\n</parameter>\n"
+    "<parameter=items>\n[1, 2]\n</parameter>\n<parameter=maybe>\nNone\n</parameter>\n"
+    "<parameter=unit>\nC\n</parameter>\n"
+)
+OTHER_TYPES = (
+    "<parameter=number>\nmany\n</parameter>\n<parameter=items>\n['a', True]\n</parameter>\n"
+    "<parameter=maybe>\n\n</parameter>\n"
+)
+TWO_CALLS = (
+    QWEN.format("g", "<parameter=text>\n12\n</parameter>\n")
+    + "\n"
+    + QWEN.format("f", "<parameter=n>\n12\n</parameter>\n<parameter=s>\nab\n</parameter>\n")
+)
+XML_CASES: list[tuple[str, str, str, Calls]] = [
+    ("qwen3_coder", QWEN.format("f", ""), "", [("f", "{}")]),
+    ("qwen3_coder", "I look.\n" + QWEN.format("g", ALL_TYPES), "I look.",
+     [("g", '{"text": "a \\"b\\"\\n\\nc", "number": 12345678901234567890, "flag": true, '
+       '"items": [1, 2], "maybe": null, "unit": "C"}')]),
+    ("qwen3_coder", TWO_CALLS, "", [("g", '{"text": "12"}'), ("f", '{"n": 12, "s": "ab"}')]),
+    ("qwen3_coder", QWEN.format("g", OTHER_TYPES), "",
+     [("g", '{"number": "many", "items": ["a", true], "maybe": ""}')]),
+    ("qwen3_coder", "<function=f>\n<parameter=a>1</parameter></function>", "",
+     [("f", '{"a": 1}')]),
+    ("qwen3_coder", "<tool_call>\n<function=g>\n<parameter=text>\nhal", "",
+     [("g", '{"text": "hal')]),
+    ("qwen3_coder", "<tool_call>\n<function=g>\n<parameter=te", "", [("g", "{")]),
+    ("qwen3_coder", "<tool_call>\n<function=f>\n</tool_call>ok", "ok", [("f", "{}")]),
+    ("qwen3_coder", "<tool_call>\n<function=f>\n<function=g>\n</function>", "",
+     [("f", "{}"), ("g", "{}")]),
+    ("qwen3_coder", "<tool_call>no</tool_call>", "no", []),
+    ("qwen3_coder", "x <function=a b>", "x a b>", []),
+    ("seed", "<seed:tool_call>\n<function=g>\n<parameter=text>a < b</parameter>\n"
+     "<parameter=number>-1</parameter>\n</function>\n</seed:tool_call>", "",
+     [("g", '{"text": "a < b", "number": -1}')]),
+    ("minimax_m2", '<minimax:tool_call>\n<invoke name="g">\n<parameter name="text">a</parameter>'
+     '\n</invoke>\n<invoke name="f">\n</invoke>\n</minimax:tool_call>', "",
+     [("g", '{"text": "a"}'), ("f", "{}")]),
+    ("glm", "<tool_call>g\n<arg_key>text</arg_key>\n<arg_value>a</arg_value>\n"
+     "<arg_key>number</arg_key>\n<arg_value>1</arg_value>\n</tool_call>\n"
+     "<tool_call>f\n</tool_call>", "", [("g", '{"text": "a", "number": 1}'), ("f", "{}")]),
+]  # fmt: skip
 
-@pytest.mark.parametrize("format, answer, text, calls", CASES)
+PYTHON_CASES: list[tuple[str, str, str, Calls]] = [
+    ("pythonic", "[f()]", "", [("f", "{}")]),
+    ("pythonic", """[g(text="a, ']' b", number=1), f(a=[1, (2, 'x')], b={'c': None})]""", "",
+     [("g", '{"text": "a, \']\' b", "number": 1}'),
+      ("f", '{"a": [1, [2, "x"]], "b": {"c": null}}')]),
+    ("pythonic", '[g("a", 2, flag=true)]', "", [("g", '{"text": "a", "number": 2, "flag": true}')]),
+    ("pythonic", "[f(a=1.5, b=-2, c=0x10, d=word)]", "",
+     [("f", '{"a": 1.5, "b": -2, "c": 16, "d": "word"}')]),
+    ("pythonic", '[f(a=\'\'\'x "y" \\\'z\'\'\', b="")]', "",
+     [("f", '{"a": "x \\"y\\" \'z", "b": ""}')]),
+    ("pythonic", "[nobody()]", "[nobody()]", []),
+    ("pythonic", "[1] as they say", "[1] as they say", []),
+    ("pythonic", "f(a=1)", "f(a=1)", []),
+    ("pythonic", "[get_wea", "", []),
+    ("lfm2", 'Hm.<|tool_call_start|>[f(a="x"), f()]<|tool_call_end|>', "Hm.",
+     [("f", '{"a": "x"}'), ("f", "{}")]),
+    ("olmo3", "<function_calls>\nf(a=1)\ng(text=\"x\")\n</function_calls>", "",
+     [("f", '{"a": 1}'), ("g", '{"text": "x"}')]),
+]  # fmt: skip
+ALL_CASES = CASES + XML_CASES + PYTHON_CASES
+
+
+@pytest.mark.parametrize("format, answer, text, calls", ALL_CASES)
 def test_calls_are_found_in_the_formats_of_all_models(
     format: str, answer: str, text: str, calls: Calls
 ) -> None:
@@ -86,9 +165,9 @@ def test_calls_are_found_in_the_formats_of_all_models(
 def answers_in_pieces(draw: st.DrawFn) -> tuple[str, list[str]]:
     """A format, and an answer in pieces: cases and fragments of them in any order."""
     format = draw(st.sampled_from(sorted(FORMATS)))
-    answers = [answer for other, answer, _, _ in CASES if other == format]
+    answers = [answer for other, answer, _, _ in ALL_CASES if other == format]
     fragments = ["{", "}", "[", "]", '"', "\\", " ", ",", ";", "x", '"name": "f", ', '"arguments":']
-    marks = [FORMATS[format].opening, FORMATS[format].closing, '{"name": "f", "arguments": {']
+    marks = [*FORMATS[format].marks, '{"name": "f", "arguments": {']
     text = "".join(draw(st.lists(st.sampled_from(answers + fragments + marks), max_size=8)))
     cuts = sorted(draw(st.sets(st.integers(0, len(text)), max_size=12)))
     return format, [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
@@ -107,14 +186,42 @@ def test_the_result_does_not_depend_on_the_pieces(
 
 
 @settings(max_examples=50)
-@given(text=st.text("{}[]\"\\ a<tool_call>/"))
+@given(text=st.text("{}[]\"\\ a<tool_cal>/"))
 def test_text_without_a_call_is_returned_unchanged(text: str) -> None:
     for format in FORMATS:
-        assert parse(format, list(text)) == (text, [])
+        marks = FORMATS[format].marks
+        is_unmarked = not any(mark in text for mark in marks)
+        ends_in_mark = any(text.endswith(mark[:n]) for mark in marks for n in range(2, len(mark)))
+        if is_unmarked and not ends_in_mark and text.strip()[:1] not in ("{", "["):
+            assert parse(format, list(text)) == (text, [])
+
+
+@settings(max_examples=200)
+@given(case=answers_in_pieces())
+def test_content_never_holds_the_marks_of_calls(case: tuple[str, list[str]]) -> None:
+    format, pieces = case
+    content, _ = parse(format, pieces)
+    assert not any(mark in content for mark in FORMATS[format].marks)
+
+
+@pytest.mark.parametrize(
+    "format, answer, text", [case[:3] for case in ALL_CASES if case[3]], ids=str
+)
+def test_a_call_cut_off_anywhere_leaves_no_mark_in_the_content(
+    format: str, answer: str, text: str
+) -> None:
+    marks = FORMATS[format].marks
+    for size in range(len(answer)):
+        content, _ = parse(format, [answer[:size]])
+        shown = content.strip()
+        if shown and shown[-1] in {mark[0] for mark in marks} and not text.startswith(shown):
+            shown = shown[:-1].strip()  # one character is not known to begin a mark
+        assert text.strip().startswith(shown), size
+        assert not any(shown.endswith(m[:n]) for m in marks for n in range(2, len(m) + 1)), size
 
 
 def test_arguments_are_streamed_as_they_arrive() -> None:
-    parser = ToolCallParser(FORMATS["hermes"], NAMES)
+    parser = FORMATS["hermes"].parser({"f": None})
     assert parser.push('<tool_call>{"name": "f", "arguments": {"a')[1][0].name == "f"
     assert [delta.arguments for delta in parser.push('": 1')[1]] == ['": 1']
 
@@ -142,6 +249,17 @@ def test_arguments_are_streamed_as_they_arrive() -> None:
             marks=pytest.mark.slow,
         ),
         ("hermes", "<tool_cal" * 20_000),
+        ("qwen3_coder", "<tool_call><function=" * 5_000),
+        ("qwen3_coder", "<function=g>" * 5_000),
+        ("qwen3_coder", "<function=g><parameter=" * 5_000),
+        ("qwen3_coder", "<function=g><parameter=text>" + "</param" * 10_000),
+        ("qwen3_coder", "<function=g><parameter=items>" + "[" * 50_000 + "</parameter>"),
+        ("glm", "<tool_call>" + "g" * 50_000),
+        ("pythonic", "[f(a=" + "[" * 50_000),
+        ("pythonic", "[f(a=" + "'\\" * 25_000),
+        ("pythonic", "[f(" + " " * 50_000 + "x" + " " * 50_000 + ")"),
+        ("lfm2", "<|tool_call_start|>[" + "f(a=1), " * 5_000),
+        ("deepseek_v3", "<｜tool▁call▁begin｜>f" * 3_000),
         pytest.param("hermes", " " * 100_000, marks=pytest.mark.slow),
     ],
     ids=lambda value: value[:30],
@@ -158,18 +276,12 @@ def test_long_and_broken_answers_take_linear_time(format: str, answer: str) -> N
     assert seconds(in_pieces) < 2
 
 
-@pytest.mark.parametrize(
-    "template, format",
-    [
-        ("{{ '<tool_call>' }}", "hermes"),
-        ("{{ '<|python_tag|>' }}", "llama3"),
-        ("{{ 'Environment: ipython' }}", "llama3"),
-        ("[TOOL_CALLS]", "mistral"),
-        ("{{ messages }}", "json"),
-    ],
-)
-def test_the_format_is_detected_from_the_template(template: str, format: str) -> None:
-    assert detect_format(template) == format
+def test_strings_in_tags_are_streamed_as_they_arrive() -> None:
+    parser = FORMATS["qwen3_coder"].parser(TOOLS)
+    assert parser.push("<tool_call>\n<function=g>")[1][0].name == "g"
+    pieces = ["\n<parameter=text>\nfor", " \"x\"", ":\n", "y\n</param", "eter>\n</function>"]
+    streamed = ["".join(delta.arguments for delta in parser.push(piece)[1]) for piece in pieces]
+    assert streamed == ['"text": "for', ' \\"x\\"', ":", "\\ny", '"}']
 
 
 def test_arguments_are_json_if_the_keys_are_in_another_order() -> None:

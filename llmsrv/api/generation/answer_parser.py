@@ -8,7 +8,7 @@ from llmsrv.text.reasoning import THINK_END
 from llmsrv.text.reasoning import THINK_START
 from llmsrv.text.reasoning import ReasoningParser
 from llmsrv.text.tokenizer import Tokenizer
-from llmsrv.text.tool_calls import CallDelta
+from llmsrv.text.tool_calls.parser import CallDelta
 
 
 @dataclass
@@ -74,6 +74,6 @@ def visible_special_tokens(
     """Special tokens whose text the parser needs to see."""
     texts = [] if is_thinking is None else [THINK_START, THINK_END]
     if tools:
-        texts += [tools.format.opening, tools.format.closing, "[ARGS]", "[CALL_ID]"]
+        texts += tools.format.marks
     special = tokenizer.special_tokens
     return frozenset(special[text] for text in texts if text in special)

@@ -3,14 +3,18 @@
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llmsrv.api.generation.conversation import ToolChoice
 from llmsrv.api.generation.conversation import ToolDefinition
 from llmsrv.errors import invalid
 from llmsrv.registry.service import Service
-from llmsrv.text.tool_calls import FORMATS
-from llmsrv.text.tool_calls import ToolCallFormat
-from llmsrv.text.tool_calls import ToolCallParser
+from llmsrv.text.tool_calls.formats import FORMATS
+from llmsrv.text.tool_calls.parser import ToolCallFormat
+from llmsrv.text.tool_calls.parser import ToolCallParser
+
+# What is tried if a chat template shows no format that is known; the log says so at load.
+UNKNOWN_FORMAT = "json"
 
 
 @dataclass(frozen=True)
@@ -21,19 +25,25 @@ class ToolUse:
     callable     the tools that it may call, by name
     must_call    it has to call at least one
     at_most_one  it may not call more than one
+    is_limited   the model was also shown tools that it may not call
     """
 
     format: ToolCallFormat
     callable: dict[str, ToolDefinition]
     must_call: bool = False
     at_most_one: bool = False
+    is_limited: bool = False
+
+    @property
+    def schemas(self) -> dict[str, dict[str, Any] | None]:
+        return {name: tool.parameters for name, tool in self.callable.items()}
 
     def parser(self) -> ToolCallParser:
-        return ToolCallParser(self.format, self.callable, self.at_most_one)
+        return self.format.parser(self.schemas, self.at_most_one)
 
     def new_call_id(self) -> str:
         """A random id.  Mistral's templates accept only nine letters and digits."""
-        is_short = self.format.is_named
+        is_short = self.format.has_short_ids
         return secrets.token_hex(5)[:9] if is_short else f"call_{secrets.token_hex(12)}"
 
 
@@ -56,6 +66,7 @@ def tool_use(
         callable={name: tools_by_name[name] for name in choice.allowed_names or tools_by_name},
         must_call=choice.must_call,
         at_most_one=choice.at_most_one or (choice.must_call and not _takes_several(service)),
+        is_limited=0 < len(set(choice.allowed_names)) < len(tools_by_name),
     )
 
 
@@ -69,5 +80,5 @@ def _format_name(service: Service) -> str:
     if configured != "auto":
         return configured
     if template is not None and template.facts.has_tools:
-        return template.tool_call_format
+        return template.tool_call_format or UNKNOWN_FORMAT
     return "hermes"  # template_messages.py describes tools to other templates in this format

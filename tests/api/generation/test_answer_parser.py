@@ -8,7 +8,7 @@ from llmsrv.api.generation.answer_parser import AnswerParser
 from llmsrv.api.generation.conversation import ToolDefinition
 from llmsrv.api.generation.output import Delta
 from llmsrv.api.generation.tools import ToolUse
-from llmsrv.text.tool_calls import FORMATS
+from llmsrv.text.tool_calls.formats import FORMATS
 
 HERMES = ToolUse(FORMATS["hermes"], {"f": ToolDefinition("f")})
 CALL = '<tool_call>{"name": "f", "arguments": {"a": [1, "}"]}}</tool_call>'

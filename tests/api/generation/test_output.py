@@ -13,7 +13,7 @@ from llmsrv.engine.messages import Tokens
 from llmsrv.files.open import open_model
 from llmsrv.text.tokenizer import Tokenizer
 from llmsrv.text.tokenizer import load_tokenizer
-from llmsrv.text.tool_calls import FORMATS
+from llmsrv.text.tool_calls.formats import FORMATS
 
 HERMES = ToolUse(FORMATS["hermes"], {"f": ToolDefinition("f")})
 CALL = '<tool_call>{"name": "f", "arguments": {"a": [1, "}"]}}</tool_call>'

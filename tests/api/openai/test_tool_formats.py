@@ -42,6 +42,14 @@ FORMATS = {
     "llama3": (["<|python_tag|>"], "<|python_tag|>", False),
     "mistral": (["[TOOL_CALLS]"], "[TOOL_CALLS]", False),
     "json": ([], "", False),
+    "qwen3_coder": (["<tool_call>", "</tool_call>"], "<tool_call><function=<parameter=", False),
+    "deepseek_v31": (
+        ["<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>"]
+        + ["<｜tool▁call▁end｜>", "<｜tool▁sep｜>"],
+        "<｜tool▁calls▁begin｜>",
+        False,
+    ),
+    "lfm2": (["<|tool_call_start|>", "<|tool_call_end|>"], "<|tool_call_start|>", False),
     "hermes, thinking": (["<think>", "</think>"], "<tool_call></think>", True),
 }
 
@@ -93,7 +101,16 @@ def test_tools_are_called_in_the_format_of_the_model(tmp_path: Path, name: str) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "likely"), [("hermes", ""), ("mistral", ""), ("llama3", "{"), ("json", "{")]
+    ("name", "likely"),
+    [
+        ("hermes", ""),
+        ("mistral", ""),
+        ("llama3", "{"),
+        ("json", "{"),
+        ("qwen3_coder", ""),
+        ("deepseek_v31", ""),
+        ("lfm2", ""),
+    ],
 )
 def test_optional_calls_of_strict_tools_follow_their_schemas(
     tmp_path: Path, name: str, likely: str

@@ -1,0 +1,146 @@
+"""The arguments of calls that are not written as JSON: which type a text has, by the tool's schema.
+"""
+
+import ast
+import json
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+# With any of these keys a schema may allow properties that it does not list.
+OPEN_SCHEMA_KEYS = frozenset(
+    ("additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref")
+)
+Schema = dict[str, Any]
+
+_MAX_REFERENCES = 16  # followed from one schema to another
+_DEFINITIONS = ("$defs", "definitions")
+_PYTHON_CONSTANTS = {"True": True, "False": False, "None": None}
+_ANY_TYPE = frozenset(("string", "number", "boolean", "null", "object", "array"))
+
+
+def arguments_schema(schema: Schema | None) -> Schema:
+    """The schema of a call's arguments.  Unless it says something else, unlisted properties are
+    not allowed: small models would invent them without end."""
+    schema = {"type": "object", "properties": {}} | (schema or {})
+    return schema if OPEN_SCHEMA_KEYS & schema.keys() else schema | {"additionalProperties": False}
+
+
+class ArgumentSchemas:
+    """The schemas of a tool's arguments by name."""
+
+    def __init__(self, schema: Schema | None) -> None:
+        self._root = arguments_schema(schema)
+        root = _resolved(self._root, self._root)
+        properties = root.get("properties")
+        self.properties: dict[str, Any] = properties if isinstance(properties, dict) else {}
+        required = root.get("required")
+        names = required if isinstance(required, list) else []
+        self.required = {name for name in names if name in self.properties}
+        self._others = root.get("additionalProperties")
+        self.is_open = bool(OPEN_SCHEMA_KEYS & root.keys()) and self._others is not False
+
+    def types(self, name: str) -> frozenset[str]:
+        """The JSON types that an argument may have; all of them if its schema does not say."""
+        return frozenset(_types(self._property(name), self._root)) or _ANY_TYPE
+
+    def choices(self, name: str) -> list[Any] | None:
+        """The values that an argument may have, if its schema lists them."""
+        schema = _resolved(self._property(name), self._root)
+        if "const" in schema:
+            return [schema["const"]]
+        choices = schema.get("enum")
+        return choices if isinstance(choices, list) and choices else None
+
+    def standalone(self, name: str) -> Schema:
+        """The schema of an argument, with the definitions that it may refer to."""
+        shared = {key: self._root[key] for key in _DEFINITIONS if key in self._root}
+        return shared | self._property(name)
+
+    def _property(self, name: str) -> Schema:
+        schema = self.properties.get(name, self._others)
+        return schema if isinstance(schema, dict) else {}
+
+
+def json_of(text: str, types: frozenset[str]) -> str:
+    """JSON of an argument that was written as plain text: of one of the types, or a string.
+
+    Python's spelling of constants, lists and dictionaries is understood: templates print them so.
+    """
+    if types != {"string"}:
+        value = text.strip()
+        for written in _json_readings(value):
+            found = _type_of(written)
+            if found != "string" and found in types or found == "integer" and "number" in types:
+                return written
+    return json.dumps(text, ensure_ascii=False)
+
+
+def json_of_python(text: str) -> str:
+    """JSON of a Python literal, in which JSON's constants are also allowed; of the text itself if
+    it is neither."""
+    return next(_json_readings(text.strip()), json.dumps(text, ensure_ascii=False))
+
+
+def _json_readings(text: str) -> Iterator[str]:
+    """The text as JSON, if it is JSON; else as the Python literal that it is."""
+    try:
+        json.loads(text, parse_constant=_refuse_constant)
+        yield text
+    except (ValueError, RecursionError):
+        try:
+            if text in _PYTHON_CONSTANTS:
+                value = _PYTHON_CONSTANTS[text]
+            else:
+                with warnings.catch_warnings(action="ignore"):  # of unknown escape sequences
+                    value = ast.literal_eval(text)
+            yield json.dumps(value, ensure_ascii=False, allow_nan=False)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _type_of(written: str) -> str:
+    """The JSON type of a value by its first characters; of a number, as JSON Schema tells them."""
+    first = written[0]
+    if first in '"{[tfn':
+        return {'"': "string", "{": "object", "[": "array", "n": "null"}.get(first, "boolean")
+    return "number" if set(written) & set(".eE") else "integer"
+
+
+# ---- What a schema says
+
+
+def _types(schema: Schema, root: Schema, num_references: int = 0) -> Iterator[str]:
+    if num_references > _MAX_REFERENCES:
+        return
+    schema = _resolved(schema, root)
+    if (types := schema.get("type")) is not None:
+        yield from [types] if isinstance(types, str) else types
+        return
+    if "const" in schema or "enum" in schema:
+        values = [schema["const"]] if "const" in schema else schema["enum"]
+        yield from (_type_of(json.dumps(value)) for value in values)
+        return
+    for key in ("anyOf", "oneOf", "allOf"):
+        for part in schema.get(key) or ():
+            if isinstance(part, dict):
+                yield from _types(part, root, num_references + 1)
+
+
+def _resolved(schema: Schema, root: Schema) -> Schema:
+    """The schema that a reference to a definition stands for."""
+    for _ in range(_MAX_REFERENCES):
+        reference = schema.get("$ref")
+        if not isinstance(reference, str) or not reference.startswith("#/"):
+            return schema
+        target: Any = root
+        for key in reference[2:].split("/"):
+            target = target.get(key) if isinstance(target, dict) else None
+        if not isinstance(target, dict):
+            return schema
+        schema = target | {key: value for key, value in schema.items() if key != "$ref"}
+    return schema

@@ -1,0 +1,117 @@
+"""llmsrv.text.tool_calls.formats: which format a template shows, and grammars in every format."""
+
+import json
+import re
+
+import pytest
+
+from llmsrv.text.structural_tag import structural_tag_source
+from llmsrv.text.tokenizer import Tokenizer
+from llmsrv.text.tool_calls.formats import FORMATS
+from llmsrv.text.tool_calls.formats import detect_format
+from tests.support.calls import TOOLS
+from tests.support.calls import parse
+from tests.support.grammars import Texts
+
+DEEPSEEK = "{{ '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + tool.type + '<｜tool▁sep｜>' }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "format"),
+    [
+        ("{{ '<tool_call>' }}", "hermes"),
+        ("{{ '<|python_tag|>' }}", "llama3"),
+        ("{{ 'Environment: ipython' }}", "llama3"),
+        ("[TOOL_CALLS]", "mistral"),
+        ("{{ messages }}", None),
+        ("""{{ '{"name": "' + tool_call.name + '", "parameters": ' }}""", "json"),
+        (r"""{{- "{\"name\": <function-name>}" }}""", "json"),
+        ("{{ '<tool_call>\n<function=' + name + '>\n<parameter=' + key + '>' }}", "qwen3_coder"),
+        ("{%- set begin = '<seed:tool_call>' -%}{{ '<function=' }}<parameter=", "seed"),
+        ("{{ '<|python_tag|>' }}{{ '<function=' + name + '>' + arguments }}ipython", "functionary"),
+        ("{{ '\n<tool_call>' + tc.name }}<arg_key>{{ k }}</arg_key>", "glm"),
+        ("{%- set begin = '<minimax:tool_call>' -%}{{ '<invoke name=\"' }}", "minimax_m2"),
+        ("{{ '<tool_call>' }}{{ '<invoke name=\"' }}", None),
+        ("{{ '<|channel|>commentary to=functions.' }}", None),
+        ("{{ '<TOOLCALL>[' }}", "nemotron"),
+        (DEEPSEEK + "{{ '\n' + '```json' + '\n' }}", "deepseek_v3"),
+        (DEEPSEEK, "deepseek_v31"),
+        ("<|tool_calls_section_begin|>", "kimi_k2"),
+        ("{{ '<|tool_list_start|>' }}", "lfm2"),
+        ("{{ '<|tool|>' + tools + '<|/tool|>' }}", "phi4"),
+        ("respond only with <|tool_call|> followed by a JSON list of tools used", "granite"),
+        ("{{ ' functools[' }}", "functools"),
+        ("{{ '\n<tool_calls>[' }}", "apriel"),
+        ("in the format [func_name1(params_name1=params_value1), func_name2()]", "pythonic"),
+    ],
+)
+def test_the_format_is_detected_from_the_template(template: str, format: str | None) -> None:
+    assert detect_format(template) == format
+
+
+# A call of g, and one whose unit is not among those that the schema lists.
+CALLS = {
+    "qwen3_coder": "<tool_call>\n<function=g>\n<parameter=text>\nhi\n</parameter>\n"
+    "<parameter=number>\n12\n</parameter>\n<parameter=unit>\nC\n</parameter>\n</function>\n"
+    "</tool_call>",
+    "seed": "<seed:tool_call>\n<function=g>\n<parameter=text>hi</parameter>\n"
+    "<parameter=number>12</parameter>\n<parameter=unit>C</parameter>\n</function>\n"
+    "</seed:tool_call>",
+    "minimax_m2": '<minimax:tool_call>\n<invoke name="g">\n<parameter name="text">hi</parameter>\n'
+    '<parameter name="number">12</parameter>\n<parameter name="unit">C</parameter>\n</invoke>\n'
+    "</minimax:tool_call>",
+    "glm": "<tool_call>g\n<arg_key>text</arg_key>\n<arg_value>hi</arg_value>\n"
+    "<arg_key>number</arg_key>\n<arg_value>12</arg_value>\n<arg_key>unit</arg_key>\n"
+    "<arg_value>C</arg_value>\n</tool_call>",
+    "pythonic": '[g(text="hi", number=12, unit="C")]',
+    "lfm2": '<|tool_call_start|>[g(text="hi", number=12, unit="C")]<|tool_call_end|>',
+    "olmo3": '<function_calls>\ng(text="hi", number=12, unit="C")\n</function_calls>',
+    "deepseek_v3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>g\n```json\n"
+    '{"text": "hi", "number": 12, "unit": "C"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+    "deepseek_v31": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>g<｜tool▁sep｜>"
+    '{"text": "hi", "number": 12, "unit": "C"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+    "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.g:0"
+    '<|tool_call_argument_begin|>{"text": "hi", "number": 12, "unit": "C"}<|tool_call_end|>'
+    "<|tool_calls_section_end|>",
+    "functionary": '<function=g>{"text": "hi", "number": 12, "unit": "C"}</function>',
+    "hermes": '<tool_call>\n{"name": "g", "arguments": {"text": "hi", "number": 12, "unit": "C"}}\n'
+    "</tool_call>",
+    "llama3": '{"name": "g", "parameters": {"text": "hi", "number": 12, "unit": "C"}}',
+    "json": '{"name": "g", "arguments": {"text": "hi", "number": 12, "unit": "C"}}',
+} | {
+    name: f'{begin}[{{"name": "g", "arguments": {{"text": "hi", "number": 12, "unit": "C"}}}}]{end}'
+    for name, begin, end in [
+        ("mistral", "[TOOL_CALLS]", ""),
+        ("granite", "<|tool_call|>", ""),
+        ("phi4", "<|tool_call|>", "<|/tool_call|>"),
+        ("functools", "functools", ""),
+        ("nemotron", "<TOOLCALL>", "</TOOLCALL>"),
+        ("apriel", "<tool_calls>", "</tool_calls>"),
+    ]
+}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_required_call_is_written_in_the_models_format(
+    texts: Texts, tokenizer: Tokenizer, format: str
+) -> None:
+    call = CALLS[format]
+    wanted = {"text": "hi", "number": 12, "unit": "C"}
+    content, [(name, arguments)] = parse(format, list(call))
+    assert (content, name, json.loads(arguments)) == ("", "g", wanted)
+    forced = structural_tag_source(FORMATS[format].calls(TOOLS, at_most_one=True), tokenizer)
+    assert texts.take(forced, call)
+    assert not texts.take(forced, re.sub(r"\bC\b", "K", call))
+    assert not texts.take(forced, call.replace("12", "many"))
+    assert not texts.take(forced, "text")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_free_answers_hold_text_or_calls_in_the_models_format(
+    texts: Texts, tokenizer: Tokenizer, format: str
+) -> None:
+    call = CALLS[format]
+    free = structural_tag_source(FORMATS[format].text_or_calls(TOOLS), tokenizer)
+    assert texts.take(free, "No call at all.")
+    assert texts.take(free, call)
+    assert not texts.take(free, re.sub(r"\bC\b", "K", call))
