@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 from llmsrv.text import nested_json
+from llmsrv.text.json_schema import UnfollowedError
+from llmsrv.text.json_schema import digits_as_ecma
+from llmsrv.text.json_schema import followed_schema
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -33,10 +36,22 @@ JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separat
 MAX_LEXER_STATES = 50_000
 
 _UNSUPPORTED = re.compile(r"Unimplemented keys: (\[.*\])")
-_LARK = re.compile(r"^\s*(%llguidance\b|start\s*:)", re.MULTILINE)
+_LARK = re.compile(r"^[ \t]*(%llguidance\b|start[ \t]*:)", re.MULTILINE)
 _IN_LARK = {"/": r"\/", "\n": r"\n", "\r": r"\r"}
 # Escape sequences match as a whole and stay unchanged.
 _NOT_IN_LARK = re.compile(r"\\.|[/\n\r]", re.DOTALL)
+_IN_SCHEMA = "failed to compile JSON schema: "
+_OUR_LINES = re.compile(r"\n *[0-9]+ \| ")  # llguidance quotes the grammar around a schema
+# What an error is about -> the message that names the keyword.
+_NAMED_KEYWORDS = {
+    "regex parse error": "'pattern' is not supported: {}",
+    "lookarounds not supported": "'pattern' is not supported: {}",
+    "oneOf constraints": "'oneOf' with alternatives that overlap is not supported",
+    "for integer range": "'minimum' or 'maximum' of this size is not supported",
+    "for float range": "'minimum' or 'maximum' of this size is not supported",
+    "Pointer '": "'$ref' leads nowhere: {}",
+    "retrieving it failed": "'$ref' leads out of the schema: {}",
+}
 _LITERAL = re.compile(r'"(?:[^"\\\n]|\\.)*"')
 _COUNTS = re.compile(r"(?<!\\)\{([\d\s,]*)\}")
 _EXCESSIVE = re.compile(r"[1-9]\d{6}")
@@ -117,6 +132,7 @@ def lark_regex(pattern: str) -> str:
         raise GrammarError("expected a regular expression, but got an empty string")
     check_source_size(pattern)
     _check_repetitions(pattern, _NESTED_IN_PATTERN)
+    pattern = digits_as_ecma(pattern)
     return f"/{_NOT_IN_LARK.sub(lambda match: _IN_LARK.get(match[0], match[0]), pattern)}/"
 
 
@@ -142,7 +158,12 @@ def checked_schema(schema: Any, whitespace_pattern: str | None = None) -> dict[s
     options: dict[str, Any] = JSON_STYLE
     if whitespace_pattern is not None:
         options = {"whitespace_flexible": True, "whitespace_pattern": whitespace_pattern}
-    return schema | {"x-guidance": options}
+    try:
+        return followed_schema(schema) | {"x-guidance": options}
+    except UnfollowedError as error:
+        raise GrammarError(str(error)) from None
+    except RecursionError:
+        raise GrammarError("the schema is nested too deeply") from None
 
 
 def _parse_json(text: bytes | str) -> Any:
@@ -258,6 +279,11 @@ def gbnf_to_lark(source: str) -> str:
 def _client_message(error: str) -> str:
     """llguidance's error message without its dump of the parser state."""
     message = error.partition("\n<")[0].strip()
+    if _IN_SCHEMA in message:
+        message = _OUR_LINES.split(message.partition(_IN_SCHEMA)[2])[0]
+    for mark, named in _NAMED_KEYWORDS.items():
+        if mark in message:
+            message = named.format(message)
     if unsupported := _UNSUPPORTED.search(message):
         names = ", ".join(json.loads(unsupported[1]))
         return f"it uses keywords of JSON Schema that are not supported: {names}"

@@ -1,6 +1,7 @@
 """Which tools the model may or must call in one turn, and in which format it writes the calls."""
 
 import secrets
+from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,12 @@ from llmsrv.api.generation.conversation import ToolChoice
 from llmsrv.api.generation.conversation import ToolDefinition
 from llmsrv.errors import invalid
 from llmsrv.registry.service import Service
+from llmsrv.text.json_schema import lenient_schema
 from llmsrv.text.tool_calls.formats import FORMATS
 from llmsrv.text.tool_calls.parser import ToolCallFormat
 from llmsrv.text.tool_calls.parser import ToolCallParser
+
+Simplify = Callable[[dict[str, Any]], dict[str, Any]]
 
 # What is tried if a chat template shows no format that is known; the log says so at load.
 UNKNOWN_FORMAT = "json"
@@ -34,12 +38,17 @@ class ToolUse:
     at_most_one: bool = False
     is_limited: bool = False
 
-    @property
-    def schemas(self) -> dict[str, dict[str, Any] | None]:
-        return {name: tool.parameters for name, tool in self.callable.items()}
+    def schemas(self, simplify: Simplify = lenient_schema) -> dict[str, dict[str, Any] | None]:
+        """The schemas of the arguments; `simplify` is applied to those of tools that are not
+        strict."""
+        return {
+            name: tool.parameters if tool.is_strict else simplify(tool.parameters or {})
+            for name, tool in self.callable.items()
+        }
 
     def parser(self) -> ToolCallParser:
-        return self.format.parser(self.schemas, self.at_most_one)
+        parameters = {name: tool.parameters for name, tool in self.callable.items()}
+        return self.format.parser(parameters, self.at_most_one)
 
     def new_call_id(self) -> str:
         """A random id.  Mistral's templates accept only nine letters and digits."""

@@ -35,8 +35,7 @@ class ArgumentSchemas:
         properties = root.get("properties")
         self.properties: dict[str, Any] = properties if isinstance(properties, dict) else {}
         required = root.get("required")
-        names = required if isinstance(required, list) else []
-        self.required = {name for name in names if name in self.properties}
+        self.required = {name for name in self.properties if name in _listed(required)}
         self._others = root.get("additionalProperties")
         self.is_open = bool(OPEN_SCHEMA_KEYS & root.keys()) and self._others is not False
 
@@ -119,16 +118,19 @@ def _types(schema: Schema, root: Schema, num_references: int = 0) -> Iterator[st
         return
     schema = _resolved(schema, root)
     if (types := schema.get("type")) is not None:
-        yield from [types] if isinstance(types, str) else types
-        return
-    if "const" in schema or "enum" in schema:
-        values = [schema["const"]] if "const" in schema else schema["enum"]
+        yield from (type for type in _listed(types) if isinstance(type, str))
+    elif "const" in schema or "enum" in schema:
+        values = [schema["const"]] if "const" in schema else _listed(schema["enum"])
         yield from (_type_of(json.dumps(value)) for value in values)
-        return
-    for key in ("anyOf", "oneOf", "allOf"):
-        for part in schema.get(key) or ():
-            if isinstance(part, dict):
-                yield from _types(part, root, num_references + 1)
+    else:
+        for key in ("anyOf", "oneOf", "allOf"):
+            for part in _listed(schema.get(key)):
+                if isinstance(part, dict):
+                    yield from _types(part, root, num_references + 1)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _resolved(schema: Schema, root: Schema) -> Schema:

@@ -1,0 +1,117 @@
+"""llmsrv.text.json_schema: what generators write is served, and the rest named or left out."""
+
+import json
+from typing import Any
+
+import pytest
+
+from llmsrv.text.grammar import GrammarError
+from llmsrv.text.grammar import json_schema_source
+from llmsrv.text.grammar import regex_source
+from llmsrv.text.json_schema import lenient_schema
+from llmsrv.text.json_schema import skeleton_schema
+from llmsrv.text.structural_tag import structural_tag_source
+from llmsrv.text.tokenizer import Tokenizer
+from llmsrv.text.tool_calls.formats import FORMATS
+from tests.support.grammars import Texts
+
+ZOD_EMAIL = (
+    r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+"
+    r"[A-Za-z]{2,}$"
+)
+INTEGER = {"type": "integer"}
+STRING = {"type": "string"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "other"),
+    [
+        ({"$schema": "https://spec.openapis.org/oas/3.1/dialect/base", **INTEGER}, "1", "a"),
+        ({"$schema": "http://json-schema.org/draft-04/schema#", **INTEGER}, "1", "a"),
+        (INTEGER | {"minimum": -(2**63), "maximum": 2**63 - 1}, "-5", "a"),
+        (INTEGER | {"minimum": 0, "maximum": 2**64 - 1}, "12345678901234567890", "-1"),
+        (INTEGER | {"minimum": 1 - 2**53, "maximum": 2**53 - 1}, "9007199254740991", "1e99"),
+        (INTEGER | {"minimum": 1, "exclusiveMinimum": True}, "2", "1"),
+        (INTEGER | {"minimum": 1, "exclusiveMinimum": False}, "1", "0"),
+        (INTEGER | {"const": 10**17}, str(10**17), str(10**17 + 1)),
+        ({"type": "number", "minimum": -1.7976931348623157e308}, "-5.5", "a"),
+        ({"type": "number", "maximum": 3.4028234663852886e38}, "5.5", "a"),
+        ({"type": "array", "uniqueItems": False}, "[]", "{}"),
+        (STRING | {"format": "uuid4"}, '"x"', "1"),
+        (STRING | {"format": "starts_with", "pattern": "^ab.*"}, '"abc"', '"xab"'),
+        (STRING | {"format": "email", "pattern": ZOD_EMAIL}, '"a.b@c.de"', '"a..b@c.de"'),
+        (STRING | {"format": "hostname", "pattern": "^(?=.{1,253}$).+$"}, '"a.de"', '"a b"'),
+        (STRING | {"pattern": r"^\\d\d$"}, r'"\\d1"', '"11"'),
+        (
+            {"type": "object", "propertyNames": STRING, "additionalProperties": INTEGER},
+            '{"a": 1}',
+            '{"a": "b"}',
+        ),
+        (
+            {"type": "object", "propertyNames": {"enum": ["a"]}, "additionalProperties": INTEGER},
+            '{"a": 1}',
+            '{"b": 1}',
+        ),
+        (
+            {"type": "object", "propertyNames": {"pattern": "^a"}, "additionalProperties": INTEGER},
+            '{"ab": 1}',
+            '{"b": 1}',
+        ),
+        ({"properties": {"not": INTEGER, "format": STRING}, "type": "object"}, '{"not": 1}', "1"),
+    ],
+    ids=str,
+)
+def test_what_asks_for_nothing_is_no_obstacle(
+    texts: Texts, schema: dict[str, Any], text: str, other: str
+) -> None:
+    assert texts.take(json_schema_source(schema), text)
+    assert not texts.take(json_schema_source(schema), other)
+
+
+UNFOLLOWED = [
+    {"type": "object", "propertyNames": {"minLength": 2}},
+    {"type": "array", "uniqueItems": True},
+    STRING | {"pattern": "(?!x)y"},
+    STRING | {"pattern": r"\bword\b"},
+    STRING | {"not": {"const": "a"}},
+    {"oneOf": [{"type": "integer"}, {"type": "number"}]},
+    INTEGER | {"const": 1234567890123456789},
+    INTEGER | {"multipleOf": 2**53 + 1},
+    {"if": {}, "then": {}, "type": "object"},
+]
+
+
+@pytest.mark.parametrize("schema", UNFOLLOWED, ids=str)
+def test_an_unfollowed_keyword_is_left_out_unless_the_schema_is_strict(
+    texts: Texts, tokenizer: Tokenizer, schema: dict[str, Any]
+) -> None:
+    wanted = {"type": "object", "properties": {"a": schema, "b": {"enum": [1]}}}
+    source = json_schema_source(lenient_schema(wanted))
+    assert texts.take(source, '{"b": 1}') and not texts.take(source, '{"b": 2}')
+    assert texts.take(json_schema_source(skeleton_schema(wanted)), '{"b": 1}')
+    with pytest.raises(GrammarError) as refused:
+        form = FORMATS["hermes"].calls({"f": wanted}, at_most_one=True)
+        texts.take(structural_tag_source(form, tokenizer), "")
+    assert any(key in str(refused.value) for key in schema if key != "type")
+    assert "%json" not in str(refused.value) and "tool_call" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": 5, "required": 1, "properties": {"a": 1}, "anyOf": 2, "enum": {}},
+        {"properties": {"a": {"type": ["foo", 1], "pattern": "(", "$ref": "http://x"}}},
+    ],
+    ids=str,
+)
+def test_schemas_that_are_none_are_simplified_without_an_error(schema: dict[str, Any]) -> None:
+    json.dumps(skeleton_schema(schema))
+    for format in FORMATS.values():
+        format.calls({"f": schema}, at_most_one=True)
+        format.parser({"f": schema}).push("<tool_call>\n<function=f>\n<parameter=a>\n1\n</")
+
+
+def test_digits_in_a_pattern_are_ascii(texts: Texts) -> None:
+    assert texts.take(regex_source(r"\d[\d-]\D\\d"), r"1-x\d")
+    assert not texts.take(regex_source(r"\d"), "٣")
+    assert texts.take(regex_source(r"\D"), "٣")
