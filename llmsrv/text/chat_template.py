@@ -90,7 +90,7 @@ class ChatTemplate:
     @property
     def has_unknown_tool_calls(self) -> bool:
         """True if the template takes tools, and shows calls in no format that is known."""
-        return self.tool_call_format is None and self.uses_variable("tools")
+        return self.tool_call_format is None and self.facts.has_tools
 
     def uses_variable(self, variable: str) -> bool:
         """True if the template uses a variable of this name."""

@@ -123,7 +123,7 @@ def _asks_for_nothing(key: str, value: Any) -> bool:
         case "not":
             return value is False
         case "dependencies" | "dependentRequired" | "dependentSchemas":
-            return value == {}
+            return bool(value == {})
         case "unevaluatedProperties" | "unevaluatedItems":
             return value is True or bool(value == {})
     if isinstance(value, bool) or not isinstance(value, int | float):
