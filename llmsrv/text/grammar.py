@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 from llmsrv.text import nested_json
+from llmsrv.text.gbnf import GbnfError
+from llmsrv.text.gbnf import lark_of_gbnf
 from llmsrv.text.json_schema import UnfollowedError
 from llmsrv.text.json_schema import digits_as_ecma
 from llmsrv.text.json_schema import followed_schema
@@ -57,7 +59,6 @@ _COUNTS = re.compile(r"(?<!\\)\{([\d\s,]*)\}")
 _EXCESSIVE = re.compile(r"[1-9]\d{6}")
 _NESTED_IN_PATTERN = re.compile(r"(?<!\\)\((?:\?:)?(?:\\?[\w.]|\[[^\[\]]*\])[*+]\)[*+]")
 _NESTED_IN_RULES = re.compile(r'\(\s*(?:""|[\w-]+|\[[^\[\]]*\])\s*[*+]\s*\)\s*[*+]')
-_GBNF_ESCAPE = re.compile(r"\\u00([0-9a-fA-F]{2})")
 
 
 class GrammarError(ValueError):
@@ -261,18 +262,16 @@ def compile_source(source: str, vocabulary: "LLTokenizer") -> "LLMatcher":
 
 def gbnf_to_lark(source: str) -> str:
     """Converts the GBNF in a source to Lark.  May be as slow as compile_source."""
-    from llguidance import grammar_from
-
     grammars = json.loads(source)["grammars"]
     for grammar in grammars:
         if (gbnf := grammar.pop("gbnf", None)) is None:
             continue
-        # llguidance 1.9 loses the zeros of \u00e9.
-        gbnf = _GBNF_ESCAPE.sub(r"\\x\1", gbnf)
         try:
-            grammar["lark_grammar"] = grammar_from("gbnf", gbnf)
-        except (ValueError, RecursionError) as error:
-            raise GrammarError(str(error)[:MAX_ERROR_CHARS]) from None
+            grammar["lark_grammar"] = lark_of_gbnf(gbnf)
+        except GbnfError as error:
+            raise GrammarError(str(error)) from None
+        except RecursionError:
+            raise GrammarError("the grammar is nested too deeply") from None
     return _source_from(grammars)
 
 

@@ -10,7 +10,6 @@ from llmsrv.text.grammar import GrammarError
 from llmsrv.text.grammar import MAX_SOURCE_BYTES
 from llmsrv.text.grammar import after_reasoning_source
 from llmsrv.text.grammar import choice_source
-from llmsrv.text.grammar import gbnf_to_lark
 from llmsrv.text.grammar import grammar_source
 from llmsrv.text.grammar import json_schema_source
 from llmsrv.text.grammar import regex_source
@@ -144,11 +143,6 @@ def test_a_pattern_matches_the_same_in_a_grammar_as_alone(
 def test_gbnf_is_accepted(texts: Texts, gbnf: str, text: str, other: str) -> None:
     assert texts.take(grammar_source(gbnf), text)
     assert not texts.take(grammar_source(gbnf), other)
-
-
-def test_invalid_gbnf_is_refused() -> None:
-    with pytest.raises(GrammarError, match="line 1"):
-        gbnf_to_lark(grammar_source("root ::= ("))
 
 
 @pytest.mark.parametrize(
