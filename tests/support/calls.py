@@ -27,13 +27,15 @@ TOOLS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def parse(format: str, pieces: Sequence[str], at_most_one: bool = False) -> tuple[str, Calls]:
+def parse(
+    format: str, pieces: Sequence[str], at_most_one: bool = False, is_cut: bool = False
+) -> tuple[str, Calls]:
     """The content, and the name and arguments of each call, joined as a client does."""
     parser = FORMATS[format].parser(TOOLS, at_most_one)
     content = ""
     names: list[str] = []
     arguments: list[list[str]] = []
-    for text, deltas in [*map(parser.push, pieces), parser.flush()]:
+    for text, deltas in [*map(parser.push, pieces), parser.flush(is_cut)]:
         content += text
         for delta in deltas:
             if delta.name is not None:

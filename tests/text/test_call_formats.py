@@ -42,6 +42,8 @@ DEEPSEEK = "{{ '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + tool.
         ("respond only with <|tool_call|> followed by a JSON list of tools used", "granite"),
         ("{{ ' functools[' }}", "functools"),
         ("{{ '\n<tool_calls>[' }}", "apriel"),
+        ("{{ '<tool_calls>\n' }}{% if message.role == 'ipython' %}", "minimax_m1"),
+        ("{{ '<atem:invoke name=' }}{\"name\": }", None),
         ("in the format [func_name1(params_name1=params_value1), func_name2()]", "pythonic"),
     ],
 )
@@ -76,6 +78,8 @@ CALLS = {
     "functionary": '<function=g>{"text": "hi", "number": 12, "unit": "C"}</function>',
     "hermes": '<tool_call>\n{"name": "g", "arguments": {"text": "hi", "number": 12, "unit": "C"}}\n'
     "</tool_call>",
+    "minimax_m1": '<tool_calls>\n{"name": "g", "arguments": {"text": "hi", "number": 12, '
+    '"unit": "C"}}\n</tool_calls>',
     "llama3": '{"name": "g", "parameters": {"text": "hi", "number": 12, "unit": "C"}}',
     "json": '{"name": "g", "arguments": {"text": "hi", "number": 12, "unit": "C"}}',
 } | {

@@ -42,10 +42,13 @@ class AnswerParser:
     def num_tool_calls(self) -> int:
         return self._tool_calls.num_calls if self._tool_calls else 0
 
-    def push(self, text: str, is_last: bool = False, cut_off: str = "") -> AnswerParts:
+    def push(
+        self, text: str, is_last: bool = False, cut_off: str = "", is_cut: bool = False
+    ) -> AnswerParts:
         """Takes the next text.  With the last, everything that was held back comes out.
 
-        cut_off: after the last text, as in ReasoningParser.flush()."""
+        cut_off: after the last text, as in ReasoningParser.flush().  is_cut: as in
+        ToolCallParser.flush()."""
         parts = AnswerParts(text=text)
         if self.reasoning_parser:
             parts.reasoning, parts.text = self.reasoning_parser.push(text)
@@ -56,7 +59,7 @@ class AnswerParser:
         if self._tool_calls:
             parts.text, calls = self._tool_calls.push(parts.text)
             if is_last:
-                text, further_calls = self._tool_calls.flush()
+                text, further_calls = self._tool_calls.flush(is_cut)
                 parts.text += text
                 calls += further_calls
             parts.tool_calls = [self._with_id(call) for call in calls]

@@ -195,7 +195,8 @@ class ChoiceOutput:
     def _parse(self, parser: AnswerParser, delta: Delta) -> None:
         """Splits the delta's text into its parts."""
         cut_off = "" if delta.stop_string is None else self._unreleased
-        parts = parser.push(delta.text, delta.finish_reason is not None, cut_off)
+        reason = delta.finish_reason
+        parts = parser.push(delta.text, reason is not None, cut_off, reason == "length")
         delta.reasoning, delta.text = parts.reasoning, parts.text
         delta.tool_calls = parts.tool_calls
         if delta.finish_reason == "stop" and parser.num_tool_calls:

@@ -93,9 +93,12 @@ class ToolCallParser(ABC):
             pass
         return self._take_output()
 
-    def flush(self) -> tuple[str, list[CallDelta]]:
-        """At the end of the answer.  A call whose arguments have not begun is dropped."""
-        self._emit_text(self._uncalled_rest())
+    def flush(self, is_cut: bool = False) -> tuple[str, list[CallDelta]]:
+        """At the end of the answer.  A call whose arguments have not begun is dropped.
+
+        is_cut: the answer would have gone on, so even one character may have begun a mark."""
+        if not is_cut or self._state != self._in_text:
+            self._emit_text(self._uncalled_rest())
         if not self.num_calls:
             self._content += self._withheld
         self._text, self._position, self._withheld = "", 0, []

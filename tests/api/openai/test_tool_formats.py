@@ -147,6 +147,26 @@ def test_optional_calls_of_strict_tools_follow_their_schemas(
             assert other.message.content and not other.message.tool_calls
 
 
+@pytest.mark.parametrize("name", ["hermes", "json", "qwen3_coder"])
+def test_a_call_cut_by_max_tokens_leaves_no_markup_in_the_content(
+    tmp_path: Path, name: str
+) -> None:
+    _, writes, _ = FORMATS[name]
+    model = write_model(tmp_path / "tiny.gguf", [], writes)  # the marks take many tokens
+    with run_server("--model", str(model)) as server:
+        client = openai_client(server.url)
+        for max_tokens in range(1, 60, 3):
+            choice = client.chat.completions.create(
+                model="tiny",
+                messages=[{"role": "user", "content": "hello"}],
+                tools=TOOLS,
+                tool_choice="required",
+                max_tokens=max_tokens,
+            ).choices[0]
+            assert choice.finish_reason in ("length", "tool_calls")
+            assert not choice.message.content
+
+
 @pytest.mark.slow
 def test_an_answer_follows_its_format_or_calls_tools(tmp_path: Path) -> None:
     specials, writes, _ = FORMATS["hermes"]
