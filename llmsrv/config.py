@@ -176,7 +176,6 @@ class Config:
         "precision of activations in matrix products on the CPU: 8 is faster and less exact; AMX "
         "always uses 16",
         choices=(16, 8),
-        least=8,
         backend="cpu",
     )
     kv_cache_bits: int = option(
@@ -184,7 +183,6 @@ class Config:
         "Engine",
         "bits for each value in the KV cache on the CPU: 8 halves its memory and is less exact",
         choices=(16, 8, 32),
-        least=8,
         backend="cpu",
     )
     context_window_size: int = option(

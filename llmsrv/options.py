@@ -6,6 +6,7 @@ Imports the standard library only, so that --help is quick and works without our
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -73,14 +74,15 @@ def _add_flag(group: Any, field: "dataclasses.Field[Any]") -> None:
     if field.type is bool:
         group.add_argument(flag, action="store_true", help=metadata["help"])
         return
-    default = field.default
+    choices, default = metadata.get("choices"), field.default
+    is_number = field.type in (int, float) and not choices  # choices are shown as they are
     suffix = "" if default in (None, dataclasses.MISSING) else f" (default: {default})"
     group.add_argument(
         flag,
         type=_converter(field),
         action=_Extend if metadata.get("many") else "store",
-        choices=metadata.get("choices"),
-        metavar=metadata.get("metavar") or ("N" if field.type in (int, float) else None),
+        choices=choices,
+        metavar=metadata.get("metavar") or ("N" if is_number else None),
         help=metadata["help"] + suffix,
     )
 
@@ -144,7 +146,7 @@ def _converter(field: "dataclasses.Field[Any]") -> Any:
     if field.metadata.get("many"):
         return _list
     if field.type in (int, float):
-        least, most = field.metadata["least"], field.metadata.get("most", 10**9)
+        least, most = field.metadata.get("least", -math.inf), field.metadata.get("most", 10**9)
         return lambda text: _number(field.type, text, least, most)
     return Path if field.type is Path else str
 

@@ -64,7 +64,7 @@ class Runtime:
             log.error("keeping the current API keys: %s", error)
         else:
             self.gate.replace_keys(keys)
-            log.info("loaded %d API keys", len(keys))
+            log.info("API keys reloaded: %d", len(keys))
 
     def refuse_requests(self) -> None:
         """From now on new requests get 503, and running ones go on."""

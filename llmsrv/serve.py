@@ -141,7 +141,7 @@ def _ready_message(runtime: Runtime, address: tuple[object, ...]) -> str:
     return (
         f"llmsrv {__version__} is ready at {url} with {' and '.join(map(_description, services))}\n"
         f"Try: curl {url}{path} -H 'Content-Type: application/json'{key} "
-        f"-d '{{\"model\": \"{services[0].names[0]}\", {field}}}'"
+        f"-d '{{\"model\": \"{services[0].names[0]}\", {field}, \"max_tokens\": 64}}'"
     )
 
 

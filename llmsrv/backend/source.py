@@ -95,6 +95,7 @@ def load_library(sources: dict[str, bytes], flags: Iterable[str], cache_dir: Pat
             return ctypes.CDLL(str(cached))
         except OSError as error:
             log.warning("the cached kernels %s cannot be loaded: %s", cached, error)
+    log.info("compiling the kernels with %s", shlex.join(compiler.command))
     try:
         with tempfile.TemporaryDirectory(prefix="llmsrv-") as build:
             library = _compile(compiler, sources, tuple(flags), Path(build))
