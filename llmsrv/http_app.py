@@ -109,6 +109,12 @@ class Application:
             return error_response(error, route.dialect)
         except ClientDisconnected:
             raise
+        except MemoryError:
+            log.error("%s %s failed: out of memory", request.method, request.path)
+            message = "The server has not enough memory for this request now."
+            retry = {"Retry-After": "1"}
+            overload = ApiError(503, message, code="server_is_overloaded", headers=retry)
+            return error_response(overload, route.dialect)
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
             message = "The server had an error while processing your request."

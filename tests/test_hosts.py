@@ -10,13 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from llmsrv.api.gate import Gate
 from llmsrv.app import App
 from llmsrv.app import build
+from llmsrv.asgi.request import Request
+from llmsrv.asgi.response import Response
+from llmsrv.asgi.router import Router
 from llmsrv.asgi.types import Message
 from llmsrv.asgi.types import Receive
 from llmsrv.asgi.types import Scope
 from llmsrv.asgi.types import Send
 from llmsrv.config import Config
+from llmsrv.http_app import Application
 from llmsrv.runtime import Runtime
 from tests.support.application import Answer
 from tests.support.application import StartupFailed
@@ -211,3 +216,14 @@ async def test_a_websocket_is_refused(config: Config) -> None:
 
     await make_app(config)({"type": "websocket"}, receive, send)
     assert sent == [{"type": "websocket.close"}]
+
+
+def test_a_request_that_memory_does_not_suffice_for_is_told_to_come_again() -> None:
+    async def handler(request: Request) -> Response:
+        raise MemoryError
+
+    router = Router()
+    router.add("POST", "/", handler)
+    app = Application(Gate(None, ["*"], []), router)
+    answer = asyncio.run(ask(app, "POST", "/", {"host": "localhost"}))
+    assert answer.status == 503 and answer.headers["retry-after"] == "1"

@@ -37,8 +37,10 @@ JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separat
 # lexer states take about 100 MB.
 MAX_LEXER_STATES = 50_000
 
+# The patterns below take time linear in any text: what repeats is possessive, stops at
+# the end of its line, or has an end that cannot begin it again.
 _UNSUPPORTED = re.compile(r"Unimplemented keys: (\[.*\])")
-_LARK = re.compile(r"^[ \t]*(%llguidance\b|start[ \t]*:)", re.MULTILINE)
+_LARK = re.compile(r"^[ \t]*+(%llguidance\b|start[ \t]*+:)", re.MULTILINE)
 _IN_LARK = {"/": r"\/", "\n": r"\n", "\r": r"\r"}
 # Escape sequences match as a whole and stay unchanged.
 _NOT_IN_LARK = re.compile(r"\\.|[/\n\r]", re.DOTALL)
@@ -54,8 +56,8 @@ _NAMED_KEYWORDS = {
     "Pointer '": "'$ref' leads nowhere: {}",
     "retrieving it failed": "'$ref' leads out of the schema: {}",
 }
-_LITERAL = re.compile(r'"(?:[^"\\\n]|\\.)*"')
-_COUNTS = re.compile(r"(?<!\\)\{([\d\s,]*)\}")
+_LITERAL = re.compile(r'"(?:[^"\\\n]|\\.)*+"?')  # or a rest of a line
+_COUNTS = re.compile(r"(?<!\\)\{([\d\s,]*+)\}")
 _EXCESSIVE = re.compile(r"[1-9]\d{6}")
 _NESTED_IN_PATTERN = re.compile(r"(?<!\\)\((?:\?:)?(?:\\?[\w.]|\[[^\[\]]*\])[*+]\)[*+]")
 _NESTED_IN_RULES = re.compile(r'\(\s*(?:""|[\w-]+|\[[^\[\]]*\])\s*[*+]\s*\)\s*[*+]')
@@ -85,6 +87,8 @@ def choice_source(choices: Sequence[str]) -> str:
     """Source for one of several texts."""
     if not any(choices):
         raise GrammarError("expected at least one text that is not empty")
+    if (size := sum(map(len, choices))) > MAX_SOURCE_BYTES:
+        raise _too_large(size)
     # One terminal, because rules cannot separate a choice from another that starts with it.
     return lark_source(f"start: CHOICE\nCHOICE: {' | '.join(map(json.dumps, choices))}")
 
@@ -201,9 +205,11 @@ def _source_from(grammars: list[dict[str, Any]]) -> str:
 
 def check_source_size(text: bytes | str) -> None:
     if len(text) > MAX_SOURCE_BYTES:
-        raise GrammarError(
-            f"the grammar has {len(text)} bytes; at most {MAX_SOURCE_BYTES} are possible"
-        )
+        raise _too_large(len(text))
+
+
+def _too_large(size: int) -> GrammarError:
+    return GrammarError(f"the grammar has {size} bytes; at most {MAX_SOURCE_BYTES} are possible")
 
 
 # ---- Compiling, in the worker and in the engine; llguidance is imported nowhere else

@@ -10,6 +10,7 @@ linear in the text for each stop string.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 
 class StopMatcher:
@@ -77,6 +78,7 @@ class _Pattern:
         return self.state == len(self.stop)
 
 
+@lru_cache(maxsize=256)  # a request's choices have the same stop strings
 def _failure_function(stop: str) -> list[int]:
     """For each prefix, the length of its longest proper suffix that is also a prefix of `stop`.
     Source: Knuth, Morris and Pratt 1977."""

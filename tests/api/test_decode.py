@@ -1,6 +1,8 @@
 """What is accepted as JSON (RFC 8259), as the value of a known and of an unknown field."""
 
 import json
+import time
+from typing import Literal
 
 import msgspec
 import pytest
@@ -66,3 +68,15 @@ def test_76_bytes_that_are_not_utf_8_are_not_json(text: bytes) -> None:
         with pytest.raises(ApiError) as caught:
             decode_body(DECODER, b'{"%b":%b}' % (name, text))
         assert caught.value.code == "invalid_json"
+
+
+def test_an_error_quotes_a_long_value_only_in_part() -> None:
+    class Choice(msgspec.Struct):
+        a: Literal["b"]
+
+    body = json.dumps({"a": "x" * 5_000_000}).encode()
+    start_s = time.process_time()
+    with pytest.raises(ApiError) as caught:
+        decode_body(msgspec.json.Decoder(Choice), body)
+    assert time.process_time() - start_s < 0.2
+    assert len(caught.value.message) < 2000

@@ -4,6 +4,7 @@ A dialect reads its own fields into a WantedGrammar.  Here the grammar is combin
 tool calls, put after the reasoning, and compiled once to see that it can be.
 """
 
+import asyncio
 from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,10 +69,16 @@ async def answer_grammar(
     reason = ""
     for make_source in (wanted.make_source, *wanted.fallbacks):
         try:
-            source = make_source()
+            # Tens of milliseconds for a large one.
+            source = await asyncio.to_thread(make_source)
             if is_thinking is not None:
-                source = after_reasoning_source(
-                    source, service.text.tokenizer, THINK_START, THINK_END, is_thinking
+                source = await asyncio.to_thread(
+                    after_reasoning_source,
+                    source,
+                    service.text.tokenizer,
+                    THINK_START,
+                    THINK_END,
+                    is_thinking,
                 )
             return await service.text.grammars.check(source)
         except (GrammarError, RecursionError) as error:

@@ -28,6 +28,8 @@ from llmsrv.errors import ApiError
 from llmsrv.registry.counters import ChoiceClock
 from llmsrv.registry.service import Service
 
+# Where many have arrived, as from 128 choices, others on the event loop get a turn in between.
+EVENTS_PER_TURN = 16
 ADMISSION_S = 10.0  # after this a stream's 200 goes out although its request still waits
 
 
@@ -95,8 +97,12 @@ class Job:
         streams = [self._follow(i, generation) for i, generation in enumerate(self._generations)]
         try:
             async with aclosing(streams[0] if len(streams) == 1 else _merge(streams)) as merged:
+                num_deltas = 0
                 async for delta in merged:
                     yield delta
+                    num_deltas += 1
+                    if num_deltas % EVENTS_PER_TURN == 0:
+                        await asyncio.sleep(0)
         except Exception:
             self._unfinished_reason = "error"
             raise
@@ -131,7 +137,11 @@ class Job:
 
     async def _follow(self, prompt: int, generation: Generation) -> AsyncGenerator[Delta, None]:
         outputs = self._outputs[prompt * self._n : (prompt + 1) * self._n]
+        num_events = 0
         async for event in generation:
+            num_events += 1
+            if num_events % EVENTS_PER_TURN == 0:
+                await asyncio.sleep(0)
             if event.choice == PROMPT:
                 assert isinstance(event, Tokens)
                 self.prompt_logprobs[prompt] += _token_logprobs(event)

@@ -1,6 +1,7 @@
 """From a conversation to the token ids of its prompt, through the model's chat template."""
 
 import asyncio
+import json
 from typing import Any
 
 from llmsrv.api.generation import submit
@@ -24,7 +25,7 @@ async def prompt_ids(
     """The prompt's token ids.
 
     Raises ApiError 400 if the model has no chat template, if the template refuses a
-    variable or the conversation, or if a message alone is longer than the context.
+    variable or the conversation, or if messages or tools are longer than the context.
     """
     template = service.text.template
     if template is None:
@@ -34,16 +35,30 @@ async def prompt_ids(
     if num_chars <= submit.INLINE_CHARS and not conversation.tools and not template.is_slow:
         ids = _encode(template, conversation)
     else:
-        if options.truncate_prompt_tokens is None:
-            longest = max(texts, key=len, default="")
-            param = conversation.param_names.messages
-            submit.check_fits_context(service, longest, param)
-        ids = await asyncio.to_thread(_encode, template, conversation)
+        # A whole conversation is rendered before it can be truncated, so this holds there too.
+        submit.check_fits_context(
+            service, sum(map(len, texts)), conversation.param_names.messages
+        )
+        ids = await asyncio.to_thread(_encode_large, service, template, conversation)
     return submit.truncate_prompt(service, options, ids)
 
 
 def _texts(message: Message) -> list[str]:
     return [message.content or "", *(call.arguments for call in message.tool_calls)]
+
+
+def _encode_large(
+    service: Service, template: ChatTemplate, conversation: Conversation
+) -> list[int]:
+    try:
+        sizes = [
+            len(tool.description or "") + len(json.dumps(tool.parameters, ensure_ascii=False))
+            for tool in conversation.tools
+        ]
+    except RecursionError:
+        raise invalid("tools", "nested too deeply") from None
+    submit.check_fits_context(service, sum(sizes), "tools")
+    return _encode(template, conversation)
 
 
 def _encode(template: ChatTemplate, conversation: Conversation) -> list[int]:

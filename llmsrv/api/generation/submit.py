@@ -23,6 +23,7 @@ from llmsrv.text.tokenizer import Tokenizer
 MAX_CHOICES = 1024  # of one request
 MAX_OUTPUT_TOKENS = 1 << 22  # of one request, all its choices together
 MAX_PROMPT_LOGPROBS = 1 << 18  # of one request, some 20 MB of answer
+CUT_TOKENS = 64  # next to a cut in a text, whose ids may not be those of the whole text
 INLINE_CHARS = 4096  # longer texts are tokenised in a thread: about 1 ms of the loop's time
 
 
@@ -207,10 +208,21 @@ def truncate_prompt(service: Service, options: GenerationOptions, ids: list[int]
     return ids[:num_kept] if options.truncation_side == "right" else ids[-num_kept:]
 
 
-def check_fits_context(service: Service, text: str, param: str) -> None:
+def cut_text(service: Service, options: GenerationOptions, text: str) -> str:
+    """The part of a text that can matter for a prompt that is truncated: no token is longer than
+    max_token_chars.  The last ones are cut differently, so that some more are kept."""
+    assert service.engine.ready is not None
+    num_kept = service.engine.ready.context_length
+    if (wanted := options.truncate_prompt_tokens) is not None and wanted > 0:
+        num_kept = min(num_kept, wanted)
+    most = (num_kept + CUT_TOKENS) * service.text.tokenizer.max_token_chars
+    return text[:most] if options.truncation_side == "right" else text[-most:]
+
+
+def check_fits_context(service: Service, num_chars: int, param: str) -> None:
     """ApiError 400 for a text whose length alone shows that it cannot fit, before any work on
     it."""
     assert service.engine.ready is not None
-    at_least = len(text) // service.text.tokenizer.max_token_chars
+    at_least = num_chars // service.text.tokenizer.max_token_chars
     if at_least >= service.engine.ready.context_length:
         max_output_tokens(service, at_least, None, None, param)

@@ -21,6 +21,7 @@ from llmsrv.api.openai.checks import check_shared_fields
 from llmsrv.api.openai.conversation import conversation_of
 from llmsrv.api.openai.conversation import tool_choice_of
 from llmsrv.api.openai.logprobs import LogprobFormatter
+from llmsrv.api.openai.logprobs import are_large
 from llmsrv.api.openai.logprobs import prompt_logprobs
 from llmsrv.api.openai.reply import Reply
 from llmsrv.api.openai.schema import ChatCompletionRequest
@@ -97,20 +98,25 @@ class ChatAnswer:
         self._reply = Reply(service, body, turn.job, kind, "chatcmpl")
 
     async def whole(self) -> bytes:
-        job = self._turn.job
-        fields = self._reply.whole([self._choice(choice) for choice in await job.collect()])
-        if (num_alternatives := self._body.prompt_logprobs) is not None:
-            fields["prompt_logprobs"] = await asyncio.to_thread(
-                prompt_logprobs, self._tokenizer, job.prompt_logprobs[0], num_alternatives
-            )
-        if self._body.return_token_ids:
-            fields["prompt_token_ids"] = self._turn.prompt_ids
-        return orjson.dumps(fields)
+        choices = await self._turn.job.collect()
+        if self._body.prompt_logprobs is not None or are_large(choices, self._body.top_logprobs):
+            return await asyncio.to_thread(self._whole_body, choices)
+        return self._whole_body(choices)
 
     def events(self) -> AsyncGenerator[bytes, None]:
         first = {"role": "assistant", "content": self._echo}
         indices = range(self._turn.job.num_choices)
         return self._reply.events(self._chunks, [self._chunk(Delta(i), first) for i in indices])
+
+    def _whole_body(self, choices: list[Delta]) -> bytes:
+        fields = self._reply.whole([self._choice(choice) for choice in choices])
+        if (num_alternatives := self._body.prompt_logprobs) is not None:
+            fields["prompt_logprobs"] = prompt_logprobs(
+                self._tokenizer, self._turn.job.prompt_logprobs[0], num_alternatives
+            )
+        if self._body.return_token_ids:
+            fields["prompt_token_ids"] = self._turn.prompt_ids
+        return orjson.dumps(fields)
 
     def _choice(self, choice: Delta) -> dict[str, Any]:
         message = message_of(choice, self._turn.is_thinking is not None and self._has_reasoning)

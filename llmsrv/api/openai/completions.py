@@ -23,6 +23,7 @@ from llmsrv.api.generation.output import TokenLogprob
 from llmsrv.api.generation.respond import respond
 from llmsrv.api.openai.checks import check_shared_fields
 from llmsrv.api.openai.logprobs import LogprobFormatter
+from llmsrv.api.openai.logprobs import are_large
 from llmsrv.api.openai.logprobs import finite
 from llmsrv.api.openai.logprobs import prompt_logprobs
 from llmsrv.api.openai.reply import Reply
@@ -115,12 +116,17 @@ class CompletionAnswer:
         choices = await self._job.collect()
         if self._body.best_of:
             choices = _best(choices, self._body.best_of, self._body.n or 1)
-        if self._body.echo or self._body.prompt_logprobs is not None:
-            return await asyncio.to_thread(self._whole_body, choices)  # work per prompt token
+        has_prompt = self._body.echo or self._body.prompt_logprobs is not None
+        if has_prompt or are_large(choices, self._body.logprobs):
+            return await asyncio.to_thread(self._whole_body, choices)
         return self._whole_body(choices)
 
     def events(self) -> AsyncGenerator[bytes, None]:
-        return self._reply.events(self._chunks)
+        return self._reply.events(self._chunks, is_slow=self._echoes)
+
+    def _echoes(self, delta: Delta) -> bool:
+        """Whether the prompt goes out before this delta: that takes time for each of its tokens."""
+        return bool(self._body.echo) and delta.index not in self._begun
 
     def _whole_body(self, choices: list[Delta]) -> bytes:
         num_each = len(choices) // len(self._prompts)
@@ -224,7 +230,9 @@ async def _prompt_ids(service: Service, body: CompletionRequest) -> list[list[in
         return all_ids()
     if body.truncate_prompt_tokens is None:
         for text, param in texts:
-            submit.check_fits_context(service, text, param)
+            submit.check_fits_context(service, len(text), param)
+    elif body.suffix:
+        submit.check_fits_context(service, len(body.suffix), "suffix")
     return await asyncio.to_thread(all_ids)
 
 
@@ -232,6 +240,8 @@ def _ids(
     service: Service, body: CompletionRequest, prompt: str | list[int], param: str
 ) -> list[int]:
     tokenizer = service.text.tokenizer
+    if body.truncate_prompt_tokens is not None and isinstance(prompt, str):
+        prompt = submit.cut_text(service, body, prompt)
     ids = _encode(tokenizer, prompt, param)
     if body.suffix:
         if tokenizer.fim_token_ids is None:

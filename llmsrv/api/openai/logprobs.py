@@ -3,8 +3,18 @@
 from collections.abc import Sequence
 from typing import Any
 
+from llmsrv.api.generation.output import Delta
 from llmsrv.api.generation.output import TokenLogprob
 from llmsrv.text.tokenizer import Tokenizer
+
+
+MANY_LOGPROBS = 2000  # formatting takes some 2 us each
+
+
+def are_large(choices: Sequence[Delta], num_alternatives: int | None) -> bool:
+    """Whether the log-probabilities would keep the event loop for milliseconds."""
+    num_tokens = sum(len(choice.logprobs) for choice in choices)
+    return num_tokens * (1 + (num_alternatives or 0)) > MANY_LOGPROBS
 
 
 class LogprobFormatter:

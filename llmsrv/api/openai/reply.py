@@ -4,6 +4,7 @@ order of a stream's events.
 Source: OpenAI API reference, "Chat Completions" and "Completions".
 """
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator
@@ -55,9 +56,14 @@ class Reply:
         return orjson.dumps(chunk)
 
     async def events(
-        self, chunks_of: Callable[[Delta], Iterable[bytes]], opening: Iterable[bytes] = ()
+        self,
+        chunks_of: Callable[[Delta], Iterable[bytes]],
+        opening: Iterable[bytes] = (),
+        is_slow: Callable[[Delta], bool] = lambda delta: False,
     ) -> AsyncGenerator[bytes, None]:
         """The payloads of a stream: the opening, the chunks of each delta, usage, [DONE].
+
+        is_slow: whether the chunks of this delta are made in a thread.
 
         Usage also comes before the ApiError that ends the stream early.
         """
@@ -67,7 +73,11 @@ class Reply:
         try:
             async with aclosing(self._job.deltas()) as deltas:
                 async for delta in deltas:
-                    for chunk in chunks_of(delta):
+                    if is_slow(delta):
+                        chunks = await asyncio.to_thread(chunks_of, delta)
+                    else:
+                        chunks = chunks_of(delta)
+                    for chunk in chunks:
                         yield chunk
         except ApiError as error:
             failure = error

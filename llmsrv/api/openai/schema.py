@@ -19,6 +19,7 @@ from llmsrv.api.generation.options import TokenId
 
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+CallId = Annotated[str, Meta(max_length=1024)]
 MAX_PROMPTS = 128
 # A missing JSON schema.  Schemas stay undecoded: they may be large, and only grammars need them.
 NOTHING = msgspec.Raw(b"null")
@@ -38,14 +39,14 @@ class ContentPart(msgspec.Struct):
 
 
 class CalledFunction(msgspec.Struct):
-    name: str
+    name: CallId
     arguments: str
 
 
 class ToolCall(msgspec.Struct):
     """A call that the assistant made earlier."""
 
-    id: str
+    id: CallId
     function: CalledFunction
     type: Literal["function"] = "function"
 
@@ -53,9 +54,9 @@ class ToolCall(msgspec.Struct):
 class Message(msgspec.Struct):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
-    name: str | None = None
+    name: CallId | None = None
     tool_calls: Annotated[list[ToolCall], Meta(max_length=128)] | None = None
-    tool_call_id: str | None = None
+    tool_call_id: CallId | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None  # vLLM's newer name for it

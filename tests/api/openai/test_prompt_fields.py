@@ -188,3 +188,30 @@ def test_a_chat_can_repeat_the_message_that_it_continues(tiny_client: OpenAI, co
 def test_a_request_id_becomes_part_of_the_id_of_the_answer(tiny_client: OpenAI) -> None:
     assert complete(tiny_client, request_id="my own").id == "cmpl-my own"
     assert chat(tiny_client, request_id="my own").id == "chatcmpl-my own"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_only_the_part_of_a_text_that_can_matter_is_tokenized(
+    tiny_client: OpenAI, side: str
+) -> None:
+    text = "".join(f"{i} hello the world\n" for i in range(300_000))
+    fields = {"truncate_prompt_tokens": 40, "truncation_side": side, "return_token_ids": True}
+    kept = text[:1000] if side == "right" else text[-1000:]
+    whole, part = complete(tiny_client, [text, kept], **fields).choices
+    assert whole.prompt_token_ids == part.prompt_token_ids
+
+
+@pytest.mark.parametrize("where", ["messages", "tools"])
+def test_a_chat_that_is_longer_than_any_context_is_refused_even_if_truncated(
+    tiny_client: OpenAI, where: str
+) -> None:
+    fields: dict[str, Any] = {"truncate_prompt_tokens": 5}
+    messages = MESSAGES * 2
+    if where == "tools":
+        function = {"name": "f", "description": "d" * 100_000}
+        fields["tools"] = [{"type": "function", "function": function}]
+    else:
+        messages = [{"role": "user", "content": "a" * 50_000}] * 2
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(tiny_client, messages, **fields)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", where)
