@@ -33,15 +33,15 @@ _UNFOLLOWED = (
 _ANNOTATIONS = frozenset(("title", "description", "$comment", "default", "examples", "$id"))
 _LOOK_AROUND = re.compile(r"\\.|(\(\?<?[=!])", re.DOTALL)
 _UNFOLLOWED_PATTERN = re.compile(r"\\[^1-9bBk]|(\(\?<?[=!]|\\[1-9bBk])", re.DOTALL)
-# zod's pattern of an e-mail address, and the same without look-ahead.
-_ZOD_EMAIL = (
+# Patterns with look-ahead that generators write, and the same without it: zod's of an e-mail
+# address and pydantic's of a decimal.
+_SAME_PATTERNS = {
     r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+"
-    r"[A-Za-z]{2,}$"
-)
-_EMAIL = (
-    r"^([A-Za-z0-9_'+\-]+\.)*[A-Za-z0-9_'+\-]*[A-Za-z0-9_+\-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+"
-    r"[A-Za-z]{2,}$"
-)
+    r"[A-Za-z]{2,}$": r"^([A-Za-z0-9_'+\-]+\.)*[A-Za-z0-9_'+\-]*[A-Za-z0-9_+\-]"
+    r"@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$",
+    r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$": r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)$",
+}
+_UUID = "^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$"
 _IN_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _IN_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _IN_PLACE = ("items", "additionalProperties", "additionalItems")
@@ -57,12 +57,12 @@ class UnfollowedError(ValueError):
 
 def followed_schema(schema: Schema) -> Schema:
     """The same schema, as llguidance takes it.  Raises UnfollowedError."""
-    return _rewritten(schema, lambda part: _exact(_without_the_void(part)))
+    return _rewritten(schema, lambda part: _exact(_without_the_void(part, schema)))
 
 
 def lenient_schema(schema: Schema) -> Schema:
     """The schema without what cannot be followed."""
-    return _rewritten(schema, lambda part: _without_unfollowed(_without_the_void(part)))
+    return _rewritten(schema, lambda part: _without_unfollowed(_without_the_void(part, schema)))
 
 
 def skeleton_schema(schema: Schema) -> Schema:
@@ -94,7 +94,7 @@ def _rewritten(schema: Schema, rewrite: Callable[[Schema], Schema]) -> Schema:
 # ---- What asks for nothing
 
 
-def _without_the_void(schema: Schema) -> Schema:
+def _without_the_void(schema: Schema, root: Schema) -> Schema:
     schema = {key: value for key, value in schema.items() if not _asks_for_nothing(key, value)}
     for limit, exclusive in zip(("maximum", "minimum"), ("exclusiveMaximum", "exclusiveMinimum")):
         # In draft 4 and OpenAPI 3.0 it says whether the bound next to it is exclusive.
@@ -103,11 +103,11 @@ def _without_the_void(schema: Schema) -> Schema:
             if is_exclusive and limit in schema:
                 schema[exclusive] = schema.pop(limit)
     if isinstance(pattern := schema.get("pattern"), str):
-        schema["pattern"] = digits_as_ecma(_EMAIL if pattern == _ZOD_EMAIL else pattern)
+        schema["pattern"] = digits_as_ecma(_SAME_PATTERNS.get(pattern, pattern))
         # The pattern is a generator's way to check the format, which is enforced.
         if "format" in schema and _finds(_LOOK_AROUND, schema["pattern"]):
             del schema["pattern"]
-    return _with_names_as_properties(schema)
+    return _with_names_as_properties(schema, root)
 
 
 def _asks_for_nothing(key: str, value: Any) -> bool:
@@ -140,22 +140,38 @@ def _listed(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-def _with_names_as_properties(schema: Schema) -> Schema:
+def _with_names_as_properties(schema: Schema, root: Schema) -> Schema:
     """Property names from a list, or of a pattern, as properties, where that means the same."""
     names = schema.get("propertyNames")
     if not isinstance(names, dict) or schema.keys() & {"properties", "patternProperties"}:
         return schema
-    keys = names.keys() - _ANNOTATIONS - {"type"}
+    prefix, _, defined = str(names.get("$ref")).rpartition("/")
+    if names.keys() == {"$ref"} and prefix == "#/$defs" and isinstance(root.get("$defs"), dict):
+        target = root["$defs"].get(defined)
+        names = target if isinstance(target, dict) else names
     others = schema.get("additionalProperties", {})
-    listed = _listed(names.get("enum", names.get("const")))
-    if keys in ({"enum"}, {"const"}) and all(isinstance(name, str) for name in listed):
+    listed = names.get("enum", [names.get("const")])
+    keys = names.keys() - _ANNOTATIONS - {"type"}
+    if keys in ({"enum"}, {"const"}) and set(map(type, _listed(listed))) == {str}:
         within: Schema = {"properties": {name: others for name in listed}}
-    elif keys in ({"pattern"}, {"pattern", "format"}) and isinstance(names["pattern"], str):
-        within = {"patternProperties": {digits_as_ecma(names["pattern"]): others}}
+    elif (pattern := _pattern_of_names(names, keys)) is not None:
+        within = {"patternProperties": {pattern: others}}
     else:
         return schema
     rest = {key: value for key, value in schema.items() if key != "propertyNames"}
     return rest | within | {"additionalProperties": False}
+
+
+def _pattern_of_names(names: Schema, keys: set[str]) -> str | None:
+    if keys <= {"pattern", "format"} and isinstance(names.get("pattern"), str):
+        return digits_as_ecma(names["pattern"])
+    if keys == {"format"} and names["format"] == "uuid":
+        return _UUID
+    if keys and keys <= {"minLength", "maxLength"}:
+        least, most = names.get("minLength", 0), names.get("maxLength", "")
+        if all(re.fullmatch("[0-9]{0,4}", str(length)) for length in (least, most)):
+            return f"^(.|\\n){{{least},{most}}}$"
+    return None
 
 
 # ---- What cannot be followed
@@ -181,7 +197,7 @@ def _without_unfollowed(schema: Schema) -> Schema:
     alternatives = schema.pop("oneOf", None)
     if isinstance(alternatives, list):
         if "anyOf" in schema:
-            schema["allOf"] = [*(schema.get("allOf") or ()), {"anyOf": alternatives}]
+            schema["allOf"] = [*_listed(schema.get("allOf", [])), {"anyOf": alternatives}]
         else:
             schema["anyOf"] = alternatives
     return schema

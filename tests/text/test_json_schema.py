@@ -4,6 +4,9 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
 
 from llmsrv.text.grammar import GrammarError
 from llmsrv.text.grammar import json_schema_source
@@ -40,6 +43,7 @@ STRING = {"type": "string"}
         (STRING | {"format": "uuid4"}, '"x"', "1"),
         (STRING | {"format": "starts_with", "pattern": "^ab.*"}, '"abc"', '"xab"'),
         (STRING | {"format": "email", "pattern": ZOD_EMAIL}, '"a.b@c.de"', '"a..b@c.de"'),
+        (STRING | {"pattern": r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"}, '"-.5"', '"-."'),
         (STRING | {"format": "hostname", "pattern": "^(?=.{1,253}$).+$"}, '"a.de"', '"a b"'),
         (STRING | {"pattern": r"^\\d\d$"}, r'"\\d1"', '"11"'),
         (
@@ -57,6 +61,25 @@ STRING = {"type": "string"}
             '{"ab": 1}',
             '{"b": 1}',
         ),
+        (
+            {"type": "object", "propertyNames": {"minLength": 2}, "additionalProperties": INTEGER},
+            '{"ab": 1}',
+            '{"b": 1}',
+        ),
+        (
+            {"type": "object", "propertyNames": {"format": "uuid"}, "additionalProperties": {}},
+            '{"12345678-1234-1234-1234-123456789abc": 1}',
+            '{"b": 1}',
+        ),
+        (
+            {
+                "type": "object",
+                "propertyNames": {"$ref": "#/$defs/Name"},
+                "$defs": {"Name": {"enum": ["a"], "title": "Name"}},
+            },
+            '{"a": 1}',
+            '{"b": 1}',
+        ),
         ({"properties": {"not": INTEGER, "format": STRING}, "type": "object"}, '{"not": 1}', "1"),
     ],
     ids=str,
@@ -69,7 +92,7 @@ def test_what_asks_for_nothing_is_no_obstacle(
 
 
 UNFOLLOWED = [
-    {"type": "object", "propertyNames": {"minLength": 2}},
+    {"type": "object", "propertyNames": {"not": {"const": "a"}}},
     {"type": "array", "uniqueItems": True},
     STRING | {"pattern": "(?!x)y"},
     STRING | {"pattern": r"\bword\b"},
@@ -109,6 +132,31 @@ def test_schemas_that_are_none_are_simplified_without_an_error(schema: dict[str,
     for format in FORMATS.values():
         format.calls({"f": schema}, at_most_one=True)
         format.parser({"f": schema}).push("<tool_call>\n<function=f>\n<parameter=a>\n1\n</")
+
+
+KEYWORDS = ["type", "enum", "const", "properties", "required", "anyOf", "oneOf", "allOf", "items"]
+KEYWORDS += ["$ref", "$defs", "pattern", "format", "propertyNames", "additionalProperties", "not"]
+KEYWORDS += ["minimum", "exclusiveMaximum", "uniqueItems", "dependencies", "minLength", "a"]
+SCALARS = st.sampled_from([None, True, 0, 2**63, 1e308, "object", "string", "#/$defs/a", "(?=a)"])
+ANYTHING = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(KEYWORDS), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300)
+@given(schema=st.dictionaries(st.sampled_from(KEYWORDS), ANYTHING, max_size=6))
+def test_no_schema_breaks_the_server(tokenizer: Tokenizer, schema: dict[str, Any]) -> None:
+    json.dumps([lenient_schema(schema), skeleton_schema(schema)])
+    for format in FORMATS.values():
+        parser = format.parser({"f": schema})
+        parser.push("<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n[f(a=1, b=2)]")
+        try:
+            structural_tag_source(format.calls({"f": schema}, at_most_one=True), tokenizer)
+        except GrammarError:
+            pass
 
 
 def test_digits_in_a_pattern_are_ascii(texts: Texts) -> None:
