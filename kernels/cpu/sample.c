@@ -267,6 +267,39 @@ static int32_t rank_of(const LogitRow *row, int32_t id)
     return rank;
 }
 
+static int comes_before(const float *logits, int32_t a, int32_t b)
+{
+    return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
+}
+
+/* Moves the root of a heap, whose first is the last in the order, to its place. */
+static void sift_down(const float *logits, int32_t *ids, int32_t root, int32_t count)
+{
+    for (int32_t child = 2 * root + 1; child < count; child = 2 * root + 1) {
+        if (child + 1 < count && comes_before(logits, ids[child], ids[child + 1]))
+            child++;
+        if (!comes_before(logits, ids[root], ids[child]))
+            return;
+        int32_t id = ids[root];
+        ids[root] = ids[child];
+        ids[child] = id;
+        root = child;
+    }
+}
+
+/* Heapsort: all of a vocabulary may be asked for. */
+static void sort_ids(const float *logits, int32_t *ids, int32_t count)
+{
+    for (int32_t root = count / 2 - 1; root >= 0; root--)
+        sift_down(logits, ids, root, count);
+    for (int32_t end = count - 1; end > 0; end--) {
+        int32_t id = ids[0];
+        ids[0] = ids[end];
+        ids[end] = id;
+        sift_down(logits, ids, 0, end);
+    }
+}
+
 /* Reports the k largest log-probabilities, the largest first, among equals the lowest id first. */
 static void report_top_logprobs(
     Scratch *s, const LogitRow *row, int32_t k, double log_sum, int32_t *ids, float *logprobs)
@@ -275,12 +308,9 @@ static void report_top_logprobs(
     LogitRow as_they_are = {logits, row->vocab_size, 0, 1};
     gather_candidates(s, &as_they_are, 0, s->size, kth_largest_bound(s, k));
     keep_top_k(s, k);
-    for (int32_t i = 0; i < s->count; i++) {
-        int32_t at = i;
-        for (; at > 0 && logits[ids[at - 1]] < s->x[i]; at--)
-            ids[at] = ids[at - 1];
-        ids[at] = s->ids[i];
-    }
+    for (int32_t i = 0; i < s->count; i++)
+        ids[i] = s->ids[i];
+    sort_ids(logits, ids, s->count);
     for (int32_t i = 0; i < s->count; i++)
         logprobs[i] = logprob_of(logits[ids[i]], row->best, log_sum);
 }

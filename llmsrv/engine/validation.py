@@ -18,7 +18,7 @@ RANGES = {
     "repetition_penalty": (1e-3, 1e3),
     "presence_penalty": (-1e3, 1e3),
     "frequency_penalty": (-1e3, 1e3),
-    "num_logprobs": (-1, 1000),
+    "num_logprobs": (-1, 2**31 - 1),
 }
 MAX_BIAS = 1000
 

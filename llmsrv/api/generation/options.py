@@ -16,7 +16,7 @@ INT64 = 2**63
 
 TokenId = Annotated[int, Meta(ge=0, le=INT32 - 1)]
 TokenCount = Annotated[int, Meta(ge=1, le=INT32 - 1)]
-NumAlternatives = Annotated[int, Meta(ge=0, le=20)]
+NumAlternatives = Annotated[int, Meta(ge=-1, le=20)]  # -1: all
 StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]

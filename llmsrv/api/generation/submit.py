@@ -23,6 +23,7 @@ from llmsrv.text.tokenizer import Tokenizer
 MAX_CHOICES = 1024  # of one request
 MAX_OUTPUT_TOKENS = 1 << 22  # of one request, all its choices together
 MAX_PROMPT_LOGPROBS = 1 << 18  # of one request, some 20 MB of answer
+MAX_ALTERNATIVES = 20  # unless a request asks for all
 CUT_TOKENS = 64  # next to a cut in a text, whose ids may not be those of the whole text
 INLINE_CHARS = 4096  # longer texts are tokenised in a thread: about 1 ms of the loop's time
 
@@ -52,6 +53,8 @@ def make_submits(
     Raises ApiError 400 as check_budget().
     """
     check_budget(prompts, max_tokens, n, 1 + num_logprobs if wants_prompt_logprobs else 0)
+    if num_logprobs > MAX_ALTERNATIVES:
+        _check_logprobs((1 + num_logprobs) * sum(max_tokens) * n)
     sampling = sampling_of(options, service.text.sampling_defaults, num_logprobs)
     timeout_s = service.config.request_timeout_s
     deadline_s = time.monotonic() + timeout_s if timeout_s else math.inf
@@ -96,6 +99,13 @@ def check_budget(
     ):
         if number > most:
             raise invalid(param, f"expected at most {most} {unit} in all, but got {number}")
+
+
+def _check_logprobs(number: int) -> None:
+    if number > MAX_PROMPT_LOGPROBS:
+        most = MAX_PROMPT_LOGPROBS
+        reason = f"expected at most {most} log-probabilities in all, but got {number}"
+        raise invalid("top_logprobs", reason)
 
 
 def output_rules(
@@ -164,6 +174,12 @@ def sampling_of(
         allowed_ids=options.allowed_token_ids or [],
         num_logprobs=num_logprobs,
     )
+
+
+def num_alternatives(service: Service, wanted: int | None) -> int | None:
+    """As many as a request wants; -1: the whole vocabulary."""
+    assert service.engine.ready is not None
+    return service.engine.ready.vocab_size if wanted == -1 else wanted
 
 
 # ---- Prompts and the context

@@ -16,6 +16,7 @@ from llmsrv.api.generation.chat_turn import RunningTurn
 from llmsrv.api.generation.conversation import Conversation
 from llmsrv.api.generation.output import Delta
 from llmsrv.api.generation.respond import respond
+from llmsrv.api.generation.submit import num_alternatives
 from llmsrv.api.generation.submit import tenant_of
 from llmsrv.api.openai.checks import check_shared_fields
 from llmsrv.api.openai.conversation import conversation_of
@@ -48,6 +49,8 @@ class ChatCompletions:
         body = await self._decoder.read_for_model(request, self._models, tenant)
         _check(body, self._models.config)
         service = self._models.find(body.model, tenant)
+        body.top_logprobs = num_alternatives(service, body.top_logprobs)
+        body.prompt_logprobs = num_alternatives(service, body.prompt_logprobs)
         turn = chat_turn(body, service.text.tokenizer)
         running = await turn.start(request, service)
         answer = ChatAnswer(service, body, running, _echo(body, turn.conversation))
@@ -106,13 +109,18 @@ class ChatAnswer:
     def events(self) -> AsyncGenerator[bytes, None]:
         first = {"role": "assistant", "content": self._echo}
         indices = range(self._turn.job.num_choices)
-        return self._reply.events(self._chunks, [self._chunk(Delta(i), first) for i in indices])
+        return self._reply.events(
+            self._chunks,
+            [self._chunk(Delta(i), first) for i in indices],
+            is_slow=lambda delta: are_large([delta], self._body.top_logprobs),
+        )
 
     def _whole_body(self, choices: list[Delta]) -> bytes:
         fields = self._reply.whole([self._choice(choice) for choice in choices])
-        if (num_alternatives := self._body.prompt_logprobs) is not None:
+        if self._body.prompt_logprobs is not None:
+            tokens = self._turn.job.prompt_logprobs[0]
             fields["prompt_logprobs"] = prompt_logprobs(
-                self._tokenizer, self._turn.job.prompt_logprobs[0], num_alternatives
+                self._tokenizer, tokens, self._body.prompt_logprobs
             )
         if self._body.return_token_ids:
             fields["prompt_token_ids"] = self._turn.prompt_ids

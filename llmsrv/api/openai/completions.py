@@ -55,6 +55,7 @@ class Completions:
         body = await self._decoder.read_for_model(request, self._models, tenant)
         _check(body, self._models.config)
         service = self._models.find(body.model, tenant)
+        body.prompt_logprobs = submit.num_alternatives(service, body.prompt_logprobs)
         prompts = await _prompt_ids(service, body)
         job = await start_job(
             request,

@@ -1,14 +1,17 @@
 """Log-probabilities of chats and completions, on the real model."""
 
+from math import exp
 from typing import Any
 
 import pytest
+from openai import BadRequestError
 from openai import OpenAI
 
 from tests.support.real_model import ANSWER
 from tests.support.real_model import GOLDEN
 from tests.support.real_model import MODEL
 from tests.support.real_model import chat
+from tests.support.tiny_requests import chat as tiny_chat
 
 
 @pytest.mark.parametrize(
@@ -80,3 +83,20 @@ def test_a_text_has_the_same_logprobs_as_prompt_and_as_answer(
     echoed_logprobs = logprobs.token_logprobs[num_prompt : num_prompt + len(answer)]
     wanted = [case["top10_logprobs"][i][0][1] for i in range(len(answer))]
     assert echoed_logprobs == pytest.approx(wanted, abs=2e-2)
+
+
+def test_all_log_probabilities_can_be_asked_for(tiny_client: OpenAI) -> None:
+    fields: dict[str, Any] = {"logprobs": True, "top_logprobs": -1, "max_tokens": 2}
+    answer = tiny_chat(tiny_client, prompt_logprobs=-1, **fields)
+    tops = answer.choices[0].logprobs.content[0].top_logprobs
+    values = [top.logprob for top in tops]
+    assert sum(map(exp, values)) == pytest.approx(1, abs=1e-3)
+    assert values == sorted(values, reverse=True) and len(values) > 200
+    for tokens in answer.prompt_logprobs[1:]:
+        assert sorted(token["rank"] for token in tokens.values()) == [*range(1, len(values) + 1)]
+    streamed = [*tiny_chat(tiny_client, stream=True, **fields)]
+    chunks = [c.choices[0].logprobs for c in streamed if c.choices and c.choices[0].logprobs]
+    assert chunks[0].content[0].top_logprobs == tops
+    with pytest.raises(BadRequestError) as caught:
+        tiny_chat(tiny_client, **{**fields, "n": 8, "max_tokens": 400})
+    assert caught.value.param == "top_logprobs"
