@@ -30,6 +30,10 @@ from llmsrv.engine.draft_model import DraftModel
 from llmsrv.engine.grammar import Grammar
 from llmsrv.engine.kv_cache import BlockHashes
 from llmsrv.engine.kv_cache import KVCache
+from llmsrv.engine.logit_rows import LogitRow
+from llmsrv.engine.logit_rows import NO_ID
+from llmsrv.engine.logit_rows import logit_rows_of
+from llmsrv.engine.logit_rows import tokens_of_row
 from llmsrv.engine.messages import Abort
 from llmsrv.engine.messages import Admitted
 from llmsrv.engine.messages import Failed
@@ -39,11 +43,8 @@ from llmsrv.engine.messages import PROMPT
 from llmsrv.engine.messages import Step
 from llmsrv.engine.messages import Submit
 from llmsrv.engine.messages import Tokens
-from llmsrv.engine.pipeline import LogitRow
-from llmsrv.engine.pipeline import NO_ID
 from llmsrv.engine.pipeline import PendingStep
 from llmsrv.engine.pipeline import append_placeholders
-from llmsrv.engine.pipeline import logit_rows_of
 from llmsrv.engine.pipeline import may_run_ahead
 from llmsrv.engine.pipeline import remove_placeholders
 from llmsrv.engine.sampling import num_usable_masks
@@ -319,7 +320,7 @@ class EngineCore:
         sequence = row.sequence
         if not sequence.max_tokens:
             return self._finish(sequence, "length")
-        tokens = _tokens_of_row(sequence, sequence.choice, index, samples)
+        tokens = tokens_of_row(sequence, sequence.choice, index, samples)
         if row.draft == NO_ID:
             self._tokens.append(tokens)
         else:
@@ -338,7 +339,7 @@ class EngineCore:
         sequence = row.sequence
         # After a preemption, rows that were sent before are computed again.
         if row.token_index == sequence.num_prompt_logprobs_sent + 1:
-            self._tokens.append(_tokens_of_row(sequence, PROMPT, index, samples))
+            self._tokens.append(tokens_of_row(sequence, PROMPT, index, samples))
             sequence.num_prompt_logprobs_sent += 1
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
@@ -379,22 +380,6 @@ class EngineCore:
         step = Step(self._admitted, self._tokens, self._finished, self._failed, gauges)
         self._admitted, self._tokens, self._finished, self._failed = [], [], [], []
         return step
-
-
-def _tokens_of_row(sequence: Sequence, choice: int, row: int, samples: Samples) -> Tokens:
-    """The token of one row.  Raises ApiError if the row could not be sampled."""
-    id = int(samples.ids[row])
-    if id < 0:
-        raise ApiError(500, "The model's output is not a number; nothing can be sampled.")
-    logprobs: list[float] = []
-    alternatives: list[list[tuple[int, float]]] = []
-    ranks: list[int] = []
-    if sequence.submit.sampling.num_logprobs >= 0:
-        ids, values = samples.alternatives[row]
-        logprobs = [float(samples.logprobs[row])]
-        alternatives = [list(zip(ids.tolist(), values.tolist(), strict=True))]
-        ranks = [int(samples.ranks[row])]
-    return Tokens(sequence.submit.request, choice, [id], logprobs, alternatives, ranks)
 
 
 def _failed(request: int, error: Exception) -> Failed:
