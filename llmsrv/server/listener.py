@@ -19,8 +19,22 @@ log = logging.getLogger("llmsrv.server")
 BACKLOG = 4096
 # Limited so that a burst of new connections does not starve the existing ones.
 MAX_ACCEPTS_PER_TURN = 64
-# After this the kernel drops a peer that vanished without a FIN or that reads nothing.
-USER_TIMEOUT_MS = 30_000
+# A peer that vanished without a FIN is noticed in at most 45 s: after 15 s of silence the kernel
+# probes it, and 30 s without an answer end the connection (RFC 9293 section 3.8.4, RFC 5482).  This
+# matters while there is nothing to send, as for a whole answer that is still being computed.
+KEEP_ALIVE_IDLE_S = 15
+KEEP_ALIVE_INTERVAL_S = 5
+KEEP_ALIVE_PROBES = 6
+USER_TIMEOUT_MS = 30_000  # also for a peer that reads nothing
+# Accepted sockets inherit these; the names differ between systems.
+TCP_OPTIONS = {
+    "TCP_NODELAY": 1,
+    "TCP_KEEPIDLE": KEEP_ALIVE_IDLE_S,  # Linux
+    "TCP_KEEPALIVE": KEEP_ALIVE_IDLE_S,  # macOS
+    "TCP_KEEPINTVL": KEEP_ALIVE_INTERVAL_S,
+    "TCP_KEEPCNT": KEEP_ALIVE_PROBES,
+    "TCP_USER_TIMEOUT": USER_TIMEOUT_MS,  # Linux
+}
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
@@ -52,10 +66,10 @@ def _listen(family: int, address: tuple[object, ...]) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        # Accepted sockets inherit these two.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in TCP_OPTIONS.items():
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         sock.setblocking(False)
         sock.bind(address)
         sock.listen(BACKLOG)

@@ -57,6 +57,19 @@ def test_66_a_client_that_vanishes_silently_is_dropped_after_30_s() -> None:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_KEEPIDLE"), reason="other names elsewhere")
+def test_66_a_client_that_vanishes_is_noticed_even_if_there_is_nothing_to_send() -> None:
+    """As for a whole answer that is still waiting: the kernel probes the client."""
+    with bind("127.0.0.1", 0)[0] as listener, socket.create_connection(listener.getsockname()):
+        listener.setblocking(True)
+        with listener.accept()[0] as accepted:
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            idle_s = accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+            interval_s = accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL)
+            num_probes = accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT)
+            assert idle_s + interval_s * num_probes <= 45
+
+
 def test_run_uses_uvloop_and_returns_the_result() -> None:
     async def main() -> str:
         return type(asyncio.get_running_loop()).__module__
