@@ -272,6 +272,9 @@ class Config:
     strict_fields: bool = option(
         False, "Answers", "reject requests with unknown fields instead of ignoring the fields"
     )
+    enable_force_include_usage: bool = option(
+        False, "Answers", "send usage in every stream, as if stream_options asked for it"
+    )
     enable_debug: bool = option(
         False, "Answers", "accept MLC LLM's debug_config and report its figures in usage.extra"
     )

@@ -10,6 +10,7 @@ import openai
 import pytest
 from openai import OpenAI
 
+from llmsrv.files.mapped import read_text
 from llmsrv.registry.service import load_text_model
 from tests.support.gguf_writer import write_tiny_llama
 from tests.support.sdk import openai_client
@@ -152,6 +153,7 @@ def test_a_body_that_is_not_a_request_is_400(
     [
         ({"Content-Type": "application/json; charset=utf-8"}, 200),
         ({"Content-Type": 'Application/JSON;charset="UTF-8"'}, 200),
+        ({"Content-Type": "application/json; charset=utf8"}, 200),
         ({}, 200),
         ({"Origin": "https://app.example"}, 415),
         ({"Content-Type": "text/plain"}, 415),
@@ -316,3 +318,13 @@ def test_a_model_without_a_template_says_what_to_do(
     assert "no system role" in caplog.messages[-1]
     assert loaded is not None
     assert loaded.render([{"role": "user", "content": "abc"}]) == "abc"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path: Path) -> None:
+    model = write_tiny_llama(tmp_path / "tiny.gguf")
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages[0].content }}", "utf-8-sig")
+    loaded = load_text_model(model, str(template), tmp_path).template
+    assert loaded is not None
+    assert loaded.render([{"role": "user", "content": "abc"}]) == "abc"
+    assert read_text(template, "a template") == "{{ messages[0].content }}"

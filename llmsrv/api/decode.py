@@ -45,6 +45,7 @@ _MAX_BRACKETS = 1 << 18  # including those in strings
 _MAX_NUMBERS = 1 << 19  # before a comma, including those in strings
 _DIGITS = bytes(ord("0") if byte in b"0123456789" else byte for byte in range(256))
 _LARGE_BODY_BYTES = 1 << 16
+UTF_8 = ("", "utf-8", "utf8")  # values of charset
 
 # Field -> the values of it that change nothing, and so are accepted like null.
 UnsupportedFields = Mapping[str, Collection[Any]]
@@ -179,7 +180,7 @@ def _check_content_type(request: Request) -> None:
         return
     media_type, _, parameters = (content_type or "").partition(";")
     charset = parameters.strip().lower().removeprefix("charset=").strip('"')
-    if media_type.strip().lower() != "application/json" or charset not in ("", "utf-8"):
+    if media_type.strip().lower() != "application/json" or charset not in UTF_8:
         raise _unsupported_media("Content-Type", content_type or "none", "application/json")
 
 

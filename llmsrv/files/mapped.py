@@ -49,13 +49,16 @@ def map_file(path: Path, format: str, min_bytes: int) -> mmap.mmap:
 
 
 def read_text(path: Path, format: str) -> str:
-    """Reads a regular UTF-8 file of at most MAX_JSON_BYTES; ModelError if it is not one."""
+    """Reads a regular UTF-8 file of at most MAX_JSON_BYTES; ModelError if it is not one.
+
+    The byte order mark that some editors put at the beginning is left out.
+    """
     with _open_regular_file(path, format) as (descriptor, size):
         if size > MAX_JSON_BYTES:
             raise ModelError(f"{path}: has {size} bytes; the limit is {MAX_JSON_BYTES}")
         with open(descriptor, "rb", closefd=False) as file:
             data = file.read(MAX_JSON_BYTES)
-    return decode_utf8(path, data)
+    return decode_utf8(path, data).removeprefix("\ufeff")
 
 
 def decode_utf8(path: Path, data: bytes) -> str:

@@ -75,6 +75,7 @@ class Counters:
     generation_tokens: int = _number("Output tokens")
     prefix_cache_queries: int = _number("Prompt tokens looked up in the prefix cache")
     prefix_cache_hits: int = _number("Prompt tokens found in the prefix cache")
+    admission_rejections: int = _number("Requests that the queue had no room for")
     num_preemptions: int = _number("Sequences that lost their blocks to others")
     preemption_recomputed_tokens: int = _number("Tokens computed again after preemptions")
     spec_decode_num_drafts: int = _number("Drafts of speculative decoding")
@@ -125,7 +126,7 @@ class Counters:
         self.gauges = step.gauges
 
     def note_prompt(self, num_tokens: int, n: int, max_tokens: int, longest: int) -> None:
-        self.prompt_tokens += num_tokens
+        """At its end; its tokens are counted when it is admitted."""
         self.request_prompt_tokens.observe(num_tokens)
         self.request_params_n.observe(n)
         self.request_params_max_tokens.observe(max_tokens)
@@ -138,15 +139,23 @@ def _increase(now: int, before: int) -> int:
 
 
 class ChoiceClock:
-    """Records one choice's token times and its end in the counters.  Times are time.monotonic's."""
+    """Records one choice's tokens, their times and its end in the counters.  Times are
+    time.monotonic's."""
 
     def __init__(self, counters: Counters) -> None:
         self._counters = counters
         self._begun_s = time.monotonic()
         self._first_s = 0.0
         self._last_s = 0.0
+        self._num_counted = 0
+
+    def note_output(self, num_tokens: int) -> None:
+        """num_tokens: of the choice so far, without what follows a stop string."""
+        self._counters.generation_tokens += num_tokens - self._num_counted
+        self._num_counted = num_tokens
 
     def note_tokens(self, num_tokens: int, received_s: float) -> None:
+        """num_tokens: that arrived together."""
         if not self._last_s:
             self._first_s = self._last_s = received_s
             self._counters.time_to_first_token_seconds.observe(received_s - self._begun_s)
@@ -159,7 +168,7 @@ class ChoiceClock:
     def note_end(self, reason: str, num_tokens: int, admitted_s: float | None) -> None:
         counters = self._counters
         counters.finished[reason] += 1
-        counters.generation_tokens += num_tokens
+        self.note_output(num_tokens)
         counters.request_generation_tokens.observe(num_tokens)
         counters.e2e_request_latency_seconds.observe(time.monotonic() - self._begun_s)
         if admitted_s is not None:

@@ -181,6 +181,11 @@ class Models:
     def body_limit_bytes(self) -> int:
         return self.config.body_limit_mb * 2**20
 
+    @property
+    def default_name(self) -> str | None:
+        """The model for requests that name none; None if they must name one."""
+        return self._models[0].names[0] if self.config.any_model_name else None
+
     # ---- Requests
 
     def find(self, name: str, tenant: bytes) -> "Service":
@@ -189,7 +194,7 @@ class Models:
         Raises ApiError 404 for an unknown model, 503 while the model cannot serve, and 503 or 429
         while it is overloaded.
         """
-        model = self._models[0] if self.config.any_model_name else self.get(name)
+        model = self.get(name)
         if error := self._refusal(model, tenant):
             raise error
         assert model.service is not None
@@ -211,10 +216,15 @@ class Models:
         if error := self._draining() or model.unavailable():
             return error
         assert model.service is not None
-        return model.service.overloaded(tenant)
+        if error := model.service.overloaded(tenant):
+            model.counters.admission_rejections += 1
+        return error
 
     def get(self, name: str) -> Model:
-        """The model with that name; ApiError 404 if there is none."""
+        """The model with that name; ApiError 404 if there is none.  --any-model-name: the only
+        model."""
+        if self.config.any_model_name:
+            return self._models[0]
         if name not in self._by_name:
             raise ApiError(
                 404,

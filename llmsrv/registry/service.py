@@ -64,7 +64,7 @@ def load_text_model(path: Path, template_file: str | None, cache_dir: Path) -> T
 
 def _read_template(path: str) -> str:
     try:
-        return Path(path).read_text("utf-8")
+        return Path(path).read_text("utf-8-sig")  # a BOM is no part of the template
     except (OSError, UnicodeDecodeError) as error:
         raise StartupError(f"cannot read --chat-template {path}: {error}") from None
 

@@ -287,12 +287,26 @@ def test_a_signal_ends_every_engine(tmp_path: Path) -> None:
                 assert stream.finish_reason == "length"
 
 
-@pytest.mark.slow
-def test_a_single_model_may_answer_to_any_name(tmp_path: Path) -> None:
+def test_a_single_model_may_answer_to_any_name_and_to_none(tmp_path: Path) -> None:
     path = write_tiny_llama(tmp_path / "tiny.gguf")
     with run_server("--model", str(path), "--any-model-name") as server:
         assert text_of(server, "gpt-4o") == text_of(server, "tiny")
         assert states(server) == {"tiny": "ready"}
+        status, model = call(server, "GET", "/v1/models/org%2Fany")
+        assert (status, model["id"], model["state"]) == (200, "org/any", "ready")
+        for path_, fields in (
+            ("/v1/completions", {"prompt": "abc", "max_tokens": 2}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+        ):
+            status, answer = call(server, "POST", path_, fields | {"max_tokens": 2})
+            assert (status, answer["model"]) == (200, "tiny")
+
+
+def test_a_request_must_name_a_model_without_any_model_name() -> None:
+    models = Models(Config(), [Model(["tiny"], Path("tiny.gguf"))])
+    app = build_http_app(models, Gate("127.0.0.1", [], []), lambda: {})
+    answer = asyncio.run(ask(app, "POST", "/v1/completions", {}, b'{"prompt": "a"}'))
+    assert answer.status == 400 and b'"param": "model"' in answer.body
 
 
 @pytest.mark.parametrize(

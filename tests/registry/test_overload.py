@@ -87,6 +87,7 @@ def test_a_burst_that_fits_seats_and_queue_is_served_whole(tmp_path: Path) -> No
         eventually(lambda: gauges(server)["llmsrv:http_open_connections"] == 32 + 32 + 1)
         refused = start_request(server, body).getresponse()
         assert (refused.status, refused.headers["Retry-After"]) == (503, "1")
+        assert gauges(server)["vllm:admission_rejections_total"] == 1
         os.kill(engine, signal.SIGCONT)
         assert {connection.getresponse().status for connection in connections} == {200}
 

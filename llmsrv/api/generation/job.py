@@ -70,6 +70,7 @@ class Job:
             ChoiceOutput(index, service.text.tokenizer, rules) for index in range(self.num_choices)
         ]
         self._clocks = [ChoiceClock(service.counters) for _ in self._outputs]
+        self._counted_prompts: set[int] = set()
         self._unfinished_reason = "abort"  # counted for choices without a finish_reason
         self._generations: list[Generation] = []
         try:
@@ -142,6 +143,7 @@ class Job:
             num_events += 1
             if num_events % EVENTS_PER_TURN == 0:
                 await asyncio.sleep(0)
+            self._count_prompt(prompt)
             if event.choice == PROMPT:
                 assert isinstance(event, Tokens)
                 self.prompt_logprobs[prompt] += _token_logprobs(event)
@@ -156,12 +158,20 @@ class Job:
             else:
                 self._clocks[output.index].note_tokens(len(event.ids), generation.received_s)
                 delta = output.push(event)
+                self._clocks[output.index].note_output(output.num_tokens)
                 if output.finish_reason:
                     generation.abort(event.choice)
             if delta:
                 yield delta
             if all(output.finish_reason for output in outputs):
                 return
+
+    def _count_prompt(self, prompt: int) -> None:
+        """Counts the prompt's tokens, once, if it has been admitted."""
+        generation = self._generations[prompt]
+        if prompt not in self._counted_prompts and generation.is_admitted:
+            self._counted_prompts.add(prompt)
+            self._service.counters.prompt_tokens += len(generation.submit.prompt_ids)
 
     def _count(self) -> None:
         counters = self._service.counters
@@ -170,6 +180,7 @@ class Job:
             for output, clock in ((self._outputs[c], self._clocks[c]) for c in choices):
                 reason = output.finish_reason or self._unfinished_reason
                 clock.note_end(reason, output.num_tokens, generation.admitted_s)
+            self._count_prompt(i)
             if generation.is_admitted:
                 longest = max(self._outputs[c].num_tokens for c in choices)
                 counters.note_prompt(len(submit.prompt_ids), self._n, submit.max_tokens, longest)

@@ -28,6 +28,7 @@ from llmsrv.api.openai.reply import Reply
 from llmsrv.api.openai.schema import ChatCompletionRequest
 from llmsrv.api.openai.schema import IGNORED
 from llmsrv.api.openai.schema import UNSUPPORTED
+from llmsrv.api.openai.schema import with_default_model
 from llmsrv.api.openai.structured import wanted_grammar
 from llmsrv.asgi.request import Request
 from llmsrv.asgi.response import Response
@@ -42,7 +43,8 @@ from llmsrv.text.tokenizer import Tokenizer
 class ChatCompletions:
     def __init__(self, models: Models) -> None:
         self._models = models
-        self._decoder = BodyDecoder(ChatCompletionRequest, UNSUPPORTED, IGNORED)
+        body_type = with_default_model(ChatCompletionRequest, models.default_name)
+        self._decoder = BodyDecoder(body_type, UNSUPPORTED, IGNORED)
 
     async def __call__(self, request: Request) -> Response | EventStream:
         tenant = tenant_of(request)

@@ -31,6 +31,7 @@ from llmsrv.api.openai.schema import CompletionRequest
 from llmsrv.api.openai.schema import IGNORED
 from llmsrv.api.openai.schema import MAX_PROMPTS
 from llmsrv.api.openai.schema import UNSUPPORTED
+from llmsrv.api.openai.schema import with_default_model
 from llmsrv.api.openai.structured import wanted_grammar
 from llmsrv.asgi.request import Request
 from llmsrv.asgi.response import Response
@@ -48,7 +49,8 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 class Completions:
     def __init__(self, models: Models) -> None:
         self._models = models
-        self._decoder = BodyDecoder(CompletionRequest, UNSUPPORTED, IGNORED)
+        body_type = with_default_model(CompletionRequest, models.default_name)
+        self._decoder = BodyDecoder(body_type, UNSUPPORTED, IGNORED)
 
     async def __call__(self, request: Request) -> Response | EventStream:
         tenant = submit.tenant_of(request)

@@ -41,7 +41,8 @@ class Reply:
         if body.service_tier:
             self._head["service_tier"] = "default"
         options = body.stream_options
-        self._streams_usage = bool(options and options.include_usage)
+        is_forced = service.config.enable_force_include_usage
+        self._streams_usage = is_forced or bool(options and options.include_usage)
         self._has_usage_in_chunks = bool(options and options.continuous_usage_stats)
         self._has_usage_extra = service.config.enable_debug
 

@@ -7,6 +7,8 @@ OpenAI does not have keep the names they have there.
 from typing import Annotated
 from typing import Any
 from typing import Literal
+from typing import TypeVar
+from typing import cast
 
 import msgspec
 from msgspec import Meta
@@ -211,6 +213,18 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
     suffix: str | None = None
     add_special_tokens: bool | None = None
+
+
+T = TypeVar("T", bound=GenerationRequest)
+
+
+def with_default_model(request_type: type[T], default: str | None) -> type[T]:
+    """The type with a default for `model`, which stays a required field if default is None."""
+    if default is None:
+        return request_type
+    field = ("model", Name, default)
+    name, bases = request_type.__name__, (request_type,)
+    return cast(type[T], msgspec.defstruct(name, [field], bases=bases, kw_only=True))
 
 
 # Fields that change no answer: never refused, but counted like unknown ones.

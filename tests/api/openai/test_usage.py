@@ -57,10 +57,14 @@ Run = Callable[..., Outcome]
 
 @pytest.fixture
 def run(text_model: Any, tiny_model: Path) -> Run:
-    def run_once(script: Script, leaves_after: bytes = b"\0", **fields: Any) -> Outcome:
+    def run_once(
+        script: Script,
+        leaves_after: bytes = b"\0",
+        config: Config = Config(),
+        **fields: Any,
+    ) -> Outcome:
         """A chat with `fields`, or a completion if they have a prompt."""
         model, engine = Model(["tiny"], tiny_model), ScriptedEngine(script)
-        config = Config()
         client = cast(EngineClient, engine)
         model.service = Service(config, model.names, client, text_model, model.counters)
         app = build_http_app(Models(config, [model]), Gate("127.0.0.1", [], []), lambda: {})
@@ -150,6 +154,19 @@ def test_the_tokens_of_a_client_that_leaves_are_counted(run: Run) -> None:
     outcome = run(generate, leaves_after=b'"text":"', prompt=[5, 6, 7], n=2, stream=True)
     assert outcome.counted == (3, 5, {"abort": 2})
     assert outcome.engine.aborted == [(0, None)]
+
+
+@pytest.mark.parametrize("options", [None, {"include_usage": False}])
+def test_usage_may_be_forced_on_every_stream(run: Run, options: Any) -> None:
+    def finishes(generation: Generation) -> None:
+        generate(generation)
+        finish(generation, 0)
+
+    config = Config(enable_force_include_usage=True)
+    outcome = run(finishes, config=config, prompt=[5, 6, 7], stream=True, stream_options=options)
+    *_, usage, done = outcome.answer.events
+    assert done == "[DONE]" and usage["choices"] == []
+    assert usage["usage"]["total_tokens"] == 6
 
 
 def test_a_request_that_was_never_admitted_counts_no_tokens(run: Run) -> None:

@@ -26,6 +26,7 @@ MODEL_FAMILIES = """
     request_params_max_tokens request_max_num_generation_tokens
     request_time_per_output_token_seconds iteration_tokens_total request_num_preemptions
     spec_decode_num_drafts spec_decode_num_draft_tokens spec_decode_num_accepted_tokens
+    admission_rejections
 """.split()
 PROMPT = [5, 6, 7]
 
@@ -85,6 +86,40 @@ def test_ten_requests_of_ten_tokens_are_counted_to_the_token(open_server: Runnin
     assert {name: growth[name] for name in wanted} == wanted
     parts = [f"request_{part}_time_seconds_sum" for part in ("queue", "inference")]
     assert 0 < sum(growth[part] for part in parts) < growth["e2e_request_latency_seconds_sum"]
+
+
+def test_tokens_are_counted_while_a_request_runs(open_server: RunningServer) -> None:
+    before = samples(open_server)
+    client = openai_client(open_server.url)
+    stream = client.completions.create(
+        model="tiny",
+        prompt="",
+        stream=True,
+        extra_body={"prompt": PROMPT, "max_tokens": 16000, "ignore_eos": True},
+    )
+    with stream:
+        for _ in range(50):
+            next(iter(stream))
+        growth = grown(open_server, before)
+        assert growth["prompt_tokens_total"] == 3
+        assert growth["generation_tokens_total"] >= 50
+        assert growth["request_success_total abort"] == 0
+    eventually(lambda: grown(open_server, before)["request_success_total abort"] == 1)
+    growth = grown(open_server, before)
+    assert growth["prompt_tokens_total"] == growth["request_prompt_tokens_sum"] == 3
+    assert growth["generation_tokens_total"] == growth["request_generation_tokens_sum"]
+
+
+def test_steps_count_each_token_once_with_drafts_and_cached_prefixes(
+    open_server: RunningServer,
+) -> None:
+    before = samples(open_server)
+    for num_tokens in (10, 40):  # the second prompt is cached, and begins as the first answer did
+        complete(open_server, prompt=[5, 6, 7] * 20, max_tokens=num_tokens, n=2, temperature=0)
+    growth = grown(open_server, before)
+    assert growth["prefix_cache_hits_total"] > 0
+    assert growth["spec_decode_num_draft_tokens_total"] > 0
+    assert growth["iteration_tokens_total_sum"] == 2 * 60 + 2 * 10 + 2 * 40
 
 
 def test_each_choice_counts_as_a_request(open_server: RunningServer) -> None:
