@@ -56,9 +56,9 @@ MAX_DRAFT_SLOWDOWN = 0.25
 # of a step where rows are expensive (AVX2).  Two rows alone would not lead to larger steps.
 MIN_PREFILL_ROWS_WITH_DECODE, MIN_PREFILL_ROWS_ALONE = 2, 4
 # Attention to this many earlier positions costs about as much as the rest of a prompt row (SmolLM2
-# on a CPU; 300 or 2000 work as well).  Without it, steps near the end of long prompts are far too
-# long.
-POSITIONS_PER_ROW_COST = 1000
+# on a CPU: 1000 with AMX, 3000 with AVX-512).  Without it, steps near the end of long prompts are
+# far too long.  If it is too small, the first steps of a prompt after a long one are.
+POSITIONS_PER_ROW_COST = 2000
 # How many of the latest outputs tell how long others may become, and the length that is assumed
 # until so many have ended.
 NUM_RECENT_OUTPUTS, INITIAL_OUTPUT_TOKENS = 32, 8192
