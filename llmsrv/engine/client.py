@@ -72,12 +72,21 @@ class EngineClient:
         config: EngineConfig,
         patience: Patience = Patience(),
         on_step: Callable[[Step, int], None] = lambda step, num_prompt_tokens: None,
+        model_version: Callable[[], object] = lambda: None,
+        on_replaced: Callable[[], None] = lambda: None,
     ) -> None:
         """on_step is called after each step has been handed to its requests, with the step and the
-        number of prompt tokens of the requests that were admitted in it."""
+        number of prompt tokens of the requests that were admitted in it.
+
+        model_version changes when the model's files do; None while they are missing.  An engine
+        that has run is not started again with other files, since the rest of the server knows only
+        the old ones.  Instead on_replaced is called, and the state is REFUSED.
+        """
         self._config = config
         self._patience = patience
         self._on_step = on_step
+        self._model_version = model_version
+        self._on_replaced = on_replaced
         self.state = EngineState.LOADING
         self.reason = "the model is being loaded"
         self.ready: Ready | None = None
@@ -175,12 +184,17 @@ class EngineClient:
             self._process = None
 
     async def _supervise(self) -> None:
-        """Keeps an engine running, unless the first one refuses the model."""
+        """Keeps an engine running, unless the first one refuses the model or it is replaced."""
+        version = self._model_version()
         for generation in itertools.count(1):
             await self._run_one(generation)
             if self.state is EngineState.REFUSED:
                 return
             await asyncio.sleep(self._restart_s - time.monotonic())
+            if self.ready is not None and self._model_version() not in (None, version):
+                self._set_state(EngineState.REFUSED, "its files were replaced")
+                self._on_replaced()
+                return
             self.num_restarts += 1
 
     async def _run_one(self, generation: int) -> None:

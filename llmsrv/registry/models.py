@@ -9,10 +9,12 @@ still being imported.
 """
 
 import asyncio
+import contextlib
 import enum
-import glob
+import functools
 import logging
 import time
+from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +28,8 @@ from llmsrv.engine.client import RETRY
 from llmsrv.errors import ApiError
 from llmsrv.errors import StartupError
 from llmsrv.registry.counters import Counters
+from llmsrv.registry.model_files import total_bytes
+from llmsrv.registry.model_files import version_of
 
 if TYPE_CHECKING:
     from llmsrv.registry.service import Service
@@ -49,6 +53,7 @@ class Model:
     draft_path   the file or folder of its draft model
     service      answers requests while the model is LOADED
     last_used_s  time of the last request for it, monotonic
+    on_replaced  called when its engine must be started again and its files are not the same
     """
 
     def __init__(self, names: list[str], path: Path, draft_path: Path | None = None) -> None:
@@ -58,6 +63,7 @@ class Model:
         self.created = int(time.time())
         self.counters = Counters()
         self.last_used_s = 0.0
+        self.on_replaced: Callable[[], None] = lambda: None
         self._num_restarts = 0  # of engines from earlier loads
 
         # Set anew by each load
@@ -70,7 +76,11 @@ class Model:
     def weight_bytes(self) -> int:
         """Approximate size of the weights in memory: they are kept as they are stored in the
         files."""
-        return _file_bytes(self.path) + (_file_bytes(self.draft_path) if self.draft_path else 0)
+        return sum(map(total_bytes, self._paths))
+
+    @property
+    def _paths(self) -> list[Path]:
+        return [self.path, self.draft_path] if self.draft_path else [self.path]
 
     @property
     def num_restarts(self) -> int:
@@ -126,7 +136,12 @@ class Model:
     async def start_engine(self, config: EngineConfig) -> None:
         """Returns before the engine is ready."""
         self.state = ModelState.LOADING
-        self.engine = EngineClient(config, on_step=self.counters.note_step)
+        self.engine = EngineClient(
+            config,
+            on_step=self.counters.note_step,
+            model_version=lambda: version_of(self._paths),
+            on_replaced=self.on_replaced,
+        )
         await self.engine.start()
 
     async def wait_loaded(self, config: Config, is_patient: bool) -> None:
@@ -173,6 +188,9 @@ class Models:
         self._first = models[: self._max_loaded]
         self._is_starting = True  # until the first models are loaded
         self._turn = asyncio.Lock()  # held by each load and unload
+        self._reloads: set[asyncio.Task[None]] = set()
+        for model in models:
+            model.on_replaced = functools.partial(self._reload_later, model)
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self._models)
@@ -277,6 +295,10 @@ class Models:
     async def stop(self) -> None:
         """Stops all engines; requests that still run end with an error."""
         self.is_draining = True
+        for reload in self._reloads:
+            reload.cancel()
+        if self._reloads:
+            await asyncio.wait(self._reloads)
         engines = [model.engine for model in self._models if model.engine is not None]
         await asyncio.gather(*(engine.stop() for engine in engines))
         for model in self._models:
@@ -330,6 +352,21 @@ class Models:
             log.error("%s", error)
             raise self._draining() or _load_error(model, error) from None
 
+    def _reload_later(self, model: Model) -> None:
+        task = asyncio.create_task(self._reload(model))
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
+
+    async def _reload(self, model: Model) -> None:
+        """Loads a model whose files were replaced.  If that fails, it is unloaded."""
+        async with self._turn:
+            engine = model.engine
+            if engine is not None and engine.state is EngineState.REFUSED:
+                log.warning("the files of %s were replaced; loading them", model.path)
+                await model.unload()
+                with contextlib.suppress(ApiError):  # which _load has logged
+                    await self._load(model)
+
     async def _make_room(self) -> Model | None:
         """Unloads a model if the limit is reached, and returns it."""
         loaded = [model for model in self._models if model.state is ModelState.LOADED]
@@ -338,15 +375,6 @@ class Models:
         model = min(loaded, key=lambda model: (model.is_busy, model.last_used_s))
         await model.unload(self.config.drain_timeout_s)
         return model
-
-
-def _file_bytes(path: Path) -> int:
-    """Total size of a model: its file, all parts of a split file, or the weights in its folder."""
-    if path.is_dir():
-        files = path.glob("*.safetensors")
-    else:
-        files = path.parent.glob(glob.escape(path.name).replace("-00001-of-", "-*-of-"))
-    return sum(file.stat().st_size for file in files)
 
 
 def _load_error(model: Model, error: StartupError) -> ApiError:
