@@ -63,21 +63,18 @@ class App:
         return self._http_app.error_headers(origin) if self._http_app else ()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
+        if scope["type"] == "http":
+            if self._http_app is None:
+                raise RuntimeError("llmsrv has not started: the ASGI server must support lifespan")
+            try:
+                await self._http_app(_without_root_path(scope), receive, send)
+            except (ClientDisconnected, StreamBroken):
+                pass  # servers would log them as bugs; that the body is incomplete is enough
+        elif scope["type"] == "lifespan":
             await self._run_lifespan(receive, send)
-        elif scope["type"] == "http":
-            await self._answer(scope, receive, send)
         else:
             await receive()
             await send({"type": "websocket.close"})
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._http_app is None:
-            raise RuntimeError("llmsrv has not started: the ASGI server must support lifespan")
-        try:
-            await self._http_app(_without_root_path(scope), receive, send)
-        except (ClientDisconnected, StreamBroken):
-            pass  # servers would log them as bugs; that the body is incomplete is enough
 
     async def _run_lifespan(self, receive: Receive, send: Send) -> None:
         tear_down_log = None if logs.is_set_up() else logs.set_up(self._config.log_level)

@@ -124,7 +124,7 @@ class Application:
 def identified(app: ASGIApp) -> ASGIApp:
     """The application, with x-request-id and openai-processing-ms in the head of each response."""
 
-    async def identified_app(scope: Scope, receive: Receive, send: Send) -> None:
+    def identified_app(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         given = Headers(scope["headers"]).get("x-request-id") or ""
         request_id = given if REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"
         started_s = time.perf_counter()
@@ -139,6 +139,6 @@ def identified(app: ASGIApp) -> ASGIApp:
                 ]
             await send(message)
 
-        await app(scope, receive, send_identified)
+        return app(scope, receive, send_identified)
 
     return identified_app

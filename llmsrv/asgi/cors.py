@@ -79,16 +79,15 @@ class CORS:
             listed = ", ".join(sorted({*SAFE_HEADERS, *allow_headers})).encode()
             self._preflight.append((b"access-control-allow-headers", listed))
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         headers = Headers(scope["headers"])
         origin = headers.get("origin")
         if scope["method"] == "OPTIONS" and origin is not None:
             method = headers.get("access-control-request-method")
             if method is not None:
-                await self._answer_preflight(origin, method, headers)(send)
-                return
+                return self._answer_preflight(origin, method, headers)(send)
         extra = self.response_fields(origin)
-        await self._app(scope, receive, _with_fields(send, extra) if extra else send)
+        return self._app(scope, receive, _with_fields(send, extra) if extra else send)
 
     def is_allowed(self, origin: str) -> bool:
         """Whether pages of that origin may read our responses."""

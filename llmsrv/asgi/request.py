@@ -1,12 +1,15 @@
 """A request as its handler sees it.  Knows nothing about sockets, routes or JSON."""
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator
+from collections.abc import Callable
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import quote
 
 from llmsrv.asgi.types import ClientDisconnected
+from llmsrv.asgi.types import ON_DISCONNECT
 from llmsrv.asgi.types import RawHeaders
 from llmsrv.asgi.types import Receive
 from llmsrv.asgi.types import Scope
@@ -89,17 +92,15 @@ class Request:
         """
         task = asyncio.current_task()
         assert task is not None
-        is_gone = False
+        is_gone = has_left = False
 
-        async def watch() -> None:
+        def leave() -> None:
             nonlocal is_gone
-            while (await self._receive())["type"] != "http.disconnect":
-                pass
-            # Not in a done callback: that could run after the block has been left.
-            is_gone = True
-            task.cancel()
+            if not has_left:
+                is_gone = True
+                task.cancel()
 
-        watcher = asyncio.create_task(watch())
+        stop = self._watch(leave)
         try:
             yield
         except asyncio.CancelledError:
@@ -109,7 +110,24 @@ class Request:
                 raise
             raise ClientDisconnected from None
         finally:
-            watcher.cancel()
+            has_left = True
+            stop()
+
+    def _watch(self, on_disconnect: Callable[[], None]) -> Callable[[], object]:
+        """Calls on_disconnect when the client goes away, until the returned function is called."""
+        if register := self.scope.get(ON_DISCONNECT):
+            # Soon, not now: a task that is running cannot be cancelled before its next await.
+            soon = asyncio.get_running_loop().call_soon
+            register(functools.partial(soon, on_disconnect))
+            return functools.partial(register, None)
+
+        async def watch() -> None:
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+            # Not in a done callback: that could run after the block has been left.
+            on_disconnect()
+
+        return asyncio.create_task(watch()).cancel
 
 
 def _body_too_large(limit_bytes: int) -> ApiError:

@@ -57,17 +57,18 @@ class EventStream:
         self._ping_s = ping_s
         self._on_end = on_end
         self._last_sent_at = 0.0
+        self._ping_timer: asyncio.TimerHandle | None = None
+        self._ping: asyncio.Task[None] | None = None
 
     async def __call__(
         self, send: Send, error_event: Callable[[ApiError], bytes | Event] = ApiError.body
     ) -> None:
         """error_event encodes the event of an error: see dialect.py."""
-        pinger: asyncio.Task[None] | None = None
         try:
             start = {"type": "http.response.start", "status": 200, "headers": self.headers}
             await send({**start, "ping": PING})
             await self._send(send, b"")
-            pinger = asyncio.create_task(self._send_pings(send))
+            self._ping_later(send, self._ping_s)
             async for event in self._events:
                 await self._send(send, frame(event))
         except ApiError as error:
@@ -79,8 +80,9 @@ class EventStream:
             await self._send(send, frame(error_event(ApiError(500, "The server failed."))))
             raise
         finally:
-            if pinger:
-                pinger.cancel()
+            for pinging in (self._ping_timer, self._ping):
+                if pinging:
+                    pinging.cancel()
             self._on_end()
             if aclose := getattr(self._events, "aclose", None):
                 await aclose()
@@ -90,14 +92,16 @@ class EventStream:
         await send(_body(data, more_body=True))
         self._last_sent_at = asyncio.get_running_loop().time()
 
-    async def _send_pings(self, send: Send) -> None:
-        now = asyncio.get_running_loop().time
-        while True:
-            quiet_s = now() - self._last_sent_at
-            if quiet_s < self._ping_s:
-                await asyncio.sleep(self._ping_s - quiet_s)
-            else:
-                await self._send(send, PING)
+    def _ping_later(self, send: Send, delay_s: float) -> None:
+        # A timer, not a task that sleeps: thousands of streams may wait.
+        loop = asyncio.get_running_loop()
+        self._ping_timer = loop.call_later(delay_s, self._ping_if_quiet, send)
+
+    def _ping_if_quiet(self, send: Send) -> None:
+        left_s = self._ping_s - (asyncio.get_running_loop().time() - self._last_sent_at)
+        if left_s <= 0 and (self._ping is None or self._ping.done()):
+            self._ping = asyncio.create_task(self._send(send, PING))
+        self._ping_later(send, left_s if left_s > 0 else self._ping_s)
 
 
 def frame(event: bytes | Event) -> bytes:

@@ -22,6 +22,10 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 # Header fields as ASGI carries them: names in lower case, values as the bytes on the wire.
 RawHeaders = Sequence[tuple[bytes, bytes]]
 
+# The key of a function in the scopes of our server: it takes a function to call when the client
+# goes away, or None to call none.  It saves the application a task that waits for http.disconnect.
+ON_DISCONNECT = "llmsrv.on_disconnect"
+
 
 class ClientDisconnected(Exception):
     """The client went away before its response was complete: no one's fault, and not logged."""

@@ -29,7 +29,8 @@ class Generation:
         self.admitted_s: float | None = None  # when the first choice was admitted
         self.received_s = 0.0  # when the last event that was taken arrived
         self._abort = abort
-        self._events: deque[tuple[Tokens | Finished, float]] = deque()
+        # None until the first: an empty deque takes 750 bytes, and thousands of requests may wait.
+        self._events: deque[tuple[Tokens | Finished, float]] | None = None
         self._unfinished = set(range(submit.n))  # choices; empty when the request has ended
         self._error: ApiError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -69,7 +70,7 @@ class Generation:
     def abort(self, choice: int | None = None) -> None:
         """Ends the request, or one choice, with "abort".  May be called any time and repeatedly."""
         if choice is None:
-            self._events.clear()
+            self._events = None
         if choice in self._unfinished or (choice is None and self._unfinished):
             self._abort(self.submit.request, choice)
 
@@ -90,6 +91,8 @@ class Generation:
         self._wake()
 
     def push(self, event: Tokens | Finished) -> None:
+        if self._events is None:
+            self._events = deque()
         self._events.append((event, time.monotonic()))
         if isinstance(event, Finished):
             self._unfinished.discard(event.choice)

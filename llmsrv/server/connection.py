@@ -18,6 +18,7 @@ from typing import cast
 
 from llmsrv.asgi.types import ASGIApp
 from llmsrv.asgi.types import ClientDisconnected
+from llmsrv.asgi.types import ON_DISCONNECT
 from llmsrv.asgi.types import RawHeaders
 from llmsrv.asgi.types import Scope
 from llmsrv.asgi.types import StreamBroken
@@ -30,6 +31,7 @@ from llmsrv.server.response import error_response
 from llmsrv.server.settings import ServerCounters
 from llmsrv.server.settings import ServerSettings
 from llmsrv.server.timing import Deadline
+from llmsrv.server.timing import Flag
 from llmsrv.server.timing import LogRateLimit
 
 log = logging.getLogger("llmsrv.server")
@@ -84,9 +86,8 @@ class Connection(asyncio.BufferedProtocol):
 
         # Per connection.
         self.buffer = bytearray()
-        self.changed = asyncio.Event()
-        self.writable = asyncio.Event()
-        self.writable.set()
+        self.changed = Flag()
+        self.writable = Flag(is_set=True)
         self._transport: asyncio.Transport
         self._client: tuple[str, int] | None = None
         self._server: tuple[str, int] | None = None
@@ -236,8 +237,9 @@ class Connection(asyncio.BufferedProtocol):
         self._read_deadline.clear()
         if self._has_eof:
             self._read_deadline.set(self._settings.half_close_grace_s)
-        self._exchange = Exchange(self, head, self._scope(head))
-        task = self._server_state.loop.create_task(self._run(self._exchange))
+        exchange = self._exchange = Exchange(self, head, self._scope(head))
+        exchange.scope[ON_DISCONNECT] = exchange.on_disconnect
+        task = self._server_state.loop.create_task(self._run(exchange))
         self._server_state.tasks.add(task)
 
     def _scope(self, head: RequestHead) -> Scope:
@@ -269,6 +271,7 @@ class Connection(asyncio.BufferedProtocol):
             path = exchange.scope["raw_path"].decode("latin-1")
             log.exception("%s %s failed", exchange.scope["method"], path)
         finally:
+            del exchange.scope[ON_DISCONNECT]  # or scope and exchange would refer to each other
             self._server_state.tasks.discard(task)
             self._server_state.check_all_gone()
             if self._phase is _Phase.RUNNING:

@@ -1,6 +1,6 @@
 """One request and its response: the receive() and send() of an ASGI application."""
 
-import asyncio
+from collections.abc import Callable
 from typing import Protocol
 
 from llmsrv.asgi.types import Message
@@ -9,6 +9,7 @@ from llmsrv.errors import ApiError
 from llmsrv.server.head import RequestHead
 from llmsrv.server.response import CONTINUE
 from llmsrv.server.response import ResponseWriter
+from llmsrv.server.timing import Flag
 
 DISCONNECT: Message = {"type": "http.disconnect"}
 
@@ -23,8 +24,8 @@ class Wire(Protocol):
     """
 
     buffer: bytearray
-    changed: asyncio.Event
-    writable: asyncio.Event
+    changed: Flag
+    writable: Flag
 
     @property
     def may_keep_alive(self) -> bool: ...
@@ -55,6 +56,7 @@ class Exchange:
         self._has_received_all = False
         self._awaits_continue = head.expects_continue
         self._is_disconnected = False
+        self._disconnect_callback: Callable[[], object] | None = None
         self._ping = b""
 
     @property
@@ -88,7 +90,15 @@ class Exchange:
         else:
             raise RuntimeError(f"unknown ASGI message {message['type']}")
 
+    def on_disconnect(self, callback: Callable[[], object] | None) -> None:
+        """See ON_DISCONNECT."""
+        self._disconnect_callback = callback
+        if callback and self._is_disconnected:
+            callback()
+
     def disconnect(self) -> None:
+        if not self._is_disconnected and self._disconnect_callback:
+            self._disconnect_callback()
         self._is_disconnected = True
         self._wire.changed.set()
         self._wire.writable.set()

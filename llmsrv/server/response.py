@@ -73,6 +73,7 @@ class ResponseWriter:
         head = b""
         if self._state is _State.STARTED:
             head = self._head(None if more_body else len(data), close)
+            self._headers = ()
         framed = self._frame(data, more_body)
         self._state = _State.BODY if more_body else _State.COMPLETE
         return head + framed

@@ -1,6 +1,7 @@
 """Requests as their handlers see them."""
 
 import asyncio
+from collections.abc import Callable
 from collections.abc import Sequence
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from llmsrv.asgi.request import Request
 from llmsrv.asgi.types import ClientDisconnected
 from llmsrv.asgi.types import Message
+from llmsrv.asgi.types import ON_DISCONNECT
+from llmsrv.asgi.types import Scope
 from llmsrv.errors import ApiError
 
 DISCONNECT = {"type": "http.disconnect"}
@@ -28,12 +31,34 @@ class Inbox:
         return await self._messages.get()
 
 
+class CallingInbox(Inbox):
+    """That of a server that calls a function when the client goes away."""
+
+    callback: Callable[[], object] | None = None
+
+    def register(self, callback: Callable[[], object] | None) -> None:
+        self.callback = callback
+
+    def put(self, message: Message) -> None:
+        if self.callback:
+            self.callback()
+
+    async def __call__(self) -> Message:
+        raise AssertionError("no task need wait for messages")
+
+
+INBOXES = pytest.mark.parametrize("inbox_type", [Inbox, CallingInbox])
+
+
 def body(data: bytes, more_body: bool = False) -> Message:
     return {"type": "http.request", "body": data, "more_body": more_body}
 
 
 def make_request(inbox: Inbox, *headers: tuple[bytes, bytes]) -> Request:
-    return Request({"method": "POST", "path": "/", "headers": list(headers)}, inbox)
+    scope: Scope = {"method": "POST", "path": "/", "headers": list(headers)}
+    if isinstance(inbox, CallingInbox):
+        scope[ON_DISCONNECT] = inbox.register
+    return Request(scope, inbox)
 
 
 def test_headers_match_in_any_case_and_may_repeat() -> None:
@@ -72,9 +97,10 @@ async def make_request_and_read_half() -> None:
     await make_request(Inbox([body(b"a", True), DISCONNECT])).body(9)
 
 
-def test_a_disconnect_cancels_the_guarded_block() -> None:
+@INBOXES
+def test_a_disconnect_cancels_the_guarded_block(inbox_type: type[Inbox]) -> None:
     async def main() -> None:
-        inbox = Inbox()
+        inbox = inbox_type()
         cleaned_up = False
         asyncio.get_running_loop().call_soon(inbox.put, DISCONNECT)
         with pytest.raises(ClientDisconnected):
@@ -89,9 +115,10 @@ def test_a_disconnect_cancels_the_guarded_block() -> None:
     asyncio.run(main())
 
 
-def test_a_block_that_ends_before_a_disconnect_is_not_cancelled() -> None:
+@INBOXES
+def test_a_block_that_ends_before_a_disconnect_is_not_cancelled(inbox_type: type[Inbox]) -> None:
     async def main() -> None:
-        inbox = Inbox()
+        inbox = inbox_type()
         async with make_request(inbox).cancel_on_disconnect():
             await asyncio.sleep(0)
             inbox.put(DISCONNECT)
@@ -102,19 +129,21 @@ def test_a_block_that_ends_before_a_disconnect_is_not_cancelled() -> None:
     asyncio.run(main())
 
 
-def test_an_error_of_the_block_passes_through() -> None:
+@INBOXES
+def test_an_error_of_the_block_passes_through(inbox_type: type[Inbox]) -> None:
     async def main() -> None:
-        async with make_request(Inbox()).cancel_on_disconnect():
+        async with make_request(inbox_type()).cancel_on_disconnect():
             raise KeyError
 
     with pytest.raises(KeyError):
         asyncio.run(main())
 
 
-def test_a_cancellation_from_elsewhere_stays_a_cancellation() -> None:
+@INBOXES
+def test_a_cancellation_from_elsewhere_stays_a_cancellation(inbox_type: type[Inbox]) -> None:
     async def main() -> None:
         async def guarded() -> None:
-            async with make_request(Inbox()).cancel_on_disconnect():
+            async with make_request(inbox_type()).cancel_on_disconnect():
                 await asyncio.Event().wait()
 
         task = asyncio.create_task(guarded())

@@ -70,7 +70,7 @@ class Job:
             ChoiceOutput(index, service.text.tokenizer, rules) for index in range(self.num_choices)
         ]
         self._clocks = [ChoiceClock(service.counters) for _ in self._outputs]
-        self._counted_prompts: set[int] = set()
+        self._is_prompt_counted = [False] * len(submits)
         self._unfinished_reason = "abort"  # counted for choices without a finish_reason
         self._generations: list[Generation] = []
         try:
@@ -141,9 +141,10 @@ class Job:
         num_events = 0
         async for event in generation:
             num_events += 1
+            if num_events == 1:
+                self._count_prompt(prompt)
             if num_events % EVENTS_PER_TURN == 0:
                 await asyncio.sleep(0)
-            self._count_prompt(prompt)
             if event.choice == PROMPT:
                 assert isinstance(event, Tokens)
                 self.prompt_logprobs[prompt] += _token_logprobs(event)
@@ -169,8 +170,8 @@ class Job:
     def _count_prompt(self, prompt: int) -> None:
         """Counts the prompt's tokens, once, if it has been admitted."""
         generation = self._generations[prompt]
-        if prompt not in self._counted_prompts and generation.is_admitted:
-            self._counted_prompts.add(prompt)
+        if generation.is_admitted and not self._is_prompt_counted[prompt]:
+            self._is_prompt_counted[prompt] = True
             self._service.counters.prompt_tokens += len(generation.submit.prompt_ids)
 
     def _count(self) -> None:
