@@ -29,6 +29,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from llmsrv.backend.base import CannotRun
+from llmsrv.backend.build_folder import build_folder
 
 log = logging.getLogger("llmsrv.backend")
 
@@ -97,8 +98,8 @@ def load_library(sources: dict[str, bytes], flags: Iterable[str], cache_dir: Pat
             log.warning("the cached kernels %s cannot be loaded: %s", cached, error)
     log.info("compiling the kernels with %s", shlex.join(compiler.command))
     try:
-        with tempfile.TemporaryDirectory(prefix="llmsrv-") as build:
-            library = _compile(compiler, sources, tuple(flags), Path(build))
+        with build_folder() as (build, group):
+            library = _compile(compiler, sources, tuple(flags), build, group)
             kept = directory and _keep(library, directory, key)
             return ctypes.CDLL(str(kept or library))
     except OSError as error:
@@ -188,9 +189,16 @@ def _name(key: str, content: bytes) -> str:
 
 
 def _compile(
-    compiler: Compiler, sources: dict[str, bytes], flags: tuple[str, ...], build: Path
+    compiler: Compiler,
+    sources: dict[str, bytes],
+    flags: tuple[str, ...],
+    build: Path,
+    group: int,
 ) -> Path:
-    """Compiles the files in parallel, the largest first, and links them."""
+    """Compiles the files in parallel, the largest first, and links them.
+
+    build, group  as in build_folder()
+    """
     for name, text in sources.items():
         (build / name).write_bytes(text)
     if "ziglang" in compiler.command:  # targets this CPU anyway, and names others differently
@@ -202,20 +210,27 @@ def _compile(
     objects = [f"{name}.o" for name in names]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         compiling = [
-            threads.submit(_run, (*command, "-c", "-o", output, name), build, deadline_s)
+            threads.submit(_run, (*command, "-c", "-o", output, name), build, group, deadline_s)
             for name, output in zip(names, objects, strict=True)
         ]
     for each in compiling:
         each.result()
     library = build / "kernels.so"
-    _run((*command, "-shared", "-o", library.name, *objects, "-lm"), build, deadline_s)
+    _run((*command, "-shared", "-o", library.name, *objects, "-lm"), build, group, deadline_s)
     return library
 
 
-def _run(command: tuple[str, ...], build: Path, deadline_s: float) -> None:
-    left_s = max(0.0, deadline_s - time.monotonic())
+def _run(command: tuple[str, ...], build: Path, group: int, deadline_s: float) -> None:
     try:
-        done = subprocess.run(command, cwd=build, capture_output=True, text=True, timeout=left_s)
+        done = subprocess.run(
+            command,
+            cwd=build,
+            env=os.environ | {"TMPDIR": str(build)},
+            capture_output=True,
+            text=True,
+            timeout=max(0.0, deadline_s - time.monotonic()),
+            process_group=group,
+        )
     except subprocess.TimeoutExpired:
         message = f"{command[0]} did not finish and was stopped after {COMPILE_TIMEOUT_S:.0f} s"
         raise CompilerHangs(message) from None

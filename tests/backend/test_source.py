@@ -23,7 +23,10 @@ from llmsrv.backend.source import find_compiler
 from llmsrv.backend.source import kernel_sources
 from llmsrv.backend.source import load_library
 from llmsrv.config import default_cache_dir
+from tests.support.engines import has_exited
 from tests.support.parameters import slow_but
+from tests.support.server import child_pids
+from tests.support.server import eventually
 
 TEXTS = {"answer.c": b"#include \"answer.h\"\nint answer(void) { return ANSWER; }\n"}
 FLAGS = ["-O1"]
@@ -197,6 +200,23 @@ def test_a_compiler_that_hangs_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(source, "COMPILE_TIMEOUT_S", 0.1)
     with pytest.raises(CompileError, match="was stopped after"):
         answer(tmp_path)
+
+
+def test_123_nothing_is_left_of_a_build_whose_process_is_killed(tmp_path, monkeypatch):
+    # As gcc does, this compiler starts another process, which writes to a temporary file.
+    record = 'echo "$$ $PWD" > "$RECORD.$$"; echo > "$TMPDIR/temporary"; sleep 60 & wait'
+    compiler(tmp_path, monkeypatch, record)
+    monkeypatch.setenv("RECORD", str(tmp_path / "record"))
+    builder = subprocess.Popen([sys.executable, "-c", _LOAD, str(tmp_path)], cwd=ROOT)
+    eventually(lambda: [file for file in tmp_path.glob("record.*") if file.read_text()])
+    [file] = tmp_path.glob("record.*")
+    pid, folder = file.read_text().split()
+    assert Path(folder).is_dir()
+    children = child_pids(int(pid))
+    builder.kill()
+    builder.wait()
+    assert all(has_exited(process, 5) for process in (int(pid), *children))
+    eventually(lambda: not Path(folder).exists())
 
 
 def test_the_stub_on_macos_without_tools_is_not_a_compiler(monkeypatch):
