@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -25,6 +26,9 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Keep the bytecode of the tests, with their rewritten asserts, for the next run.
 sys.dont_write_bytecode = False
+
+# A shell that runs the tests in the background ignores Ctrl-C, and all that we start would, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Collecting the tests makes hardly any garbage.
 gc.disable()
