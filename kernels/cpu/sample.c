@@ -7,6 +7,7 @@
 
 #include "threads.h"
 #include "sample_select.h"
+#include "sample_sort.h"
 
 enum { WEIGHT_BITS = 40, FRACTION_BITS = 32, SURPRISAL_BITS = 20 };
 
@@ -265,39 +266,6 @@ static int32_t rank_of(const LogitRow *row, int32_t id)
     for (int32_t i = id + 1; i < row->vocab_size; i++)
         rank += logits[i] > logit;
     return rank;
-}
-
-static int comes_before(const float *logits, int32_t a, int32_t b)
-{
-    return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
-}
-
-/* Moves the root of a heap, whose first is the last in the order, to its place. */
-static void sift_down(const float *logits, int32_t *ids, int32_t root, int32_t count)
-{
-    for (int32_t child = 2 * root + 1; child < count; child = 2 * root + 1) {
-        if (child + 1 < count && comes_before(logits, ids[child], ids[child + 1]))
-            child++;
-        if (!comes_before(logits, ids[root], ids[child]))
-            return;
-        int32_t id = ids[root];
-        ids[root] = ids[child];
-        ids[child] = id;
-        root = child;
-    }
-}
-
-/* Heapsort: all of a vocabulary may be asked for. */
-static void sort_ids(const float *logits, int32_t *ids, int32_t count)
-{
-    for (int32_t root = count / 2 - 1; root >= 0; root--)
-        sift_down(logits, ids, root, count);
-    for (int32_t end = count - 1; end > 0; end--) {
-        int32_t id = ids[0];
-        ids[0] = ids[end];
-        ids[end] = id;
-        sift_down(logits, ids, 0, end);
-    }
 }
 
 /* Reports the k largest log-probabilities, the largest first, among equals the lowest id first. */
