@@ -59,8 +59,8 @@ MIN_PREFILL_ROWS_WITH_DECODE, MIN_PREFILL_ROWS_ALONE = 2, 4
 # on a CPU: 1000 with AMX, 3000 with AVX-512).  Without it, steps near the end of long prompts are
 # far too long.  If it is too small, the first steps of a prompt after a long one are.
 POSITIONS_PER_ROW_COST = 2000
-# How many of the latest outputs tell how long others may become, and the length that is assumed
-# until so many have ended.
+# Outputs may become as long as the longest of this many latest ones.  Until that many have ended,
+# this length is assumed.
 NUM_RECENT_OUTPUTS, INITIAL_OUTPUT_TOKENS = 32, 8192
 # How many waiting sequences are considered for overtaking a long prompt.
 MAX_OVERTAKE_CANDIDATES = 8

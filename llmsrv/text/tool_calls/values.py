@@ -103,7 +103,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _type_of(written: str) -> str:
-    """The JSON type of a value by its first characters; of a number, as JSON Schema tells them."""
+    """The JSON Schema type of a JSON value.  A number without `.` and exponent is an integer."""
     first = written[0]
     if first in '"{[tfn':
         return {'"': "string", "{": "object", "[": "array", "n": "null"}.get(first, "boolean")

@@ -42,7 +42,7 @@ def post(path: str, body: dict[str, Any], key: str = "none") -> bytes:
 
 @pytest.fixture(scope="module")
 def endless_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with a context so long that no answer reaches its end during a test."""
+    """A model whose context is too long for an answer to fill it during a test."""
     path = tmp_path_factory.mktemp("endless") / "tiny.gguf"
     return write_tiny_llama(path, context_length=65536)
 
