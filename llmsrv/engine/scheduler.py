@@ -1,13 +1,13 @@
 """Decides which rows the next step computes: continuous batching in the order of rank.
 
 Every sequence in decode gets one row before anything else, so a long prompt never stops the running
-streams.  Decode may get further rows for drafts (speculation.py).  The rest of the step goes to
-prompts in chunks: first to running sequences, then to sequences that are admitted from the queue,
-as long as there are slots, blocks and rows.  A step that carries both streams and prompts may last
-up to max_step_s, judging by what earlier steps cost (_prefill_work): that is short enough for a
-reader, and long enough for prompts to be computed nearly as fast as alone.  Half of the work for
-prompts goes to short prompts that arrived after a long one, so a short question does not wait until
-someone else's document is computed.
+streams.  Decode gets further rows for drafts if there are no prompts (speculation.py).  The rest of
+the step goes to prompts in chunks: first to running sequences, then to sequences that are admitted
+from the queue, as long as there are slots, blocks and rows.  A step that carries both streams and
+prompts may last up to max_step_s, judging by what earlier steps cost (_prefill_work): that is short
+enough for a reader, and long enough for prompts to be computed nearly as fast as alone.  Half of
+the work for prompts goes to short prompts that arrived after a long one, so a short question does
+not wait until someone else's document is computed.
 
 Preemption: if a sequence in decode needs a block and none is free, the running sequence with the
 last rank is preempted.  Its blocks are freed and it returns to the queue.  When it is admitted
@@ -50,8 +50,6 @@ from llmsrv.engine.step_costs import StepCosts
 MAX_PREFILL_STEP_S = 1.0
 # If decode alone takes nearly max_step_s or longer, prompts may still slow it down by this much.
 MIN_PREFILL_SLOWDOWN = 0.5
-# Maximum slowdown of a decode step by drafts while there are prompts, which slow it down already.
-MAX_DRAFT_SLOWDOWN = 0.25
 # Prompts always get this many rows.  Four rows with one stream would more than double the duration
 # of a step where rows are expensive (AVX2).  Two rows alone would not lead to larger steps.
 MIN_PREFILL_ROWS_WITH_DECODE, MIN_PREFILL_ROWS_ALONE = 2, 4
@@ -237,8 +235,10 @@ class Scheduler:
         min_work = work_of(min_rows, first.num_computed if first else 0)
         return max(min_work, self._costs.rows_within(limit_s) - num_rows)
 
-    def _num_prompts(self) -> int:
-        return sum(each.num_uncomputed > 1 for each in self.running) + len(self.waiting)
+    def _has_prompts(self) -> bool:
+        """Whether this step can compute rows of a prompt."""
+        is_running = any(each.num_uncomputed > 1 for each in self.running)
+        return is_running or bool(self.waiting and self._free_slots)
 
     def _schedule_decode(self) -> list[Chunk]:
         """By rank.  A preemption removes sequences from the end of the list during the loop."""
@@ -249,12 +249,14 @@ class Scheduler:
         return chunks
 
     def _with_drafts(self, chunks: list[Chunk]) -> list[Chunk]:
-        """Adds drafts to the decode chunks, unless others will soon need the rows or blocks."""
+        """Adds drafts to the decode chunks, unless others will soon need the blocks.
+
+        Prompts use the rows better than drafts, which may be rejected.
+        """
         budget = min(self._num_spare_logit_rows, self._max_rows - len(chunks))
-        if chunks and self._num_prompts():
-            max_step_s = self._costs.of(len(chunks)) * (1 + MAX_DRAFT_SLOWDOWN)
-            budget = int(min(budget, self._costs.rows_within(max_step_s) - len(chunks)))
-        if budget <= 0 or self._kv_cache.num_free < 2 * len(chunks) + num_blocks_for(budget):
+        if budget <= 0 or self._has_prompts():
+            return chunks
+        if self._kv_cache.num_free < 2 * len(chunks) + num_blocks_for(budget):
             return chunks
         drafts = self._speculation.draft([chunk.sequence for chunk in chunks], budget)
         with_drafts = []
