@@ -1,0 +1,79 @@
+"""The kernels of kernels/cuda: their source text, and functions compiled from it.
+
+Each operation is one file, STEM.cu.  Macros set what is constant in a configuration, such as
+HEAD_DIM, so each set of macros is a module of its own.  CuPy compiles a module with NVRTC for the
+architecture of the current device and caches the result by text and options only.  A change in an
+included file would go unnoticed, so our own includes are pasted into the text.
+"""
+
+import re
+from collections.abc import Iterator
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from llmsrv.backend.source import kernel_sources
+
+# Includes in angle brackets are CUDA's own and stay.
+INCLUDE = re.compile(r'#include "([^"]+)"')
+OPTIONS = ("-std=c++17",)
+
+Macro = int | str
+
+
+class Kernels:
+    """Compiles modules when they are first needed and keeps them.
+
+    cp      the cupy module
+    macros  defined in every module
+    """
+
+    def __init__(self, cp: Any, **macros: Macro) -> None:
+        self._cp = cp
+        self._macros = macros
+        self._modules: dict[tuple[object, ...], Any] = {}
+
+    def get(self, stem: str, function: str, **macros: Macro) -> Any:
+        """The cupy.RawKernel `function` of STEM.cu, compiled with these macros."""
+        options = compile_options(self._macros | macros)
+        key = stem, *options
+        if key not in self._modules:
+            code = kernel_source(stem)
+            self._modules[key] = self._cp.RawModule(code=code, options=options)
+        return self._modules[key].get_function(function)
+
+
+@cache
+def kernel_source(stem: str) -> str:
+    """The text of STEM.cu, with the files of kernels/cuda that it includes pasted in."""
+    sources = {name: text.decode() for name, text in kernel_sources("cuda").items()}
+    return pasted(f"{stem}.cu", sources)
+
+
+def compile_options(macros: Mapping[str, Macro]) -> tuple[str, ...]:
+    return *OPTIONS, *(f"-D{name}={value}" for name, value in sorted(macros.items()))
+
+
+def pasted(name: str, sources: Mapping[str, str]) -> str:
+    """The text of a file with its includes pasted in, each file once, at its first include.
+
+    sources  file name -> text
+    Line markers let compilers report errors by file and line.
+    Raises KeyError if an included file is not among the sources.
+    """
+    return "\n".join(_lines(name, sources, {name})) + "\n"
+
+
+def _lines(name: str, sources: Mapping[str, str], seen: set[str]) -> Iterator[str]:
+    """Adds the names of the pasted files to `seen`."""
+    yield f'#line 1 "{name}"'
+    for number, line in enumerate(sources[name].splitlines(), 1):
+        include = INCLUDE.match(line)
+        if include is None:
+            yield line
+            continue
+        included = include[1]
+        if included not in seen:
+            seen.add(included)
+            yield from _lines(included, sources, seen)
+        yield f'#line {number + 1} "{name}"'
