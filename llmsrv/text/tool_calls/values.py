@@ -1,11 +1,11 @@
 """The arguments of calls that are not written as JSON: which type a text has, by the tool's schema.
 """
 
-import ast
 import json
-import warnings
 from collections.abc import Iterator
 from typing import Any
+
+from llmsrv.text.tool_calls.python_literals import read_literal
 
 # With any of these keys a schema may allow properties that it does not list.
 OPEN_SCHEMA_KEYS = frozenset(
@@ -15,7 +15,6 @@ Schema = dict[str, Any]
 
 _MAX_REFERENCES = 16  # followed from one schema to another
 _DEFINITIONS = ("$defs", "definitions")
-_PYTHON_CONSTANTS = {"True": True, "False": False, "None": None}
 _ANY_TYPE = frozenset(("string", "number", "boolean", "null", "object", "array"))
 
 
@@ -88,13 +87,8 @@ def _json_readings(text: str) -> Iterator[str]:
         yield text
     except (ValueError, RecursionError):
         try:
-            if text in _PYTHON_CONSTANTS:
-                value = _PYTHON_CONSTANTS[text]
-            else:
-                with warnings.catch_warnings(action="ignore"):  # of unknown escape sequences
-                    value = ast.literal_eval(text)
-            yield json.dumps(value, ensure_ascii=False, allow_nan=False)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            yield json.dumps(read_literal(text), ensure_ascii=False, allow_nan=False)
+        except ValueError:
             return
 
 
