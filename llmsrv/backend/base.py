@@ -169,7 +169,11 @@ class CannotRun(StartupError):
     """The backend cannot run on this machine, or cannot run this program; another backend might.
 
     Whatever another backend would not solve, such as too little memory, is a plain StartupError.
+
+    is_ordinary  whether most machines are like this, so that "auto" need not warn
     """
+
+    is_ordinary = False
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,9 @@ def run_on_backend(
     prepare    chooses sizes and compiles the programs
     Returns the backend, the reason for it as a clause for the log, and the result of `prepare`.
 
-    "auto" skips a backend that raises CannotRun, in from_options or in `prepare`, with a
-    warning.  Any other error is final, and so is CannotRun from the last backend.
+    "auto" skips a backend that raises CannotRun, in from_options or in `prepare`, and logs why: as
+    a warning, unless most machines are like this one.  Any other error is final, and so is
+    CannotRun from the last backend.
     """
     if name != "auto" and name not in BACKENDS:
         raise StartupError(f"there is no backend '{name}'; choose auto, {' or '.join(BACKENDS)}")
@@ -77,7 +78,8 @@ def run_on_backend(
         except CannotRun as error:
             if following is None:
                 raise
-            log.warning("%s; %s", error, BACKENDS[following].notice)
+            level = logging.INFO if error.is_ordinary else logging.WARNING
+            log.log(level, "%s; %s", error, BACKENDS[following].notice)
         else:
             why = "the fastest here" if name == "auto" else "as requested"
             return backend, f"{why}: {backend.description}", prepared
