@@ -36,6 +36,8 @@ import jinja2.sandbox
 from llmsrv.errors import ApiError
 from llmsrv.errors import StartupError
 from llmsrv.text import reasoning
+from llmsrv.text.marked_text import MarkedText
+from llmsrv.text.marked_text import Markup
 from llmsrv.text.template_probe import TemplateFacts
 from llmsrv.text.template_probe import probe
 from llmsrv.text.tokenizer import Tokenizer
@@ -207,6 +209,10 @@ class ChatTemplate:
 
     def _replace_in(self, value: Any, placeholders: "_Placeholders") -> Any:
         """Replaces text that could form a special token, at any depth of a caller's value."""
+        if isinstance(value, MarkedText):
+            return "".join(self._replace_in(piece, placeholders) for piece in value.pieces)
+        if isinstance(value, Markup):
+            return value
         if isinstance(value, str):
             return self._replace_in_text(value, placeholders)
         if isinstance(value, dict):

@@ -178,8 +178,8 @@ SHAPES: dict[str, Shape] = {
     ),
     # Granite 3.3: shows tools and results, but no calls
     "granite3.3": Shape(
-        TOOLS_FIRST + "{% for m in messages %}{{ '[' + m.role + ']' + m.content }}\n{% endfor %}"
-        + ANSWER,
+        "{# <|tool_call|> #}" + TOOLS_FIRST
+        + "{% for m in messages %}{{ '[' + m.role + ']' + m.content }}\n{% endfor %}" + ANSWER,
         {"has_tools": True, "has_calls": False},
     ),
     # Kimi K2: shows the id of a call in place of its name

@@ -2,9 +2,11 @@
 
 import json
 import re
+from typing import Any
 
 import pytest
 
+from llmsrv.text.marked_text import Markup
 from llmsrv.text.structural_tag import structural_tag_source
 from llmsrv.text.tokenizer import Tokenizer
 from llmsrv.text.tool_calls.formats import FORMATS
@@ -36,6 +38,11 @@ DEEPSEEK = "{{ '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + tool.
         ("{{ '<TOOLCALL>[' }}", "nemotron"),
         (DEEPSEEK + "{{ '\n' + '```json' + '\n' }}", "deepseek_v3"),
         (DEEPSEEK, "deepseek_v31"),
+        ("{% set dsml_token = '｜DSML｜' %}<{{ dsml_token }}function_calls>", "deepseek_v32"),
+        ("{% set dsml_token = '｜DSML｜' %}<{{ dsml_token }}tool_calls>", "deepseek_v4"),
+        ("<|START_ACTION|>[{\"tool_name\": \"\"}]<|END_ACTION|>", "cohere"),
+        ("{{ '<|tools_prefix|>[' }}", "apertus"),
+        ('{% set s = "List of tools: [" %}', "lfm2"),
         ("<|tool_calls_section_begin|>", "kimi_k2"),
         ("{{ '<|tool_list_start|>' }}", "lfm2"),
         ("{{ '<|tool|>' + tools + '<|/tool|>' }}", "phi4"),
@@ -72,6 +79,9 @@ CALLS = {
     '{"text": "hi", "number": 12, "unit": "C"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
     "deepseek_v31": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>g<｜tool▁sep｜>"
     '{"text": "hi", "number": 12, "unit": "C"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+    "apertus": '<|tools_prefix|>[{"g": {"text": "hi", "number": 12, "unit": "C"}}]<|tools_suffix|>',
+    "cohere": '<|START_ACTION|>[{"tool_name": "g", "parameters": {"text": "hi", "number": 12, '
+    '"unit": "C"}}]<|END_ACTION|>',
     "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.g:0"
     '<|tool_call_argument_begin|>{"text": "hi", "number": 12, "unit": "C"}<|tool_call_end|>'
     "<|tool_calls_section_end|>",
@@ -82,6 +92,13 @@ CALLS = {
     '"unit": "C"}}\n</tool_calls>',
     "llama3": '{"name": "g", "parameters": {"text": "hi", "number": 12, "unit": "C"}}',
     "json": '{"name": "g", "arguments": {"text": "hi", "number": 12, "unit": "C"}}',
+} | {
+    f"deepseek_{version}": f"<｜DSML｜{tag}>\n<｜DSML｜invoke name=\"g\">\n"
+    '<｜DSML｜parameter name="text" string="true">hi</｜DSML｜parameter>\n'
+    '<｜DSML｜parameter name="number" string="false">12</｜DSML｜parameter>\n'
+    '<｜DSML｜parameter name="unit" string="true">C</｜DSML｜parameter>\n'
+    f"</｜DSML｜invoke>\n</｜DSML｜{tag}>"
+    for version, tag in [("v32", "function_calls"), ("v4", "tool_calls")]
 } | {
     name: f'{begin}[{{"name": "g", "arguments": {{"text": "hi", "number": 12, "unit": "C"}}}}]{end}'
     for name, begin, end in [
@@ -108,6 +125,33 @@ def test_a_required_call_is_written_in_the_models_format(
     assert not texts.take(forced, re.sub(r"\bC\b", "K", call))
     assert not texts.take(forced, call.replace("12", "many"))
     assert not texts.take(forced, "text")
+
+
+ARGUMENTS = {
+    "text": 'a "b"\n\n\\c <tool_call> é', "number": -15, "flag": True, "items": [1, {"k": None}],
+    "maybe": None, "unit": "C",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_calls_that_the_server_writes_are_read_back(format: str) -> None:
+    written: list[tuple[str, Any]] = [("g", ARGUMENTS), ("get_weather", {})]
+    text = "".join(FORMATS[format].written(written))
+    content, found = parse(format, [text])
+    assert content.strip() == ""
+    assert [(name, json.loads(arguments)) for name, arguments in found] == written
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_only_the_marks_around_calls_are_markup(format: str) -> None:
+    marks = FORMATS[format].marks
+    pieces = list(FORMATS[format].written([("f", {"a": " ".join(marks)})]))
+    markup = "".join(piece for piece in pieces if isinstance(piece, Markup))
+    plain = "".join(piece for piece in pieces if not isinstance(piece, Markup))
+    is_bare = format in ("llama3", "json", "pythonic")
+    assert is_bare or markup.startswith(FORMATS[format].openings[0])
+    for mark in marks:
+        assert mark in plain or json.dumps(mark, ensure_ascii=False)[1:-1] in plain
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -82,6 +82,14 @@ CASES: list[tuple[str, str, str, Calls]] = [
     ("kimi_k2", "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0"
      '<|tool_call_argument_begin|>{"a": 1}<|tool_call_end|><|tool_calls_section_end|>', "",
      [("f", '{"a": 1}')]),
+    ("cohere", 'Ok.<|START_ACTION|>[\n'
+     '    {"tool_call_id": "0", "tool_name": "f", "parameters": {"a": 1}},\n'
+     '    {"tool_call_id": "1", "tool_name": "f", "parameters": {}}\n]<|END_ACTION|>', "Ok.",
+     [("f", '{"a": 1}'), ("f", "{}")]),
+    ("cohere", '<|START_ACTION|>[{"parameters": {"a": 1}, "tool_name": "f"}]<|END_ACTION|>', "",
+     [("f", '{"a": 1}')]),
+    ("apertus", 'So<|tools_prefix|>[{"f": {"a": {"b": 1}}}, {"get_weather": {}}]<|tools_suffix|>',
+     "So", [("f", '{"a": {"b": 1}}'), ("get_weather", "{}")]),
     ("functionary", '<function=f>{"a": 1}</function><function=f>{}</function>', "",
      [("f", '{"a": 1}'), ("f", "{}")]),
 ]  # fmt: skip
@@ -126,6 +134,18 @@ XML_CASES: list[tuple[str, str, str, Calls]] = [
     ("minimax_m2", '<minimax:tool_call>\n<invoke name="g">\n<parameter name="text">a</parameter>'
      '\n</invoke>\n<invoke name="f">\n</invoke>\n</minimax:tool_call>', "",
      [("g", '{"text": "a"}'), ("f", "{}")]),
+    ("deepseek_v32", 'Hm.\n\n<｜DSML｜function_calls>\n<｜DSML｜invoke name="g">\n'
+     '<｜DSML｜parameter name="text" string="true">12</｜DSML｜parameter>\n'
+     '<｜DSML｜parameter name="maybe" string="true">null</｜DSML｜parameter>\n'
+     '<｜DSML｜parameter name="items" string="false">[1]</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+     '<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="a" string="false">1</｜DSML｜parameter>\n'
+     '<｜DSML｜parameter name="b" string="true">1</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+     "</｜DSML｜function_calls>", "Hm.",
+     [("g", '{"text": "12", "maybe": "null", "items": [1]}'), ("f", '{"a": 1, "b": "1"}')]),
+    ("deepseek_v4", '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="g">\n'
+     '<｜DSML｜parameter name="maybe" string="false">null</｜DSML｜parameter>\n'
+     '<｜DSML｜parameter name="number" string="yes">1</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+     "</｜DSML｜tool_calls>", "", [("g", '{"maybe": null}')]),
     ("glm", "<tool_call>g\n<arg_key>text</arg_key>\n<arg_value>a</arg_value>\n"
      "<arg_key>number</arg_key>\n<arg_value>1</arg_value>\n</tool_call>\n"
      "<tool_call>f\n</tool_call>", "", [("g", '{"text": "a", "number": 1}'), ("f", "{}")]),

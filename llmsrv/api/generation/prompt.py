@@ -9,6 +9,7 @@ from llmsrv.api.generation.conversation import Conversation
 from llmsrv.api.generation.conversation import Message
 from llmsrv.api.generation.options import GenerationOptions
 from llmsrv.api.generation.template_messages import template_input
+from llmsrv.api.generation.tools import tool_call_format
 from llmsrv.errors import ApiError
 from llmsrv.errors import invalid
 from llmsrv.registry.service import Service
@@ -33,7 +34,7 @@ async def prompt_ids(
     texts = [text for message in conversation.messages for text in _texts(message)]
     num_chars = sum(map(len, texts)) + MESSAGE_CHARS * len(texts)
     if num_chars <= submit.INLINE_CHARS and not conversation.tools and not template.is_slow:
-        ids = _encode(template, conversation)
+        ids = _encode(service, template, conversation)
     else:
         # A whole conversation is rendered before it can be truncated, so this holds there too.
         submit.check_fits_context(
@@ -58,13 +59,13 @@ def _encode_large(
     except RecursionError:
         raise invalid("tools", "nested too deeply") from None
     submit.check_fits_context(service, sum(sizes), "tools")
-    return _encode(template, conversation)
+    return _encode(service, template, conversation)
 
 
-def _encode(template: ChatTemplate, conversation: Conversation) -> list[int]:
+def _encode(service: Service, template: ChatTemplate, conversation: Conversation) -> list[int]:
     variables = _template_variables(conversation, template)
     try:
-        takes = template_input(conversation, template.facts)
+        takes = template_input(conversation, template.facts, tool_call_format(service))
     except RecursionError:
         raise invalid("tools", "nested too deeply") from None
     return template.encode(

@@ -3,7 +3,8 @@
 text/template_probe.py detected at load what the template supports.  Each function here rewrites one
 thing that some templates do not support, and is skipped for those that do.  A template that does
 not know tools gets tools, calls and their results as text, in the format that the Hermes models
-made common.
+made common.  One that describes tools, but renders no calls, gets the calls as text in the format
+in which its model writes them.
 """
 
 import hashlib
@@ -20,9 +21,13 @@ from llmsrv.api.generation.conversation import Message
 from llmsrv.api.generation.conversation import ToolCall
 from llmsrv.api.generation.conversation import ToolDefinition
 from llmsrv.text import nested_json
+from llmsrv.text.marked_text import MarkedText
 from llmsrv.text.template_probe import Arguments
 from llmsrv.text.template_probe import CallIds
 from llmsrv.text.template_probe import TemplateFacts
+from llmsrv.text.tool_calls.formats import FORMATS
+from llmsrv.text.tool_calls.parser import ToolCallFormat
+from llmsrv.text.tool_calls.values import arguments_object
 
 TOOLS_PROMPT = """\
 You may call one or more functions to assist with the user query. You are given their signatures:
@@ -46,16 +51,21 @@ class TemplateInput:
     tools: list[dict[str, Any]] | None
 
 
-def template_input(conversation: Conversation, facts: TemplateFacts) -> TemplateInput:
-    """Raises RecursionError for tools that are nested too deeply."""
+def template_input(
+    conversation: Conversation, facts: TemplateFacts, format: ToolCallFormat
+) -> TemplateInput:
+    """format: of calls, if the template describes tools.
+
+    Raises RecursionError for tools and arguments that are nested too deeply."""
     messages = list(conversation.messages)
     tools = [_template_tool(tool) for tool in conversation.tools]
     if not facts.takes_late_system or not facts.has_system_role:
         messages = _with_one_system_message(messages)
-    if not (facts.has_tools and facts.has_calls):
-        messages = _calls_as_text(messages, has_results=facts.has_tools and facts.has_results)
     if not facts.has_tools:
+        messages = _calls_as_text(messages, FORMATS["hermes"], has_results=False)
         messages, tools = _tools_as_text(messages, tools), []
+    elif not facts.has_calls:
+        messages = _calls_as_text(messages, format, facts.has_results)
     if tools and facts.needs_system_for_tools and messages[0].role != "system":
         messages = [Message("system", ""), *messages]
     if not facts.has_system_role:
@@ -207,7 +217,9 @@ def _call_id(call: ToolCall, index: int, form: CallIds) -> str:
 # ---- Templates that do not know tools, or no calls
 
 
-def _calls_as_text(messages: Sequence[Message], has_results: bool) -> list[Message]:
+def _calls_as_text(
+    messages: Sequence[Message], format: ToolCallFormat, has_results: bool
+) -> list[Message]:
     """Calls become text of the assistant, and results, unless has_results, text of the user."""
     plain: list[Message] = []
     follows_result = False
@@ -220,16 +232,16 @@ def _calls_as_text(messages: Sequence[Message], has_results: bool) -> list[Messa
             else:
                 plain.append(Message("user", text))
         else:
-            calls = [_call_as_text(call) for call in message.tool_calls]
-            content = "\n".join([*filter(None, [message.content]), *calls])
-            plain.append(replace(message, content=content, tool_calls=()))
+            plain.append(_with_calls_as_text(message, format) if message.tool_calls else message)
         follows_result = is_result
     return plain
 
 
-def _call_as_text(call: ToolCall) -> str:
-    function = {"name": call.name, "arguments": _parsed_arguments(call.arguments)}
-    return f"<tool_call>\n{json.dumps(function, ensure_ascii=False)}\n</tool_call>"
+def _with_calls_as_text(message: Message, format: ToolCallFormat) -> Message:
+    calls = [(call.name, _parsed_arguments(call.arguments)) for call in message.tool_calls]
+    before = [message.content, "\n"] if message.content else []
+    content = MarkedText([*before, *format.written(calls)])
+    return replace(message, content=content, tool_calls=())
 
 
 def _tools_as_text(
@@ -278,9 +290,7 @@ def _arguments(text: str, facts: TemplateFacts) -> Any:
     if facts.arguments is Arguments.STRING:
         is_text = isinstance(arguments, str)
         return arguments if is_text else json.dumps(arguments, ensure_ascii=False)
-    if facts.arguments is Arguments.OBJECT and not isinstance(arguments, dict):
-        return {"arguments": arguments}
-    return arguments
+    return arguments_object(arguments) if facts.arguments is Arguments.OBJECT else arguments
 
 
 def _parsed_arguments(text: str) -> Any:

@@ -71,7 +71,7 @@ def tool_use(
         if name not in tools_by_name:
             raise invalid("tool_choice", f"there is no tool '{name[:64]}'")
     return ToolUse(
-        format=FORMATS[_format_name(service)],
+        format=tool_call_format(service),
         callable={name: tools_by_name[name] for name in choice.allowed_names or tools_by_name},
         must_call=choice.must_call,
         at_most_one=choice.at_most_one or (choice.must_call and not _takes_several(service)),
@@ -84,10 +84,11 @@ def _takes_several(service: Service) -> bool:
     return template is None or template.facts.takes_several_calls
 
 
-def _format_name(service: Service) -> str:
+def tool_call_format(service: Service) -> ToolCallFormat:
+    """The format in which the model writes calls."""
     configured, template = service.config.tool_call_parser, service.text.template
     if configured != "auto":
-        return configured
+        return FORMATS[configured]
     if template is not None and template.facts.has_tools:
-        return template.tool_call_format or UNKNOWN_FORMAT
-    return "hermes"  # template_messages.py describes tools to other templates in this format
+        return FORMATS[template.tool_call_format or UNKNOWN_FORMAT]
+    return FORMATS["hermes"]  # as template_messages.py describes tools to other templates

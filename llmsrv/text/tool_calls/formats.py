@@ -28,6 +28,18 @@ def _function_tags(opening: str, closing: str, lines: bool = False) -> XmlFormat
     )
 
 
+def _dsml(opening: str, closing: str) -> XmlFormat:
+    return XmlFormat(
+        opening,
+        closing,
+        name=('<｜DSML｜invoke name="', '">'),
+        function_end="</｜DSML｜invoke>",
+        key=('<｜DSML｜parameter name="', '" string="'),
+        value=("", "</｜DSML｜parameter>"),
+        kinds=('true">', 'false">'),
+    )
+
+
 FORMATS: dict[str, ToolCallFormat] = {
     "hermes": JsonFormat("<tool_call>", "</tool_call>"),
     "llama3": JsonFormat(
@@ -49,6 +61,13 @@ FORMATS: dict[str, ToolCallFormat] = {
     "nemotron": JsonFormat("<TOOLCALL>", "</TOOLCALL>", is_list=True, separator=", "),
     "minimax_m1": JsonFormat("<tool_calls>", "</tool_calls>"),
     "apriel": JsonFormat("<tool_calls>", "</tool_calls>", is_list=True, separator=", "),
+    "cohere": JsonFormat(
+        "<|START_ACTION|>", "<|END_ACTION|>", name="tool_name", arguments="parameters",
+        is_list=True, separator=", ",
+    ),
+    "apertus": JsonFormat(
+        "<|tools_prefix|>", "<|tools_suffix|>", is_keyed=True, is_list=True, separator=", "
+    ),
     "qwen3_coder": _function_tags("<tool_call>", "</tool_call>", lines=True),
     "seed": _function_tags("<seed:tool_call>", "</seed:tool_call>"),
     "minimax_m2": XmlFormat(
@@ -59,6 +78,8 @@ FORMATS: dict[str, ToolCallFormat] = {
         key=('<parameter name="', '">'),
         value=("", "</parameter>"),
     ),
+    "deepseek_v32": _dsml("<｜DSML｜function_calls>", "</｜DSML｜function_calls>"),
+    "deepseek_v4": _dsml("<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>"),
     "glm": XmlFormat(
         "<tool_call>",
         "</tool_call>",
@@ -120,13 +141,18 @@ _SHOWN_BY: list[tuple[str | None, str]] = [
     ("functionary", "<function="),
     ("glm", "<arg_key>"),
     ("minimax_m2", "<minimax:tool_call>"),
-    (None, r"｜DSML｜|<(?:\w+:)?invoke\b|<function name="),
-    (None, r"<\|channel\|>|<\|START_ACTION\|>|<\|tool_call>"),
+    ("deepseek_v4", r"(?:｜DSML｜|dsml_token \}\}|dsml_token \+ ')tool_calls>"),
+    ("deepseek_v32", "｜DSML｜"),
+    (None, r"<(?:\w+:)?invoke\b|<function name="),
+    (None, r"<\|channel\|>|<\|tool_call>"),
+    ("cohere", r"<\|START_ACTION\|>"),
+    ("apertus", r"<\|tools_prefix\|>"),
     ("nemotron", "<TOOLCALL>"),
     ("deepseek_v3", "<｜tool▁calls▁begin｜>(?s:.*)```json"),
     ("deepseek_v31", "<｜tool▁calls▁begin｜>"),
     ("kimi_k2", r"<\|tool_calls_section_begin\|>"),
-    ("lfm2", r"<\|tool_call_start\|>|<\|tool_list_start\|>"),
+    # LFM2.5 shows its calls nowhere.
+    ("lfm2", r"<\|tool_call_start\|>|<\|tool_list_start\|>|List of tools: \["),
     ("phi4", r"<\|/tool_call\|>|<\|/tool\|>"),
     ("granite", r"<\|tool_call\|>"),
     ("functools", r"functools\["),

@@ -8,10 +8,13 @@ Sources: the chat templates of the models, and vLLM's documentation of its tool 
 import json
 import re
 from collections.abc import Collection
+from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llmsrv.text import nested_json
+from llmsrv.text.marked_text import Markup
 from llmsrv.text.structural_tag import Format
 from llmsrv.text.structural_tag import OrFormat
 from llmsrv.text.structural_tag import RegexFormat
@@ -26,13 +29,15 @@ from llmsrv.text.tool_calls.parser import ToolCallFormat
 from llmsrv.text.tool_calls.parser import ToolCallParser
 from llmsrv.text.tool_calls.parser import Tools
 from llmsrv.text.tool_calls.parser import WHITESPACE
+from llmsrv.text.tool_calls.parser import WrittenCall
 from llmsrv.text.tool_calls.values import arguments_schema
 
 _NO_JSON = r"\s*([^\s{\[](.|\n)*)?"  # what the parser reads as text in bare formats
 _HEADER = re.compile(
-    r'\{\s*(?:"(?:type|id)"\s*:\s*"[^"\\]*"\s*,\s*)*"name"\s*:\s*"([^"\\]*)"\s*,'
-    r'\s*"(?:arguments|parameters)"\s*:\s*\{'
+    r'\{\s*(?:"(?:type|id|tool_call_id)"\s*:\s*"[^"\\]*"\s*,\s*)*'
+    r'"(?:tool_)?name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*\{'
 )
+_KEYED_HEADER = re.compile(r'\{\s*"([^"\\]*)"\s*:\s*\{')
 _WHITESPACE_AND_LIST = re.compile(r"[\s\[]*")
 _SEPARATORS = re.compile(r"[\s,;\]`]*")
 # How far a header may have come, for a call that the end of the answer cuts off.
@@ -52,7 +57,9 @@ class JsonFormat(ToolCallFormat):
 
     opening    precedes a call or a list of calls; "" if nothing does
     closing    ends it; "" if nothing does
+    name       the key of a call's name
     arguments  the key of a call's arguments
+    is_keyed   whether a call is only {name: arguments}
     is_bare    whether an answer that begins as JSON is also a call, without the opening
     is_list    whether the opening usually precedes a list of calls
     separator  text between calls, in addition to the opening
@@ -62,7 +69,9 @@ class JsonFormat(ToolCallFormat):
 
     opening: str = ""
     closing: str = ""
+    name: str = "name"
     arguments: str = "arguments"
+    is_keyed: bool = False
     is_bare: bool = False
     is_list: bool = False
     separator: str = "\n"
@@ -79,7 +88,21 @@ class JsonFormat(ToolCallFormat):
         return tuple(filter(None, (self.opening, self.closing, *self.more_marks)))
 
     def parser(self, tools: Tools, at_most_one: bool = False) -> ToolCallParser:
-        return JsonCallParser(self, tools, at_most_one, self.header, self.is_bare)
+        return JsonCallParser(
+            self, tools, at_most_one, self.header, self.is_bare, self.is_keyed
+        )
+
+    def written(self, calls: Sequence[WrittenCall]) -> Iterator[str]:
+        opening, closing = self._tag_lines()
+        if self.is_list:
+            yield Markup(_list_opening(self.opening))
+        for number, (name, arguments) in enumerate(calls):
+            yield self.separator if number else ""
+            yield Markup(opening)
+            yield f"{self._call_begin(name)}{json.dumps(arguments, ensure_ascii=False)}}}"
+            yield Markup(closing)
+        if self.is_list:
+            yield Markup("]" + self.closing)
 
     def calls(self, tools: Tools, at_most_one: bool) -> Format:
         opening, closing = self._tag_lines()
@@ -113,12 +136,19 @@ class JsonFormat(ToolCallFormat):
     def _call_tags(self, tools: Tools, opening: str, closing: str) -> list[TagFormat]:
         return [
             json_tag(
-                f'{opening}{{"name": {json.dumps(name)}, "{self.arguments}": ',
+                opening + self._call_begin(name),
                 json.dumps(arguments_schema(schema)).encode(),
                 "}" + closing,
             )
             for name, schema in tools.items()
         ]
+
+    def _call_begin(self, name: str) -> str:
+        """A call up to its arguments."""
+        written = json.dumps(name, ensure_ascii=False)
+        if self.is_keyed:
+            return f"{{{written}: "
+        return f'{{"{self.name}": {written}, "{self.arguments}": '
 
 
 @dataclass(frozen=True)
@@ -153,6 +183,18 @@ class NamedFormat(ToolCallFormat):
     def parser(self, tools: Tools, at_most_one: bool = False) -> ToolCallParser:
         return JsonCallParser(self, tools, at_most_one, self.header)
 
+    def written(self, calls: Sequence[WrittenCall]) -> Iterator[str]:
+        before_name, after_name = self.begin.split("NAME")
+        yield Markup(self.section[0])
+        for number, (name, arguments) in enumerate(calls):
+            yield self.separator if number else ""
+            yield Markup(before_name)
+            yield name
+            yield Markup(after_name)
+            yield json.dumps(arguments, ensure_ascii=False)
+            yield Markup(self.end)
+        yield Markup(self.section[1])
+
     def calls(self, tools: Tools, at_most_one: bool) -> Format:
         return self._section(tools, at_most_one)
 
@@ -185,9 +227,11 @@ class JsonCallParser(ToolCallParser):
         at_most_one: bool,
         header: re.Pattern[str] | None = None,
         is_bare: bool = False,
+        is_keyed: bool = False,
     ) -> None:
         super().__init__(format, tools, at_most_one)
         self._header = header
+        self._is_keyed = is_keyed
         self._is_bare = is_bare  # until an opening is seen: JSON is a call only if a tool is named
         self._leading: list[str] = []  # whitespace and brackets before an object
         self._object: list[str] = []  # JSON that may become a call
@@ -233,7 +277,8 @@ class JsonCallParser(ToolCallParser):
         """Up to the second bracket, where the arguments begin if the keys are in usual order."""
         self._object.append(self._take_to(self._json.next_bracket(self._text, self._position)))
         if self._json.depth == 2:
-            header = _HEADER.fullmatch("".join(self._object))
+            pattern = _KEYED_HEADER if self._is_keyed else _HEADER
+            header = pattern.fullmatch("".join(self._object))
             if header and self._is_callable(header[1]):
                 self._start_arguments(header[1])
             else:
@@ -295,7 +340,7 @@ class JsonCallParser(ToolCallParser):
         self._state = self._in_arguments
 
     def _end_object(self) -> None:
-        call = _parse_call("".join(self._object))
+        call = _parse_call("".join(self._object), self._is_keyed)
         if call and self._is_callable(call[0]):
             self._start_call(*call)
             self._leading, self._object = [], []
@@ -323,7 +368,7 @@ def may_begin_call(text: str, names: Collection[str]) -> bool:
     return any(name.startswith(cut["name"]) for name in names)
 
 
-def _parse_call(text: str) -> tuple[str, str] | None:
+def _parse_call(text: str, is_keyed: bool) -> tuple[str, str] | None:
     """Name and arguments of a complete object with its keys in any order; None if not a call."""
     try:
         call = nested_json.loads(text)
@@ -331,10 +376,12 @@ def _parse_call(text: str) -> tuple[str, str] | None:
         return None
     if isinstance(function := call.get("function"), dict):
         call = function
-    arguments = call.get("arguments", call.get("parameters"))
-    if not isinstance(call.get("name"), str):
-        return None
-    return call["name"], _as_json(arguments)
+    name = call.get("name", call.get("tool_name"))
+    if isinstance(name, str):
+        return name, _as_json(call.get("arguments", call.get("parameters")))
+    if is_keyed and len(call) == 1:
+        return next((name, _as_json(arguments)) for name, arguments in call.items())
+    return None
 
 
 def _as_json(arguments: Any) -> str:

@@ -12,6 +12,7 @@ import re
 from abc import ABC
 from abc import abstractmethod
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from llmsrv.text.structural_tag import Format
 # The tools that may be called: name -> JSON schema of the arguments.
 Tools = Mapping[str, dict[str, Any] | None]
 State = Callable[[], bool]
+# A call to be written: its name, and its arguments as the value of their JSON.
+WrittenCall = tuple[str, Any]
 
 # A longer name is none: the text is not a call.
 MAX_NAME_CHARS = 256
@@ -58,6 +61,10 @@ class ToolCallFormat(ABC):
     @abstractmethod
     def parser(self, tools: Tools, at_most_one: bool = False) -> "ToolCallParser":
         """A parser of one answer.  at_most_one: drop everything after the first call."""
+
+    @abstractmethod
+    def written(self, calls: Sequence[WrittenCall]) -> Iterator[str]:
+        """The text of calls, in pieces; the marks around them are Markup.  At least one call."""
 
     @abstractmethod
     def calls(self, tools: Tools, at_most_one: bool) -> Format:

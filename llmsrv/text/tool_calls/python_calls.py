@@ -6,10 +6,13 @@ Sources: the chat templates of the models, and vLLM's documentation of its tool 
 
 import json
 import re
+from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 
+from llmsrv.text.marked_text import Markup
 from llmsrv.text.structural_tag import ConstStringFormat
 from llmsrv.text.structural_tag import Format
 from llmsrv.text.structural_tag import JSONSchemaFormat
@@ -25,7 +28,10 @@ from llmsrv.text.tool_calls.parser import ToolCallFormat
 from llmsrv.text.tool_calls.parser import ToolCallParser
 from llmsrv.text.tool_calls.parser import Tools
 from llmsrv.text.tool_calls.parser import WHITESPACE
+from llmsrv.text.tool_calls.parser import WrittenCall
+from llmsrv.text.tool_calls.python_literals import write_literal
 from llmsrv.text.tool_calls.values import ArgumentSchemas
+from llmsrv.text.tool_calls.values import arguments_object
 from llmsrv.text.tool_calls.values import json_of_python
 
 _NO_LIST = r"\s*([^\s\[](.|\n)*)?"  # what the parser reads as text in bare formats
@@ -57,18 +63,25 @@ class PythonFormat(ToolCallFormat):
     def parser(self, tools: Tools, at_most_one: bool = False) -> ToolCallParser:
         return PythonCallParser(self, tools, at_most_one)
 
+    def written(self, calls: Sequence[WrittenCall]) -> Iterator[str]:
+        begin, end = self._around_calls
+        yield Markup(begin)
+        for number, (name, arguments) in enumerate(calls):
+            yield self._separator if number else ""
+            texts = [f"{key}={write_literal(v)}" for key, v in arguments_object(arguments).items()]
+            yield f"{name}({', '.join(texts)})"
+        yield Markup(end)
+
     def calls(self, tools: Tools, at_most_one: bool) -> Format:
         tags = [
             TagFormat(f"{name}(", _arguments(ArgumentSchemas(schema)), ")")
             for name, schema in tools.items()
         ]
-        separator = "\n" if self.lines else ", "
         calls = TagsWithSeparatorFormat(
-            tags, separator, at_least_one=True, stop_after_first=at_most_one
+            tags, self._separator, at_least_one=True, stop_after_first=at_most_one
         )
-        opening, closing = self.around or ("", "")
-        begin, end = ("\n", "\n") if self.lines else ("[", "]")
-        return TagFormat(opening + begin, calls, end + closing)
+        begin, end = self._around_calls
+        return TagFormat(begin, calls, end)
 
     def text_or_calls(self, tools: Tools) -> Format:
         calls = self.calls(tools, at_most_one=False)
@@ -76,6 +89,16 @@ class PythonFormat(ToolCallFormat):
             return OrFormat([calls, RegexFormat(_NO_LIST)])
         assert isinstance(calls, TagFormat)
         return TriggeredTagsFormat([self.around[0]], [calls])
+
+    @property
+    def _separator(self) -> str:
+        return "\n" if self.lines else ", "
+
+    @property
+    def _around_calls(self) -> tuple[str, str]:
+        opening, closing = self.around or ("", "")
+        begin, end = ("\n", "\n") if self.lines else ("[", "]")
+        return opening + begin, end + closing
 
 
 def _arguments(schemas: ArgumentSchemas) -> Format:

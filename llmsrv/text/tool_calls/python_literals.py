@@ -1,10 +1,11 @@
-"""Reads Python's literals, as models write them in calls, into the values of JSON.
+"""Reads Python's literals, as models write them in calls, into the values of JSON, and writes them.
 
 A small reader of our own: what a model writes is never handed to Python's compiler.  The time is
 linear in the text.
 Source: The Python Language Reference, section 2.4 (literals) and 6.2 (lists, dictionaries).
 """
 
+import json
 import re
 from typing import Any
 
@@ -48,6 +49,16 @@ def read_literal(text: str) -> Any:
     if reader.position < len(text):
         raise ValueError("a literal is followed by more")
     return value
+
+
+def write_literal(value: Any) -> str:
+    """A value of JSON as a literal.  RecursionError if it is nested too deeply."""
+    if isinstance(value, dict):
+        pairs = (f"{write_literal(key)}: {write_literal(item)}" for key, item in value.items())
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(write_literal, value))}]"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 class _Reader:

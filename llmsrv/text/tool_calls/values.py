@@ -25,6 +25,11 @@ def arguments_schema(schema: Schema | None) -> Schema:
     return schema if OPEN_SCHEMA_KEYS & schema.keys() else schema | {"additionalProperties": False}
 
 
+def arguments_object(arguments: Any) -> dict[str, Any]:
+    """The arguments of a call as an object, for a template or format that takes nothing else."""
+    return arguments if isinstance(arguments, dict) else {"arguments": arguments}
+
+
 class ArgumentSchemas:
     """The schemas of a tool's arguments by name."""
 

@@ -7,8 +7,11 @@ Sources: the chat templates of the models.
 
 import json
 import re
+from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llmsrv.text.marked_text import Markup
 from llmsrv.text.structural_tag import AnyTextFormat
 from llmsrv.text.structural_tag import ConstStringFormat
 from llmsrv.text.structural_tag import Format
@@ -25,7 +28,9 @@ from llmsrv.text.tool_calls.parser import ToolCallFormat
 from llmsrv.text.tool_calls.parser import ToolCallParser
 from llmsrv.text.tool_calls.parser import Tools
 from llmsrv.text.tool_calls.parser import WHITESPACE
+from llmsrv.text.tool_calls.parser import WrittenCall
 from llmsrv.text.tool_calls.values import ArgumentSchemas
+from llmsrv.text.tool_calls.values import arguments_object
 from llmsrv.text.tool_calls.values import json_of
 
 _NAME = re.compile(r"[\w.-]+")
@@ -41,6 +46,8 @@ class XmlFormat(ToolCallFormat):
     key    around the name of an argument
     value  around an argument; the first is "" if the tag of the name begins it
     lines  whether an argument stands on lines of its own
+    kinds  what follows the name of an argument that is a string, and of another one; "" if nothing
+           tells them apart
     """
 
     opening: str
@@ -50,6 +57,7 @@ class XmlFormat(ToolCallFormat):
     key: tuple[str, str]
     value: tuple[str, str]
     lines: bool = False
+    kinds: tuple[str, str] = ("", "")
 
     @property
     def openings(self) -> tuple[str, ...]:
@@ -64,6 +72,20 @@ class XmlFormat(ToolCallFormat):
     def parser(self, tools: Tools, at_most_one: bool = False) -> ToolCallParser:
         return XmlCallParser(self, tools, at_most_one)
 
+    def written(self, calls: Sequence[WrittenCall]) -> Iterator[str]:
+        for number, (name, arguments) in enumerate(calls):
+            yield "\n" if number else ""
+            yield Markup(self._begin)
+            yield name
+            yield Markup(self._name_end)
+            for key, value in arguments_object(arguments).items():
+                yield Markup(self.key[0])
+                yield key
+                yield Markup(self.key[1] + self._value_begin(isinstance(value, str)))
+                yield value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                yield Markup(("\n" if self.lines else "") + self.value[1] + "\n")
+            yield Markup(self._end)
+
     def calls(self, tools: Tools, at_most_one: bool) -> Format:
         return TagsWithSeparatorFormat(
             self._call_tags(tools), "\n", at_least_one=True, stop_after_first=at_most_one
@@ -73,13 +95,26 @@ class XmlFormat(ToolCallFormat):
         return TriggeredTagsFormat([self.opening], self._call_tags(tools))
 
     def _call_tags(self, tools: Tools) -> list[TagFormat]:
-        begin = self.opening + ("\n" if self.name[0] else "") + self.name[0]
-        name_end = self.name[1] if self.name[1].endswith("\n") else self.name[1] + "\n"
-        end = f"{self.function_end}\n{self.closing}" if self.function_end else self.closing
         return [
-            TagFormat(begin + name + name_end, self._arguments(ArgumentSchemas(schema)), end)
+            TagFormat(
+                self._begin + name + self._name_end,
+                self._arguments(ArgumentSchemas(schema)),
+                self._end,
+            )
             for name, schema in tools.items()
         ]
+
+    @property
+    def _begin(self) -> str:
+        return self.opening + ("\n" if self.name[0] else "") + self.name[0]
+
+    @property
+    def _name_end(self) -> str:
+        return self.name[1] + "\n"
+
+    @property
+    def _end(self) -> str:
+        return f"{self.function_end}\n{self.closing}" if self.function_end else self.closing
 
     def _arguments(self, schemas: ArgumentSchemas) -> Format:
         """The arguments in the order of the schema."""
@@ -89,26 +124,36 @@ class XmlFormat(ToolCallFormat):
             is_required = name in schemas.required
             elements.append(argument if is_required else OrFormat([argument, _NOTHING]))
         if schemas.is_open:
-            begin, between = self.key[0], self.key[1] + self._value_begin()
+            between = self.key[1] + self._value_begin(is_string=True)
             any_name = SequenceFormat(
                 [RegexFormat(_KEY.pattern), ConstStringFormat(between), AnyTextFormat()]
             )
-            other = TagFormat(begin, any_name, self.value[1] + "\n")
+            other = TagFormat(self.key[0], any_name, self.value[1] + "\n")
             elements.append(TagsWithSeparatorFormat([other], ""))
         return SequenceFormat(elements) if elements else _NOTHING
 
     def _argument(self, name: str, schemas: ArgumentSchemas) -> Format:
-        begin, end = self.key[0] + name + self.key[1] + self._value_begin(), self.value[1] + "\n"
+        key, end = self.key[0] + name + self.key[1], self.value[1] + "\n"
+        text_begin, other_begin = key + self._value_begin(True), key + self._value_begin(False)
         line_end = "\n" if self.lines else ""
         if (choices := schemas.choices(name)) is not None:
-            texts = [c if isinstance(c, str) else json.dumps(c) for c in choices]
-            return TagFormat(begin, OrFormat(list(map(ConstStringFormat, texts))), line_end + end)
-        if "string" in schemas.types(name):
-            return TagFormat(begin, AnyTextFormat(), end)
-        return json_tag(begin, json.dumps(schemas.standalone(name)).encode(), line_end + end)
+            texts = [
+                text_begin + c if isinstance(c, str) else other_begin + json.dumps(c)
+                for c in choices
+            ]
+            return TagFormat("", OrFormat(list(map(ConstStringFormat, texts))), line_end + end)
+        text = TagFormat(text_begin, AnyTextFormat(), end)
+        types = schemas.types(name)
+        if types == {"string"} or "string" in types and text_begin == other_begin:
+            return text
+        schema = json.dumps(schemas.standalone(name)).encode()
+        other = json_tag(other_begin, schema, line_end + end)
+        return OrFormat([text, other]) if "string" in types else other
 
-    def _value_begin(self) -> str:
-        return ("\n" if self.value[0] else "") + self.value[0] + ("\n" if self.lines else "")
+    def _value_begin(self, is_string: bool) -> str:
+        kind = self.kinds[0] if is_string else self.kinds[1]
+        before = "\n" if self.value[0] else ""
+        return kind + before + self.value[0] + ("\n" if self.lines else "")
 
 
 _NOTHING = ConstStringFormat("")
@@ -199,9 +244,24 @@ class XmlCallParser(ToolCallParser):
             self._state = self._in_function
             return True
         self._types = self._schemas.types(key)
-        self._state = self._before_value if self._format.value[0] else self._in_value
+        self._state = self._in_kind if self._format.kinds[0] else self._after_key
+        return True
+
+    def _in_kind(self) -> bool:
+        """A string or another value; it only matters if the schema allows both."""
+        is_string, is_other = map(self._take_mark, self._format.kinds)
+        if is_string is None or is_other is None and not is_string:
+            return False
+        if "string" in self._types:
+            self._types = frozenset(("string",)) if is_string else self._types - {"string"}
+        self._state = self._after_key if is_string or is_other else self._in_function
+        return True
+
+    def _after_key(self) -> bool:
         self._is_value_start, self._line_end, self._value = True, "", []
-        if not self._format.value[0]:
+        if self._format.value[0]:
+            self._state = self._before_value
+        else:
             self._begin_value()
         return True
 

@@ -22,6 +22,7 @@ from llmsrv.files.gguf import open_gguf
 from llmsrv.text.chat_template import ChatTemplate
 from llmsrv.text.tokenizer import Tokenizer
 from llmsrv.text.tokenizer import load_tokenizer
+from tests.support.gguf_writer import CONTROL
 from tests.support.gguf_writer import tiny_vocabulary
 from tests.support.gguf_writer import write_gguf
 from tests.support.template_shapes import SHAPES
@@ -142,6 +143,13 @@ def templates(tokenizer: Tokenizer) -> dict[str, ChatTemplate]:
 
 
 def prompt(template: ChatTemplate, messages: list[dict[str, Any]], **fields: Any) -> str:
+    ids = prompt_tokens(template, messages, **fields)
+    return b"".join(map(template._tokenizer.token_bytes, ids)).decode()
+
+
+def prompt_tokens(
+    template: ChatTemplate, messages: list[dict[str, Any]], **fields: Any
+) -> list[int]:
     tokenizer = template._tokenizer
     config = SimpleNamespace(tool_call_parser="auto")
     engine = SimpleNamespace(ready=SimpleNamespace(context_length=10_000))
@@ -149,8 +157,7 @@ def prompt(template: ChatTemplate, messages: list[dict[str, Any]], **fields: Any
     service: Any = SimpleNamespace(text=text, config=config, engine=engine)
     request = {"model": "m", "messages": messages, **fields}
     body = msgspec.convert(request, ChatCompletionRequest)
-    ids = asyncio.run(prompt_ids(service, conversation_of(body), body))
-    return b"".join(map(tokenizer.token_bytes, ids)).decode()
+    return asyncio.run(prompt_ids(service, conversation_of(body), body))
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
@@ -242,8 +249,8 @@ def test_a_message_of_the_assistant_is_continued_by_every_template_that_ends_wit
         ),
         (
             "granite3.3", "null content",
-            '[tools TOOLS]\n[user]first question\n[assistant]<tool_call>\n{"name": "get_weather", '
-            '"arguments": {"city": "Rome"}}\n</tool_call>\n[tool]sunny\n[assistant]',
+            '[tools TOOLS]\n[user]first question\n[assistant]<|tool_call|>[{"name": "get_weather", '
+            '"arguments": {"city": "Rome"}}]\n[tool]sunny\n[assistant]',
         ),
         (
             "kimi", "two calls",
@@ -266,6 +273,52 @@ def test_a_prompt_is_as_the_template_means_it(
     messages, has_tools, _ = CONVERSATIONS[conversation]
     found = prompt(templates[shape], messages, **({"tools": TOOLS} if has_tools else {}))
     assert found.replace(json.dumps(TOOLS, ensure_ascii=False), "TOOLS") == text
+
+
+# What a model's template says about calls, and how two of them appear as text.
+WRITTEN = {
+    "<|tool_call|>": (
+        '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Rome"}}, '
+        '{"name": "get_time", "arguments": {"city": "Oslo"}}]'
+    ),
+    "List of tools: [": (
+        '<|tool_call_start|>[get_weather(city="Rome"), get_time(city="Oslo")]<|tool_call_end|>'
+    ),
+    "<tool_call>": (
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "get_time", "arguments": {"city": "Oslo"}}\n</tool_call>'
+    ),
+    "<tool_call><function=<parameter=": (
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nRome\n</parameter>\n</function>\n"
+        "</tool_call>\n<tool_call>\n<function=get_time>\n<parameter=city>\nOslo\n</parameter>\n"
+        "</function>\n</tool_call>"
+    ),
+}
+
+
+@pytest.mark.parametrize("shown", WRITTEN)
+def test_calls_become_text_in_the_models_format_if_the_template_renders_none(
+    tokenizer: Tokenizer, shown: str
+) -> None:
+    source = SHAPES["granite3.3"].source.replace("<|tool_call|>", shown)
+    template = ChatTemplate(source, tokenizer)
+    messages, _, _ = CONVERSATIONS["two calls"]
+    text = prompt(template, messages, tools=TOOLS)
+    assert f"[assistant]{WRITTEN[shown]}\n[tool]sunny\n[tool]noon\n" in text
+
+
+def test_only_the_markup_of_calls_becomes_special_tokens(tmp_path: Path) -> None:
+    vocabulary = tiny_vocabulary()
+    tokens, types = vocabulary["tokenizer.ggml.tokens"], vocabulary["tokenizer.ggml.token_type"]
+    assert isinstance(tokens, list) and isinstance(types, list)
+    vocabulary["tokenizer.ggml.tokens"] = [*tokens, "<|tool_call|>"]
+    vocabulary["tokenizer.ggml.token_type"] = [*types, CONTROL]
+    tokenizer = load_tokenizer(open_gguf(write_gguf(tmp_path / "m.gguf", vocabulary)))
+    template = ChatTemplate(SHAPES["granite3.3"].source, tokenizer)
+    called = calls('{"city": "<|tool_call|>"}', content="<|tool_call|>")
+    ids = prompt_tokens(template, [user("<|tool_call|>"), called, result("<|tool_")], tools=TOOLS)
+    assert ids.count(len(tokens)) == 1
+    assert b"".join(map(tokenizer.token_bytes, ids)).count(b"<|tool_call|>") == 4
 
 
 def test_a_template_without_a_system_role_hears_of_tools_in_the_first_user_message(

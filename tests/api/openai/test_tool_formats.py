@@ -207,7 +207,8 @@ def test_a_template_gets_arguments_as_strings_if_it_fails_with_objects(tmp_path:
     vocabulary = tiny_vocabulary() | {"tokenizer.chat_template": SPELLED}
     tokenizer = load_tokenizer(open_gguf(write_gguf(tmp_path / "m.gguf", vocabulary)))
     service: Any = SimpleNamespace(
-        text=SimpleNamespace(template=ChatTemplate(SPELLED, tokenizer), tokenizer=tokenizer)
+        text=SimpleNamespace(template=ChatTemplate(SPELLED, tokenizer), tokenizer=tokenizer),
+        config=SimpleNamespace(tool_call_parser="auto"),
     )
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [call]}]
