@@ -239,7 +239,7 @@ INLINE void gemm(
                 int row = tile_start(num_rows, tile), R = tile_start(num_rows, tile + 1) - row;
                 const int32_t *words = tile_at(operation, row);
                 const uint8_t *x = (const uint8_t *)words + begin * BLOCK_COLUMNS * 2 * R;
-                float *out = output_at(operation, pair, g % 2, row);
+                float *out = output_sums_at(operation, pair, g % 2, row);
                 slot = start;
                 clear_sums();
                 for (int k = begin; k < stop; k += 2, x += 2 * R * STEP_COLUMNS) {

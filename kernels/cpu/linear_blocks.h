@@ -1,5 +1,5 @@
 /* Products of quantized blocks in one of two arithmetics: int8 dot products of four
- * (linear_dot4.c), or int16 pairs by madd (linear_madd.c), as the tier has dot4 or not.
+ * (linear_dot4.h), or int16 pairs by madd (linear_madd.c), as the tier has dot4 or not.
  *
  * y[r][i] = sum over blocks k of  d_w d_x (q_w . q_x)  +  m_w sum_x
  *

@@ -55,7 +55,7 @@ INLINE void apply_epilogue(const Epilogue *epilogue, int p, f32v sums, float *ga
 }
 
 /* The place of group g's first sum in row `row` of out. */
-INLINE float *output_at(const Operation *operation, WeightGroups pair, int g, int row)
+INLINE float *output_sums_at(const Operation *operation, WeightGroups pair, int g, int row)
 {
     int column = operation->gated ? pair.group / 2 : pair.group + g;
     return operation->out + (int64_t)row * operation->out_stride + pair.part->first_column
@@ -72,7 +72,7 @@ INLINE void apply_epilogue_rows(
         for (int r = 0; r < R; r++)
             for (int p = 0; p < VECTORS; p++)
                 apply_epilogue(&epilogue, p, load(y + GROUP_ROWS * (y_rows * g + r) + LANES * p),
-                               y + GROUP_ROWS * r, output_at(operation, pair, g, row + r));
+                               y + GROUP_ROWS * r, output_sums_at(operation, pair, g, row + r));
     }
 }
 

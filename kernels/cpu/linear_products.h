@@ -1,5 +1,5 @@
 /* Products of quantized weights with tiles of activations, in one of three arithmetics:
- * linear_dot4.c or linear_madd.c, by way of linear_products.c, and linear_amx.c on CPUs with
+ * linear_dot4.h or linear_madd.c, by way of linear_products.c, and linear_amx.c on CPUs with
  * AMX. */
 #ifndef LINEAR_PRODUCTS_H
 #define LINEAR_PRODUCTS_H

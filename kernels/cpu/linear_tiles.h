@@ -1,7 +1,7 @@
 /* Tiles: the activations of a few rows as integers, in the layout that a tier's products read.
  *
  * The layout differs between the arithmetics: AMX (linear_amx_scales.h), int8 dot products of four
- * (linear_dot4.c), and madd (linear_madd.c).  Whoever writes rows for a product to read next calls
+ * (linear_dot4.h), and madd (linear_madd.c).  Whoever writes rows for a product to read next calls
  * quantize_tile; the buffer belongs to the plan. */
 #ifndef LINEAR_TILES_H
 #define LINEAR_TILES_H

@@ -369,7 +369,7 @@ static int rows_of_queue(void *context, int task, int queue)
     return first_row(context, queue + 1) - first_row(context, queue);
 }
 
-static void run_rows(void *context, int task, int queue, int first, int end, int thread)
+static void sample_rows(void *context, int task, int queue, int first, int end, int thread)
 {
     const Sampling *sampling = ((const Rows *)context)->sampling;
     int32_t before = first_row(context, queue);
@@ -383,7 +383,7 @@ static void run_rows(void *context, int task, int queue, int first, int end, int
 void llmsrv_sample(const Plan *plan, const Sampling *sampling)
 {
     Rows rows = {sampling, plan->num_threads};
-    Job job = {1, &rows, rows_are_few, rows_of_queue, run_rows, plan->heartbeat};
+    Job job = {1, &rows, rows_are_few, rows_of_queue, sample_rows, plan->heartbeat};
     pool_run(plan->pool, &job);
     count_ids(sampling);
 }

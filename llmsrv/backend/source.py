@@ -35,6 +35,7 @@ log = logging.getLogger("llmsrv.backend")
 
 COMPILERS = ("cc", "gcc", "clang")
 COMPILE_TIMEOUT_S = 50.0  # less than the supervisor waits for a heartbeat while loading
+OTHERS = "others_together.c"
 INSTALL = "install a C compiler, or run: pip install 'llmsrv[cc]'"
 
 
@@ -81,9 +82,13 @@ def kernel_sources(folder: str) -> dict[str, bytes]:
     }
 
 
-def load_library(sources: dict[str, bytes], flags: Iterable[str], cache_dir: Path) -> ctypes.CDLL:
+def load_library(
+    sources: dict[str, bytes], flags: Iterable[str], cache_dir: Path, slow: Iterable[str] = ()
+) -> ctypes.CDLL:
     """All .c files of `sources` as one shared library, from the cache or compiled now.
 
+    slow       files that take long to compile; all others are compiled as one, because reading
+               headers takes most of their time, so their static names must differ
     cache_dir  the libraries are in its folder `kernels`; if it cannot be used, the library is
                compiled for this process only, with a warning
     Raises CompileError.
@@ -99,7 +104,7 @@ def load_library(sources: dict[str, bytes], flags: Iterable[str], cache_dir: Pat
     log.info("compiling the kernels with %s", shlex.join(compiler.command))
     try:
         with build_folder() as (build, group):
-            library = _compile(compiler, sources, tuple(flags), build, group)
+            library = _compile(compiler, sources, tuple(flags), tuple(slow), build, group)
             kept = directory and _keep(library, directory, key)
             return ctypes.CDLL(str(kept or library))
     except OSError as error:
@@ -192,20 +197,22 @@ def _compile(
     compiler: Compiler,
     sources: dict[str, bytes],
     flags: tuple[str, ...],
+    slow: tuple[str, ...],
     build: Path,
     group: int,
 ) -> Path:
-    """Compiles the files in parallel, the largest first, and links them.
+    """Compiles the slow files and all others together in parallel, and links them.
 
     build, group  as in build_folder()
     """
     for name, text in sources.items():
         (build / name).write_bytes(text)
+    others = [name for name in sources if name.endswith(".c") and name not in slow]
+    (build / OTHERS).write_text("".join(f'#include "{name}"\n' for name in others))
     if "ziglang" in compiler.command:  # targets this CPU anyway, and names others differently
         flags = tuple(flag for flag in flags if not flag.startswith("-march="))
     command = *compiler.command, *flags, "-fPIC"
-    names = [name for name in sources if name.endswith(".c")]
-    names.sort(key=lambda name: len(sources[name]), reverse=True)
+    names = *slow, OTHERS
     deadline_s = time.monotonic() + COMPILE_TIMEOUT_S
     objects = [f"{name}.o" for name in names]
     with ThreadPoolExecutor(os.cpu_count()) as threads:

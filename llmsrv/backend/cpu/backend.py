@@ -58,6 +58,11 @@ from llmsrv.errors import StartupError
 log = logging.getLogger("llmsrv.backend")
 
 FLAGS = ("-std=gnu11", "-O2", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-pthread")
+# Each takes half a second to three seconds in some tier; all others together take one.
+SLOW_TO_COMPILE = (
+    *("linear_madd.c", "linear_amx_gemv.c", "linear_amx_gemm.c", "linear_dot4.c"),
+    *("linear_dot4_k.c", "attention_f32.c", "linear.c", "attention_dot4.c"),
+)
 # The error that the check allows, by the bits of activations or KV cache, whichever has fewer:
 # several times that of correct kernels.
 MAX_ERRORS = {16: 2e-3, 8: 5e-2}
@@ -114,7 +119,8 @@ class CPUBackend(Backend):
     def _load(self, options: CPUOptions) -> ctypes.CDLL:
         bits = f"-DACTIVATION_BITS={self.activation_bits}", f"-DKV_BITS={options.kv_cache_bits}"
         flags = (*FLAGS, *bits, *self.tier.flags)
-        library = declare(load_library(kernel_sources("cpu"), flags, options.cache_dir))
+        sources = kernel_sources("cpu")
+        library = declare(load_library(sources, flags, options.cache_dir, SLOW_TO_COMPILE))
         if library.llmsrv_prepare() != 0:
             raise CannotRun(f"the system does not allow this process to use {self.tier.name}")
         return library
