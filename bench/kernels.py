@@ -34,9 +34,9 @@ from llmsrv.backend.program import Norm
 from llmsrv.backend.program import Operation
 from llmsrv.backend.program import Program
 from llmsrv.backend.program import RopeAndStore
+from llmsrv.backend.quants.random_tensors import random_tensor
 from llmsrv.backend.sampling.table import SamplingParameters
 from llmsrv.config import default_cache_dir
-from tests.support.tensors import random_tensor
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 2048, 8192, 32, 8, 64, 128256
 QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM

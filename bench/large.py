@@ -23,12 +23,12 @@ from llmsrv.backend.cpu.backend import CPUBackend
 from llmsrv.backend.cpu.backend import CPUOptions
 from llmsrv.backend.program import Linear
 from llmsrv.backend.program import Program
+from llmsrv.backend.quants.random_tensors import random_tensor
 from llmsrv.config import default_cache_dir
 from llmsrv.model.load import load_model
 from tests.support.gguf_writer import RawTensor
 from tests.support.gguf_writer import tiny_vocabulary
 from tests.support.gguf_writer import write_gguf
-from tests.support.tensors import random_tensor
 
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 16, 2048, 8192, 32, 8, 64, 128256
 GGML_TYPES = {"F32": 0, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}

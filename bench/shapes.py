@@ -18,13 +18,13 @@ import numpy as np
 from llmsrv.backend.arrays import Array
 from llmsrv.backend.program import Program
 from llmsrv.backend.quants.ggml_types import GGML_TYPES
+from llmsrv.backend.quants.random_tensors import random_tensor
 from llmsrv.model.config import LayerConfig
 from llmsrv.model.config import ModelConfig
 from llmsrv.model.decoder import build_program
 from llmsrv.model.families.llama import LLAMA
 from llmsrv.model.rope import Rope
 from llmsrv.model.tensors import Tensors
-from tests.support.tensors import random_tensor
 
 POOL_VALUES = 1 << 26
 WEIGHT_SIZE = 0.02  # standard deviation, so that values neither explode nor vanish

@@ -13,9 +13,9 @@ from llmsrv.backend.choose import run_on_backend
 from llmsrv.backend.cpu.backend import CPUOptions
 from llmsrv.backend.program import Embed
 from llmsrv.backend.program import Program
+from llmsrv.backend.quants.random_tensors import random_tensor
 from llmsrv.config import default_cache_dir
 from llmsrv.errors import StartupError
-from tests.support.tensors import random_tensor
 
 PROGRAM = Program((), {"logits": 12}, 1, 1, 1, 16, vocab_size=12)
 LIMITS = Limits(max_rows=8, max_logit_rows=8, max_slots=8, num_blocks=4)

@@ -6,13 +6,13 @@ from llmsrv.backend.base import MemoryLimit
 from llmsrv.backend.program import Embed
 from llmsrv.backend.program import Linear
 from llmsrv.backend.program import Program
+from llmsrv.backend.quants.random_tensors import random_tensor
 from llmsrv.backend.reference.backend import ReferenceBackend
 from llmsrv.config import EngineConfig
 from llmsrv.engine.sizes import MemoryBudget
 from llmsrv.engine.sizes import choose_sizes
 from llmsrv.engine.sizes import memory_budget
 from llmsrv.errors import StartupError
-from tests.support.tensors import random_tensor
 
 GB = 10**9
 OVERHEAD_BYTES = 160 << 20

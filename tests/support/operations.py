@@ -8,11 +8,11 @@ from llmsrv.backend.base import Limits
 from llmsrv.backend.cpu.library import FORMATS
 from llmsrv.backend.program import Program
 from llmsrv.backend.quants.ggml_types import GGML_TYPES
+from llmsrv.backend.quants.random_tensors import HALVES
+from llmsrv.backend.quants.random_tensors import random_tensor
 from llmsrv.backend.reference.backend import ReferenceBackend
 from tests.support.plans import Piece
 from tests.support.plans import batch_of
-from tests.support.tensors import HALVES
-from tests.support.tensors import random_tensor
 
 LIMITS = Limits(max_rows=300, max_logit_rows=40, max_slots=40, num_blocks=80)
 VOCAB = 97

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from llmsrv.backend.program import GatedActivation
 from llmsrv.backend.program import Linear
 from llmsrv.backend.program import Program
+from llmsrv.backend.quants.random_tensors import random_tensor
 from tests.support.operations import KERNEL_TYPES
 from tests.support.operations import LIMITS
 from tests.support.operations import OTHER_TYPES
@@ -19,7 +20,6 @@ from tests.support.operations import run_both
 from tests.support.operations import tensor
 from tests.support.parameters import slow_but
 from tests.support.plans import batch_of
-from tests.support.tensors import random_tensor
 
 
 @pytest.mark.parametrize("type", KERNEL_TYPES)

@@ -14,6 +14,7 @@ from llmsrv.backend.program import Norm
 from llmsrv.backend.program import Program
 from llmsrv.backend.program import RopeAndStore
 from llmsrv.backend.program import SelectLogitRows
+from llmsrv.backend.quants.random_tensors import random_tensor
 from llmsrv.backend.reference.backend import ReferenceBackend
 from llmsrv.backend.sampling.table import SamplingParameters
 from tests.support.operations import LIMITS
@@ -25,7 +26,6 @@ from tests.support.plans import Run
 from tests.support.plans import batch_of
 from tests.support.plans import generate
 from tests.support.plans import generate_from_drafts
-from tests.support.tensors import random_tensor
 
 
 def llama(type="Q8_0", hidden=64, heads=4, kv_heads=2, head_dim=16, inner=96, layers=3):

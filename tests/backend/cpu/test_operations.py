@@ -10,6 +10,7 @@ from llmsrv.backend.program import GatedActivation
 from llmsrv.backend.program import Norm
 from llmsrv.backend.program import Pool
 from llmsrv.backend.program import Softcap
+from llmsrv.backend.quants.random_tensors import random_tensor
 from tests.support.operations import KERNEL_TYPES
 from tests.support.operations import OTHER_TYPES
 from tests.support.operations import VOCAB
@@ -18,7 +19,6 @@ from tests.support.operations import random
 from tests.support.operations import run_both
 from tests.support.operations import tensor
 from tests.support.plans import Piece
-from tests.support.tensors import random_tensor
 
 
 @pytest.mark.parametrize("type", [*KERNEL_TYPES, *OTHER_TYPES])

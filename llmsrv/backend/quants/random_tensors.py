@@ -1,9 +1,10 @@
-"""Tensors with random values, of any type."""
+"""Weights with random values, of any type, to check and measure backends with."""
 
-from typing import Any
+from math import prod
 
 import numpy as np
 
+from llmsrv.backend.arrays import Array
 from llmsrv.backend.program import Tensor
 from llmsrv.backend.quants.ggml_types import GGML_TYPES
 
@@ -29,19 +30,22 @@ def random_tensor(
 ) -> Tensor:
     """Values of magnitude `size`; quantized blocks are random bytes with scales that fit it."""
     rng = np.random.default_rng(seed)
-    count = int(np.prod(shape))
+    count = prod(shape)
     if type not in HALVES:
-        return Tensor(name, type, shape, _floats(type, rng.normal(size=count) * size))
-    block_values, block_bytes = GGML_TYPES[type][:2]
-    blocks = rng.integers(0, 256, (count // block_values, block_bytes), np.uint8)
+        return Tensor(name, type, shape, float_bytes(type, rng.normal(size=count) * size))
+    block = GGML_TYPES[type]
+    num_blocks = count // block.block_values
+    blocks = rng.integers(0, 256, (num_blocks, block.block_bytes), np.uint8)
     for offset in HALVES[type]:
-        scales = (size * rng.uniform(-0.02, 0.02, len(blocks))).astype(np.float16)
+        scales = (size * rng.uniform(-0.02, 0.02, num_blocks)).astype(np.float16)
         blocks[:, offset : offset + 2] = scales[:, None].view(np.uint8)
     return Tensor(name, type, shape, blocks.reshape(-1))
 
 
-def _floats(type: str, values: Any) -> Any:
+def float_bytes(type: str, values: Array) -> Array:
+    """The bytes of a tensor of type F32, F16 or BF16 (rounded towards zero)."""
     if type == "BF16":
         upper = np.asarray(values, np.float32).view(np.uint32) >> 16
-        return upper.astype(np.uint16).view(np.uint8)
-    return np.asarray(values, {"F32": np.float32, "F16": np.float16}[type]).view(np.uint8)
+        return upper.astype(np.uint16).reshape(-1).view(np.uint8)
+    floats = np.asarray(values, {"F32": np.float32, "F16": np.float16}[type])
+    return floats.reshape(-1).view(np.uint8)
