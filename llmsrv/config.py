@@ -39,7 +39,7 @@ class EngineConfig:
     mode: str = "local"
     max_num_sequence: int = 0  # sequences that run at once; 0: the mode's
     max_total_seq_length: int = 0  # tokens in the KV cache; 0: the mode's, or what fits
-    prefill_chunk_size: int = 0  # rows in one step; 0: the default
+    prefill_chunk_size: int = 0  # rows in one step; 0: the backend's
     max_step_ms: int = DEFAULT_MAX_STEP_MS  # of a step that computes both streams and prompts
     context_window_size: int = 0  # tokens in one sequence; 0: what the model was trained for
     extend_context: bool = False  # allow more tokens than the model was trained for
@@ -143,7 +143,7 @@ class Config:
     prefill_chunk_size: int = option(
         0,
         "Engine",
-        "maximum number of prompt tokens in one step; 0 uses 256",
+        "maximum number of prompt tokens in one step; 0 uses 256, or 2048 on a GPU",
         least=0,
         most=65536,
         overrides=True,

@@ -19,6 +19,7 @@ from typing import Self
 
 from llmsrv.backend.arrays import Array
 from llmsrv.backend.program import Program
+from llmsrv.backend.program import tensors_of
 from llmsrv.backend.sampling.samples import Samples
 from llmsrv.backend.sampling.table import SamplingTable
 from llmsrv.errors import StartupError
@@ -193,11 +194,16 @@ class MemoryLimit:
 class Backend(ABC):
     """Runs programs.  It brings its name, its options and its memory; choose.py lists all backends.
 
-    An engine makes the backend, chooses the size of the KV cache from `memory` and
+    An engine makes the backend, chooses the size of the KV cache from `memory`, `weight_bytes` and
     `kv_position_bytes`, and compiles its programs with that size.
+
+    name                the value of --backend
+    prefill_chunk_size  the most rows of a step if --prefill-chunk-size does not say
     """
 
-    name: str  # the value of --backend
+    name: str
+    # With more rows, buffers outgrow the CPU's caches, which slows each row down.
+    prefill_chunk_size: int = 256
 
     @classmethod
     @abstractmethod
@@ -218,6 +224,10 @@ class Backend(ABC):
     @abstractmethod
     def memory(self) -> MemoryLimit:
         """The memory that weights and KV caches must fit in."""
+
+    def weight_bytes(self, program: Program) -> int:
+        """Bytes that the program's weights take in that memory; by default, as in their files."""
+        return sum({each.name: each.data.nbytes for each in tensors_of(program)}.values())
 
     @abstractmethod
     def kv_position_bytes(self, program: Program) -> int:

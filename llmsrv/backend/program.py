@@ -5,6 +5,8 @@ A buffer is a float32 matrix with one row for each row of the batch (base.py).
 Shapes: T rows in the batch, R of them logit rows (rows that are sampled).
 """
 
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -209,6 +211,18 @@ class Program:
             if is_selected:
                 names.add(output_of(operation))
         return frozenset(names)
+
+
+def tensors_of(value: object) -> Iterator[Tensor]:
+    """All tensors in a program, an operation or a tuple of them; one may come more than once."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for each in value:
+            yield from tensors_of(each)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from tensors_of(getattr(value, field.name))
 
 
 def output_of(operation: Operation) -> str:

@@ -202,8 +202,9 @@ def _lay_out(
 
     sizes = choose_sizes(config, trained_context, memory_budget(programs, backend))
     logger.info("%s", sizes.reason)
+    prefill_chunk_size = config.prefill_chunk_size or backend.prefill_chunk_size
     limits = Limits(
-        max_rows=max(sizes.prefill_chunk_size, sizes.max_num_sequence),
+        max_rows=max(prefill_chunk_size, sizes.max_num_sequence),
         max_logit_rows=sizes.max_num_sequence + SPARE_LOGIT_ROWS,
         max_slots=sizes.max_num_sequence,
         num_blocks=sizes.num_blocks + 1,

@@ -4,20 +4,16 @@ cache, from the mode, the options, the model and the memory.
 Names and modes are those of MLC LLM's engine configuration.
 """
 
-import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Backend
 from llmsrv.backend.base import MemoryLimit
 from llmsrv.backend.program import Program
-from llmsrv.backend.program import Tensor
 from llmsrv.config import EngineConfig
 from llmsrv.config import MODES
 from llmsrv.errors import StartupError
 
-PREFILL_CHUNK_SIZE = 256  # buffers of more rows outgrow the CPU's caches, which slows each row down
 MIN_CACHE_TOKENS = 512  # with memory for less, an engine is of no use and refuses to start
 
 
@@ -38,22 +34,7 @@ class MemoryBudget:
 def memory_budget(programs: list[Program], backend: Backend) -> MemoryBudget:
     """The budget of a model and its draft model; each has a KV cache for the same positions."""
     position_bytes = sum(map(backend.kv_position_bytes, programs))
-    return MemoryBudget(backend.memory(), sum(map(_weight_bytes, programs)), position_bytes)
-
-
-def _weight_bytes(program: Program) -> int:
-    return sum({each.name: each.data.nbytes for each in _tensors(program.operations)}.values())
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple):
-        for each in value:
-            yield from _tensors(each)
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _tensors(getattr(value, field.name))
+    return MemoryBudget(backend.memory(), sum(map(backend.weight_bytes, programs)), position_bytes)
 
 
 @dataclass(frozen=True)
@@ -61,7 +42,6 @@ class Sizes:
     max_num_sequence: int
     num_blocks: int
     context_length: int
-    prefill_chunk_size: int
     reason: str  # one line for the log
 
 
@@ -92,8 +72,7 @@ def choose_sizes(config: EngineConfig, trained_context: int, memory: MemoryBudge
         f"up to {num_sequences} sequences at once, each of at most {context} tokens{beyond}; "
         f"KV cache of {cache} ({why})"
     )
-    prefill_chunk_size = config.prefill_chunk_size or PREFILL_CHUNK_SIZE
-    return Sizes(num_sequences, num_blocks, context, prefill_chunk_size, reason)
+    return Sizes(num_sequences, num_blocks, context, reason)
 
 
 def _context(config: EngineConfig, trained: int) -> int:

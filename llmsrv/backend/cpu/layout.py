@@ -34,6 +34,7 @@ from llmsrv.backend.cpu.library import COMBINE
 from llmsrv.backend.cpu.library import COS_SIN
 from llmsrv.backend.cpu.library import EXPERTS
 from llmsrv.backend.cpu.library import LINEAR
+from llmsrv.backend.cpu.library import MAX_HEAD_DIM
 from llmsrv.backend.cpu.library import Memory
 from llmsrv.backend.cpu.library import NORM
 from llmsrv.backend.cpu.library import OperationStruct
@@ -47,9 +48,9 @@ from llmsrv.backend.cpu.library import SUM_EXPERTS
 from llmsrv.backend.cpu.library import WeightPart
 from llmsrv.backend.cpu.library import address_of
 from llmsrv.backend.cpu.library import drop_pages
-from llmsrv.backend.cpu.supported import check_supported
 from llmsrv.backend.cpu.weights import Stack
 from llmsrv.backend.cpu.weights import Weights
+from llmsrv.backend.cpu.weights import format_of
 from llmsrv.backend.program import Attention
 from llmsrv.backend.program import Embed
 from llmsrv.backend.program import Experts
@@ -64,6 +65,7 @@ from llmsrv.backend.program import SelectLogitRows
 from llmsrv.backend.program import Softcap
 from llmsrv.backend.program import Tensor
 from llmsrv.backend.quants.ggml_types import dequantize
+from llmsrv.backend.supported import check_supported
 
 LANES = 16
 # Operations that can write tiles in addition to floats.
@@ -86,7 +88,7 @@ class Layout:
         num_threads: int,
         tick: Callable[[], None],
     ) -> None:
-        check_supported(program)
+        check_supported(program, "cpu", MAX_HEAD_DIM, format_of)
         operations = list(fuse(program))
         self._program = program
         self._limits = limits
