@@ -34,14 +34,31 @@ _ANNOTATIONS = frozenset(("title", "description", "$comment", "default", "exampl
 _LOOK_AROUND = re.compile(r"\\.|(\(\?<?[=!])", re.DOTALL)
 _UNFOLLOWED_PATTERN = re.compile(r"\\[^1-9bBk]|(\(\?<?[=!]|\\[1-9bBk])", re.DOTALL)
 # Patterns with look-ahead that generators write, and the same without it: zod's of an e-mail
-# address and pydantic's of a decimal.
+# address, an account number and emoji, and pydantic's of a decimal.
 _SAME_PATTERNS = {
     r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+"
     r"[A-Za-z]{2,}$": r"^([A-Za-z0-9_'+\-]+\.)*[A-Za-z0-9_'+\-]*[A-Za-z0-9_+\-]"
     r"@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$",
+    r"^[A-Z]{2}(?!00|01|99)\d{2}[A-Z0-9]{11,30}$": (
+        "^[A-Z]{2}(0[2-9]|[1-8][0-9]|9[0-8])[A-Z0-9]{11,30}$"
+    ),
+    r"^(?=[\s\S]*[\p{Extended_Pictographic}\p{Regional_Indicator}\u20E3])"
+    r"[\p{Extended_Pictographic}\p{Emoji_Component}]+$": (
+        r"^[\p{Extended_Pictographic}\p{Emoji_Component}]*"
+        r"[\p{Extended_Pictographic}\p{Regional_Indicator}\u20E3]"
+        r"[\p{Extended_Pictographic}\p{Emoji_Component}]*$"
+    ),
     r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$": r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)$",
 }
-_UUID = "^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$"
+_DATE = "[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
+_TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:([0-5][0-9]|60)(\.[0-9]+)?([zZ]|[+-][0-2][0-9]:[0-5][0-9])"
+# Formats of names: llguidance follows a format only in values.
+_FORMATS_OF_NAMES = {
+    "uuid": "^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$",
+    "date": f"^{_DATE}$",
+    "time": f"^{_TIME}$",
+    "date-time": f"^{_DATE}[tT]{_TIME}$",
+}
 _IN_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _IN_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _IN_PLACE = ("items", "additionalProperties", "additionalItems")
@@ -78,7 +95,9 @@ def digits_as_ecma(pattern: str) -> str:
 
 def _rewritten(schema: Schema, rewrite: Callable[[Schema], Schema]) -> Schema:
     def inner(part: Any) -> Any:
-        return _rewritten(part, rewrite) if isinstance(part, dict) else part
+        if not isinstance(part, dict):
+            return part
+        return False if _allows_nothing(part) else _rewritten(part, rewrite)
 
     schema = rewrite(schema)
     for key, value in schema.items():
@@ -102,6 +121,9 @@ def _without_the_void(schema: Schema, root: Schema) -> Schema:
             del schema[exclusive]
             if is_exclusive and limit in schema:
                 schema[exclusive] = schema.pop(limit)
+    # OpenAPI 3.0 has no null among its types.
+    if schema.pop("nullable", None) is True and isinstance(type := schema.get("type"), str):
+        schema["type"] = [type, "null"]
     if isinstance(pattern := schema.get("pattern"), str):
         schema["pattern"] = digits_as_ecma(_SAME_PATTERNS.get(pattern, pattern))
         # The pattern is a generator's way to check the format, which is enforced.
@@ -129,6 +151,11 @@ def _asks_for_nothing(key: str, value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return (key in _UPPER and value in _ENDS) or (key in _LOWER and -value in _ENDS)
+
+
+def _allows_nothing(schema: Schema) -> bool:
+    """As zod's z.never()."""
+    return schema.keys() - _ANNOTATIONS == {"not"} and schema["not"] in (True, {})
 
 
 def _allows_any_name(schema: Schema) -> bool:
@@ -165,8 +192,8 @@ def _with_names_as_properties(schema: Schema, root: Schema) -> Schema:
 def _pattern_of_names(names: Schema, keys: set[str]) -> str | None:
     if keys <= {"pattern", "format"} and isinstance(names.get("pattern"), str):
         return digits_as_ecma(names["pattern"])
-    if keys == {"format"} and names["format"] == "uuid":
-        return _UUID
+    if keys == {"format"} and isinstance(names["format"], str):
+        return _FORMATS_OF_NAMES.get(names["format"])
     if keys and keys <= {"minLength", "maxLength"}:
         least, most = names.get("minLength", 0), names.get("maxLength", "")
         if all(re.fullmatch("[0-9]{0,4}", str(length)) for length in (least, most)):

@@ -22,6 +22,11 @@ ZOD_EMAIL = (
     r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+"
     r"[A-Za-z]{2,}$"
 )
+ZOD_IBAN = r"^[A-Z]{2}(?!00|01|99)\d{2}[A-Z0-9]{11,30}$"
+ZOD_EMOJI = (
+    r"^(?=[\s\S]*[\p{Extended_Pictographic}\p{Regional_Indicator}\u20E3])"
+    r"[\p{Extended_Pictographic}\p{Emoji_Component}]+$"
+)
 INTEGER = {"type": "integer"}
 STRING = {"type": "string"}
 
@@ -46,6 +51,12 @@ STRING = {"type": "string"}
         (STRING | {"pattern": r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"}, '"-.5"', '"-."'),
         (STRING | {"format": "hostname", "pattern": "^(?=.{1,253}$).+$"}, '"a.de"', '"a b"'),
         (STRING | {"pattern": r"^\\d\d$"}, r'"\\d1"', '"11"'),
+        (STRING | {"format": "iban", "pattern": ZOD_IBAN}, '"DE02A1234567890"', '"DE01A123456789"'),
+        (STRING | {"format": "emoji", "pattern": ZOD_EMOJI}, '"👍🏽"', '"12"'),
+        (STRING | {"nullable": True}, "null", "1"),
+        (STRING | {"nullable": True, "enum": [None]}, "null", '"a"'),
+        (STRING | {"nullable": False}, '"a"', "null"),
+        ({"type": "object", "properties": {"a": {"not": {}}, "b": {}}}, '{"b": 1}', '{"a": 1}'),
         (
             {"type": "object", "propertyNames": STRING, "additionalProperties": INTEGER},
             '{"a": 1}',
@@ -70,6 +81,11 @@ STRING = {"type": "string"}
             {"type": "object", "propertyNames": {"format": "uuid"}, "additionalProperties": {}},
             '{"12345678-1234-1234-1234-123456789abc": 1}',
             '{"b": 1}',
+        ),
+        (
+            {"type": "object", "propertyNames": {"format": "date-time"}},
+            '{"2026-02-28T23:59:60.5+01:00": 1}',
+            '{"2026-02-28": 1}',
         ),
         (
             {
@@ -124,6 +140,7 @@ def test_an_unfollowed_keyword_is_left_out_unless_the_schema_is_strict(
     [
         {"type": 5, "required": 1, "properties": {"a": 1}, "anyOf": 2, "enum": {}},
         {"properties": {"a": {"type": ["foo", 1], "pattern": "(", "$ref": "http://x"}}},
+        {"type": "object", "propertyNames": {"format": {}}, "nullable": [], "not": {}},
     ],
     ids=str,
 )
@@ -136,7 +153,8 @@ def test_schemas_that_are_none_are_simplified_without_an_error(schema: dict[str,
 
 KEYWORDS = ["type", "enum", "const", "properties", "required", "anyOf", "oneOf", "allOf", "items"]
 KEYWORDS += ["$ref", "$defs", "pattern", "format", "propertyNames", "additionalProperties", "not"]
-KEYWORDS += ["minimum", "exclusiveMaximum", "uniqueItems", "dependencies", "minLength", "a"]
+KEYWORDS += ["minimum", "exclusiveMaximum", "uniqueItems", "dependencies", "minLength"]
+KEYWORDS += ["nullable", "a"]
 SCALARS = st.sampled_from([None, True, 0, 2**63, 1e308, "object", "string", "#/$defs/a", "(?=a)"])
 ANYTHING = st.recursive(
     SCALARS,
