@@ -1,0 +1,265 @@
+"""Launches the kernels of rope, attention, activations and logit rows on the current stream.
+
+Arrays are cupy arrays.  Outputs may be float32 or operands of 16 bits, as their dtype says.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llmsrv.backend.base import Batch
+from llmsrv.backend.base import Limits
+from llmsrv.backend.cuda.attention_work import AttentionWork
+from llmsrv.backend.cuda.attention_work import Heads
+from llmsrv.backend.cuda.device import Device
+from llmsrv.backend.cuda.source import Kernels
+from llmsrv.backend.cuda.source import Macro
+from llmsrv.backend.cuda.staging import Spec
+from llmsrv.backend.cuda.step import Step
+from llmsrv.backend.program import Attention
+from llmsrv.backend.program import Program
+from llmsrv.backend.program import RopeAndStore
+
+DECODE_THREADS = 128
+# Blocks of decode attention that a multiprocessor holds at a time, at most.
+RESIDENT_BLOCKS = 4
+ROPE_WARPS = 8
+COLUMN_THREADS = 256  # where a thread computes a column
+
+
+@dataclass(frozen=True)
+class RopeWeights:
+    """The vectors of a RopeAndStore as float32 arrays; None where the operation has none."""
+
+    frequencies: Any = None
+    long_frequencies: Any = None
+    q_norm: Any = None
+    k_norm: Any = None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The shape of a tile of prefill attention; see kernels/cuda/attention_mma.cu."""
+
+    num_warps: int
+    m_tiles: int
+    num_keys: int
+
+    @property
+    def num_queries(self) -> int:
+        return 16 * self.num_warps * self.m_tiles
+
+    def shared_bytes(self, padded_dim: int) -> int:
+        return 2 * (self.num_queries + 4 * self.num_keys) * (padded_dim + 8)
+
+    def sum_registers(self, padded_dim: int) -> int:
+        """Registers of a thread that hold scores and sums."""
+        return self.m_tiles * (padded_dim + self.num_keys) // 2
+
+
+# The preferred ones first.  More queries of a warp reuse the keys in its registers.
+TILES = (Tile(4, 2, 64), Tile(4, 2, 32), Tile(4, 1, 32), Tile(4, 1, 16), Tile(2, 1, 16))
+MAX_SUM_REGISTERS = 160  # of 255; with more, the kernel spills
+
+
+def choose_tile(padded_dim: int, max_shared_bytes: int) -> Tile:
+    """The first that fits.  The last one always does: 50 KiB for the largest heads, of 256."""
+    for tile in TILES:
+        fits = tile.shared_bytes(padded_dim) <= max_shared_bytes
+        if fits and tile.sum_registers(padded_dim) <= MAX_SUM_REGISTERS:
+            return tile
+    return TILES[-1]
+
+
+class AttentionKernels:
+    def __init__(
+        self,
+        kernels: Kernels,
+        device: Device,
+        program: Program,
+        limits: Limits,
+        is_batch_invariant: bool = False,
+    ) -> None:
+        """is_batch_invariant: a row's bits depend on no other row."""
+        self._kernels = kernels
+        self._heads = Heads(program.num_heads, program.num_kv_heads, program.head_dim)
+        self._num_layers = np.int32(program.num_layers)
+        self._tile = choose_tile(self._heads.padded_dim, device.max_shared_bytes)
+        tile_rows = self._tile.num_queries // self._heads.heads_per_group
+        self._work = AttentionWork(program, limits, tile_rows, is_batch_invariant)
+        self._max_grid = RESIDENT_BLOCKS * device.num_multiprocessors
+        partial = self._heads.heads_per_group * (self._heads.head_dim + 2)
+        num_splits = self._work.pass_splits if self._work.windows else 0
+        shape = num_splits, self._heads.num_groups, partial
+        self._attention: dict[Any, tuple[Any, Any]] = {}
+        self._partials = device.cp.zeros(shape, np.float32)
+        num_decode_rows = self._work.arrays()["decode_rows"][0][0]
+        self._arrivals = device.cp.zeros((num_decode_rows, self._heads.num_groups), np.int32)
+
+    def arrays(self) -> dict[str, Spec]:
+        """The arrays of a step that plan_work fills."""
+        return self._work.arrays()
+
+    def plan_work(self, batch: Batch, host: Any, num_rows: int, is_decode: bool) -> None:
+        """Fills host[name] for the step that is launched next; num_rows: with padded rows.
+
+        is_decode  the step may run as a captured graph
+        """
+        self._work.plan(batch, host, num_rows, is_decode)
+
+    def num_bytes(self) -> int:
+        """Of the device's memory, for partial results."""
+        return int(self._partials.nbytes + self._arrivals.nbytes)
+
+    def rope_and_store(
+        self,
+        operation: RopeAndStore,
+        weights: RopeWeights,
+        qkv: Any,
+        q: Any,
+        keys: Any,
+        values: Any,
+        step: Step,
+    ) -> None:
+        """q [rows, num_heads, padded_dim]; keys, values: the whole KV cache."""
+        kernel = self._kernels.get("rope", "rope_and_store", **self._heads.macros())
+        heads = self._heads
+        norms_across = 0
+        if operation.q_norm and operation.q_norm.shape[0] > heads.head_dim:
+            norms_across |= 1
+        if operation.k_norm and operation.k_norm.shape[0] > heads.head_dim:
+            norms_across |= 2
+        num_rotated = 0 if operation.frequencies is None else len(operation.frequencies)
+        all_heads = heads.num_heads + 2 * heads.num_kv_heads
+        num_blocks = 1 if norms_across else -(-all_heads // ROPE_WARPS)
+        kernel(
+            (num_blocks, step.num_rows),
+            (32 * ROPE_WARPS,),
+            (
+                qkv,
+                np.int64(qkv.shape[1]),
+                q,
+                keys,
+                values,
+                step.device["positions"],
+                step.device["sequences"],
+                step.device["slot_mapping"],
+                step.device["is_long"],
+                weights.frequencies,
+                weights.long_frequencies,
+                np.int32(num_rotated),
+                np.int32(operation.interleaved),
+                np.float32(operation.magnitude),
+                weights.q_norm,
+                weights.k_norm,
+                np.int32(norms_across),
+                np.float32(operation.eps),
+                np.int32(operation.layer),
+                self._num_layers,
+            ),
+        )
+
+    def attention(
+        self, operation: Attention, q: Any, out: Any, keys: Any, values: Any, step: Step
+    ) -> None:
+        """q: as rope_and_store writes it.  out [rows, stride], stride at least the width."""
+        index = self._work.windows.index(operation.window)
+        device = step.device
+        device = step.device
+        arguments = (
+            out,
+            np.int64(out.shape[1]),
+            q,
+            keys,
+            values,
+            device["positions"],
+            device["sequences"],
+            device["block_tables"],
+            device["sizes"],
+        )
+        constants = (
+            np.int32(operation.layer),
+            self._num_layers,
+            np.float32(operation.scale),
+            np.float32(operation.softcap or 0),
+            np.int32(operation.window or 0),
+        )
+        decode, prefill = self._kernels_for(out.dtype)
+        splits, passes = device[f"first_splits_{index}"], device[f"passes_{index}"]
+        work = device["decode_rows"], splits, passes
+        results = self._partials, self._arrivals
+        units = step.num_rows * self._heads.max_splits * self._heads.num_groups
+        for number in range(self._work.num_passes[index]):
+            decode(
+                (min(units, self._max_grid),),
+                (DECODE_THREADS,),
+                (*arguments, *work, np.int32(number), *results, *constants),
+            )
+        if self._work.num_tiles:
+            prefill(
+                (self._work.num_tiles, self._heads.num_groups),
+                (32 * self._tile.num_warps,),
+                (*arguments, device["tiles"], *constants),
+                shared_mem=self._tile.shared_bytes(self._heads.padded_dim),
+            )
+
+    def _kernels_for(self, dtype: Any) -> tuple[Any, Any]:
+        """Decode and prefill attention with output of this type."""
+        if dtype not in self._attention:
+            macros = self._heads.macros() | _output_macros(dtype)
+            splits = {"MAX_SPLITS": self._heads.max_splits}
+            decode = self._kernels.get("attention", "decode_attention", **macros, **splits)
+            tile = {
+                "NUM_WARPS": self._tile.num_warps,
+                "M_TILES": self._tile.m_tiles,
+                "TILE_KEYS": self._tile.num_keys,
+            }
+            prefill = self._kernels.get("attention_mma", "prefill_attention", **macros, **tile)
+            shared_bytes = self._tile.shared_bytes(self._heads.padded_dim)
+            prefill.max_dynamic_shared_size_bytes = shared_bytes
+            self._attention[dtype] = decode, prefill
+        return self._attention[dtype]
+
+    # ---- Activations and logit rows
+
+    def gated_activation(self, x: Any, out: Any, width: int, function: str, num_rows: int) -> None:
+        """x [rows, 2 * width and more] float32; out [rows, width and more]."""
+        kernel = self._kernels.get("activation", "gated_activation", **_output_macros(out.dtype))
+        is_gelu = np.int32(function == "gelu")
+        strides = np.int64(out.shape[1]), np.int64(x.shape[1])
+        _over_columns(
+            kernel, out.shape[1], num_rows, out, strides[0], x, strides[1], np.int32(width), is_gelu
+        )
+
+    def select(self, x: Any, out: Any, width: int, step: Step) -> None:
+        """Also pools by the last row."""
+        kernel = self._kernels.get("logit_rows", "select_rows", **_output_macros(out.dtype))
+        self._take_rows(kernel, x, out, width, step, step.device["logit_rows"])
+
+    def pool_mean(self, x: Any, out: Any, width: int, step: Step) -> None:
+        kernel = self._kernels.get("logit_rows", "pool_mean", **_output_macros(out.dtype))
+        rows = step.device["first_rows"], step.device["logit_rows"]
+        self._take_rows(kernel, x, out, width, step, *rows)
+
+    def softcap(self, x: Any, width: int, cap: float, num_rows: int) -> None:
+        """In place; x float32."""
+        kernel = self._kernels.get("logit_rows", "softcap")
+        stride = np.int64(x.shape[1])
+        _over_columns(kernel, width, num_rows, x, stride, np.int32(width), np.float32(cap))
+
+    def _take_rows(
+        self, kernel: Any, x: Any, out: Any, width: int, step: Step, *rows: Any
+    ) -> None:
+        strides = np.int64(out.shape[1]), np.int64(x.shape[1])
+        arguments = out, strides[0], x, strides[1], np.int32(width), *rows
+        _over_columns(kernel, out.shape[1], step.num_logit_rows, *arguments)
+
+
+def _over_columns(kernel: Any, num_columns: int, num_rows: int, *arguments: Any) -> None:
+    grid = -(-num_columns // COLUMN_THREADS), num_rows
+    kernel(grid, (COLUMN_THREADS,), arguments)
+
+
+def _output_macros(dtype: Any) -> dict[str, Macro]:
+    return {"FLOAT_OUT": 1} if dtype == np.float32 else {}

@@ -1,0 +1,177 @@
+"""Plans a step's attention: which rows decode, and the tiles of those that are prefill.
+
+Decode attention splits each row over its positions, so that few rows keep the whole device busy.
+Prefill attention computes tiles of consecutive rows on tensor cores.  Rows of a sequence with few
+rows in the step decode.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmsrv.backend.arrays import Array
+from llmsrv.backend.base import BLOCK_SIZE
+from llmsrv.backend.base import Batch
+from llmsrv.backend.base import Limits
+from llmsrv.backend.cuda.staging import Spec
+from llmsrv.backend.cuda.step import MAX_GRAPH_ROWS
+from llmsrv.backend.cuda.step import logit_row_capacity
+from llmsrv.backend.cuda.step import row_capacity
+from llmsrv.backend.program import Attention
+from llmsrv.backend.program import Program
+
+# A sequence with more rows than this is prefill.  Rows that decode read the keys of their sequence
+# anew, each on its own.
+MAX_DECODE_ROWS = 8
+SPLIT_BLOCKS = 4  # of a split, at least: one for each warp of decode attention
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of a program, and the groups of them that a block of threads computes; see
+    kernels/cuda/attention.cuh."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def padded_dim(self) -> int:
+        return -(-self.head_dim // 16) * 16
+
+    @property
+    def groups_per_kv_head(self) -> int:
+        return -(-self.num_heads // self.num_kv_heads // 8)
+
+    @property
+    def heads_per_group(self) -> int:
+        return -(-self.num_heads // self.num_kv_heads // self.groups_per_kv_head)
+
+    @property
+    def num_groups(self) -> int:
+        return self.num_kv_heads * self.groups_per_kv_head
+
+    @property
+    def max_splits(self) -> int:
+        """The most splits of a row.  With all its groups of heads, a long row makes at least 256
+        units of work, about two for each multiprocessor of a large GPU."""
+        return min(max(32, 256 // self.num_groups), 128)
+
+    def macros(self) -> dict[str, int]:
+        return {
+            "HEAD_DIM": self.head_dim,
+            "PADDED_DIM": self.padded_dim,
+            "NUM_HEADS": self.num_heads,
+            "NUM_KV_HEADS": self.num_kv_heads,
+        }
+
+
+class AttentionWork:
+    """The work lists of a step, as arrays.
+
+    windows     of the program's Attention operations, each once: they differ in the splits
+    num_tiles   of the step planned last
+    num_passes  for each window: launches of decode attention, in the step planned last
+    """
+
+    def __init__(
+        self, program: Program, limits: Limits, tile_rows: int, is_batch_invariant: bool
+    ) -> None:
+        """tile_rows: of a prefill tile, at most.  is_batch_invariant: all rows decode."""
+        self._heads = Heads(program.num_heads, program.num_kv_heads, program.head_dim)
+        self._limits = limits
+        self._rows = row_capacity(limits)
+        self._tile_rows = tile_rows
+        self._is_batch_invariant = is_batch_invariant
+        attentions = [each for each in program.operations if isinstance(each, Attention)]
+        self.windows = list(dict.fromkeys(each.window for each in attentions))
+        self.num_tiles = 0
+        self.num_passes = [0] * len(self.windows)
+        # A captured graph has one pass, so this many rows always fit in a pass.
+        self._pass_rows = min(self._rows, MAX_GRAPH_ROWS)
+        most_splits = -(-limits.num_blocks // SPLIT_BLOCKS)
+        self.pass_splits = self._pass_rows * min(self._heads.max_splits, most_splits)
+
+    def arrays(self) -> dict[str, Spec]:
+        """The arrays that plan() fills; n rows decode.
+
+        decode_rows   [n] int32
+        tiles         [num_tiles, 2] int32: the first row, and the number of rows
+        first_rows    [logit rows] int32: the first row of the logit row's sequence
+        first_splits_I  [n + 1] int32, for the window with index I: sums of the rows' splits
+        passes_I        [num_passes, 2] int32: first and end of a pass in decode_rows; splits of
+                        a pass are at most pass_splits, which bounds the memory for their results
+        """
+        num_tiles = self._rows // self._tile_rows + self._rows // (MAX_DECODE_ROWS + 1) + 1
+        specs: dict[str, Spec] = {
+            "decode_rows": ((self._rows,), np.int32),
+            "tiles": ((num_tiles, 2), np.int32),
+            "first_rows": ((logit_row_capacity(self._limits),), np.int32),
+        }
+        for i in range(len(self.windows)):
+            specs[f"first_splits_{i}"] = (self._rows + 1,), np.int32
+            specs[f"passes_{i}"] = (-(-self._rows // self._pass_rows), 2), np.int32
+        return specs
+
+    def plan(
+        self, batch: Batch, host: Mapping[str, Array], num_rows: int, is_decode: bool
+    ) -> None:
+        """Fills the host's arrays.
+
+        num_rows   with padded rows, which decode
+        is_decode  all rows decode
+        """
+        starts = np.flatnonzero(np.diff(batch.sequences, prepend=-1))
+        lengths = np.diff(starts, append=len(batch.ids))
+        is_prefill = lengths > MAX_DECODE_ROWS
+        if is_decode or self._is_batch_invariant:
+            is_prefill[:] = False
+        self._plan_tiles(starts[is_prefill], lengths[is_prefill], batch.positions, host["tiles"])
+        is_decode_row = np.ones(num_rows, bool)
+        is_decode_row[: len(batch.ids)] = ~np.repeat(is_prefill, lengths)
+        rows = np.flatnonzero(is_decode_row)
+        host["decode_rows"][: len(rows)] = rows
+        positions = np.zeros(num_rows, np.int32)
+        positions[: len(batch.ids)] = batch.positions
+        for i in range(len(self.windows)):
+            self._plan_splits(i, positions[rows], host)
+        last = np.searchsorted(starts, batch.logit_rows, side="right") - 1
+        host["first_rows"][: len(last)] = starts[last]
+
+    def _plan_tiles(
+        self, starts: Array, lengths: Array, positions: Array, tiles: Array
+    ) -> None:
+        """Cuts runs of rows into tiles; those with the most positions come first, for balance."""
+        counts = -(-lengths // self._tile_rows)
+        ends = np.repeat(starts + lengths, counts)
+        index = np.arange(len(ends)) - np.repeat(np.cumsum(counts) - counts, counts)
+        first = np.repeat(starts, counts) + index * self._tile_rows
+        rows = np.minimum(ends - first, self._tile_rows)
+        order = np.argsort(-positions[first], kind="stable")
+        self.num_tiles = len(order)
+        tiles[: len(order), 0] = first[order]
+        tiles[: len(order), 1] = rows[order]
+
+    def _plan_splits(self, index: int, positions: Array, host: Mapping[str, Array]) -> None:
+        first_splits = host[f"first_splits_{index}"][: len(positions) + 1]
+        first_splits[0] = 0
+        np.cumsum(self.num_splits(positions, self.windows[index]), out=first_splits[1:])
+        passes = host[f"passes_{index}"]
+        count = end = 0
+        while end < len(positions):
+            first, most = end, first_splits[end] + self.pass_splits
+            end = int(np.searchsorted(first_splits, most, side="right")) - 1
+            passes[count] = first, end
+            count += 1
+        self.num_passes[index] = count
+
+    def num_splits(self, positions: Array, window: int | None) -> Array:
+        """Of each row: as blocks_per_split of kernels/cuda/attention.cu says."""
+        first = np.maximum(positions + 1 - window, 0) if window else np.zeros_like(positions)
+        num_blocks = positions // BLOCK_SIZE + 1 - first // BLOCK_SIZE
+        blocks = np.full(len(positions), SPLIT_BLOCKS)
+        while (is_short := blocks * self._heads.max_splits < num_blocks).any():
+            blocks[is_short] *= 2
+        splits: Array = -(-num_blocks // blocks)
+        return splits
