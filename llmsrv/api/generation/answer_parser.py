@@ -42,6 +42,11 @@ class AnswerParser:
     def num_tool_calls(self) -> int:
         return self._tool_calls.num_calls if self._tool_calls else 0
 
+    @property
+    def has_ended(self) -> bool:
+        """True if nothing that the model may still write is part of the answer."""
+        return self._tool_calls is not None and self._tool_calls.has_ended
+
     def push(
         self, text: str, is_last: bool = False, cut_off: str = "", is_cut: bool = False
     ) -> AnswerParts:

@@ -1,7 +1,8 @@
 """From the tokens of one choice to what its reader gets: reasoning, text and tool calls.
 
 Text passes the detokenizer, then the stop strings, then the parser of reasoning and calls.  The
-engine ends a choice by token; a stop string ends it here by text, and every later token is dropped.
+engine ends a choice by token; a stop string, or the only call that is allowed, ends it here by
+text, and every later token is dropped.
 Knows no dialect and no HTTP.
 """
 
@@ -199,6 +200,8 @@ class ChoiceOutput:
         parts = parser.push(delta.text, reason is not None, cut_off, reason == "length")
         delta.reasoning, delta.text = parts.reasoning, parts.text
         delta.tool_calls = parts.tool_calls
+        if parser.has_ended and reason is None:
+            self.finish_reason = delta.finish_reason = "stop"
         if delta.finish_reason == "stop" and parser.num_tool_calls:
             delta.finish_reason = "tool_calls"
         self._count_reasoning()

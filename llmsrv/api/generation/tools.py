@@ -61,7 +61,8 @@ def tool_use(
 ) -> ToolUse | None:
     """None without tools.  ApiError 400 if the choice names a tool that is not among them.
 
-    A forced call is a single one if the chat template supports no more in a message."""
+    The first call ends the answer if the chat template supports no more in a message: the model
+    was not trained to write more."""
     if not tools:
         if choice.must_call or choice.allowed_names:
             raise invalid("tool_choice", "it is only allowed when 'tools' are given")
@@ -74,7 +75,7 @@ def tool_use(
         format=tool_call_format(service),
         callable={name: tools_by_name[name] for name in choice.allowed_names or tools_by_name},
         must_call=choice.must_call,
-        at_most_one=choice.at_most_one or (choice.must_call and not _takes_several(service)),
+        at_most_one=choice.at_most_one or not _takes_several(service),
         is_limited=0 < len(set(choice.allowed_names)) < len(tools_by_name),
     )
 

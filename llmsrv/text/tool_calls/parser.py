@@ -93,6 +93,11 @@ class ToolCallParser(ABC):
         self._content: list[str] = []
         self._calls: list[CallDelta] = []
 
+    @property
+    def has_ended(self) -> bool:
+        """True if the only call that is allowed is complete: what follows is dropped."""
+        return self._state == self._in_rest
+
     def push(self, text: str) -> tuple[str, list[CallDelta]]:
         """Takes the next text; returns the new content and the new deltas of calls."""
         self._text, self._position = self._text[self._position :] + text, 0

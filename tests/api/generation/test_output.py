@@ -1,5 +1,6 @@
 """llmsrv.api.generation.output: how a choice ends, and which of its tokens are reasoning."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,26 @@ def test_a_call_ends_with_tool_calls_unless_it_is_cut(
     output.push(tokens_of(tokenizer, CALL))
     assert output.finish(reason).finish_reason == wanted
     assert output.finish_reason == reason  # what the counters see
+
+
+@pytest.mark.parametrize("num_each", [1, 3, 100])
+def test_the_only_call_that_is_allowed_ends_the_answer(
+    tokenizer: Tokenizer, num_each: int
+) -> None:
+    tools = replace(HERMES, at_most_one=True)
+    output = ChoiceOutput(0, tokenizer, OutputRules(tools=tools))
+    ids = tokenizer.encode(f"So: {CALL}\n{CALL}", parse_special=False)
+    answer = Delta(0)
+    for first in range(0, len(ids), num_each):
+        delta = output.push(Tokens(0, 0, ids[first : first + num_each], [], []))
+        if delta:
+            answer.add(delta)
+        if output.finish_reason:
+            break
+    (call,) = answer.tool_calls
+    assert (answer.text, call.arguments) == ("So:", '{"a": [1, "}"]}')
+    assert (output.finish_reason, answer.finish_reason) == ("stop", "tool_calls")
+    assert num_each == 100 or output.num_tokens < len(ids) / 2
 
 
 @pytest.mark.parametrize("num_each", [1, 2, 100])

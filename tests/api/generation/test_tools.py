@@ -21,7 +21,8 @@ from tests.support.template_shapes import SHAPES
     ("shape", "choice", "at_most_one"),
     [
         ("llama3.1", ToolChoice(must_call=True), True),
-        ("llama3.1", ToolChoice(), False),  # what the model writes on its own is not cut
+        ("llama3.1", ToolChoice(), True),
+        ("qwen2.5", ToolChoice(), False),
         ("gpt-oss", ToolChoice(must_call=True), True),
         ("qwen2.5", ToolChoice(must_call=True), False),
         ("qwen2.5", ToolChoice(must_call=True, at_most_one=True), True),
