@@ -1,0 +1,165 @@
+/* out = epilogue(x @ W.T) for a few rows of x; with NORM, of rmsnorm(x) * norm_weight.
+ *
+ *   x            [num_rows, x_stride]: T16; with NORM float32
+ *   W            planes, column_tiles tiles in a row of tiles (formats.cuh)
+ *   columns      of W, a multiple of 32; x is zero from its own width to there
+ *   norm_weight  [columns] float32, zero from x's width on
+ *   norm_width   x's width
+ Grid: tiles_per_block tiles of 16 rows of W, by MAX_ROWS = 8 * ROW_GROUPS rows of x.  Dynamic shared
+ * memory with NORM: num_rows * normed_stride T16.
+ *
+ * Bandwidth binds, so all is arranged for bytes in flight.  A block computes tiles_per_block tiles of
+ * 16 rows of W, one after another.  Its warps take every eighth tile of columns, so that the block
+ * reads a contiguous piece of memory, and load UNROLL of them before they use the first.  The weights
+ * are `a` of the mma and 8 rows of x its `b`: a lane's loads are fragments already, and one to eight
+ * rows cost the same.  The sums of the warps are added in order.  So the bits of a row depend on
+ * nothing but the row. */
+#include "common.cuh"
+#include "ptx.cuh"
+#include "formats.cuh"
+#include "epilogue.cuh"
+
+#define WARPS 8
+#define MAX_ROWS (8 * ROW_GROUPS)
+#define PARTIAL_STRIDE 20 /* of 16 sums; so the lanes of a warp write to 32 different banks */
+
+/* Fragment b of 32 columns of a row of x, in the order of the pairs of a piece. */
+__device__ __forceinline__ void load_b(unsigned *b, const T16 *x, int piece)
+{
+    if constexpr (Row::IS_HALVED) {
+        load_words<2>(b, x, piece);
+        load_words<2>(b + 2, x + 16, piece);
+    } else {
+        load_words<4>(b, x, piece);
+    }
+}
+
+/* sums += W's tile @ x.T; x points to the tile's columns of row lane / 4 of x. */
+__device__ __forceinline__ void multiply(float (*sums)[4], const Row *rows, const T16 *x,
+    long long x_stride, int num_rows, int num_blocks)
+{
+    int group = threadIdx.x % 32 / 4, piece = threadIdx.x % 4;
+#pragma unroll
+    for (int block = 0; block < Row::BLOCKS; block++) {
+        if (block >= num_blocks)
+            break;
+        unsigned first[4], second[4];
+        rows[0].integers(block, first);
+        rows[1].integers(block, second);
+        unsigned a[2][4] = {{first[0], second[0], first[1], second[1]},
+            {first[2], second[2], first[3], second[3]}};
+#pragma unroll
+        for (int n = 0; n < ROW_GROUPS; n++) {
+            unsigned b[4] = {0, 0, 0, 0};
+            if (8 * n + group < num_rows)
+                load_b(b, x + 8 * n * x_stride + block * BLOCK_COLUMNS, piece);
+            if constexpr (!Row::HAS_SCALES) {
+                mma_m16n8k16<T16>(sums[n], a[0], b);
+                mma_m16n8k16<T16>(sums[n], a[1], b + 2);
+                continue;
+            }
+            float products[2][4] = {};
+            mma_m16n8k16<T16>(products[0], a[0], b);
+            mma_m16n8k16<T16>(products[Row::IS_HALVED], a[1], b + 2);
+#pragma unroll
+            for (int half = 0; half <= Row::IS_HALVED; half++)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    sums[n][i] += rows[i / 2].scale(block, half) * products[half][i];
+            if constexpr (Row::HAS_MINIMA) {
+                unsigned ones = pack_T16(1.0f, 1.0f), a_ones[4] = {ones, ones, ones, ones};
+                float x_sums[4] = {};
+                mma_m16n8k16<T16>(x_sums, a_ones, b);
+                mma_m16n8k16<T16>(x_sums, a_ones, b + 2);
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    sums[n][i] += rows[i / 2].minimum(block) * x_sums[i];
+            }
+        }
+    }
+}
+
+/* Writes rmsnorm(x) * weight to `out`, [num_rows, out_stride] of shared memory. */
+__device__ __forceinline__ void normalize(T16 *out, int out_stride, const float *x,
+    long long x_stride, int num_rows, int columns, int width, const float *weight, float eps)
+{
+    __shared__ float scratch[32];
+    for (int row = 0; row < num_rows; row++, x += x_stride, out += out_stride) {
+        float sum = 0.0f;
+        for (int i = threadIdx.x; i < width; i += blockDim.x)
+            sum += x[i] * x[i];
+        float factor = 1.0f / sqrtf(block_sum(sum, scratch) / width + eps);
+        for (int i = threadIdx.x; i < columns; i += blockDim.x)
+            out[i] = to_T16(i < width ? x[i] * factor * weight[i] : 0.0f);
+    }
+    __syncthreads();
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+    linear(void *out, long long out_stride, const void *x_rows, long long x_stride,
+        const unsigned char *values, const unsigned char *high, const unsigned char *scales,
+        const unsigned char *super_scales, int num_rows, int width, int columns, int column_tiles,
+        int row_tiles, int tiles_per_block, const float *bias, float scale, float softcap, int gated,
+        int accumulate, const float *norm_weight, int norm_width, float norm_eps,
+        int normed_stride)
+{
+    __shared__ float partial[WARPS][MAX_ROWS][PARTIAL_STRIDE];
+    Planes planes = {values, high, scales, super_scales};
+    Epilogue epilogue = {out, out_stride, width, bias, scale, softcap, gated, accumulate};
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, piece = lane % 4;
+    int first_row = blockIdx.y * MAX_ROWS;
+    num_rows = min(num_rows - first_row, MAX_ROWS);
+#if NORM
+    extern __shared__ uint4 dynamic_shared[];
+    T16 *x = (T16 *)dynamic_shared;
+    normalize(x, normed_stride, (const float *)x_rows + first_row * x_stride, x_stride, num_rows,
+        columns, norm_width, norm_weight, norm_eps);
+    x_stride = normed_stride;
+#else
+    const T16 *x = (const T16 *)x_rows + first_row * x_stride;
+#endif
+    int first_tile = blockIdx.x * tiles_per_block;
+    int end_tile = min(first_tile + tiles_per_block, row_tiles);
+    for (int row_tile = first_tile; row_tile < end_tile; row_tile++) {
+        float sums[ROW_GROUPS][4] = {};
+        for (int start = warp; start < column_tiles; start += WARPS * Row::UNROLL) {
+            Row rows[Row::UNROLL][2];
+#pragma unroll
+            for (int u = 0; u < Row::UNROLL; u++) {
+                long long tile = (long long)row_tile * column_tiles + start + u * WARPS;
+                if (start + u * WARPS < column_tiles) {
+                    rows[u][0].load(planes, tile, group, piece);
+                    rows[u][1].load(planes, tile, group + 8, piece);
+                }
+            }
+#pragma unroll
+            for (int u = 0; u < Row::UNROLL; u++) {
+                int column = (start + u * WARPS) * Row::BLOCKS * BLOCK_COLUMNS;
+                if (start + u * WARPS < column_tiles)
+                    multiply(sums, rows[u], x + group * x_stride + column, x_stride, num_rows,
+                        (columns - column) / BLOCK_COLUMNS);
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < ROW_GROUPS; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                partial[warp][8 * n + 2 * piece + i % 2][group + 8 * (i / 2)] = sums[n][i];
+        __syncthreads();
+        int tile_width = gated ? 8 : TILE_ROWS;
+        for (int i = threadIdx.x; i < num_rows * tile_width; i += blockDim.x) {
+            int row = i / tile_width, offset = i % tile_width;
+            int column = row_tile * tile_width + offset;
+            float sum = 0.0f, up_sum = 0.0f;
+            for (int w = 0; w < WARPS; w++) {
+                sum += partial[w][row][offset];
+                up_sum += partial[w][row][offset + (gated ? 8 : 0)];
+            }
+            if (column < width && gated)
+                store_gated(epilogue, first_row + row, column, sum, up_sum);
+            else if (column < width)
+                store(epilogue, first_row + row, column, sum);
+        }
+        __syncthreads();
+    }
+}
