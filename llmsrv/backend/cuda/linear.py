@@ -90,7 +90,7 @@ class LinearKernels:
     def _fuses_norm(self, x: Any, num_rows: int) -> bool:
         """The normalized rows must fit into the shared memory of a block, two of which should fit
         into a multiprocessor."""
-        needed = GROUP_ROWS * 2 * _normed_stride(x.shape[1])
+        needed = GROUP_ROWS * 2 * _normed_stride(int(x.shape[1]))
         return num_rows <= GROUP_ROWS and 2 * needed <= self._device.max_shared_bytes
 
     def _few_rows(
@@ -113,10 +113,15 @@ class LinearKernels:
             blocks = MIN_BLOCKS * self._device.num_multiprocessors
             tiles_per_block = max(1, part.row_tiles // blocks)
             stride = _normed_stride(columns)
-            shared_bytes = num_rows * 2 * int(stride)
+            shared_bytes = num_rows * 2 * stride
             if shared_bytes > PLAIN_SHARED_BYTES:
                 kernel.max_dynamic_shared_size_bytes = shared_bytes
-            norm_arguments = norm.weight, np.int32(norm.weight.size), np.float32(norm.eps), stride
+            norm_arguments = (
+                norm.weight,
+                np.int32(norm.weight.size),
+                np.float32(norm.eps),
+                np.int32(stride),
+            )
         grid = (
             -(-part.row_tiles // tiles_per_block),
             -(-num_rows // (GROUP_ROWS * groups)),
@@ -181,7 +186,7 @@ class LinearKernels:
         out     operand, or float32; float32 if `accumulate`
         weight  [width] float32
         """
-        arguments = (
+        arguments: tuple[Any, ...] = (
             out,
             np.int64(_stride(out)),
             x,
@@ -211,7 +216,7 @@ def _stride(array: Any) -> int:
     return int(array.strides[0] // array.itemsize)
 
 
-def _normed_stride(columns: int) -> np.int32:
+def _normed_stride(columns: int) -> int:
     """In shared memory: an odd multiple of 32 T16, so that the eight rows of x that a warp reads
     lie in different banks."""
-    return np.int32((-(-columns // BLOCK_COLUMNS) | 1) * BLOCK_COLUMNS)
+    return (-(-columns // BLOCK_COLUMNS) | 1) * BLOCK_COLUMNS

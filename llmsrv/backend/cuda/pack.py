@@ -118,11 +118,11 @@ def _words(q: Bytes) -> Bytes:
     """The low 4 bits of q [rows, blocks, 32], in the order of pieces: as values of a tile.
 
     Byte k of a word holds columns of one parity: two of c0 c2 c4 c6, or of c1 c3 c5 c7."""
-    q = q.reshape(*q.shape[:2], PIECES, 2, 2, 2) & 15  # [..., piece, byte, half of it, parity]
-    words = q[..., 0, :] | q[..., 1, :] << 4  # [rows, blocks, piece, byte, parity]
-    words = _in_tiles(words.swapaxes(-1, -2), 4)  # [rows, tiles, bytes of 4 blocks]
-    by_piece = words.reshape(*words.shape[:2], 4, PIECES, 4).swapaxes(2, 3)
-    return np.ascontiguousarray(by_piece).reshape(*words.shape)
+    low = q.reshape(*q.shape[:2], PIECES, 2, 2, 2) & 15  # [..., piece, byte, half of it, parity]
+    words: Array = low[..., 0, :] | low[..., 1, :] << 4  # [rows, blocks, piece, byte, parity]
+    tiles = _in_tiles(words.swapaxes(-1, -2), 4)  # [rows, tiles, bytes of 4 blocks]
+    by_piece = tiles.reshape(*tiles.shape[:2], 4, PIECES, 4).swapaxes(2, 3)
+    return np.ascontiguousarray(by_piece).reshape(*tiles.shape)
 
 
 def _fifth_bits(q: Bytes) -> Bytes:

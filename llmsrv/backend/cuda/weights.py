@@ -146,7 +146,10 @@ class _Run:
         else:
             both = self._in_tiles(self._tensors, start * TILE_ROWS, end * TILE_ROWS, TILE_ROWS)
         # [row tile, row, column tile, bytes] -> [row tile, column tile, row, bytes]
-        return {name: np.ascontiguousarray(p.swapaxes(1, 2)).reshape(-1) for name, p in both.items()}
+        return {
+            name: np.ascontiguousarray(plane.swapaxes(1, 2)).reshape(-1)
+            for name, plane in both.items()
+        }
 
     def _in_tiles(
         self, tensors: Sequence[Tensor], start: int, end: int, rows_a_tile: int
