@@ -1,0 +1,162 @@
+"""Compiles the emulator and kernels with g++, once each; shared libraries are cached on disk."""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from cuda_on_cpu.options import EmulationError
+from cuda_on_cpu.options import capability
+from cuda_on_cpu.options import options
+from cuda_on_cpu.translate import translate
+
+SHIM = Path(__file__).parents[2] / "shim"
+INCLUDE = SHIM / "include"
+HEADERS = (SHIM / "emulator.h", *sorted(INCLUDE.glob("*.h")))
+COMMON = ("-std=c++17", "-fPIC", "-g1", "-gdwarf-4", "-mavx2", "-mfma", "-mf16c")
+RUNTIME_FLAGS = (*COMMON, "-O2", "-shared", "-lpthread", "-ldl")
+KERNEL_FLAGS = (
+    *COMMON,
+    "-O1",
+    "-w",  # g++ knows fewer pragmas and attributes than nvcc
+    "-fno-strict-aliasing",
+    "-fno-math-errno",
+    "-ffp-contract=fast",  # as nvcc's default -fmad=true
+)
+CHECKED_FLAGS = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")
+
+
+class Kernel(ctypes.Structure):
+    """emu_kernel of emulator.h"""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("run", ctypes.c_void_p),
+        ("num_arguments", ctypes.c_int),
+        ("sizes", ctypes.POINTER(ctypes.c_int)),
+        ("kinds", ctypes.c_char_p),
+        ("max_threads", ctypes.c_int),
+    ]
+
+
+@dataclass
+class Module:
+    """A compiled kernel file.  The table of kernels lies in the library."""
+
+    path: Path
+    library: ctypes.CDLL
+    kernels: dict[str, Kernel]
+
+
+class CompileError(Exception):
+    """g++ does not compile the kernel; the message is its output."""
+
+
+@cache
+def runtime() -> ctypes.CDLL:
+    sources = sorted(SHIM.glob("*.cpp"))
+    texts = [path.read_bytes() for path in (*sources, *sorted(SHIM.glob("*.h")))]
+    path = _cached("libemulator", RUNTIME_FLAGS, *texts)
+    if not path.exists():
+        files = [str(source) for source in sources]
+        _run_gxx([*files, *RUNTIME_FLAGS], path)
+    return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+
+
+def driver_library() -> Path:
+    """Our libcuda.so.1, in a directory of its own."""
+    source = SHIM.parent / "driver" / "libcuda.c"
+    flags = ("-x", "c", "-O1", "-fPIC", "-shared", "-Wl,-soname,libcuda.so.1")
+    directory = _cached("driver", flags, source.read_bytes()).with_suffix("")
+    directory.mkdir(exist_ok=True)
+    path = directory / "libcuda.so.1"
+    if not path.exists():
+        _run_gxx([*flags, str(source)], path)
+    return path
+
+
+def compile_kernels(code: str, macros: tuple[str, ...]) -> Module:
+    """Compiles for the current device and options.
+
+    macros  -DNAME=VALUE
+    Raises CompileError.
+    """
+    flags = [*KERNEL_FLAGS, *macros, f"-D__CUDA_ARCH__={capability() * 10}"]
+    if options.is_checked:
+        flags += CHECKED_FLAGS
+    # One worker runs one block at a time, so its shared objects can be plain static ones, for which
+    # the checker knows a fixed address.
+    has_one_worker = options.is_checked or options.workers == 1
+    return _compile(code, tuple(flags), "static" if has_one_worker else "static thread_local")
+
+
+@cache
+def _compile(code: str, flags: tuple[str, ...], storage: str) -> Module:
+    runtime()
+    path = _cached("kernel", flags, code.encode(), storage.encode(), *_translation())
+    if not path.exists():
+        text = f'#include "cuda_emulation.h"\n#line 1 "kernel.cu"\n{code}'
+        preprocess = [*_gxx(), *flags, f"-I{INCLUDE}", "-E", "-x", "c++", "-"]
+        translated = translate(_run(preprocess, text), storage)
+        source = path.with_suffix(f".{os.getpid()}.cpp")
+        source.write_text(translated)
+        try:
+            _run_gxx([*flags, "-shared", "-nostdlib", "-fpreprocessed", str(source)], path)
+        finally:
+            source.unlink()
+    return _load(path)
+
+
+@cache
+def _translation() -> tuple[bytes, ...]:
+    """All that decides how kernels are translated."""
+    ours = Path(__file__), Path(__file__).with_name("translate.py")
+    return tuple(path.read_bytes() for path in (*HEADERS, *ours))
+
+
+def _load(path: Path) -> Module:
+    library = ctypes.CDLL(str(path))
+    count = ctypes.c_int.in_dll(library, "emu_num_kernels").value
+    table = (Kernel * count).in_dll(library, "emu_kernels")
+    return Module(path, library, {kernel.name.decode(): kernel for kernel in table})
+
+
+def _run_gxx(arguments: list[str], path: Path) -> None:
+    """Writes the library at once, since processes build the same one at the same time."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    _run([*_gxx(), *arguments, "-o", str(temporary)])
+    temporary.replace(path)
+
+
+def _run(command: list[str], text: str | None = None) -> str:
+    done = subprocess.run(command, input=text, capture_output=True, text=True)
+    if done.returncode:
+        raise CompileError(done.stderr[:6000])
+    return done.stdout
+
+
+@cache
+def _gxx() -> tuple[str, ...]:
+    path = shutil.which("g++")
+    if path is None:
+        raise EmulationError("emulating CUDA needs g++")
+    return (path,)
+
+
+def _cached(stem: str, flags: tuple[str, ...], *texts: bytes) -> Path:
+    digest = hashlib.sha256()
+    compiler = Path(_gxx()[0]).resolve()
+    for part in (str(compiler).encode(), repr(flags).encode(), *texts):
+        digest.update(b"%d " % len(part) + part)
+    directory = cache_directory()
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return directory / f"{stem}-{digest.hexdigest()[:24]}.so"
+
+
+def cache_directory() -> Path:
+    given = os.environ.get("CUDA_ON_CPU_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "cuda-on-cpu"
