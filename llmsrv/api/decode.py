@@ -1,13 +1,15 @@
 """Decodes request bodies into typed objects, and says in OpenAI's words what is wrong with a body.
 
 msgspec decodes and validates in one pass.  Only if that fails is the body decoded again without
-types, so that the error can quote the value.
+types, so that the error can quote the value.  Of a repeated key the last value counts, as in most
+readers of JSON (RFC 8259 section 4).
 """
 
 import asyncio
 import re
 from collections.abc import Collection
 from collections.abc import Mapping
+from typing import Annotated
 from typing import Any
 from typing import Generic
 from typing import TypeVar
@@ -20,6 +22,7 @@ from llmsrv.errors import missing
 from llmsrv.registry.models import Models
 
 T = TypeVar("T", bound=msgspec.Struct)
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]  # of a model or a request
 
 _PATH = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`$")
 MAX_PATH_CHARS = 1024
@@ -132,9 +135,21 @@ def decode_body(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     try:
         body.decode()
         return decoder.decode(body)
-    except msgspec.ValidationError as error:
-        raise _invalid_field(str(error), _decode_untyped(body)) from None
+    except msgspec.ValidationError:
+        return _decode_slowly(decoder, body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _not_json(error) from None
+
+
+def _decode_slowly(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+    """As decode_body(), for a body that may only be invalid in a value that a later one replaces.
+    """
+    untyped = _decode_untyped(body)
+    try:
+        return decoder.decode(msgspec.json.encode(untyped))
+    except msgspec.ValidationError as error:
+        raise _invalid_field(str(error), untyped) from None
+    except RecursionError as error:
         raise _not_json(error) from None
 
 

@@ -70,6 +70,16 @@ def test_76_bytes_that_are_not_utf_8_are_not_json(text: bytes) -> None:
         assert caught.value.code == "invalid_json"
 
 
+def test_the_last_value_of_a_repeated_key_counts() -> None:
+    class Choice(msgspec.Struct):
+        a: int
+
+    decoder = msgspec.json.Decoder(Choice)
+    assert decode_body(decoder, b'{"a": "x", "a": 1}').a == 1
+    with pytest.raises(ApiError, match="expected int, but got \"y\" instead"):
+        decode_body(decoder, b'{"a": "x", "a": "y"}')
+
+
 def test_an_error_quotes_a_long_value_only_in_part() -> None:
     class Choice(msgspec.Struct):
         a: Literal["b"]

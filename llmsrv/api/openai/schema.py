@@ -13,13 +13,13 @@ from typing import cast
 import msgspec
 from msgspec import Meta
 
+from llmsrv.api.decode import Name
 from llmsrv.api.generation.options import GenerationOptions
 from llmsrv.api.generation.options import INT32
 from llmsrv.api.generation.options import NumAlternatives
 from llmsrv.api.generation.options import TokenCount
 from llmsrv.api.generation.options import TokenId
 
-Name = Annotated[str, Meta(min_length=1, max_length=256)]
 FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 CallId = Annotated[str, Meta(max_length=1024)]
 MAX_PROMPTS = 128

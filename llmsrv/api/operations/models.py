@@ -6,8 +6,7 @@ import msgspec
 import orjson
 
 from llmsrv.api.decode import BodyDecoder
-from llmsrv.api.openai.schema import Name
-from llmsrv.api.openai.schema import UNSUPPORTED
+from llmsrv.api.decode import Name
 from llmsrv.asgi.request import Request
 from llmsrv.asgi.response import Response
 from llmsrv.asgi.router import Access
@@ -25,7 +24,7 @@ class ModelRequest(msgspec.Struct):
 class ModelRoutes:
     def __init__(self, models: Models) -> None:
         self._models = models
-        self._decoder = BodyDecoder(ModelRequest, UNSUPPORTED)
+        self._decoder = BodyDecoder(ModelRequest)
 
     def add_to(self, router: Router) -> None:
         router.add("GET", "/v1/models", self.list)
