@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 # As in backend/choose.py, which the server process does not import, since it needs numpy.
-BACKENDS = ("auto", "cpu", "reference")
+BACKENDS = ("auto", "cuda", "cpu", "reference")
 DEFAULT_MAX_STEP_MS = 50  # 20 tokens a second, faster than anyone reads
 SPECULATIVE_MODES = ("disable", "ngram", "small_draft")
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -161,6 +161,24 @@ class Config:
         "Engine",
         "what runs the model: auto picks the fastest that works on this machine",
         choices=BACKENDS,
+    )
+    device: str = option(
+        "cuda:0", "Engine", "the GPU that runs the model", metavar="cuda:N", backend="cuda"
+    )
+    dtype: str = option(
+        "auto",
+        "Engine",
+        "precision of activations and KV cache on the GPU: auto takes bfloat16 for models in "
+        "bfloat16 if the GPU has it, else float16",
+        choices=("auto", "float16", "bfloat16"),
+        backend="cuda",
+    )
+    batch_invariant: bool = option(
+        False,
+        "Engine",
+        "compute exactly the same answer on the GPU alone and next to other requests, which is "
+        "slower for few requests; the CPU always does",
+        backend="cuda",
     )
     threads: int = option(
         0,

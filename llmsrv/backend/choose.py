@@ -30,6 +30,12 @@ class Entry:
     notice: str
 
 
+def _load_cuda() -> type[Backend]:
+    from llmsrv.backend.cuda.backend import CUDABackend
+
+    return CUDABackend
+
+
 def _load_cpu() -> type[Backend]:
     from llmsrv.backend.cpu.backend import CPUBackend
 
@@ -44,6 +50,7 @@ def _load_reference() -> type[Backend]:
 
 # By name, the fastest first: the order in which "auto" tries them.
 BACKENDS = {
+    "cuda": Entry(_load_cuda, "the GPU computes instead"),
     "cpu": Entry(_load_cpu, "the CPU computes instead"),
     "reference": Entry(_load_reference, "numpy computes instead, about ten times slower"),
 }
@@ -68,7 +75,9 @@ def run_on_backend(
     CannotRun from the last backend.
     """
     if name != "auto" and name not in BACKENDS:
-        raise StartupError(f"there is no backend '{name}'; choose auto, {' or '.join(BACKENDS)}")
+        *others, last = BACKENDS
+        names = f"auto, {', '.join(others)} or {last}"
+        raise StartupError(f"there is no backend '{name}'; choose {names}")
     candidates = list(BACKENDS) if name == "auto" else [name]
     for candidate, following in zip(candidates, [*candidates[1:], None]):
         try:

@@ -11,6 +11,8 @@ from llmsrv.backend.base import Limits
 from llmsrv.backend.choose import BACKENDS
 from llmsrv.backend.choose import run_on_backend
 from llmsrv.backend.cpu.backend import CPUOptions
+from llmsrv.backend.cuda import driver
+from llmsrv.backend.cuda.backend import CUDAOptions
 from llmsrv.backend.program import Embed
 from llmsrv.backend.program import Program
 from llmsrv.backend.quants.random_tensors import random_tensor
@@ -19,6 +21,12 @@ from llmsrv.errors import StartupError
 
 PROGRAM = Program((), {"logits": 12}, 1, 1, 1, 16, vocab_size=12)
 LIMITS = Limits(max_rows=8, max_logit_rows=8, max_slots=8, num_blocks=4)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """The machine has no NVIDIA driver, whatever it or another test has loaded."""
+    monkeypatch.setattr(driver, "LIBRARY", "no-such-library.so")
 
 
 def chosen(name, program=PROGRAM, cache_dir=None, prepare=lambda backend: None):
@@ -44,7 +52,7 @@ def test_a_backend_is_chosen_by_name(name):
 
 
 def test_an_unknown_backend_is_an_error_that_names_those_there_are():
-    with pytest.raises(StartupError, match="'tpu'.*auto, cpu or reference"):
+    with pytest.raises(StartupError, match="'tpu'.*auto, cuda, cpu or reference"):
         chosen("tpu")
 
 
@@ -55,7 +63,8 @@ def test_without_a_compiler_numpy_computes_with_one_warning(monkeypatch, tmp_pat
             "reference", "the fastest here: numpy in float32"
         )
     [record] = caplog.records
-    assert "no-such-compiler" in record.message and "pip install 'llmsrv[cc]'" in record.message
+    assert record.levelno == logging.WARNING and "no-such-compiler" in record.message
+    assert "pip install 'llmsrv[cc]'" in record.message
     with pytest.raises(StartupError, match="no-such-compiler"):
         chosen("cpu", cache_dir=tmp_path)
 
@@ -106,6 +115,20 @@ def test_the_option_backend_lists_the_backends_there_are():
 def test_each_backend_option_belongs_to_a_backend_and_has_its_default():
     given = config.engine_config(config.Config(), default_cache_dir(), None).backend_options
     assert given.keys() <= BACKENDS.keys()
-    own = dataclasses.asdict(CPUOptions(default_cache_dir()))
-    assert given["cpu"] == {name: own[name] for name in given["cpu"]}
-    assert own.keys() - given["cpu"].keys() == {"cache_dir", "tiers"}
+    cpu, cuda = (
+        dataclasses.asdict(options(default_cache_dir())) for options in (CPUOptions, CUDAOptions)
+    )
+    assert given["cpu"] == {name: cpu[name] for name in given["cpu"]}
+    assert cpu.keys() - given["cpu"].keys() == {"cache_dir", "tiers"}
+    assert given["cuda"] == {name: cuda[name] for name in given["cuda"]}
+    assert cuda.keys() - given["cuda"].keys() == {"cache_dir", "warms_up"}
+
+
+def test_a_machine_without_a_gpu_gets_one_quiet_line(caplog):
+    with caplog.at_level(logging.INFO):
+        assert chosen("auto")[0] == "cpu"
+    [record] = caplog.records
+    assert record.levelno == logging.INFO
+    assert record.message == "no GPU is used: there is no NVIDIA driver; the CPU computes instead"
+    with pytest.raises(StartupError, match="^no GPU is used: there is no NVIDIA driver$"):
+        chosen("cuda")

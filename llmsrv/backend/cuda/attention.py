@@ -60,6 +60,7 @@ class Tile:
 
 # The preferred ones first.  More queries of a warp reuse the keys in its registers.
 TILES = (Tile(4, 2, 64), Tile(4, 2, 32), Tile(4, 1, 32), Tile(4, 1, 16), Tile(2, 1, 16))
+MAX_HEAD_DIM = 256
 MAX_SUM_REGISTERS = 160  # of 255; with more, the kernel spills
 
 

@@ -8,12 +8,12 @@ The buffer between two fused operations is not written, so nothing else may read
 """
 
 from collections import Counter
-from collections.abc import Callable
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from llmsrv.backend.cuda.pack import format_of
 from llmsrv.backend.program import Attention
 from llmsrv.backend.program import GatedActivation
 from llmsrv.backend.program import Linear
@@ -35,13 +35,8 @@ class FusedLinear(Linear):
     softcap: float | None = None
 
 
-def fuse(
-    program: Program, can_pair: Callable[[tuple[Tensor, ...]], bool]
-) -> Iterator[Operation]:
-    """The operations, with every Linear as a FusedLinear.
-
-    can_pair  whether a product of gate and up can be fused with the activation
-    """
+def fuse(program: Program) -> Iterator[Operation]:
+    """The operations, with every Linear as a FusedLinear."""
     operations = list(program.operations)
     reads = Counter(name for each in operations for name in inputs_of(each))
     writes = Counter(output_of(each) for each in operations)
@@ -69,8 +64,8 @@ def fuse(
         if not operation.accumulate:
             match following:
                 case GatedActivation(out=out, x=operation.out, function=function):
-                    pair = gate_and_up(operation.weights)
-                    if is_between(operation.out) and can_pair(pair):
+                    pair = _gate_and_up(operation.weights)
+                    if is_between(operation.out) and _can_pair(pair):
                         fields |= {"out": out, "gated": function, "weights": pair}
                         index += 1
                 case Softcap(x=operation.out, cap=cap):
@@ -88,7 +83,7 @@ def _can_norm(operation: Operation, following: Operation | None) -> bool:
     )
 
 
-def gate_and_up(weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _gate_and_up(weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The weights of gate and up; a single tensor (Phi 3) holds them one above the other."""
     if len(weights) != 1 or weights[0].shape[0] % 2:
         return weights
@@ -96,6 +91,12 @@ def gate_and_up(weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     shape = both.shape[0] // 2, both.shape[1]
     halves = zip(("gate", "up"), np.split(both.data, 2), strict=True)
     return tuple(Tensor(f"{both.name}.{part}", both.type, shape, data) for part, data in halves)
+
+
+def _can_pair(weights: tuple[Tensor, ...]) -> bool:
+    """True for gate and up of the same format and shape, which the kernel reads side by side."""
+    kinds = {(format_of(weight), weight.shape) for weight in weights}
+    return len(weights) == 2 and len(kinds) == 1
 
 
 def outputs_of(operation: Operation) -> list[str]:
