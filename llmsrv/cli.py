@@ -1,4 +1,4 @@
-"""The command line: serves a model, or runs a command on the model cache, and returns an exit code.
+"""The command line: serves a model or runs another command, and returns an exit code.
 
 Module-level imports are limited to the standard library and ground modules, so that --help is quick
 and a missing package is reported in a sentence instead of a traceback.
@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 
 from llmsrv.config import Config
 from llmsrv.errors import StartupError
@@ -32,12 +33,18 @@ Commands (each has its own --help):
   pull NAME    download a model into the cache, or update it
   models       list the models in the cache
   rm NAME      remove a model from the cache
+  selftest     check and measure the backend on this machine
 """
+BACKEND_OPTIONS = tuple(each.name for each in fields(Config) if "backend" in each.metadata)
 # Command -> its description and its options.
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "pull": ("Download a model into the cache, or update it.", ("hf_token", "cache_dir")),
     "models": ("List the models in the cache.", ("cache_dir",)),
     "rm": ("Remove a model from the cache.", ("cache_dir",)),
+    "selftest": (
+        "Check every kernel of the backend and whole models on this machine, and measure them.",
+        ("backend", *BACKEND_OPTIONS, "cache_dir", "log_level"),
+    ),
 }
 
 
@@ -72,6 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run_command(command: str, arguments: Sequence[str]) -> int:
     config = parse_command(command, arguments, os.environ)
+    if command == "selftest":
+        from llmsrv.selftest.command import selftest
+
+        return selftest(config)
     from llmsrv import commands
 
     run = {"pull": commands.pull, "models": commands.models, "rm": commands.rm}[command]
@@ -95,6 +106,6 @@ def parse_command(command: str, arguments: Sequence[str], environment: Environme
     """As parse(), for a command; the model it names is `model`."""
     description, options = COMMANDS[command]
     parser = make_parser(f"llmsrv {command}", description, options)
-    if command != "models":
+    if command not in ("models", "selftest"):
         parser.add_argument("model", nargs=1, metavar="NAME", help="a name that --model accepts")
     return parse_options(parser, arguments, environment)

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "asgi": set(),
     "files": set(),
     "text": {"files"},
+    "selftest": {"engine", "model", "backend"},
     "engine": {"text.grammar", "files", "model", "backend"},
     "model": {"files", "backend"},
     "backend": set(),
