@@ -22,7 +22,7 @@ Render = Callable[[Messages, Messages | None], str | None]
 
 
 class Arguments(enum.Enum):
-    """What a call's arguments may be.  ANY: an object is best, but other values do not fail."""
+    """What a call's arguments may be.  ANY: an object is best, but other values appear too."""
 
     ANY = "any"
     OBJECT = "object"
@@ -213,7 +213,7 @@ class _Probe:
             "takes_user_after_result": self._shows([*start, *turn, again], SECOND_USER),
             "arguments": (
                 Arguments.STRING if isinstance(arguments, str)
-                else Arguments.ANY if with_string
+                else Arguments.ANY if VALUES[0] in with_string
                 else Arguments.OBJECT
             ),
             "call_ids": (

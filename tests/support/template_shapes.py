@@ -76,6 +76,15 @@ SHAPES: dict[str, Shape] = {
         "{{ '\n' }}{% endfor %}" + ANSWER,
         {"has_tools": True, "takes_late_system": False, "arguments": Arguments.OBJECT},
     ),
+    # Qwen 3.6 and GLM 4.6: drop arguments that are a string without a word
+    "qwen3.6": Shape(
+        TOOLS_FIRST + "{% for m in messages %}[{{ m.role }}]{{ m.content or '' }}"
+        "{% for c in m.tool_calls or [] %}<function={{ c.function.name }}>"
+        "{% if c.function.arguments is mapping %}{% for key in c.function.arguments %}"
+        "<parameter={{ key }}>{{ c.function.arguments[key] }}</parameter>{% endfor %}{% endif %}"
+        "</function>{% endfor %}{{ '\n' }}{% endfor %}" + ANSWER,
+        {"has_tools": True, "arguments": Arguments.OBJECT},
+    ),
     # Gemma 2: refuses a system role; roles alternate; no tools
     "gemma2": Shape(
         "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
