@@ -1,4 +1,5 @@
-"""The backends, each in every instruction set that runs here or can be emulated."""
+"""The backends: the CPU's in every instruction set that runs here or can be emulated, and CUDA's
+with kernels that run on the CPU."""
 
 import functools
 
@@ -7,9 +8,13 @@ import pytest
 from llmsrv.backend.cpu.backend import CPUBackend
 from llmsrv.backend.cpu.backend import CPUOptions
 from llmsrv.backend.cpu.tiers import TIERS
+from llmsrv.backend.cuda.backend import CUDABackend
+from llmsrv.backend.cuda.backend import CUDAOptions
 from llmsrv.backend.reference.backend import ReferenceBackend
 from llmsrv.backend.source import cpu_features
 from llmsrv.config import default_cache_dir
+from tests.support.cuda import install_stand_in
+from tests.support.cuda import needs_emulation
 from tests.support.emulated import emulated_tiers
 
 
@@ -39,8 +44,39 @@ def cpu8(request):
     return cpu_backend(*request.param)
 
 
+@functools.cache
+def cuda_backend(dtype):
+    install_stand_in()
+    return CUDABackend(CUDAOptions(default_cache_dir(), dtype=dtype, warms_up=False))
+
+
+def cuda_types():
+    for dtype in ("float16", "bfloat16"):
+        marks = [needs_emulation] + [pytest.mark.slow] * (dtype == "bfloat16")
+        yield pytest.param((dtype,), id=f"CUDA, {dtype}", marks=marks)
+
+
+@pytest.fixture(scope="session", params=cuda_types())
+def cuda(request):
+    """For tests that bfloat16's precision does not fail."""
+    return cuda_backend(*request.param)
+
+
+@pytest.fixture(scope="session")
+def cuda16():
+    """In float16."""
+    return cuda_backend("float16")
+
+
 @pytest.fixture(
-    scope="session", params=[pytest.param(None, id="reference"), *tiers(16), *tiers(8)]
+    scope="session",
+    params=[pytest.param(None, id="reference"), *tiers(16), *tiers(8), *cuda_types()],
 )
 def any_backend(request):
-    return cpu_backend(*request.param) if request.param else ReferenceBackend()
+    match request.param:
+        case None:
+            return ReferenceBackend()
+        case (str(dtype),):
+            return cuda_backend(dtype)
+        case bits, tier:
+            return cpu_backend(bits, tier)

@@ -11,6 +11,7 @@ from llmsrv.backend.quants.ggml_types import GGML_TYPES
 from llmsrv.backend.quants.random_tensors import HALVES
 from llmsrv.backend.quants.random_tensors import random_tensor
 from llmsrv.backend.reference.backend import ReferenceBackend
+from llmsrv.backend.reference.backend import ReferencePlan
 from tests.support.plans import Piece
 from tests.support.plans import batch_of
 
@@ -38,13 +39,23 @@ def run_both(backend, operations, widths, pieces, heads=(4, 2, 16), **inputs):
     batch = batch_of(pieces)
     for plan in plans:
         for name, values in inputs.items():
-            if isinstance(plan.buffers.get(name), np.ndarray):
-                plan.buffers[name][: len(values), : values.shape[1]] = values
-            else:
-                plan.buffers[name] = values.copy()
+            write_buffer(plan, name, values)
         plan.forward(batch)
     ours, theirs = plans
     return {name: (ours.read(name), theirs.read(name)) for name in widths if name in theirs.buffers}
+
+
+def write_buffer(plan, name, values):
+    """Writes float32 values [rows, width] to a buffer that no operation of the plan writes."""
+    buffer = plan.buffers.get(name)
+    if isinstance(plan, ReferencePlan):
+        plan.buffers[name] = values.copy()
+    elif isinstance(buffer, np.ndarray):
+        buffer[: len(values), : values.shape[1]] = values
+    else:  # on a device
+        padded = np.zeros(buffer.shape, np.float32)
+        padded[: len(values), : values.shape[1]] = values
+        buffer.set(padded)
 
 
 def one_prompt(count):

@@ -14,6 +14,7 @@ from tests.support.operations import LIMITS
 from tests.support.operations import VOCAB
 from tests.support.operations import random
 from tests.support.operations import tensor
+from tests.support.operations import write_buffer
 from tests.support.plans import Piece
 from tests.support.plans import batch_of
 
@@ -76,8 +77,8 @@ def attention_errors(backend, heads, kv_heads, head_dim, window, softcap, interl
     for seed, pieces in enumerate(steps):
         batch = batch_of(pieces)
         qkv = random(len(batch.ids), width, seed=seed)
-        plans[0].buffers["qkv"][: len(qkv), :width] = qkv
-        plans[1].buffers["qkv"] = qkv.copy()
+        for plan in plans:
+            write_buffer(plan, "qkv", qkv)
         for plan in plans:
             plan.forward(batch)
         ours, theirs = (plan.read("out") for plan in plans)

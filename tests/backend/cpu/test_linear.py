@@ -18,6 +18,7 @@ from tests.support.operations import one_prompt
 from tests.support.operations import random
 from tests.support.operations import run_both
 from tests.support.operations import tensor
+from tests.support.operations import write_buffer
 from tests.support.parameters import slow_but
 from tests.support.plans import batch_of
 
@@ -49,7 +50,7 @@ def test_a_row_has_the_same_bits_in_any_number_of_rows(cpu, type, columns):
     x[7], x[8, 3], x[9] = 0, 1e30, np.abs(x[9])
 
     def multiplied(some):
-        plan.buffers["x"][: len(some), :columns] = some
+        write_buffer(plan, "x", some)
         plan.forward(batch_of(one_prompt(len(some))))
         return plan.read("out").tobytes()
 
