@@ -53,7 +53,8 @@ struct Acquired {
 bool is_on = false;
 std::unordered_map<uintptr_t, std::unique_ptr<Byte[]>> pages;
 std::vector<Range> arrays, parameters, shared_objects;
-Range image;
+Range image;           // the kernel's library
+Range shared_section;  // in it: static shared memory, with gaps between the objects
 std::string report;
 int num_reports = 0;
 std::set<std::pair<uint32_t, uint32_t>> reported;
@@ -137,6 +138,7 @@ Memory find(const Worker* worker, const char* address, Range& range) {
     range = object;
     if (range.contains(address)) return SHARED;
   }
+  if (shared_section.contains(address)) return NOWHERE;
   for (const Range& array : arrays) {
     range = array;
     if (range.contains(address)) return GLOBAL;
@@ -242,9 +244,11 @@ static int find_image(dl_phdr_info* info, size_t, void* function) {
   return 1;
 }
 
+enum range_kind { ARRAY, PARAMETER, SHARED_SECTION };
+
 extern "C" {
 
-// Before a launch.  kinds[i]: 1 for an array, 0 for memory that holds the launch's parameters.
+// Before a launch.  `kinds` are of range_kind.
 void emu_check_begin(void* function, int num_ranges, void** begins, const size_t* sizes,
                      const int* kinds) {
   is_on = true;
@@ -258,7 +262,10 @@ void emu_check_begin(void* function, int num_ranges, void** begins, const size_t
   reported.clear();
   num_reports = 0;
   for (int i = 0; i < num_ranges; i++) {
-    (kinds[i] ? arrays : parameters).push_back({(char*)begins[i], (char*)begins[i] + sizes[i]});
+    Range range{(char*)begins[i], (char*)begins[i] + sizes[i]};
+    if (kinds[i] == ARRAY) arrays.push_back(range);
+    if (kinds[i] == PARAMETER) parameters.push_back(range);
+    if (kinds[i] == SHARED_SECTION) shared_section = range;
   }
   dl_iterate_phdr(find_image, function);
 }
