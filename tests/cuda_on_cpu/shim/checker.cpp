@@ -157,6 +157,17 @@ Memory find(const Worker* worker, const char* address, Range& range) {
   return NOWHERE;
 }
 
+Record running_thread(uintptr_t caller) {
+  const Worker* worker = this_worker;
+  Record now;
+  now.block = worker->block_number;
+  now.epoch = worker->barrier_epoch;
+  now.thread = worker->current;
+  now.warp_epoch = worker->warps[worker->current / 32].epoch;
+  now.caller = caller - 1 - (uintptr_t)image.begin;
+  return now;
+}
+
 void synchronize_by_atomic(const Worker* worker, const void* address, const Record& now) {
   std::vector<Release>& here = releases[address];
   std::vector<Release>& seen = unfenced[now.thread];
@@ -173,19 +184,13 @@ void check(const Access& access) {
   Range range;
   Memory memory = find(worker, access.address, range);
   if (memory == UNCHECKED) return;
-  Record now;
-  now.block = worker->block_number;
-  now.epoch = worker->barrier_epoch;
-  now.thread = worker->current;
-  now.warp_epoch = worker->warp_of(worker->current).epoch;
+  Record now = running_thread(access.caller);
   now.is_atomic = access.is_atomic;
   now.is_in_flight = access.is_in_flight;
-  now.caller = access.caller - 1 - (uintptr_t)image.begin;
   if (memory == NOWHERE || access.address + access.size > range.end) {
     add_report("out of bounds of every array passed to the kernel", now, access.is_write);
     return;
   }
-  if ((uintptr_t)access.address % access.alignment) add_report("misaligned", now, access.is_write);
   bool is_shared = memory == SHARED;
   if (access.is_atomic && !is_shared) synchronize_by_atomic(worker, access.address, now);
   if (access.is_write && !access.is_atomic && !is_shared) fence_epoch[now.thread] = -1;
@@ -202,9 +207,14 @@ void check(const Access& access) {
 
 void check_access(const void* address, size_t size, bool is_write, bool is_in_flight) {
   uintptr_t caller = (uintptr_t)__builtin_return_address(0);
-  check({(const char*)address, size, size, is_write, false, is_in_flight, caller});
+  check({(const char*)address, size, is_write, false, is_in_flight, caller});
 }
 
+
+// Reads count as such here: the instruction may be either.
+void check_misaligned(uintptr_t caller) {
+  if (is_on) add_report("misaligned address", running_thread(caller), false);
+}
 
 void check_block_begins() {
   Worker* worker = this_worker;

@@ -30,7 +30,7 @@ KERNEL_FLAGS = (
     "-fno-math-errno",
     "-ffp-contract=fast",  # as nvcc's default -fmad=true
 )
-CHECKED_FLAGS = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")
+CHECKED_FLAGS = ("-fsanitize=thread,alignment", "--param=tsan-instrument-func-entry-exit=0")
 
 
 class Kernel(ctypes.Structure):
