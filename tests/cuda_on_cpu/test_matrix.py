@@ -1,4 +1,4 @@
-"""mma and ldmatrix, against the formulas of the PTX ISA for the element that each register holds."""
+"""mma and ldmatrix, against the PTX ISA's formulas for the element that each register holds."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,8 @@ def fragment_b(b):
 
 
 def fragment_c(c):
-    """[32, 4]: row = groupID for i < 2, else groupID + 8; column = threadID_in_group * 2 + (i & 1)."""
+    """[32, 4]: row = groupID for i < 2, else groupID + 8;
+    column = threadID_in_group * 2 + (i & 1)."""
     i = np.arange(4)
     return c[GROUP[:, None] + np.where(i < 2, 0, 8), MEMBER[:, None] * 2 + (i & 1)]
 

@@ -11,8 +11,8 @@ import re
 
 from cuda_on_cpu.options import EmulationError
 
-# The storage of __shared__ objects.  One worker runs one block at a time, so they can be static.  For
-# the checker they lie in a section of their own, each with a guard after it.
+# The storage of __shared__ objects.  One worker runs one block at a time, so they can be static.
+# For the checker they lie in a section of their own, each with a guard after it.
 ONE_WORKER_STORAGE = "static"
 CHECKED_STORAGE = 'static __attribute__((section("emu_shared")))'
 THREAD_STORAGE = "static thread_local"
