@@ -31,7 +31,9 @@ extern "C" __global__ void __launch_bounds__(128)
         int piece = i % 4;
         long long tile = (long long)(id / TILE_ROWS) * column_tiles + i / 4;
         Row row;
-        row.load(planes, tile, id % TILE_ROWS, piece);
+        int row_in_tile = id % TILE_ROWS;
+        row.load<true>(
+            planes, tile * TILE_ROWS + row_in_tile, tile / 2 * TILE_ROWS + row_in_tile, piece);
 #pragma unroll
         for (int block = 0; block < Row::BLOCKS; block++) {
             unsigned pairs[4];

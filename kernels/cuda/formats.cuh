@@ -77,6 +77,18 @@ template <int OFFSET> __device__ __forceinline__ unsigned pair_of_fields(unsigne
     return sub_pairs(fields | BIAS_BITS, BIAS_BITS + OFFSET * 0x10001u);
 }
 
+/* The value twice; it must be in the range of T16. */
+__device__ __forceinline__ unsigned pair_of_float(float value)
+{
+    T16Pair pair;
+#ifdef BFLOAT16
+    pair.values = __float2bfloat162_rn(value);
+#else
+    pair.values = __float2half2_rn(value);
+#endif
+    return pair.bits;
+}
+
 /* Bytes `first` and first + 1 of four int8, as a pair. */
 __device__ __forceinline__ unsigned pair_of_int8(unsigned bytes, int first)
 {
@@ -122,10 +134,13 @@ __device__ __forceinline__ void load_words(unsigned *words, const void *plane, l
     }
 }
 
+/* `index` counts pieces.  IS_STREAMED: from global memory, not to be read again soon. */
+template <bool IS_STREAMED>
 __device__ __forceinline__ void load_values(
-    unsigned *words, const Planes &planes, long long tile, int row, int piece)
+    unsigned *words, const unsigned char *plane, long long index)
 {
-    uint4 four = load_once(planes.values + ((tile * TILE_ROWS + row) * 4 + piece) * 16);
+    const uint4 *piece = (const uint4 *)plane + index;
+    uint4 four = IS_STREAMED ? load_once(piece) : *piece;
     words[0] = four.x;
     words[1] = four.y;
     words[2] = four.z;
@@ -134,20 +149,24 @@ __device__ __forceinline__ void load_values(
 
 /* ---- Formats
  * What a lane holds of one row of a tile.
- *     load      the piece `piece` of row `row` of a tile
+ *     load      piece `piece` of row `row` of the planes, counted over all tiles; super_row counts
+ *               the rows of super_scales
  *     integers  the 8 values of a block without scale and minimum, as 4 pairs
  *     scale, minimum  of a block, of its first or second half: value = integer * scale + minimum
  *     UNROLL    tiles that a lane loads before it uses the first: enough bytes in flight
- */
+ *     HIGH_BYTES, SCALE_BYTES, SUPER_BYTES  of a row in these planes */
 
 struct RowT16 {
     static constexpr int BLOCKS = 1, UNROLL = 4;
+    static constexpr int HIGH_BYTES = 0, SCALE_BYTES = 0, SUPER_BYTES = 0;
     static constexpr bool HAS_SCALES = false, HAS_MINIMA = false, IS_HALVED = false;
     unsigned values[4];
 
-    __device__ __forceinline__ void load(const Planes &planes, long long tile, int row, int piece)
+    template <bool IS_STREAMED>
+    __device__ __forceinline__ void load(
+        const Planes &planes, long long row, long long super_row, int piece)
     {
-        load_values(values, planes, tile, row, piece);
+        load_values<IS_STREAMED>(values, planes.values, row * 4 + piece);
     }
     __device__ __forceinline__ void integers(int block, unsigned *pairs) const
     {
@@ -161,13 +180,16 @@ struct RowT16 {
 
 struct RowQ8_0 {
     static constexpr int BLOCKS = 2, UNROLL = 4;
+    static constexpr int HIGH_BYTES = 0, SCALE_BYTES = 4, SUPER_BYTES = 0;
     static constexpr bool HAS_SCALES = true, HAS_MINIMA = false, IS_HALVED = false;
     unsigned values[4], scales[1];
 
-    __device__ __forceinline__ void load(const Planes &planes, long long tile, int row, int piece)
+    template <bool IS_STREAMED>
+    __device__ __forceinline__ void load(
+        const Planes &planes, long long row, long long super_row, int piece)
     {
-        load_values(values, planes, tile, row, piece);
-        load_words<1>(scales, planes.scales, tile * TILE_ROWS + row);
+        load_values<IS_STREAMED>(values, planes.values, row * 4 + piece);
+        load_words<1>(scales, planes.scales, row);
     }
     __device__ __forceinline__ void integers(int block, unsigned *pairs) const
     {
@@ -185,16 +207,18 @@ struct RowQ8_0 {
 /* Q4_0, Q4_1, Q5_0, Q5_1 */
 template <int OFFSET, bool HAS_FIFTH_BIT, bool HAS_MINIMUM> struct RowQ45 {
     static constexpr int BLOCKS = 4, UNROLL = HAS_MINIMUM ? 2 : 4;
+    static constexpr int HIGH_BYTES = HAS_FIFTH_BIT ? 16 : 0, SCALE_BYTES = HAS_MINIMUM ? 16 : 8, SUPER_BYTES = 0;
     static constexpr bool HAS_SCALES = true, HAS_MINIMA = HAS_MINIMUM, IS_HALVED = false;
     unsigned values[4], high[1], scales[HAS_MINIMUM ? 4 : 2];
 
-    __device__ __forceinline__ void load(const Planes &planes, long long tile, int row, int piece)
+    template <bool IS_STREAMED>
+    __device__ __forceinline__ void load(
+        const Planes &planes, long long row, long long super_row, int piece)
     {
-        long long index = tile * TILE_ROWS + row;
-        load_values(values, planes, tile, row, piece);
-        load_words<HAS_MINIMUM ? 4 : 2>(scales, planes.scales, index);
+        load_values<IS_STREAMED>(values, planes.values, row * 4 + piece);
+        load_words<HAS_MINIMUM ? 4 : 2>(scales, planes.scales, row);
         if constexpr (HAS_FIFTH_BIT)
-            load_words<1>(high, planes.high, index * 4 + piece);
+            load_words<1>(high, planes.high, row * 4 + piece);
     }
     __device__ __forceinline__ void integers(int block, unsigned *pairs) const
     {
@@ -215,6 +239,7 @@ template <int OFFSET, bool HAS_FIFTH_BIT, bool HAS_MINIMUM> struct RowQ45 {
         return HAS_MINIMUM ? half_at(scales, 2 * block + 1) : 0.0f;
     }
 };
+
 typedef RowQ45<8, false, false> RowQ4_0;
 typedef RowQ45<0, false, true> RowQ4_1;
 typedef RowQ45<16, true, false> RowQ5_0;
@@ -223,17 +248,19 @@ typedef RowQ45<0, true, true> RowQ5_1;
 /* Q4_K, Q5_K */
 template <bool HAS_FIFTH_BIT> struct RowQ45_K {
     static constexpr int BLOCKS = 4, UNROLL = 2;
+    static constexpr int HIGH_BYTES = HAS_FIFTH_BIT ? 16 : 0, SCALE_BYTES = 8, SUPER_BYTES = 4;
     static constexpr bool HAS_SCALES = true, HAS_MINIMA = true, IS_HALVED = false;
     unsigned values[4], high[1], scales[2], super_scales[1];
 
-    __device__ __forceinline__ void load(const Planes &planes, long long tile, int row, int piece)
+    template <bool IS_STREAMED>
+    __device__ __forceinline__ void load(
+        const Planes &planes, long long row, long long super_row, int piece)
     {
-        long long index = tile * TILE_ROWS + row;
-        load_values(values, planes, tile, row, piece);
-        load_words<2>(scales, planes.scales, index);
-        load_words<1>(super_scales, planes.super_scales, tile / 2 * TILE_ROWS + row);
+        load_values<IS_STREAMED>(values, planes.values, row * 4 + piece);
+        load_words<2>(scales, planes.scales, row);
+        load_words<1>(super_scales, planes.super_scales, super_row);
         if constexpr (HAS_FIFTH_BIT)
-            load_words<1>(high, planes.high, index * 4 + piece);
+            load_words<1>(high, planes.high, row * 4 + piece);
     }
     __device__ __forceinline__ void integers(int block, unsigned *pairs) const
     {
@@ -256,22 +283,25 @@ template <bool HAS_FIFTH_BIT> struct RowQ45_K {
         return -__fmul_rn(half_at(super_scales, 1), (float)(int)t);
     }
 };
+
 typedef RowQ45_K<false> RowQ4_K;
 typedef RowQ45_K<true> RowQ5_K;
 
 struct RowQ6_K {
     static constexpr int BLOCKS = 4, UNROLL = 2;
+    static constexpr int HIGH_BYTES = 32, SCALE_BYTES = 8, SUPER_BYTES = 2;
     static constexpr bool HAS_SCALES = true, HAS_MINIMA = false, IS_HALVED = true;
     unsigned values[4], high[2], scales[2];
     __half super_scale;
 
-    __device__ __forceinline__ void load(const Planes &planes, long long tile, int row, int piece)
+    template <bool IS_STREAMED>
+    __device__ __forceinline__ void load(
+        const Planes &planes, long long row, long long super_row, int piece)
     {
-        long long index = tile * TILE_ROWS + row;
-        load_values(values, planes, tile, row, piece);
-        load_words<2>(high, planes.high, index * 4 + piece);
-        load_words<2>(scales, planes.scales, index);
-        super_scale = ((const __half *)planes.super_scales)[tile / 2 * TILE_ROWS + row];
+        load_values<IS_STREAMED>(values, planes.values, row * 4 + piece);
+        load_words<2>(high, planes.high, row * 4 + piece);
+        load_words<2>(scales, planes.scales, row);
+        super_scale = ((const __half *)planes.super_scales)[super_row];
     }
     __device__ __forceinline__ void integers(int block, unsigned *pairs) const
     {
@@ -296,8 +326,45 @@ struct RowQ6_K {
 #define ROW_OF(format) PASTED(Row, format)
 typedef ROW_OF(FORMAT) Row;
 
-/* The first column of pair i of a piece of a block, counted from the block's first column. */
+/* ---- Fragments of mma m16n8k16: the first of a pair is for half the columns of a block, the second
+ * for the others. */
+
+/* The first column of pair i of a piece, counted from the block's first. */
 __device__ __forceinline__ int column_of_pair(int piece, int i)
 {
     return Row::IS_HALVED ? 16 * (i / 2) + 4 * piece + 2 * (i % 2) : 8 * piece + 2 * i;
+}
+
+/* `a` from the pairs of rows g and g + 8. */
+__device__ __forceinline__ void fragments_a(
+    unsigned (*a)[4], const unsigned *first_row, const unsigned *second_row)
+{
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            a[half][i] = (i % 2 ? second_row : first_row)[2 * half + i / 2];
+}
+
+/* `b` from the 32 columns of row g of x that belong to the block. */
+__device__ __forceinline__ void fragments_b(unsigned *b, const T16 *x, int piece)
+{
+    if constexpr (Row::IS_HALVED) {
+        load_words<2>(b, x, piece);
+        load_words<2>(b + 2, x + 16, piece);
+    } else {
+        load_words<4>(b, x, piece);
+    }
+}
+
+/* The values of a block as T16, rounded: 4 pairs. */
+__device__ __forceinline__ void dequantize(const Row &row, int block, unsigned *pairs)
+{
+    row.integers(block, pairs);
+    if constexpr (Row::HAS_SCALES) {
+        unsigned minimum = Row::HAS_MINIMA ? pair_of_float(row.minimum(block)) : 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            pairs[i] = fma_pairs(pairs[i], pair_of_float(row.scale(block, i / 2)), minimum);
+    }
 }

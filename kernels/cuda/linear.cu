@@ -5,7 +5,7 @@
  *   columns      of W, a multiple of 32; x is zero from its own width to there
  *   norm_weight  [columns] float32, zero from x's width on
  *   norm_width   x's width
- Grid: tiles_per_block tiles of 16 rows of W, by MAX_ROWS = 8 * ROW_GROUPS rows of x.  Dynamic shared
+ * Grid: tiles_per_block tiles of 16 rows of W, by MAX_ROWS = 8 * ROW_GROUPS rows of x.  Dynamic shared
  * memory with NORM: num_rows * normed_stride T16.
  *
  * Bandwidth binds, so all is arranged for bytes in flight.  A block computes tiles_per_block tiles of
@@ -20,61 +20,66 @@
 #include "epilogue.cuh"
 
 #define WARPS 8
+#define UNROLL (Row::UNROLL / TILES > 1 ? Row::UNROLL / TILES : 1)
+#define MIN_BLOCKS (TILES * ROW_GROUPS > 4 ? 1 : 2) /* in a multiprocessor */
 #define MAX_ROWS (8 * ROW_GROUPS)
 #define PARTIAL_STRIDE 20 /* of 16 sums; so the lanes of a warp write to 32 different banks */
 
-/* Fragment b of 32 columns of a row of x, in the order of the pairs of a piece. */
-__device__ __forceinline__ void load_b(unsigned *b, const T16 *x, int piece)
+/* sums += x @ W.T over the 32 columns of a block, for 16 rows of W and 8 of x. */
+__device__ __forceinline__ void add_block(float *sums, const Row *rows, int block,
+    const unsigned (*a)[4], const unsigned *b, const float *x_sums)
 {
-    if constexpr (Row::IS_HALVED) {
-        load_words<2>(b, x, piece);
-        load_words<2>(b + 2, x + 16, piece);
+    if constexpr (!Row::HAS_SCALES) {
+        mma_m16n8k16<T16>(sums, a[0], b);
+        mma_m16n8k16<T16>(sums, a[1], b + 2);
     } else {
-        load_words<4>(b, x, piece);
+        float products[2][4] = {};
+        mma_m16n8k16<T16>(products[0], a[0], b);
+        mma_m16n8k16<T16>(products[Row::IS_HALVED], a[1], b + 2);
+#pragma unroll
+        for (int half = 0; half <= Row::IS_HALVED; half++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                sums[i] += rows[i / 2].scale(block, half) * products[half][i];
+        if constexpr (Row::HAS_MINIMA)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                sums[i] += rows[i / 2].minimum(block) * x_sums[i];
     }
 }
 
-/* sums += W's tile @ x.T; x points to the tile's columns of row lane / 4 of x. */
-__device__ __forceinline__ void multiply(float (*sums)[4], const Row *rows, const T16 *x,
-    long long x_stride, int num_rows, int num_blocks)
+/* sums += x @ W.T over the columns of a tile, for TILES tiles of 16 rows of W; x points to the columns
+ * in row lane / 4 of x. */
+__device__ __forceinline__ void multiply(float (*sums)[ROW_GROUPS][4], const Row (*rows)[2],
+    const T16 *x, long long x_stride, int num_rows, int num_blocks)
 {
     int group = threadIdx.x % 32 / 4, piece = threadIdx.x % 4;
 #pragma unroll
     for (int block = 0; block < Row::BLOCKS; block++) {
         if (block >= num_blocks)
             break;
-        unsigned first[4], second[4];
-        rows[0].integers(block, first);
-        rows[1].integers(block, second);
-        unsigned a[2][4] = {{first[0], second[0], first[1], second[1]},
-            {first[2], second[2], first[3], second[3]}};
+        unsigned a[TILES][2][4];
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+            unsigned pairs[2][4];
+            rows[tile][0].integers(block, pairs[0]);
+            rows[tile][1].integers(block, pairs[1]);
+            fragments_a(a[tile], pairs[0], pairs[1]);
+        }
 #pragma unroll
         for (int n = 0; n < ROW_GROUPS; n++) {
             unsigned b[4] = {0, 0, 0, 0};
             if (8 * n + group < num_rows)
-                load_b(b, x + 8 * n * x_stride + block * BLOCK_COLUMNS, piece);
-            if constexpr (!Row::HAS_SCALES) {
-                mma_m16n8k16<T16>(sums[n], a[0], b);
-                mma_m16n8k16<T16>(sums[n], a[1], b + 2);
-                continue;
-            }
-            float products[2][4] = {};
-            mma_m16n8k16<T16>(products[0], a[0], b);
-            mma_m16n8k16<T16>(products[Row::IS_HALVED], a[1], b + 2);
-#pragma unroll
-            for (int half = 0; half <= Row::IS_HALVED; half++)
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    sums[n][i] += rows[i / 2].scale(block, half) * products[half][i];
+                fragments_b(b, x + 8 * n * x_stride + block * BLOCK_COLUMNS, piece);
+            float x_sums[4] = {}; /* of the 32 columns: what a minimum is multiplied by */
             if constexpr (Row::HAS_MINIMA) {
-                unsigned ones = pack_T16(1.0f, 1.0f), a_ones[4] = {ones, ones, ones, ones};
-                float x_sums[4] = {};
-                mma_m16n8k16<T16>(x_sums, a_ones, b);
-                mma_m16n8k16<T16>(x_sums, a_ones, b + 2);
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    sums[n][i] += rows[i / 2].minimum(block) * x_sums[i];
+                unsigned one = pair_of_float(1.0f), ones[4] = {one, one, one, one};
+                mma_m16n8k16<T16>(x_sums, ones, b);
+                mma_m16n8k16<T16>(x_sums, ones, b + 2);
             }
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++)
+                add_block(sums[tile][n], rows[tile], block, a[tile], b, x_sums);
         }
     }
 }
@@ -95,12 +100,46 @@ __device__ __forceinline__ void normalize(T16 *out, int out_stride, const float 
     __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+/* Loads a lane's rows of TILES tiles, one below the other.  Tiles beyond the last are copies of it. */
+__device__ __forceinline__ void load_tiles(Row (*rows)[2], const Planes &planes, int row_tile,
+    int row_tiles, int column_tiles, int column_tile)
+{
+    int group = threadIdx.x % 32 / 4, piece = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {
+        long long tile = (long long)min(row_tile + i, row_tiles - 1) * column_tiles + column_tile;
+        long long row = tile * TILE_ROWS + group, super_row = tile / 2 * TILE_ROWS + group;
+        rows[i][0].load<true>(planes, row, super_row, piece);
+        rows[i][1].load<true>(planes, row + 8, super_row + 8, piece);
+    }
+}
+
+/* Adds the sums of all warps for a tile of 16 rows of W, and writes the result. */
+__device__ __forceinline__ void finish(const Epilogue &epilogue,
+    const float (*partial)[MAX_ROWS][PARTIAL_STRIDE], int row_tile, int first_row, int num_rows)
+{
+    int tile_width = epilogue.gated ? TILE_ROWS / 2 : TILE_ROWS;
+    for (int i = threadIdx.x; i < num_rows * tile_width; i += blockDim.x) {
+        int row = i / tile_width, offset = i % tile_width;
+        int column = row_tile * tile_width + offset;
+        float sum = 0.0f, up_sum = 0.0f;
+        for (int warp = 0; warp < WARPS; warp++) {
+            sum += partial[warp][row][offset];
+            up_sum += partial[warp][row][TILE_ROWS - tile_width + offset];
+        }
+        if (column < epilogue.width && epilogue.gated)
+            store_gated(epilogue, first_row + row, column, sum, up_sum);
+        else if (column < epilogue.width)
+            store(epilogue, first_row + row, column, sum);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     linear(void *out, long long out_stride, const void *x_rows, long long x_stride,
         const unsigned char *values, const unsigned char *high, const unsigned char *scales,
         const unsigned char *super_scales, int num_rows, int width, int columns, int column_tiles,
-        int row_tiles, int tiles_per_block, const float *bias, float scale, float softcap, int gated,
-        int accumulate, const float *norm_weight, int norm_width, float norm_eps,
+        int row_tiles, const float *bias, float scale, float softcap, int gated, int accumulate,
+        int tiles_per_block, const float *norm_weight, int norm_width, float norm_eps,
         int normed_stride)
 {
     __shared__ float partial[WARPS][MAX_ROWS][PARTIAL_STRIDE];
@@ -120,46 +159,31 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #endif
     int first_tile = blockIdx.x * tiles_per_block;
     int end_tile = min(first_tile + tiles_per_block, row_tiles);
-    for (int row_tile = first_tile; row_tile < end_tile; row_tile++) {
-        float sums[ROW_GROUPS][4] = {};
-        for (int start = warp; start < column_tiles; start += WARPS * Row::UNROLL) {
-            Row rows[Row::UNROLL][2];
+    for (int row_tile = first_tile; row_tile < end_tile; row_tile += TILES) {
+        float sums[TILES][ROW_GROUPS][4] = {};
+        for (int start = warp; start < column_tiles; start += WARPS * UNROLL) {
+            Row rows[UNROLL][TILES][2];
 #pragma unroll
-            for (int u = 0; u < Row::UNROLL; u++) {
-                long long tile = (long long)row_tile * column_tiles + start + u * WARPS;
-                if (start + u * WARPS < column_tiles) {
-                    rows[u][0].load(planes, tile, group, piece);
-                    rows[u][1].load(planes, tile, group + 8, piece);
-                }
-            }
+            for (int u = 0; u < UNROLL; u++)
+                if (start + u * WARPS < column_tiles)
+                    load_tiles(rows[u], planes, row_tile, row_tiles, column_tiles, start + u * WARPS);
 #pragma unroll
-            for (int u = 0; u < Row::UNROLL; u++) {
+            for (int u = 0; u < UNROLL; u++) {
                 int column = (start + u * WARPS) * Row::BLOCKS * BLOCK_COLUMNS;
                 if (start + u * WARPS < column_tiles)
                     multiply(sums, rows[u], x + group * x_stride + column, x_stride, num_rows,
                         (columns - column) / BLOCK_COLUMNS);
             }
         }
+        for (int tile = 0; tile < TILES && row_tile + tile < end_tile; tile++) {
 #pragma unroll
-        for (int n = 0; n < ROW_GROUPS; n++)
+            for (int n = 0; n < ROW_GROUPS; n++)
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                partial[warp][8 * n + 2 * piece + i % 2][group + 8 * (i / 2)] = sums[n][i];
-        __syncthreads();
-        int tile_width = gated ? 8 : TILE_ROWS;
-        for (int i = threadIdx.x; i < num_rows * tile_width; i += blockDim.x) {
-            int row = i / tile_width, offset = i % tile_width;
-            int column = row_tile * tile_width + offset;
-            float sum = 0.0f, up_sum = 0.0f;
-            for (int w = 0; w < WARPS; w++) {
-                sum += partial[w][row][offset];
-                up_sum += partial[w][row][offset + (gated ? 8 : 0)];
-            }
-            if (column < width && gated)
-                store_gated(epilogue, first_row + row, column, sum, up_sum);
-            else if (column < width)
-                store(epilogue, first_row + row, column, sum);
+                for (int i = 0; i < 4; i++)
+                    partial[warp][8 * n + 2 * piece + i % 2][group + 8 * (i / 2)] = sums[tile][n][i];
+            __syncthreads();
+            finish(epilogue, partial, row_tile + tile, first_row, num_rows);
+            __syncthreads();
         }
-        __syncthreads();
     }
 }

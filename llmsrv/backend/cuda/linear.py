@@ -12,18 +12,32 @@ import numpy as np
 
 from llmsrv.backend.cuda.device import Device
 from llmsrv.backend.cuda.pack import BLOCK_COLUMNS
+from llmsrv.backend.cuda.pack import FORMATS
+from llmsrv.backend.cuda.pack import Format
+from llmsrv.backend.cuda.pack import PLANES
+from llmsrv.backend.cuda.pack import TILE_ROWS
 from llmsrv.backend.cuda.source import Kernels
 from llmsrv.backend.cuda.weights import Part
 from llmsrv.backend.cuda.weights import Weights
 
 GROUP_ROWS = 8  # rows of x that one mma multiplies
-MAX_GROUPS = 4
 THREADS = 256  # of a block, in linear.cu and norm.cu
 EMBED_THREADS = 128
-# linear.cu: blocks a multiprocessor that are left when each computes several tiles of rows.
-MIN_BLOCKS = 8
 # Beyond this much dynamic shared memory, a kernel has to ask for it.
 PLAIN_SHARED_BYTES = 40 << 10
+
+# linear.cu runs up to this many rows: beyond, its blocks would read x more often than weights.
+MAX_FEW_ROWS = 32
+# linear.cu with a norm: blocks a multiprocessor that are left when each computes several tiles.
+MIN_BLOCKS = 8
+MAX_TILES = 2  # of 16 rows of weights that a warp multiplies at once, from 9 rows of x on
+
+# linear_mma.cu: rows of x, and of weights, in a block.
+LARGE_BLOCK = 128
+SMALL_BLOCK = 64
+MAX_STAGES = 4
+STAGE_COLUMNS = 128  # in all stages after the first together, at least: enough bytes in flight
+
 GATED = {None: 0, "silu": 1, "gelu": 2}
 
 
@@ -76,75 +90,94 @@ class LinearKernels:
             self.norm(norm.normed, x, norm.weight, norm.eps, num_rows)
             x, norm = norm.normed, None
         for part in weights.parts:
-            columns = -(-weights.columns // BLOCK_COLUMNS) * BLOCK_COLUMNS
             first, end = part.first_column, part.first_column + part.width
-            epilogue = (
-                bias if bias is None or gated else bias[first:end],
-                np.float32(scale),
-                np.float32(softcap or 0),
-                np.int32(GATED[gated]),
-                np.int32(accumulate),
+            product = _Product(
+                out[:, first:end],
+                x,
+                part,
+                num_rows,
+                -(-weights.columns // BLOCK_COLUMNS) * BLOCK_COLUMNS,
+                (
+                    bias if bias is None or gated else bias[first:end],
+                    np.float32(scale),
+                    np.float32(softcap or 0),
+                    np.int32(GATED[gated]),
+                    np.int32(accumulate),
+                ),
             )
-            self._few_rows(out[:, first:], x, part, num_rows, columns, epilogue, norm)
+            if self._is_batch_invariant or num_rows > MAX_FEW_ROWS:
+                self._many_rows(product)
+            else:
+                self._few_rows(product, norm)
 
     def _fuses_norm(self, x: Any, num_rows: int) -> bool:
         """The normalized rows must fit into the shared memory of a block, two of which should fit
         into a multiprocessor."""
-        needed = GROUP_ROWS * 2 * _normed_stride(int(x.shape[1]))
-        return num_rows <= GROUP_ROWS and 2 * needed <= self._device.max_shared_bytes
+        if self._is_batch_invariant or num_rows > GROUP_ROWS:
+            return False
+        needed = num_rows * 2 * _normed_stride(int(x.shape[1]))
+        return 2 * needed <= self._device.max_shared_bytes
 
-    def _few_rows(
-        self,
-        out: Any,
-        x: Any,
-        part: Part,
-        num_rows: int,
-        columns: int,
-        epilogue: tuple[Any, ...],
-        norm: NormWeight | None,
-    ) -> None:
-        groups = min(MAX_GROUPS, 1 << ((num_rows - 1) // GROUP_ROWS).bit_length())
-        kernel = self._kernels.get(
-            "linear", "linear", FORMAT=part.format, ROW_GROUPS=groups, NORM=int(norm is not None)
-        )
-        tiles_per_block, shared_bytes = 1, 0
+    def _few_rows(self, product: "_Product", norm: NormWeight | None) -> None:
+        part, num_rows = product.part, product.num_rows
+        groups = 1 << (-(-num_rows // GROUP_ROWS) - 1).bit_length()
+        num_blocks = self._device.num_multiprocessors
+        tiles = MAX_TILES if groups > 1 and part.row_tiles >= MAX_TILES * num_blocks else 1
+        tiles_per_block, shared_bytes = tiles, 0
         norm_arguments = None, np.int32(0), np.float32(0), np.int32(0)
         if norm is not None:
-            blocks = MIN_BLOCKS * self._device.num_multiprocessors
-            tiles_per_block = max(1, part.row_tiles // blocks)
-            stride = _normed_stride(columns)
+            tiles_per_block = max(1, part.row_tiles // (MIN_BLOCKS * num_blocks))
+            stride = _normed_stride(product.columns)
             shared_bytes = num_rows * 2 * stride
-            if shared_bytes > PLAIN_SHARED_BYTES:
-                kernel.max_dynamic_shared_size_bytes = shared_bytes
             norm_arguments = (
                 norm.weight,
                 np.int32(norm.weight.size),
                 np.float32(norm.eps),
                 np.int32(stride),
             )
-        grid = (
-            -(-part.row_tiles // tiles_per_block),
-            -(-num_rows // (GROUP_ROWS * groups)),
+        kernel = self._kernels.get(
+            "linear",
+            "linear",
+            FORMAT=part.format,
+            ROW_GROUPS=groups,
+            TILES=tiles,
+            NORM=int(norm is not None),
         )
-        kernel(
-            grid,
-            (THREADS,),
-            (
-                out,
-                np.int64(_stride(out)),
-                x,
-                np.int64(_stride(x)),
-                *part.pointers(),
-                np.int32(num_rows),
-                np.int32(part.width),
-                np.int32(columns),
-                np.int32(part.column_tiles),
-                np.int32(part.row_tiles),
-                np.int32(tiles_per_block),
-                *epilogue,
-                *norm_arguments,
-            ),
-            shared_mem=shared_bytes,
+        arguments = (
+            *product.arguments(),
+            *product.epilogue,
+            np.int32(tiles_per_block),
+            *norm_arguments,
+        )
+        grid = -(-part.row_tiles // tiles_per_block), -(-num_rows // (GROUP_ROWS * groups))
+        _launch(kernel, grid, THREADS, arguments, shared_bytes)
+
+    def _many_rows(self, product: "_Product") -> None:
+        part = product.part
+
+        def num_blocks(size: int) -> int:
+            return -(-product.num_rows // size) * -(-part.row_tiles * TILE_ROWS // size)
+
+        is_large = (
+            product.num_rows > SMALL_BLOCK
+            and num_blocks(LARGE_BLOCK) >= self._device.num_multiprocessors
+            and self._device.capability >= 80
+        )
+        size = LARGE_BLOCK if is_large else SMALL_BLOCK
+        format = FORMATS[part.format]
+        stages = min(MAX_STAGES, 1 + -(-STAGE_COLUMNS // (format.blocks * BLOCK_COLUMNS)))
+        kernel = self._kernels.get(
+            "linear_mma",
+            "linear_mma",
+            FORMAT=part.format,
+            BLOCK_ROWS=size,
+            BLOCK_WIDTH=size,
+            STAGES=stages,
+        )
+        threads = 128 if part.format == "T16" else 256
+        arguments = *product.arguments(), *product.epilogue
+        _launch(
+            kernel, (num_blocks(size),), threads, arguments, stages * _stage_bytes(format, size)
         )
 
     def embed(
@@ -209,6 +242,46 @@ class LinearKernels:
             (THREADS,),
             (out, np.int64(_stride(out)), x, np.int64(_stride(x)), np.int32(width)),
         )
+
+
+@dataclass(frozen=True)
+class _Product:
+    """One part of a product; the arguments that its kernels share, in their order."""
+
+    out: Any
+    x: Any
+    part: Part
+    num_rows: int
+    columns: int
+    epilogue: tuple[Any, ...]
+
+    def arguments(self) -> tuple[Any, ...]:
+        return (
+            self.out,
+            np.int64(_stride(self.out)),
+            self.x,
+            np.int64(_stride(self.x)),
+            *self.part.pointers(),
+            np.int32(self.num_rows),
+            np.int32(self.part.width),
+            np.int32(self.columns),
+            np.int32(self.part.column_tiles),
+            np.int32(self.part.row_tiles),
+        )
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], threads: int, arguments: tuple[Any, ...], shared_bytes: int
+) -> None:
+    if shared_bytes > PLAIN_SHARED_BYTES:
+        kernel.max_dynamic_shared_size_bytes = shared_bytes
+    kernel(grid, (threads,), arguments, shared_mem=shared_bytes)
+
+
+def _stage_bytes(format: Format, size: int) -> int:
+    """The size of a Stage of linear_mma.cu: columns of x, and every plane of the weights."""
+    bytes = size * format.blocks * BLOCK_COLUMNS * 2
+    return bytes + sum(size * format.plane_bytes.get(name, 0) or 16 for name in PLANES)
 
 
 def _stride(array: Any) -> int:

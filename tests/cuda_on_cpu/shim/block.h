@@ -22,7 +22,6 @@ struct Fibre {
 struct Collective {
   unsigned mask, arrived, unread;
   int kind, line;
-  emu_leader leader;  // or null
   uint64_t values[32];
 };
 
