@@ -38,8 +38,8 @@ from llmsrv.backend.cuda.linear import LinearKernels
 from llmsrv.backend.cuda.pack import format_of
 from llmsrv.backend.cuda.plan import CUDAPlan
 from llmsrv.backend.cuda.plan import plan_staging
-from llmsrv.backend.cuda.sampling import CUDASamplingTable
 from llmsrv.backend.cuda.sampling import Sampler
+from llmsrv.backend.cuda.sampling_table import CUDASamplingTable
 from llmsrv.backend.cuda.source import Kernels
 from llmsrv.backend.cuda.step import row_capacity
 from llmsrv.backend.cuda.weights import pack

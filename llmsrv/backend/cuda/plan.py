@@ -22,8 +22,8 @@ from llmsrv.backend.cuda.attention import AttentionKernels
 from llmsrv.backend.cuda.graphs import Graphs
 from llmsrv.backend.cuda.layout import Launch
 from llmsrv.backend.cuda.layout import Memory
-from llmsrv.backend.cuda.sampling import CUDASamplingTable
 from llmsrv.backend.cuda.sampling import Sampler
+from llmsrv.backend.cuda.sampling_table import CUDASamplingTable
 from llmsrv.backend.cuda.staging import Staging
 from llmsrv.backend.cuda.step import MAX_GRAPH_ROWS
 from llmsrv.backend.cuda.step import Step

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmsrv.backend.arrays import Array
+from llmsrv.backend.arrays import Bytes
 
 ALIGNMENT = 256  # of CUDA's own allocations
 NUM_SETS = 2
@@ -37,7 +38,7 @@ class Staging:
             self._starts[name] = end
             end += -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
         self._last = name
-        self._pinned = [_pinned(cp, end) for _ in range(NUM_SETS)]
+        self._pinned = [pinned_array(cp, end) for _ in range(NUM_SETS)]
         self._buffer = cp.zeros(end, np.uint8)
         self._copied: list[Any] = [None] * NUM_SETS  # events: the set's last copy has been made
         self._sets = [self._views(buffer, specs) for buffer in self._pinned]
@@ -71,8 +72,9 @@ class Staging:
         return views
 
 
-def _pinned(cp: Any, num_bytes: int) -> Array:
+def pinned_array(cp: Any, num_bytes: int) -> Bytes:
+    """Host memory that the device copies from and to without the host's help."""
     memory = cp.cuda.alloc_pinned_memory(num_bytes)
-    array: Array = np.frombuffer(memory, np.uint8, num_bytes)
+    array: Bytes = np.frombuffer(memory, np.uint8, num_bytes)
     array[:] = 0
     return array
