@@ -155,6 +155,10 @@ template <class A, class B>
 EMU_FUNCTION std::common_type_t<A, B> max(A a, B b) {
   return a < b ? b : a;
 }
+EMU_FUNCTION int abs(int x) { return x < 0 ? -x : x; }
+EMU_FUNCTION long long abs(long long x) { return x < 0 ? -x : x; }
+EMU_FUNCTION float abs(float x) { return fabsf(x); }
+EMU_FUNCTION double abs(double x) { return fabs(x); }
 EMU_FUNCTION float min(float a, float b) { return fminf(a, b); }
 EMU_FUNCTION float max(float a, float b) { return fmaxf(a, b); }
 
