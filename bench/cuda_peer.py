@@ -194,13 +194,21 @@ def speed(shape: Shape, stream_counts: list[int], prompts: list[int], device: st
 
 
 def limits(device: str, num_bytes: int, size: int) -> None:
-    """Bytes per second, read plus written, and bfloat16 products per second as 2 FLOP each."""
+    """Bytes per second of a copy, read plus written, and of a sum, which only reads; FLOP per
+    second of a bfloat16 product."""
     source = torch.randint(0, 255, (num_bytes // 2,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy_s = seconds(lambda: target.copy_(source), device)
+    floats = source.view(torch.int32)
+    read_s = seconds(lambda: floats.amax(), device)
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in "ab")
     product_s = seconds(lambda: a @ b, device)
-    report(part="limits", copy=num_bytes / copy_s, product=2 * size**3 / product_s)
+    report(
+        part="limits",
+        copy=num_bytes / copy_s,
+        read=source.nbytes / read_s,
+        product=2 * size**3 / product_s,
+    )
 
 
 def report(**values: Any) -> None:
