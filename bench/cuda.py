@@ -67,6 +67,9 @@ def parts() -> Iterator[Part]:
 def emulated_parts() -> Iterator[Part]:
     """The same scripts, but nothing that needs PyTorch or NVIDIA's tools."""
     from tests.support.cuda import environment
+    from tests.support.cuda import install_stand_in
+
+    install_stand_in()
 
     emulation = {name: value for name, value in environment().items() if name not in os.environ}
     emulation |= {name: environment()[name] for name in ("PYTHONPATH", "LD_LIBRARY_PATH")}
