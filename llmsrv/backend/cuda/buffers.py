@@ -1,9 +1,10 @@
 """The buffers of a program on the device.
 
 A buffer is float32 [rows, stride].  An operand is a buffer that only products read, and that is
-written by operations that can write 16 bits; it is float16 or bfloat16.  Strides are multiples of
-32, and the columns beyond a buffer's width are zero.  If a product reads a float32 buffer, it reads
-a copy of it in 16 bits (OPERAND_OF).
+written by operations that can write 16 bits; it is float16 or bfloat16.  So is the output of a
+product with a fused activation, even if nothing reads it.  Strides are multiples of 32, and the
+columns beyond a buffer's width are zero.  If a product reads a float32 buffer, it reads a copy of
+it in 16 bits (OPERAND_OF).
 """
 
 from collections.abc import Sequence
@@ -104,7 +105,8 @@ def operand_names(operations: Sequence[Operation]) -> set[str]:
     read_as_floats = {
         name for each in operations for name in inputs_of(each) if name not in operand_inputs(each)
     }
-    return (written & read_by_products) - written_as_floats - read_as_floats
+    gated = {each.out for each in operations if isinstance(each, FusedLinear) and each.gated}
+    return (written & (read_by_products | gated)) - written_as_floats - read_as_floats
 
 
 def operand_inputs(operation: Operation) -> list[str]:

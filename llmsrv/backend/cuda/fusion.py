@@ -1,7 +1,8 @@
 """Fuses operations of a program that one kernel can run.
 
     Norm, Linear                    the product normalizes its input
-    Linear, GatedActivation         the product of gate and up weights writes function(gate) * up
+    Linear, GatedActivation         the product of gate and up weights writes function(gate) * up,
+                                    in 16 bits, as products read it
     Linear, Softcap                 the product caps its output
 
 The buffer between two fused operations is not written, so nothing else may read it.
@@ -15,6 +16,7 @@ import numpy as np
 
 from llmsrv.backend.cuda.pack import format_of
 from llmsrv.backend.program import Attention
+from llmsrv.backend.program import Experts
 from llmsrv.backend.program import GatedActivation
 from llmsrv.backend.program import Linear
 from llmsrv.backend.program import Norm
@@ -41,6 +43,13 @@ def fuse(program: Program) -> Iterator[Operation]:
     reads = Counter(name for each in operations for name in inputs_of(each))
     writes = Counter(output_of(each) for each in operations)
 
+    read_as_floats = {
+        name
+        for each in operations
+        if not isinstance(each, Linear | Experts)
+        for name in inputs_of(each)
+    }
+
     def is_between(name: str) -> bool:
         """Whether each value of the buffer is read exactly once."""
         return reads[name] == writes[name]
@@ -65,7 +74,8 @@ def fuse(program: Program) -> Iterator[Operation]:
             match following:
                 case GatedActivation(out=out, x=operation.out, function=function):
                     pair = _gate_and_up(operation.weights)
-                    if is_between(operation.out) and _can_pair(pair):
+                    can_be_operand = out not in read_as_floats
+                    if is_between(operation.out) and _can_pair(pair) and can_be_operand:
                         fields |= {"out": out, "gated": function, "weights": pair}
                         index += 1
                 case Softcap(x=operation.out, cap=cap):
