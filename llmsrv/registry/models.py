@@ -9,7 +9,6 @@ still being imported.
 """
 
 import asyncio
-import contextlib
 import enum
 import functools
 import logging
@@ -71,6 +70,7 @@ class Model:
         self.service: "Service | None" = None
         self.engine: EngineClient | None = None
         self._text: "TextModel | None" = None
+        self.refusal = ""  # why its replaced files could not be loaded
 
     @property
     def weight_bytes(self) -> int:
@@ -107,9 +107,10 @@ class Model:
                 reason, headers = self.engine.reason, self.engine.retry
             message = f"The model is not ready: {reason}."
             return ApiError(503, message, code="model_not_ready", headers=headers)
+        reason = self.refusal or f"The model `{self.names[0]}` is not loaded"
         return ApiError(
             503,
-            f"The model `{self.names[0]}` is not loaded; POST /models/load loads it.",
+            f"{reason}; POST /models/load loads it.",
             param="model",
             code="model_not_loaded",
             headers={"x-should-retry": "false"},
@@ -121,7 +122,7 @@ class Model:
         from llmsrv.registry.service import load_text_model
 
         log.info("loading %s", self.path)
-        self.state = ModelState.LOADING
+        self.state, self.refusal = ModelState.LOADING, ""
         self._text = await asyncio.to_thread(
             load_text_model, self.path, config.chat_template, config.cache_dir
         )
@@ -364,8 +365,10 @@ class Models:
             if engine is not None and engine.state is EngineState.REFUSED:
                 log.warning("the files of %s were replaced; loading them", model.path)
                 await model.unload()
-                with contextlib.suppress(ApiError):  # which _load has logged
+                try:
                     await self._load(model)
+                except ApiError as error:  # which _load has logged
+                    model.refusal = error.message
 
     async def _make_room(self) -> Model | None:
         """Unloads a model if the limit is reached, and returns it."""

@@ -81,8 +81,9 @@ def test_a_file_that_was_replaced_by_an_unusable_one_is_unloaded(
     (tmp_path / "other").write_bytes(b"not a model")
     os.replace(tmp_path / "other", tmp_path / "tiny.gguf")
     kill_engine(server)
-    eventually(lambda: "is not loaded" in call(server, "/health")[1]["error"]["message"])
-    assert complete(server)[0] == 503
+    eventually(lambda: "cannot be loaded" in call(server, "/health")[1]["error"]["message"])
+    status, answer = complete(server)
+    assert status == 503 and "GGUF" in answer["error"]["message"]
     assert "tiny.gguf" in server.output.splitlines()[-1]
 
 

@@ -16,7 +16,7 @@ from tests.support.tiny_requests import MESSAGES
 from tests.support.tiny_requests import WEATHER
 
 pytestmark = pytest.mark.slow
-MODELS = ("nemo", "llama3.1", "gemma2")
+MODELS = ("nemo", "llama3.1", "gemma2", "phi3", "qwen3.8", "granite3.3", "devstral")
 
 
 @pytest.fixture(scope="module")
