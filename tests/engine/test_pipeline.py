@@ -1,5 +1,8 @@
-"""Running ahead of the tokens changes no result."""
+"""Running ahead of the tokens changes no result, with a plan that computes at once and with an
+asynchronous one."""
 
+from collections.abc import Iterable
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from dataclasses import field
@@ -7,10 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from llmsrv.backend.base import Backend
 from llmsrv.backend.base import Batch
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
+from llmsrv.backend.cuda.backend import CUDABackend
+from llmsrv.backend.cuda.backend import CUDAOptions
 from llmsrv.backend.reference.backend import ReferenceBackend
+from llmsrv.config import default_cache_dir
 from llmsrv.engine.core import EngineCore
 from llmsrv.engine.grammar import Grammar
 from llmsrv.engine.grammar import GrammarCompiler
@@ -22,6 +29,8 @@ from llmsrv.model.load import load_model
 from llmsrv.text.grammar import choice_source
 from llmsrv.text.grammar import load_ll_tokenizer
 from tests.support.cores import GREEDY
+from tests.support.cuda import mode
+from tests.support.cuda import needs_emulation
 from tests.support.gguf_writer import write_tiny_llama
 from tests.support.parameters import slow_but
 
@@ -89,23 +98,42 @@ CASES = {
 }
 
 
-class TinyModel:
-    """A small random model on the reference backend, and a compiler for grammars over it."""
+# Emulating the kernels of the others takes too long.
+ON_A_DEVICE = [name for name in CASES if name not in ("greedy", "a small cache and choices")]
 
-    def __init__(self, path: Path) -> None:
+
+class TinyModel:
+    """A small random model on a backend, and a compiler for grammars over it."""
+
+    def __init__(self, path: Path, backend: Backend) -> None:
+        self._backend = backend
         self._program = load_model(path, lambda: None).program
         self.compiler = GrammarCompiler(
             lambda: load_ll_tokenizer(path, path.parent, VOCAB_SIZE), VOCAB_SIZE
         )
 
     def make_plan(self, limits: Limits) -> Plan:
-        return ReferenceBackend().compile(self._program, limits, lambda: None)
+        return self._backend.compile(self._program, limits, lambda: None)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
-    return TinyModel(write_tiny_llama(folder / "tiny.gguf", vocab_size=VOCAB_SIZE))
+    return write_tiny_llama(folder / "tiny.gguf", vocab_size=VOCAB_SIZE)
+
+
+@pytest.fixture(scope="module")
+def model(path: Path) -> TinyModel:
+    return TinyModel(path, ReferenceBackend())
+
+
+@pytest.fixture
+def cuda_model(path: Path) -> Iterator[TinyModel]:
+    """On the CUDA backend, whose work runs as late as it may.  Answers do not depend on the batch,
+    which differs when running ahead."""
+    with mode(is_lazy=True):
+        options = CUDAOptions(default_cache_dir(), batch_invariant=True, warms_up=False)
+        yield TinyModel(path, CUDABackend(options))
 
 
 @dataclass
@@ -198,7 +226,16 @@ def compiled(compiler: GrammarCompiler, source: str) -> Future[Grammar]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_running_ahead_changes_no_result(name: str, model: TinyModel) -> None:
-    case = CASES[name]
+    check_that_running_ahead_changes_no_result(CASES[name], model)
+
+
+@needs_emulation
+@pytest.mark.parametrize("name", slow_but(ON_A_DEVICE, "end ids"))
+def test_running_ahead_of_a_device_changes_no_result(name: str, cuda_model: TinyModel) -> None:
+    check_that_running_ahead_changes_no_result(CASES[name], cuda_model)
+
+
+def check_that_running_ahead_changes_no_result(case: Case, model: TinyModel) -> None:
     plain, ahead = (PipelinedRun(model, case, is_pipelined) for is_pipelined in (False, True))
     expected, results = plain.run(), ahead.run()
     assert results.ids == expected.ids and results.ends == expected.ends
@@ -214,9 +251,20 @@ def test_running_ahead_changes_no_result(name: str, model: TinyModel) -> None:
     "name", slow_but(["seeded", "choices", "chunked prefill", "a small cache"], "seeded")
 )
 def test_an_abort_after_any_step_changes_nothing_for_others(name: str, model: TinyModel) -> None:
-    case = CASES[name]
+    check_aborts(CASES[name], model, range(40))
+
+
+@needs_emulation
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["choices", "a small cache"])
+def test_an_abort_on_a_device_changes_nothing_for_others(name: str, cuda_model: TinyModel) -> None:
+    check_aborts(CASES[name], cuda_model, (1, 3, 8))
+
+
+def check_aborts(case: Case, model: TinyModel, after: Iterable[int]) -> None:
+    """after: the numbers of steps after which to abort a request."""
     expected = PipelinedRun(model, case, is_pipelined=False).run()
-    for num_steps in range(40):
+    for num_steps in after:
         run = PipelinedRun(model, case, is_pipelined=True)
         abort = Abort(1, choice=0 if num_steps % 2 else None)
         results = run.run(num_steps, abort)

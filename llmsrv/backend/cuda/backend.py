@@ -173,7 +173,7 @@ class CUDABackend(Backend):
             program,
             limits,
             memory,
-            layout.launches,
+            layout,
             launchers.attention,
             sampler,
             table,

@@ -77,7 +77,10 @@ class Launchers:
 
 
 class Layout:
-    """launches  of a step, in order"""
+    """
+    launches            of a step, in order
+    logit_row_launches  those after the others, if the step has logit rows
+    """
 
     def __init__(
         self,
@@ -99,6 +102,7 @@ class Layout:
         self._is_selected = False
         self._converted: set[str] = set()  # operands that are up to date
         self.launches: list[Launch] = []
+        self.logit_row_launches: list[Launch] = []
         for operation in operations:
             self._add(operation)
 
@@ -109,7 +113,7 @@ class Layout:
         for name in operand_inputs(operation):
             if not has_norm and self._buffer(name) is not self._operand(name):
                 self._add_conversion(name)
-        self.launches.append(self._launch(operation))
+        self._append(self._launch(operation))
         self._converted -= set(outputs_of(operation))
 
     def _add_conversion(self, name: str) -> None:
@@ -117,7 +121,10 @@ class Layout:
             self._converted.add(name)
             out, x, num_rows = self._operand(name), self._buffer(name), self._num_rows()
             width = self._widths[name]
-            self.launches.append(lambda step: self._linear.convert(out, x, width, num_rows(step)))
+            self._append(lambda step: self._linear.convert(out, x, width, num_rows(step)))
+
+    def _append(self, launch: Launch) -> None:
+        (self.logit_row_launches if self._is_selected else self.launches).append(launch)
 
     def _launch(self, operation: Operation) -> Launch:
         match operation:

@@ -20,7 +20,7 @@ from llmsrv.backend.base import PendingSamples
 from llmsrv.backend.base import Plan
 from llmsrv.backend.cuda.attention import AttentionKernels
 from llmsrv.backend.cuda.graphs import Graphs
-from llmsrv.backend.cuda.layout import Launch
+from llmsrv.backend.cuda.layout import Layout
 from llmsrv.backend.cuda.layout import Memory
 from llmsrv.backend.cuda.sampling import Sampler
 from llmsrv.backend.cuda.sampling_table import CUDASamplingTable
@@ -51,7 +51,7 @@ class CUDAPlan(Plan):
         program: Program,
         limits: Limits,
         memory: Memory,
-        launches: Sequence[Launch],
+        layout: Layout,
         attention: AttentionKernels,
         sampler: Sampler,
         table: CUDASamplingTable,
@@ -66,7 +66,7 @@ class CUDAPlan(Plan):
         self._stream = cp.cuda.Stream(non_blocking=True)
         self._memory = memory
         self._limits = limits
-        self._launches = launches
+        self._layout = layout
         self._attention = attention
         self._sampler = sampler
         self._staging = staging
@@ -99,7 +99,10 @@ class CUDAPlan(Plan):
         return step
 
     def _launch_all(self, step: Step) -> None:
-        for launch in self._launches:
+        launches = self._layout.launches
+        if step.num_logit_rows:
+            launches = launches + self._layout.logit_row_launches
+        for launch in launches:
             launch(step)
             self._tick()
 

@@ -31,16 +31,22 @@ class Kernels:
     def __init__(self, cp: Any, **macros: Macro) -> None:
         self._cp = cp
         self._macros = macros
-        self._modules: dict[tuple[object, ...], Any] = {}
+        self._modules: dict[tuple[str, frozenset[tuple[str, Macro]]], Any] = {}
+        self._functions: dict[tuple[str, str, frozenset[tuple[str, Macro]]], Any] = {}
 
     def get(self, stem: str, function: str, **macros: Macro) -> Any:
         """The cupy.RawKernel `function` of STEM.cu, compiled with these macros."""
-        options = compile_options(self._macros | macros)
-        key = stem, *options
+        key = stem, function, frozenset(macros.items())
+        if key not in self._functions:
+            self._functions[key] = self._module(stem, macros).get_function(function)
+        return self._functions[key]
+
+    def _module(self, stem: str, macros: dict[str, Macro]) -> Any:
+        key = stem, frozenset(macros.items())
         if key not in self._modules:
-            code = kernel_source(stem)
+            code, options = kernel_source(stem), compile_options(self._macros | macros)
             self._modules[key] = self._cp.RawModule(code=code, options=options)
-        return self._modules[key].get_function(function)
+        return self._modules[key]
 
 
 @cache
