@@ -1,5 +1,7 @@
 """The error of the compiler."""
 
+__all__ = ["CompileException"]
+
 
 class CompileException(Exception):
     def __init__(

@@ -7,6 +7,8 @@ from cuda_on_cpu import options
 
 from cupy.cuda import runtime
 
+__all__ = ["Device"]
+
 ERROR_INVALID_DEVICE = 101
 
 _current = threading.local()

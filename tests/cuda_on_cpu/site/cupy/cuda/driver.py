@@ -1,5 +1,7 @@
 """The CUDA driver's errors, which a launch raises."""
 
+__all__ = ["CUDADriverError"]
+
 
 class CUDADriverError(RuntimeError):
     """cupy builds the message from a status; here the text is given, too."""

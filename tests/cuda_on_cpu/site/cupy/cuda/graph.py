@@ -6,6 +6,8 @@ from cupy.cuda.stream import Operation
 from cupy.cuda.stream import Stream
 from cupy.cuda.stream import get_current_stream
 
+__all__ = ["Graph"]
+
 
 class Graph:
     def __init__(self, *_: object) -> None:

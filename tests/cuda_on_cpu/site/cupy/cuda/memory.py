@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from cuda_on_cpu import options
 
+__all__ = ["MemoryPointer", "MemoryPool", "OutOfMemoryError"]
+
 ALIGNMENT = 512  # of cupy's pool
 POISONED_BYTES = 64 << 20  # at the beginning; filling all of a large cache would take too long
 

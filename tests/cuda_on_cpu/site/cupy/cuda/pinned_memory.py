@@ -5,6 +5,8 @@ import mmap
 
 import numpy as np
 
+__all__ = ["PinnedMemoryPointer", "alloc_pinned_memory"]
+
 # (first address, end) of all pinned memory, in order.  It is never unmapped: tests use little.
 _ranges: list[tuple[int, int]] = []
 

@@ -21,6 +21,8 @@ from cuda_on_cpu.options import options
 
 from cupy.cuda import runtime
 
+__all__ = ["Event", "Stream", "get_current_stream", "get_elapsed_time"]
+
 ERROR_CAPTURE_UNSUPPORTED = 900
 ERROR_CAPTURE_INVALIDATED = 901
 
