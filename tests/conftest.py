@@ -15,7 +15,7 @@ from llmsrv.config import default_cache_dir
 from llmsrv.files.source import resolve_model
 from tests.support.gemma3 import fetch_gemma3
 
-pytest_plugins = ["tests.support.servers"]
+pytest_plugins = ["tests.support.servers", "tests.support.cuda"]
 
 # As the engine process does, before numpy is loaded: on two cores that other processes use too, two
 # BLAS threads are several times slower than one.

@@ -134,3 +134,18 @@ def every_mode(request: pytest.FixtureRequest) -> Iterator[str]:
     """The test runs once in each mode."""
     with mode(**MODES[request.param]):
         yield request.param
+
+
+def launch(
+    code: str,
+    name: str,
+    arguments: tuple[Any, ...],
+    *,
+    grid: int = 1,
+    block: int = 32,
+    shared_mem: int = 0,
+    options: tuple[str, ...] = (),
+) -> None:
+    """Compiles the kernel in the current mode and launches it."""
+    kernel = install_stand_in().RawModule(code=code, options=options).get_function(name)
+    kernel((grid,), (block,), arguments, shared_mem=shared_mem)

@@ -22,6 +22,7 @@ struct Fibre {
 struct Collective {
   unsigned mask, arrived, unread;
   int kind, line;
+  emu_leader leader;  // or null
   uint64_t values[32];
 };
 

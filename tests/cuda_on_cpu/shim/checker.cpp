@@ -53,7 +53,8 @@ struct Acquired {
 bool is_on = false;
 std::unordered_map<uintptr_t, std::unique_ptr<Byte[]>> pages;
 std::vector<Range> arrays, parameters, shared_objects;
-Range image;
+Range image;           // the kernel's library
+Range shared_section;  // in it: static shared memory, with gaps between the objects
 std::string report;
 int num_reports = 0;
 std::set<std::pair<uint32_t, uint32_t>> reported;
@@ -137,6 +138,7 @@ Memory find(const Worker* worker, const char* address, Range& range) {
     range = object;
     if (range.contains(address)) return SHARED;
   }
+  if (shared_section.contains(address)) return NOWHERE;
   for (const Range& array : arrays) {
     range = array;
     if (range.contains(address)) return GLOBAL;
@@ -155,6 +157,17 @@ Memory find(const Worker* worker, const char* address, Range& range) {
   return NOWHERE;
 }
 
+Record running_thread(uintptr_t caller) {
+  const Worker* worker = this_worker;
+  Record now;
+  now.block = worker->block_number;
+  now.epoch = worker->barrier_epoch;
+  now.thread = worker->current;
+  now.warp_epoch = worker->warps[worker->current / 32].epoch;
+  now.caller = caller - 1 - (uintptr_t)image.begin;
+  return now;
+}
+
 void synchronize_by_atomic(const Worker* worker, const void* address, const Record& now) {
   std::vector<Release>& here = releases[address];
   std::vector<Release>& seen = unfenced[now.thread];
@@ -171,19 +184,13 @@ void check(const Access& access) {
   Range range;
   Memory memory = find(worker, access.address, range);
   if (memory == UNCHECKED) return;
-  Record now;
-  now.block = worker->block_number;
-  now.epoch = worker->barrier_epoch;
-  now.thread = worker->current;
-  now.warp_epoch = worker->warp_of(worker->current).epoch;
+  Record now = running_thread(access.caller);
   now.is_atomic = access.is_atomic;
   now.is_in_flight = access.is_in_flight;
-  now.caller = access.caller - 1 - (uintptr_t)image.begin;
   if (memory == NOWHERE || access.address + access.size > range.end) {
     add_report("out of bounds of every array passed to the kernel", now, access.is_write);
     return;
   }
-  if ((uintptr_t)access.address % access.alignment) add_report("misaligned", now, access.is_write);
   bool is_shared = memory == SHARED;
   if (access.is_atomic && !is_shared) synchronize_by_atomic(worker, access.address, now);
   if (access.is_write && !access.is_atomic && !is_shared) fence_epoch[now.thread] = -1;
@@ -200,9 +207,14 @@ void check(const Access& access) {
 
 void check_access(const void* address, size_t size, bool is_write, bool is_in_flight) {
   uintptr_t caller = (uintptr_t)__builtin_return_address(0);
-  check({(const char*)address, size, size, is_write, false, is_in_flight, caller});
+  check({(const char*)address, size, is_write, false, is_in_flight, caller});
 }
 
+
+// Reads count as such here: the instruction may be either.
+void check_misaligned(uintptr_t caller) {
+  if (is_on) add_report("misaligned address", running_thread(caller), false);
+}
 
 void check_block_begins() {
   Worker* worker = this_worker;
@@ -242,9 +254,11 @@ static int find_image(dl_phdr_info* info, size_t, void* function) {
   return 1;
 }
 
+enum range_kind { ARRAY, PARAMETER, SHARED_SECTION };
+
 extern "C" {
 
-// Before a launch.  kinds[i]: 1 for an array, 0 for memory that holds the launch's parameters.
+// Before a launch.  `kinds` are of range_kind.
 void emu_check_begin(void* function, int num_ranges, void** begins, const size_t* sizes,
                      const int* kinds) {
   is_on = true;
@@ -258,7 +272,10 @@ void emu_check_begin(void* function, int num_ranges, void** begins, const size_t
   reported.clear();
   num_reports = 0;
   for (int i = 0; i < num_ranges; i++) {
-    (kinds[i] ? arrays : parameters).push_back({(char*)begins[i], (char*)begins[i] + sizes[i]});
+    Range range{(char*)begins[i], (char*)begins[i] + sizes[i]};
+    if (kinds[i] == ARRAY) arrays.push_back(range);
+    if (kinds[i] == PARAMETER) parameters.push_back(range);
+    if (kinds[i] == SHARED_SECTION) shared_section = range;
   }
   dl_iterate_phdr(find_image, function);
 }

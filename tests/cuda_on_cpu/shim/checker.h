@@ -8,7 +8,7 @@
 // One access by the running thread.  `caller`: the instruction after it, for the report.
 struct Access {
   const char* address;
-  size_t size, alignment;
+  size_t size;
   bool is_write, is_atomic;
   bool is_in_flight;  // a write of cp.async that has not been waited for
   uintptr_t caller;
@@ -16,6 +16,7 @@ struct Access {
 
 void check(const Access& access);
 void check_access(const void* address, size_t size, bool is_write, bool is_in_flight);
+void check_misaligned(uintptr_t caller);
 void check_block_begins();
 void check_shared(void* object, size_t size);
 void check_fence();

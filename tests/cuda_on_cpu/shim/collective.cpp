@@ -7,6 +7,7 @@
 static void complete(Warp& warp, Collective& collective) {
   warp.gathering &= ~(1ull << (&collective - warp.collectives));
   collective.unread = collective.arrived;
+  if (collective.leader) collective.leader(collective.values, collective.arrived);
   if (collective.kind == EMU_SYNCWARP) warp.epoch++;
 }
 
@@ -21,7 +22,8 @@ static void check_lines(Worker* worker, const Collective& other, unsigned mask, 
   stop_block(worker);
 }
 
-static Collective& find_or_begin(Worker* worker, Warp& warp, unsigned mask, int kind, int line) {
+static Collective& find_or_begin(Worker* worker, Warp& warp, unsigned mask, int kind,
+                                 emu_leader leader, int line) {
   for (uint64_t rest = warp.gathering; rest; rest &= rest - 1) {
     Collective& other = warp.collectives[__builtin_ctzll(rest)];
     if (!(other.mask & mask)) continue;
@@ -35,6 +37,7 @@ static Collective& find_or_begin(Worker* worker, Warp& warp, unsigned mask, int 
   collective.mask = mask;
   collective.arrived = 0;
   collective.kind = kind;
+  collective.leader = leader;
   collective.line = line;
   return collective;
 }
@@ -46,12 +49,11 @@ const uint64_t* emu_collective(unsigned mask, int kind, uint64_t value, emu_lead
   Warp& warp = worker->warp_of(thread);
   unsigned bit = Worker::bit_of(thread);
   if (!(mask & bit)) emu_fail("a warp collective whose mask lacks the calling lane", line);
-  Collective& collective = find_or_begin(worker, warp, mask, kind, line);
+  Collective& collective = find_or_begin(worker, warp, mask, kind, leader, line);
   collective.values[thread % 32] = value;
   collective.arrived |= bit;
   if (is_complete(warp, collective)) {
     complete(warp, collective);
-    if (leader) leader(collective.values, collective.arrived);
     set_ready(worker, thread / 32, collective.arrived & ~bit);
   } else {
     worker->threads[thread].waits_for = &collective;

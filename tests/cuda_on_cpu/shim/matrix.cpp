@@ -86,7 +86,7 @@ static void ldmatrix(uint64_t* values, unsigned arrived) {
 
 void emu_ldmatrix_x4(int is_transposed, unsigned* d, const void* row, int line) {
   if ((size_t)row % 16) emu_fail("ldmatrix of a row that is not aligned to 16 bytes", line);
-  check({(const char*)row, 16, 16, false, false, false, (uintptr_t)__builtin_return_address(0)});
+  check({(const char*)row, 16, false, false, false, (uintptr_t)__builtin_return_address(0)});
   emu_ldmatrix_operands operands{d, row};
   unsigned arrived;
   emu_leader leader = is_transposed ? ldmatrix<true> : ldmatrix<false>;

@@ -67,8 +67,9 @@ static int take_next(Worker* worker) {
     lane = any_of(worker, worker->warps[warp].ready);
   } else {
     auto choose = order == EMU_REVERSED ? highest : lowest;
-    warp = worker->current < 0 ? 0 : worker->current / 32;
-    if (!worker->warps[warp].ready) warp = choose(worker->ready_warps);
+    warp = worker->current / 32;
+    bool can_stay = worker->current >= 0 && worker->warps[warp].ready;
+    if (!can_stay) warp = choose(worker->ready_warps);
     lane = choose(worker->warps[warp].ready);
   }
   Warp& w = worker->warps[warp];

@@ -1,18 +1,16 @@
-// The functions that g++ calls at each access in code compiled with -fsanitize=thread.  They are ours
-// instead of the runtime library's: each tells the checker what is accessed.
+// The functions that g++ calls at each access in code compiled with -fsanitize=thread, and at each
+// misaligned one with -fsanitize=alignment.  They are ours instead of the runtime library's.
 #include "checker.h"
 
 #define CALLER ((uintptr_t)__builtin_return_address(0))
-#define CHECK_ALIGNED(address, size, alignment, is_write, is_atomic) \
-  check({(const char*)(address), (size_t)(size), alignment, is_write, is_atomic, false, CALLER})
 #define CHECK(address, size, is_write, is_atomic) \
-  CHECK_ALIGNED(address, size, size, is_write, is_atomic)
+  check({(const char*)(address), (size_t)(size), is_write, is_atomic, false, CALLER})
 
 #define PLAIN(size)                                                                 \
   void __tsan_read##size(void* p) { CHECK(p, size, false, false); }                 \
   void __tsan_write##size(void* p) { CHECK(p, size, true, false); }                 \
-  void __tsan_unaligned_read##size(void* p) { CHECK_ALIGNED(p, size, 1, false, false); }       \
-  void __tsan_unaligned_write##size(void* p) { CHECK_ALIGNED(p, size, 1, true, false); }       \
+  void __tsan_unaligned_read##size(void* p) { CHECK(p, size, false, false); }       \
+  void __tsan_unaligned_write##size(void* p) { CHECK(p, size, true, false); }       \
   void __tsan_volatile_read##size(void* p) { CHECK(p, size, false, false); }        \
   void __tsan_volatile_write##size(void* p) { CHECK(p, size, true, false); }
 
@@ -51,14 +49,15 @@
   COMPARE_EXCHANGE(bits, T, weak, true)
 
 extern "C" {
+void __ubsan_handle_type_mismatch_v1(void*, uintptr_t) { check_misaligned(CALLER); }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 void __tsan_atomic_thread_fence(int) {}
-void __tsan_read_range(void* p, long size) { CHECK_ALIGNED(p, size, 1, false, false); }
-void __tsan_write_range(void* p, long size) { CHECK_ALIGNED(p, size, 1, true, false); }
+void __tsan_read_range(void* p, long size) { CHECK(p, size, false, false); }
+void __tsan_write_range(void* p, long size) { CHECK(p, size, true, false); }
 PLAIN(1)
 PLAIN(2)
 PLAIN(4)

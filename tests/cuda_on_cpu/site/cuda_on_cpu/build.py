@@ -12,6 +12,9 @@ from pathlib import Path
 from cuda_on_cpu.options import EmulationError
 from cuda_on_cpu.options import capability
 from cuda_on_cpu.options import options
+from cuda_on_cpu.translate import CHECKED_STORAGE
+from cuda_on_cpu.translate import ONE_WORKER_STORAGE
+from cuda_on_cpu.translate import THREAD_STORAGE
 from cuda_on_cpu.translate import translate
 
 SHIM = Path(__file__).parents[2] / "shim"
@@ -27,7 +30,7 @@ KERNEL_FLAGS = (
     "-fno-math-errno",
     "-ffp-contract=fast",  # as nvcc's default -fmad=true
 )
-CHECKED_FLAGS = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")
+CHECKED_FLAGS = ("-fsanitize=thread,alignment", "--param=tsan-instrument-func-entry-exit=0")
 
 
 class Kernel(ctypes.Structure):
@@ -45,11 +48,16 @@ class Kernel(ctypes.Structure):
 
 @dataclass
 class Module:
-    """A compiled kernel file.  The table of kernels lies in the library."""
+    """A compiled kernel file.
+
+    kernels         name -> entry of the table in the library
+    shared_section  address and number of bytes of the static shared memory in a checked module
+    """
 
     path: Path
     library: ctypes.CDLL
     kernels: dict[str, Kernel]
+    shared_section: tuple[int, int]
 
 
 class CompileError(Exception):
@@ -62,8 +70,9 @@ def runtime() -> ctypes.CDLL:
     texts = [path.read_bytes() for path in (*sources, *sorted(SHIM.glob("*.h")))]
     path = _cached("libemulator", RUNTIME_FLAGS, *texts)
     if not path.exists():
-        files = [str(source) for source in sources]
-        _run_gxx([*files, *RUNTIME_FLAGS], path)
+        # As one file: most of the time goes into C++'s headers.
+        unit = "".join(f'#include "{source}"\n' for source in sources)
+        _build(["-x", "c++", "-", *RUNTIME_FLAGS], path, unit)
     return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
@@ -75,7 +84,7 @@ def driver_library() -> Path:
     directory.mkdir(exist_ok=True)
     path = directory / "libcuda.so.1"
     if not path.exists():
-        _run_gxx([*flags, str(source)], path)
+        _build([*flags, str(source)], path)
     return path
 
 
@@ -88,10 +97,11 @@ def compile_kernels(code: str, macros: tuple[str, ...]) -> Module:
     flags = [*KERNEL_FLAGS, *macros, f"-D__CUDA_ARCH__={capability() * 10}"]
     if options.is_checked:
         flags += CHECKED_FLAGS
-    # One worker runs one block at a time, so its shared objects can be plain static ones, for which
-    # the checker knows a fixed address.
-    has_one_worker = options.is_checked or options.workers == 1
-    return _compile(code, tuple(flags), "static" if has_one_worker else "static thread_local")
+    if options.is_checked:
+        storage = CHECKED_STORAGE
+    else:
+        storage = ONE_WORKER_STORAGE if options.workers == 1 else THREAD_STORAGE
+    return _compile(code, tuple(flags), storage)
 
 
 @cache
@@ -105,7 +115,7 @@ def _compile(code: str, flags: tuple[str, ...], storage: str) -> Module:
         source = path.with_suffix(f".{os.getpid()}.cpp")
         source.write_text(translated)
         try:
-            _run_gxx([*flags, "-shared", "-nostdlib", "-fpreprocessed", str(source)], path)
+            _build([*flags, "-shared", "-nostdlib", "-fpreprocessed", str(source)], path)
         finally:
             source.unlink()
     return _load(path)
@@ -122,13 +132,15 @@ def _load(path: Path) -> Module:
     library = ctypes.CDLL(str(path))
     count = ctypes.c_int.in_dll(library, "emu_num_kernels").value
     table = (Kernel * count).in_dll(library, "emu_kernels")
-    return Module(path, library, {kernel.name.decode(): kernel for kernel in table})
+    begin, end = (ctypes.c_size_t * 2).in_dll(library, "emu_shared_section")
+    kernels = {kernel.name.decode(): kernel for kernel in table}
+    return Module(path, library, kernels, (begin, end - begin))
 
 
-def _run_gxx(arguments: list[str], path: Path) -> None:
+def _build(arguments: list[str], path: Path, text: str | None = None) -> None:
     """Writes the library at once, since processes build the same one at the same time."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    _run([*_gxx(), *arguments, "-o", str(temporary)])
+    _run([*_gxx(), *arguments, "-o", str(temporary)], text)
     temporary.replace(path)
 
 

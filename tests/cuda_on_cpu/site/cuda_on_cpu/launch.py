@@ -86,7 +86,7 @@ def launch(
     )
     error = ctypes.create_string_buffer(4096)
     if options.is_checked:
-        _begin_check(library, kernel, arguments, pointers)
+        _begin_check(library, module, kernel, arguments, pointers)
     failed = library.emu_launch(
         ctypes.byref(kernel),
         pointers,
@@ -108,11 +108,17 @@ def launch(
 
 
 def _begin_check(
-    library: ctypes.CDLL, kernel: Kernel, arguments: Sequence[Argument], pointers: Any
+    library: ctypes.CDLL,
+    module: Module,
+    kernel: Kernel,
+    arguments: Sequence[Argument],
+    pointers: Any,
 ) -> None:
-    ranges = [(*argument.extent, 1) for argument in arguments if argument.extent is not None]
+    """Names the memory that the kernel may access; the kinds are range_kind of checker.cpp."""
+    ranges = [(*argument.extent, 0) for argument in arguments if argument.extent is not None]
     parameters = [*(argument.value for argument in arguments), pointers]
-    ranges += [(ctypes.addressof(value), ctypes.sizeof(value), 0) for value in parameters]
+    ranges += [(ctypes.addressof(value), ctypes.sizeof(value), 1) for value in parameters]
+    ranges.append((*module.shared_section, 2))
     begins, sizes, kinds = zip(*ranges, strict=True)
     library.emu_check_begin(
         ctypes.c_void_p(kernel.run),

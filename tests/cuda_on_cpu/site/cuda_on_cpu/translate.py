@@ -11,6 +11,18 @@ import re
 
 from cuda_on_cpu.options import EmulationError
 
+# The storage of __shared__ objects.  One worker runs one block at a time, so they can be static.
+# For the checker they lie in a section of their own, each with a guard after it.
+ONE_WORKER_STORAGE = "static"
+CHECKED_STORAGE = 'static __attribute__((section("emu_shared")))'
+THREAD_STORAGE = "static thread_local"
+SECTION_BOUNDS = """\
+extern char section_begin[] __asm__("__start_emu_shared") __attribute__((weak));
+extern char section_end[] __asm__("__stop_emu_shared") __attribute__((weak));
+extern "C" char *const emu_shared_section[] = {section_begin, section_end};
+"""
+FIRST_LINE = '# 1 "kernel.cu"'  # between our headers and the kernel's text
+
 # One level of nested parentheses is enough for __launch_bounds__(max(A, B), C).
 ARGUMENTS = r"\(((?:[^()]|\([^()]*\))*)\)"
 BOUNDS = rf"(?:__launch_bounds__\s*{ARGUMENTS}\s*)?"
@@ -26,7 +38,10 @@ def translate(preprocessed: str, storage: str) -> str:
     """Returns the text of a C++ file.
 
     preprocessed  with line markers, and the four words still in it
-    storage       of a __shared__ object, "static" or "static thread_local"
+    storage       of a __shared__ object: one of the constants below
+
+    The anonymous namespace keeps templates out of sections that linkers merge, where a section of
+    our own would be refused.
     """
     kernels = dict[str, str]()  # name -> maximum number of threads, an expression
 
@@ -41,10 +56,12 @@ def translate(preprocessed: str, storage: str) -> str:
     text = DYNAMIC.sub(_dynamic_shared, text)
     text = _declare_static_shared(text, storage)
     rows = ",\n".join(_table_row(name, bounds) for name, bounds in kernels.items())
+    prelude, marker, own = text.partition(FIRST_LINE)
     return (
-        f"{text}\n"
+        f"{prelude}\nnamespace {{\n{marker}{own}\n}}\n"
         f'extern "C" const emu_kernel emu_kernels[] = {{\n{rows}\n}};\n'
         f'extern "C" const int emu_num_kernels = {len(kernels)};\n'
+        f"{SECTION_BOUNDS}"
     )
 
 
@@ -77,6 +94,8 @@ def _declare_static_shared(text: str, storage: str) -> str:
         parts.append(ALIGNAS.sub(r"__attribute__((aligned(\1)))", declaration))
         for name in _declared_names(declaration):
             parts.append(f"; emu_declare_shared((void *)&{name}, sizeof({name}))")
+            if storage == CHECKED_STORAGE:
+                parts.append(f"; {storage} __attribute__((used)) char emu_guard_{name}[64]")
         end = stop
     return "".join([*parts, text[end:]])
 
