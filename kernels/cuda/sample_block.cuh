@@ -11,15 +11,19 @@ struct Histogram {
     unsigned low[NUM_BINS], high[NUM_BINS];
 };
 
-struct __align__(16) Shared {
-    Histogram histogram;
-    unsigned counts[NUM_BINS];
-    int ids[MAX_LISTED]; /* the candidates, if they fit; ids ascend */
-    float values[MAX_LISTED];
+/* Shared memory for what the threads of a block tell each other. */
+struct BlockShared {
     Mass warp_masses[WARPS];
     Mass left;
     unsigned found;
     int is_last;
+};
+
+struct __align__(16) Shared : BlockShared {
+    float values[MAX_LISTED]; /* of the candidates, if they fit */
+    int ids[MAX_LISTED];      /* of the candidates; they ascend */
+    Histogram histogram;
+    unsigned counts[NUM_BINS];
 };
 
 __device__ __forceinline__ Mass warp_mass(Mass mass)
@@ -52,7 +56,8 @@ __device__ __forceinline__ Mass warp_mass_before(Mass mass)
 }
 
 /* The sum of the masses of lower threads; *total becomes that of all threads. */
-__device__ __forceinline__ Mass block_mass_before(Shared &shared, Mass mass, Mass *total)
+__device__ __forceinline__ Mass block_mass_before(
+    BlockShared &shared, Mass mass, Mass *total)
 {
     int warp = threadIdx.x / 32;
     Mass before = warp_mass_before(mass);
@@ -69,7 +74,7 @@ __device__ __forceinline__ Mass block_mass_before(Shared &shared, Mass mass, Mas
     return before;
 }
 
-__device__ __forceinline__ Mass block_mass(Shared &shared, Mass mass)
+__device__ __forceinline__ Mass block_mass(BlockShared &shared, Mass mass)
 {
     Mass total;
     block_mass_before(shared, mass, &total);
@@ -77,7 +82,7 @@ __device__ __forceinline__ Mass block_mass(Shared &shared, Mass mass)
 }
 
 /* True in the last block of the row to call this.  It sees all that the others wrote before. */
-__device__ __forceinline__ bool is_last_block(Shared &shared, State *state)
+__device__ __forceinline__ bool is_last_block(BlockShared &shared, State *state)
 {
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -269,30 +274,54 @@ template <class View> struct Candidates {
     /* Lists the candidates in shared memory, if they are at most MAX_LISTED. */
     __device__ __forceinline__ void list()
     {
-        Mass count = fill_sums([](int, float) { return 1ull; });
-        if (count > MAX_LISTED)
-            return;
-        for (int group = threadIdx.x / 32; group < num_groups(); group += WARPS) {
+        int count = 0;
+        for (int start = 0; start < num_groups(); start += THREADS) {
+            count += list_groups(start, count);
+            if (count > MAX_LISTED)
+                return;
+        }
+        /* Lanes load four values, also at the end of the list. */
+        if (count % 4 && threadIdx.x < 4 - count % 4)
+            shared.values[count + threadIdx.x] = MINUS_INFINITY;
+        __syncthreads();
+        size = count;
+        is_listed = true;
+    }
+
+    /* Adds the candidates of THREADS groups to a list of `count`, if there is room for all of them;
+     * returns their number.  A warp takes 32 groups, those with a candidate one by one. */
+    __device__ __forceinline__ int list_groups(int start, int count)
+    {
+        int group = start + threadIdx.x, first = group / 32 * 32, lane = threadIdx.x % 32;
+        bool has_any = group < num_groups() && is_above(maxima[group]);
+        unsigned groups = __ballot_sync(ALL_LANES, has_any);
+        Mass own = 0, total;
+        for (unsigned left = groups; left; left &= left - 1)
+            visit_group(first + __ffs(left) - 1, [&](int, float, int) { own++; });
+        own = warp_mass(own);
+        Mass before = block_mass_before(shared, lane == 31 ? own : 0, &total);
+        if (count + total > MAX_LISTED)
+            return (int)total;
+        int position = count + (int)before;
+        for (unsigned left = groups; left; left &= left - 1) {
             float values[4];
             unsigned present = 0;
+            group = first + __ffs(left) - 1;
             visit_group(group, [&](int, float value, int i) {
                 values[i] = value;
                 present |= 1u << i;
             });
-            int position = (int)(sums[group] + warp_mass_before(__popc(present)));
+            int end = position + (int)warp_mass_before(__popc(present)) + __popc(present);
+            int place = end - __popc(present);
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 if (present >> i & 1) {
-                    shared.ids[position] = group * GROUP + threadIdx.x % 32 * 4 + i;
-                    shared.values[position++] = values[i];
+                    shared.ids[place] = group * GROUP + lane * 4 + i;
+                    shared.values[place++] = values[i];
                 }
+            position = __shfl_sync(ALL_LANES, end, 31);
         }
-        /* Lanes load four values, also the last of the list. */
-        if (count % 4 && threadIdx.x < 4 - count % 4)
-            shared.values[count + threadIdx.x] = MINUS_INFINITY;
-        __syncthreads();
-        size = (int)count;
-        is_listed = true;
+        return (int)total;
     }
 };
 

@@ -63,12 +63,12 @@ __device__ int decide(const Row &row, State *state)
     return 0;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) sample_max(
+extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_max(
     const float *logits, long long stride, int vocab_size, const Row *rows, const unsigned *lines,
     long long line_words, const unsigned *masks, long long mask_words, const unsigned *words,
     State *states, int *ids, Result *results)
 {
-    __shared__ Shared shared;
+    __shared__ BlockShared shared;
     const Row *row = rows + blockIdx.y;
     State *state = states + blockIdx.y;
     Tables tables = {lines, line_words, masks, mask_words, words};
