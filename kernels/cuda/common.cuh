@@ -43,7 +43,7 @@ __device__ __forceinline__ float2 unpack_T16(unsigned bits)
     return to_float2(pair.values);
 }
 
-__device__ __forceinline__ float warp_sum(float value)
+template <class T> __device__ __forceinline__ T warp_sum(T value)
 {
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2)
@@ -60,15 +60,15 @@ __device__ __forceinline__ float warp_max(float value)
 }
 
 /* The sum over all threads of the block, in every thread.  `scratch` is shared memory for 32
- * floats, free again on return.  The block has whole warps. */
-__device__ __forceinline__ float block_sum(float value, float *scratch)
+ * values, free again on return.  The block has whole warps. */
+template <class T> __device__ __forceinline__ T block_sum(T value, T *scratch)
 {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     value = warp_sum(value);
     if (lane == 0)
         scratch[warp] = value;
     __syncthreads();
-    value = warp_sum(lane < blockDim.x / 32 ? scratch[lane] : 0.0f);
+    value = warp_sum(lane < blockDim.x / 32 ? scratch[lane] : T(0));
     __syncthreads();
     return value;
 }

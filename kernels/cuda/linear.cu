@@ -5,8 +5,9 @@
  *   columns      of W, a multiple of 32; x is zero from its own width to there
  *   norm_weight  [columns] float32, zero from x's width on
  *   norm_width   x's width
- * Grid: tiles_per_block tiles of 16 rows of W, by MAX_ROWS = 8 * ROW_GROUPS rows of x.  Dynamic shared
- * memory with NORM: num_rows * normed_stride T16.
+ *   groups, num_groups, sorted_choices, chosen_of_x  with GROUPED: see grouped.cuh
+ * Grid: tiles_per_block tiles of 16 rows of W, by MAX_ROWS = 8 * ROW_GROUPS rows of x, or by groups.
+ * Dynamic shared memory with NORM: num_rows * normed_stride T16.
  *
  * Bandwidth binds, so all is arranged for bytes in flight.  A block computes tiles_per_block tiles of
  * 16 rows of W, one after another.  Its warps take every eighth tile of columns, so that the block
@@ -18,6 +19,7 @@
 #include "ptx.cuh"
 #include "formats.cuh"
 #include "epilogue.cuh"
+#include "grouped.cuh"
 
 #define WARPS 8
 #define UNROLL (Row::UNROLL / TILES > 1 ? Row::UNROLL / TILES : 1)
@@ -48,12 +50,13 @@ __device__ __forceinline__ void add_block(float *sums, const Row *rows, int bloc
     }
 }
 
-/* sums += x @ W.T over the columns of a tile, for TILES tiles of 16 rows of W; x points to the columns
- * in row lane / 4 of x. */
+/* sums += x @ W.T over the columns of a tile, for TILES tiles of 16 rows of W.
+ *   x  rows lane / 4 of each 8 rows of x, or null beyond the last row
+ *   column  the tile's first */
 __device__ __forceinline__ void multiply(float (*sums)[ROW_GROUPS][4], const Row (*rows)[2],
-    const T16 *x, long long x_stride, int num_rows, int num_blocks)
+    const T16 *const *x, int column, int num_blocks)
 {
-    int group = threadIdx.x % 32 / 4, piece = threadIdx.x % 4;
+    int piece = threadIdx.x % 4;
 #pragma unroll
     for (int block = 0; block < Row::BLOCKS; block++) {
         if (block >= num_blocks)
@@ -69,8 +72,8 @@ __device__ __forceinline__ void multiply(float (*sums)[ROW_GROUPS][4], const Row
 #pragma unroll
         for (int n = 0; n < ROW_GROUPS; n++) {
             unsigned b[4] = {0, 0, 0, 0};
-            if (8 * n + group < num_rows)
-                fragments_b(b, x + 8 * n * x_stride + block * BLOCK_COLUMNS, piece);
+            if (x[n])
+                fragments_b(b, x[n] + column + block * BLOCK_COLUMNS, piece);
             float x_sums[4] = {}; /* of the 32 columns: what a minimum is multiplied by */
             if constexpr (Row::HAS_MINIMA) {
                 unsigned one = pair_of_float(1.0f), ones[4] = {one, one, one, one};
@@ -101,13 +104,14 @@ __device__ __forceinline__ void normalize(T16 *out, int out_stride, const float 
 }
 
 /* Loads a lane's rows of TILES tiles, one below the other.  Tiles beyond the last are copies of it. */
-__device__ __forceinline__ void load_tiles(Row (*rows)[2], const Planes &planes, int row_tile,
-    int row_tiles, int column_tiles, int column_tile)
+__device__ __forceinline__ void load_tiles(Row (*rows)[2], const Planes &planes,
+    long long first_tile, int row_tile, int row_tiles, int column_tiles, int column_tile)
 {
     int group = threadIdx.x % 32 / 4, piece = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
-        long long tile = (long long)min(row_tile + i, row_tiles - 1) * column_tiles + column_tile;
+        long long tile = first_tile + min(row_tile + i, row_tiles - 1);
+        tile = tile * column_tiles + column_tile;
         long long row = tile * TILE_ROWS + group, super_row = tile / 2 * TILE_ROWS + group;
         rows[i][0].load<true>(planes, row, super_row, piece);
         rows[i][1].load<true>(planes, row + 8, super_row + 8, piece);
@@ -116,21 +120,23 @@ __device__ __forceinline__ void load_tiles(Row (*rows)[2], const Planes &planes,
 
 /* Adds the sums of all warps for a tile of 16 rows of W, and writes the result. */
 __device__ __forceinline__ void finish(const Epilogue &epilogue,
-    const float (*partial)[MAX_ROWS][PARTIAL_STRIDE], int row_tile, int first_row, int num_rows)
+    const float (*partial)[MAX_ROWS][PARTIAL_STRIDE], int row_tile, const int *out_rows,
+    int first_row, int num_rows)
 {
     int tile_width = epilogue.gated ? TILE_ROWS / 2 : TILE_ROWS;
     for (int i = threadIdx.x; i < num_rows * tile_width; i += blockDim.x) {
         int row = i / tile_width, offset = i % tile_width;
         int column = row_tile * tile_width + offset;
+        int out_row = out_rows ? out_rows[row] : first_row + row;
         float sum = 0.0f, up_sum = 0.0f;
         for (int warp = 0; warp < WARPS; warp++) {
             sum += partial[warp][row][offset];
             up_sum += partial[warp][row][TILE_ROWS - tile_width + offset];
         }
         if (column < epilogue.width && epilogue.gated)
-            store_gated(epilogue, first_row + row, column, sum, up_sum);
+            store_gated(epilogue, out_row, column, sum, up_sum);
         else if (column < epilogue.width)
-            store(epilogue, first_row + row, column, sum);
+            store(epilogue, out_row, column, sum);
     }
 }
 
@@ -140,7 +146,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
         const unsigned char *super_scales, int num_rows, int width, int columns, int column_tiles,
         int row_tiles, const float *bias, float scale, float softcap, int gated, int accumulate,
         int tiles_per_block, const float *norm_weight, int norm_width, float norm_eps,
-        int normed_stride)
+        int normed_stride, const Group *groups, const int *num_groups,
+        const int *sorted_choices, int chosen_of_x)
 {
     __shared__ float partial[WARPS][MAX_ROWS][PARTIAL_STRIDE];
     Planes planes = {values, high, scales, super_scales};
@@ -148,15 +155,37 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, piece = lane % 4;
     int first_row = blockIdx.y * MAX_ROWS;
     num_rows = min(num_rows - first_row, MAX_ROWS);
-#if NORM
-    extern __shared__ uint4 dynamic_shared[];
-    T16 *x = (T16 *)dynamic_shared;
-    normalize(x, normed_stride, (const float *)x_rows + first_row * x_stride, x_stride, num_rows,
-        columns, norm_width, norm_weight, norm_eps);
-    x_stride = normed_stride;
-#else
-    const T16 *x = (const T16 *)x_rows + first_row * x_stride;
+    const int *choices = 0; /* the rows of out, if not all in order */
+    long long expert_tile = 0;
+#ifdef GROUPED
+    if (blockIdx.y >= *num_groups)
+        return;
+    Group own = groups[blockIdx.y];
+    num_rows = own.num_rows;
+    choices = sorted_choices + own.first;
+    expert_tile = (long long)own.expert * row_tiles;
 #endif
+    const T16 *x[ROW_GROUPS];
+#ifdef NORM
+    extern __shared__ uint4 dynamic_shared[];
+    T16 *normed = (T16 *)dynamic_shared;
+    normalize(normed, normed_stride, (const float *)x_rows + first_row * x_stride, x_stride, num_rows,
+        columns, norm_width, norm_weight, norm_eps);
+#endif
+#pragma unroll
+    for (int n = 0; n < ROW_GROUPS; n++) {
+        int row = 8 * n + group;
+        x[n] = 0;
+        if (row >= num_rows)
+            continue;
+#ifdef NORM
+        x[n] = normed + row * normed_stride;
+#elif defined(GROUPED)
+        x[n] = (const T16 *)x_rows + (long long)(choices[row] / chosen_of_x) * x_stride;
+#else
+        x[n] = (const T16 *)x_rows + (first_row + row) * x_stride;
+#endif
+    }
     int first_tile = blockIdx.x * tiles_per_block;
     int end_tile = min(first_tile + tiles_per_block, row_tiles);
     for (int row_tile = first_tile; row_tile < end_tile; row_tile += TILES) {
@@ -166,13 +195,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
 #pragma unroll
             for (int u = 0; u < UNROLL; u++)
                 if (start + u * WARPS < column_tiles)
-                    load_tiles(rows[u], planes, row_tile, row_tiles, column_tiles, start + u * WARPS);
+                    load_tiles(rows[u], planes, expert_tile, row_tile, row_tiles, column_tiles,
+                        start + u * WARPS);
 #pragma unroll
             for (int u = 0; u < UNROLL; u++) {
                 int column = (start + u * WARPS) * Row::BLOCKS * BLOCK_COLUMNS;
                 if (start + u * WARPS < column_tiles)
-                    multiply(sums, rows[u], x + group * x_stride + column, x_stride, num_rows,
-                        (columns - column) / BLOCK_COLUMNS);
+                    multiply(sums, rows[u], x, column, (columns - column) / BLOCK_COLUMNS);
             }
         }
         for (int tile = 0; tile < TILES && row_tile + tile < end_tile; tile++) {
@@ -182,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
                 for (int i = 0; i < 4; i++)
                     partial[warp][8 * n + 2 * piece + i % 2][group + 8 * (i / 2)] = sums[tile][n][i];
             __syncthreads();
-            finish(epilogue, partial, row_tile + tile, first_row, num_rows);
+            finish(epilogue, partial, row_tile + tile, choices, first_row, num_rows);
             __syncthreads();
         }
     }

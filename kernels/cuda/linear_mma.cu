@@ -2,8 +2,9 @@
  *
  *   x  [num_rows, x_stride] T16, zero from its own width to `columns`
  *   W  planes, column_tiles tiles in a row of tiles (formats.cuh)
- * A block computes BLOCK_ROWS rows of x by BLOCK_WIDTH rows of W; the grid has one block for each such
- * tile.  Dynamic shared memory: STAGES * sizeof(Stage).
+ *   groups, num_groups, sorted_choices, chosen_of_x  with GROUPED: see grouped.cuh
+ * A block computes BLOCK_ROWS rows of x, or a group, by BLOCK_WIDTH rows of W; the grid has one block
+ * for each such tile.  Dynamic shared memory: STAGES * sizeof(Stage).
  *
  * A step takes one tile of columns.  STAGES of them are in shared memory: while one is multiplied,
  * cp.async fills the others.  The weights stay packed there.  They are `a` of the mma, so each warp
@@ -18,6 +19,7 @@
 #include "ptx.cuh"
 #include "formats.cuh"
 #include "epilogue.cuh"
+#include "grouped.cuh"
 
 constexpr int X_WARPS = 2;                         /* warps along x's rows */
 constexpr int W_WARPS = Row::HAS_SCALES ? 4 : 2;   /* and along W's */
@@ -29,7 +31,7 @@ constexpr int BLOCK_TILES = BLOCK_WIDTH / TILE_ROWS;
 constexpr int RASTER_ROWS = 8;
 
 /* The bytes of a plane in a stage; an array cannot be empty. */
-constexpr int plane_bytes(int row_bytes) { return row_bytes > 0 ? BLOCK_WIDTH * row_bytes : 16; }
+__device__ constexpr int plane_bytes(int row_bytes) { return row_bytes > 0 ? BLOCK_WIDTH * row_bytes : 16; }
 
 struct alignas(16) Stage {
     T16 x[Row::BLOCKS][BLOCK_ROWS][BLOCK_COLUMNS];
@@ -54,14 +56,16 @@ __device__ __forceinline__ void copy_plane(
 }
 
 /* Copies the columns of a tile from rows of x; zeros beyond num_rows and beyond num_blocks. */
-__device__ __forceinline__ void copy_x(
-    Stage &stage, const T16 *x, long long x_stride, int num_rows, int num_blocks)
+__device__ __forceinline__ void copy_x(Stage &stage, const T16 *x, long long x_stride,
+    const int *x_rows, int num_rows, int num_blocks)
 {
     constexpr int UNITS = Row::BLOCKS * 4;
     for (int i = threadIdx.x; i < BLOCK_ROWS * UNITS; i += THREADS) {
         int row = i / UNITS, block = i % UNITS / 4, piece = i % 4;
         bool exists = row < num_rows && block < num_blocks;
-        long long offset = exists ? row * x_stride + block * BLOCK_COLUMNS + piece * 8 : 0;
+        long long offset = 0;
+        if (exists)
+            offset = x_rows[row] * x_stride + block * BLOCK_COLUMNS + piece * 8;
         cp_async_16(&stage.x[block][row][piece * 8], x + offset, exists);
     }
 }
@@ -118,24 +122,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     linear_mma(void *out, long long out_stride, const T16 *x, long long x_stride,
         const unsigned char *values, const unsigned char *high, const unsigned char *scales,
         const unsigned char *super_scales, int num_rows, int width, int columns, int column_tiles,
-        int row_tiles, const float *bias, float scale, float softcap, int gated, int accumulate)
+        int row_tiles, const float *bias, float scale, float softcap, int gated, int accumulate,
+        const Group *groups, const int *num_groups, const int *sorted_choices, int chosen_of_x)
 {
     extern __shared__ uint4 dynamic_shared[];
     Stage *stages = (Stage *)dynamic_shared;
     Epilogue epilogue = {out, out_stride, width, bias, scale, softcap, gated, accumulate};
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, piece = lane % 4;
+    __shared__ int x_rows[BLOCK_ROWS], out_rows[BLOCK_ROWS];
+    int width_blocks = (row_tiles + BLOCK_TILES - 1) / BLOCK_TILES;
+    long long expert_tile = 0;
+#ifdef GROUPED
+    int width_block = blockIdx.x % width_blocks, group_index = blockIdx.x / width_blocks;
+    if (group_index >= *num_groups)
+        return;
+    Group own = groups[group_index];
+    num_rows = own.num_rows;
+    expert_tile = (long long)own.expert * row_tiles;
+    for (int i = threadIdx.x; i < num_rows; i += THREADS) {
+        out_rows[i] = sorted_choices[own.first + i];
+        x_rows[i] = out_rows[i] / chosen_of_x;
+    }
+#else
     int row_block, width_block;
-    block_place((num_rows + BLOCK_ROWS - 1) / BLOCK_ROWS,
-        (row_tiles + BLOCK_TILES - 1) / BLOCK_TILES, &row_block, &width_block);
-    int block_row = row_block * BLOCK_ROWS, block_tile = width_block * BLOCK_TILES;
-    x += block_row * x_stride;
+    block_place((num_rows + BLOCK_ROWS - 1) / BLOCK_ROWS, width_blocks, &row_block, &width_block);
+    num_rows = min(num_rows - row_block * BLOCK_ROWS, BLOCK_ROWS);
+    for (int i = threadIdx.x; i < num_rows; i += THREADS)
+        x_rows[i] = out_rows[i] = row_block * BLOCK_ROWS + i;
+#endif
+    __syncthreads();
+    int block_tile = width_block * BLOCK_TILES;
 
     auto copy_step = [&](int step) {
         if (step < column_tiles) {
             Stage &stage = stages[step % STAGES];
-            long long tile = (long long)block_tile * column_tiles + step;
+            long long tile = (expert_tile + block_tile) * column_tiles + step;
             int num_tiles = row_tiles - block_tile, first_block = step * Row::BLOCKS;
-            copy_x(stage, x + first_block * BLOCK_COLUMNS, x_stride, num_rows - block_row,
+            copy_x(stage, x + first_block * BLOCK_COLUMNS, x_stride, x_rows, num_rows,
                 columns / BLOCK_COLUMNS - first_block);
             copy_plane<TILE_ROWS * 64>(
                 stage.values, values + tile * TILE_ROWS * 64, column_tiles, num_tiles);
@@ -171,12 +194,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         for (int n = 0; n < X_GROUPS; n++)
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                int row = block_row + first_row + 8 * n + 2 * piece + i;
+                int row = first_row + 8 * n + 2 * piece + i;
                 int row_tile = block_tile + first_tile + tile;
                 int column = row_tile * (gated ? 8 : TILE_ROWS) + group;
                 float first = sums[tile][n][i], second = sums[tile][n][i + 2];
                 if (row >= num_rows)
                     continue;
+                row = out_rows[row];
                 if (gated) {
                     if (column < width)
                         store_gated(epilogue, row, column, first, second);

@@ -151,9 +151,10 @@ class CUDABackend(Backend):
             names_of(stack.tensors): pack(cp, stack.tensors, dtype, tick, stack.is_paired)
             for stack in stacks_of(operations)
         }
+        linear = LinearKernels(kernels, self.device, is_batch_invariant)
         launchers = Launchers(
-            LinearKernels(kernels, self.device, is_batch_invariant),
-            ExpertKernels(kernels, self.device, program, limits, dtype),
+            linear,
+            ExpertKernels(cp, kernels, linear, program, limits, dtype),
             AttentionKernels(kernels, self.device, program, limits, is_batch_invariant),
         )
         buffers = Buffers(cp, program, operations, limits, dtype)

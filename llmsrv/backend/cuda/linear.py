@@ -54,6 +54,24 @@ class NormWeight:
     normed: Any
 
 
+@dataclass(frozen=True)
+class Groups:
+    """Choices of experts, sorted by expert and cut into groups: what experts.cu writes.
+
+    groups          int32 [max_groups, 4], see grouped.cuh
+    num_groups      int32 [1]
+    sorted_choices  int32
+    group_rows      the most choices in a group
+    max_groups      the most groups there can be
+    """
+
+    groups: Any
+    num_groups: Any
+    sorted_choices: Any
+    group_rows: int
+    max_groups: int
+
+
 class LinearKernels:
     """Everything is launched on the current stream.
 
@@ -91,24 +109,44 @@ class LinearKernels:
             x, norm = norm.normed, None
         for part in weights.parts:
             first, end = part.first_column, part.first_column + part.width
-            product = _Product(
-                out[:, first:end],
-                x,
-                part,
-                num_rows,
-                -(-weights.columns // BLOCK_COLUMNS) * BLOCK_COLUMNS,
-                (
-                    bias if bias is None or gated else bias[first:end],
-                    np.float32(scale),
-                    np.float32(softcap or 0),
-                    np.int32(GATED[gated]),
-                    np.int32(accumulate),
-                ),
-            )
+            part_bias = bias if bias is None or gated else bias[first:end]
+            epilogue = _epilogue(part_bias, scale, softcap, gated, accumulate)
+            product = _Product(out[:, first:end], x, part, num_rows, weights.columns, epilogue)
             if self._is_batch_invariant or num_rows > MAX_FEW_ROWS:
                 self._many_rows(product)
             else:
                 self._few_rows(product, norm)
+
+    def grouped(
+        self,
+        out: Any,
+        x: Any,
+        weights: Weights,
+        groups: Groups,
+        chosen_of_x: int,
+        gated: Literal["silu", "gelu"] | None = None,
+    ) -> None:
+        """Row c of `out` = row c // chosen_of_x of x @ W.T, with W of the choice's expert.
+
+        out      float32; operand if gated, which needs paired weights
+        weights  of all experts, from pack_experts
+        """
+        [part] = weights.parts
+        epilogue = _epilogue(None, 1.0, None, gated, False)
+        rows = groups, chosen_of_x
+        product = _Product(out, x, part, groups.group_rows, weights.columns, epilogue, rows)
+        if groups.group_rows > MAX_FEW_ROWS:
+            self._many_rows(product)
+        else:
+            self._few_rows(product, None)
+
+    def group_rows(self, num_choices: int, num_experts: int) -> int:
+        """The size of groups that suits the average number of choices of an expert."""
+        average = -(-num_choices // num_experts)
+        if average <= MAX_FEW_ROWS and not self._is_batch_invariant:
+            # Twice the average: few experts then need a second group, which reads weights again.
+            return min(MAX_FEW_ROWS, GROUP_ROWS << (-(-2 * average // GROUP_ROWS) - 1).bit_length())
+        return LARGE_BLOCK if average > SMALL_BLOCK and self._can_be_large() else SMALL_BLOCK
 
     def _fuses_norm(self, x: Any, num_rows: int) -> bool:
         """The normalized rows must fit into the shared memory of a block, two of which should fit
@@ -123,9 +161,11 @@ class LinearKernels:
         groups = 1 << (-(-num_rows // GROUP_ROWS) - 1).bit_length()
         num_blocks = self._device.num_multiprocessors
         tiles = MAX_TILES if groups > 1 and part.row_tiles >= MAX_TILES * num_blocks else 1
+        macros: dict[str, int | str] = {"FORMAT": part.format, "ROW_GROUPS": groups, "TILES": tiles}
         tiles_per_block, shared_bytes = tiles, 0
         norm_arguments = None, np.int32(0), np.float32(0), np.int32(0)
         if norm is not None:
+            macros["NORM"] = 1
             tiles_per_block = max(1, part.row_tiles // (MIN_BLOCKS * num_blocks))
             stride = _normed_stride(product.columns)
             shared_bytes = num_rows * 2 * stride
@@ -135,36 +175,26 @@ class LinearKernels:
                 np.float32(norm.eps),
                 np.int32(stride),
             )
-        kernel = self._kernels.get(
-            "linear",
-            "linear",
-            FORMAT=part.format,
-            ROW_GROUPS=groups,
-            TILES=tiles,
-            NORM=int(norm is not None),
-        )
+        kernel = self._kernels.get("linear", "linear", **macros, **product.macros())
         arguments = (
             *product.arguments(),
-            *product.epilogue,
             np.int32(tiles_per_block),
             *norm_arguments,
+            *product.group_arguments(),
         )
-        grid = -(-part.row_tiles // tiles_per_block), -(-num_rows // (GROUP_ROWS * groups))
+        grid = -(-part.row_tiles // tiles_per_block), product.row_blocks(GROUP_ROWS * groups)
         _launch(kernel, grid, THREADS, arguments, shared_bytes)
 
     def _many_rows(self, product: "_Product") -> None:
-        part = product.part
+        part, format = product.part, FORMATS[product.part.format]
 
         def num_blocks(size: int) -> int:
-            return -(-product.num_rows // size) * -(-part.row_tiles * TILE_ROWS // size)
+            return product.row_blocks(size) * -(-part.row_tiles * TILE_ROWS // size)
 
-        is_large = (
-            product.num_rows > SMALL_BLOCK
-            and num_blocks(LARGE_BLOCK) >= self._device.num_multiprocessors
-            and self._device.capability >= 80
-        )
-        size = LARGE_BLOCK if is_large else SMALL_BLOCK
-        format = FORMATS[part.format]
+        size = SMALL_BLOCK
+        if product.num_rows > SMALL_BLOCK and self._can_be_large():
+            if product.groups or num_blocks(LARGE_BLOCK) >= self._device.num_multiprocessors:
+                size = LARGE_BLOCK
         stages = min(MAX_STAGES, 1 + -(-STAGE_COLUMNS // (format.blocks * BLOCK_COLUMNS)))
         kernel = self._kernels.get(
             "linear_mma",
@@ -173,12 +203,16 @@ class LinearKernels:
             BLOCK_ROWS=size,
             BLOCK_WIDTH=size,
             STAGES=stages,
+            **product.macros(),
         )
         threads = 128 if part.format == "T16" else 256
-        arguments = *product.arguments(), *product.epilogue
-        _launch(
-            kernel, (num_blocks(size),), threads, arguments, stages * _stage_bytes(format, size)
-        )
+        arguments = *product.arguments(), *product.group_arguments()
+        shared_bytes = stages * _stage_bytes(format, size)
+        _launch(kernel, (num_blocks(size),), threads, arguments, shared_bytes)
+
+    def _can_be_large(self) -> bool:
+        """Large blocks need more shared memory than devices before sm_80 have."""
+        return self._device.capability >= 80
 
     def embed(
         self, out: Any, table: Weights, ids: Any, sampled_ids: Any, num_rows: int, scale: float
@@ -246,7 +280,12 @@ class LinearKernels:
 
 @dataclass(frozen=True)
 class _Product:
-    """One part of a product; the arguments that its kernels share, in their order."""
+    """One part of a product, and the arguments that its kernels share, in their order.
+
+    num_rows  of x; of a group, at most
+    columns   of the weights
+    groups    and how many choices read a row of x
+    """
 
     out: Any
     x: Any
@@ -254,6 +293,14 @@ class _Product:
     num_rows: int
     columns: int
     epilogue: tuple[Any, ...]
+    groups: tuple[Groups, int] | None = None
+
+    def macros(self) -> dict[str, int]:
+        return {"GROUPED": 1} if self.groups else {}
+
+    def row_blocks(self, block_rows: int) -> int:
+        """How many blocks the rows take."""
+        return self.groups[0].max_groups if self.groups else -(-self.num_rows // block_rows)
 
     def arguments(self) -> tuple[Any, ...]:
         return (
@@ -264,10 +311,30 @@ class _Product:
             *self.part.pointers(),
             np.int32(self.num_rows),
             np.int32(self.part.width),
-            np.int32(self.columns),
+            np.int32(-(-self.columns // BLOCK_COLUMNS) * BLOCK_COLUMNS),
             np.int32(self.part.column_tiles),
             np.int32(self.part.row_tiles),
+            *self.epilogue,
         )
+
+    def group_arguments(self) -> tuple[Any, ...]:
+        if self.groups is None:
+            return None, None, None, np.int32(0)
+        groups, chosen_of_x = self.groups
+        return groups.groups, groups.num_groups, groups.sorted_choices, np.int32(chosen_of_x)
+
+
+def _epilogue(
+    bias: Any, scale: float, softcap: float | None, gated: str | None, accumulate: bool
+) -> tuple[Any, ...]:
+    """The arguments of epilogue.cuh."""
+    return (
+        bias,
+        np.float32(scale),
+        np.float32(softcap or 0),
+        np.int32(GATED[gated]),
+        np.int32(accumulate),
+    )
 
 
 def _launch(

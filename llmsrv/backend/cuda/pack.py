@@ -58,14 +58,14 @@ def format_of(tensor: Tensor) -> str:
     return tensor.type if tensor.type in FORMATS else "T16"
 
 
-def planes_of_rows(tensor: Tensor, start: int, end: int, dtype: str) -> Planes:
+def planes_of_rows(tensor: Tensor, start: int, end: int, format: str, dtype: str) -> Planes:
     """Rows [start, end) of a tensor: plane -> [rows, tiles of columns, bytes].
 
-    dtype  float16 or bfloat16, the type of T16
+    format  the tensor's, or T16
+    dtype   float16 or bfloat16, the type of T16
     """
     num_rows, columns = tensor.shape
     rows = tensor.data.reshape(num_rows, -1)[start:end]
-    format = format_of(tensor)
     if format == "T16":
         return {"values": _t16(rows, tensor.type, columns, dtype)}
     return FORMATS[format].row_planes(rows)

@@ -77,48 +77,86 @@ def pack(
     tensors    matrices with the same number of columns; if paired, gate and up, of one format and
                shape
     dtype      float16 or bfloat16, the type of T16
-    tick       called after every piece of a few megabytes
+    tick       called after every few megabytes
     """
-    runs = [tuple(run) for _, run in groupby(tensors, format_of)]
     parts: list[Part] = []
-    for run in runs:
+    for format, run in groupby(tensors, format_of):
         first_column = parts[-1].first_column + parts[-1].width if parts else 0
-        parts.append(_Run(cp, run, dtype, is_paired).upload(first_column, tick))
+        stack = _Stack(tuple(run), format, dtype, is_paired)
+        planes = stack.new_planes(cp, 1)
+        stack.upload(planes, 0, tick)
+        parts.append(stack.part(planes, first_column))
     return Weights(tuple(parts), tensors[0].shape[1], is_paired)
+
+
+def pack_experts(
+    cp: Any,
+    experts: Sequence[Sequence[Tensor]],
+    dtype: str,
+    tick: Callable[[], None],
+    is_paired: bool = False,
+) -> Weights:
+    """Like pack(), for the same weights of each expert; they lie one after the other, each padded
+    to whole tiles.  The one part's row_tiles and width are those of an expert."""
+    format = _common_format(experts)
+    stacks = [_Stack(tuple(tensors), format, dtype, is_paired) for tensors in experts]
+    planes = stacks[0].new_planes(cp, len(stacks))
+    for expert, stack in enumerate(stacks):
+        stack.upload(planes, expert, tick)
+    return Weights((stacks[0].part(planes, 0),), experts[0][0].shape[1], is_paired)
 
 
 def packed_bytes(tensors: Sequence[Tensor], is_paired: bool = False) -> int:
     """What pack() allocates for them."""
-    total = 0
-    for format, run in groupby(tensors, format_of):
-        shapes = [tensor.shape for tensor in run]
-        row_tiles = _row_tiles([rows for rows, _ in shapes], is_paired)
-        total += row_tiles * sum(FORMATS[format].row_tile_bytes(shapes[0][1]).values())
-    return total
+    runs = [(format, tuple(run)) for format, run in groupby(tensors, format_of)]
+    return sum(_Stack(run, format, "", is_paired).num_bytes for format, run in runs)
 
 
-def _row_tiles(rows: Sequence[int], is_paired: bool) -> int:
-    return -(-rows[0] // (TILE_ROWS // 2)) if is_paired else -(-sum(rows) // TILE_ROWS)
+def packed_experts_bytes(experts: Sequence[Sequence[Tensor]], is_paired: bool = False) -> int:
+    """What pack_experts() allocates for them."""
+    stack = _Stack(tuple(experts[0]), _common_format(experts), "", is_paired)
+    return len(experts) * stack.num_bytes
 
 
-class _Run:
-    """Tensors of one format, stacked or paired."""
+def _common_format(experts: Sequence[Sequence[Tensor]]) -> str:
+    formats = {format_of(tensor) for tensors in experts for tensor in tensors}
+    return formats.pop() if len(formats) == 1 else "T16"
 
-    def __init__(self, cp: Any, tensors: tuple[Tensor, ...], dtype: str, is_paired: bool) -> None:
-        self._cp = cp
+
+class _Stack:
+    """Tensors that become one format, stacked or paired."""
+
+    def __init__(
+        self, tensors: tuple[Tensor, ...], format: str, dtype: str, is_paired: bool
+    ) -> None:
         self._tensors = tensors
+        self._format = format
         self._dtype = dtype
         self._is_paired = is_paired
-        self._format = format_of(tensors[0])
-        self._row_tiles = _row_tiles([tensor.shape[0] for tensor in tensors], is_paired)
+        rows = sum(tensor.shape[0] for tensor in tensors)
+        self._width = rows // 2 if is_paired else rows
+        self._row_tiles = -(-self._width // (TILE_ROWS // 2 if is_paired else TILE_ROWS))
+        self._columns = tensors[0].shape[1]
+        self._row_tile_bytes = FORMATS[format].row_tile_bytes(self._columns)
 
-    def upload(self, first_column: int, tick: Callable[[], None]) -> Part:
-        columns = self._tensors[0].shape[1]
-        sizes = FORMATS[self._format].row_tile_bytes(columns)
-        planes = {
-            name: self._cp.empty(self._row_tiles * size, np.uint8) for name, size in sizes.items()
-        }
-        step = max(1, PIECE_VALUES // (TILE_ROWS * columns))
+    @property
+    def num_bytes(self) -> int:
+        return self._row_tiles * sum(self._row_tile_bytes.values())
+
+    def new_planes(self, cp: Any, count: int) -> dict[str, Any]:
+        """For `count` stacks like this one."""
+        sizes = self._row_tile_bytes.items()
+        return {name: cp.empty(count * self._row_tiles * size, np.uint8) for name, size in sizes}
+
+    def part(self, planes: dict[str, Any], first_column: int) -> Part:
+        column_tiles = FORMATS[self._format].column_tiles(self._columns)
+        return Part(
+            self._format, planes, self._width, first_column, self._row_tiles, column_tiles
+        )
+
+    def upload(self, planes: dict[str, Any], index: int, tick: Callable[[], None]) -> None:
+        """To the place of stack `index` in the planes."""
+        step = max(1, PIECE_VALUES // (TILE_ROWS * self._columns))
         starts = range(0, self._row_tiles, step)
         with ThreadPoolExecutor(NUM_PACKERS) as packers:
             # A few at a time: what is packed waits in host memory until it is uploaded.
@@ -127,12 +165,9 @@ class _Run:
                 packed = packers.map(lambda start: self._tiles(start, start + step), some)
                 for start, tiles in zip(some, packed):
                     for name, piece in tiles.items():
-                        first = start * sizes[name]
+                        first = (index * self._row_tiles + start) * self._row_tile_bytes[name]
                         planes[name][first : first + piece.size].set(piece)
                     tick()
-        width = sum(tensor.shape[0] for tensor in self._tensors) // (1 + self._is_paired)
-        column_tiles = FORMATS[self._format].column_tiles(columns)
-        return Part(self._format, planes, width, first_column, self._row_tiles, column_tiles)
 
     def _tiles(self, start: int, end: int) -> Planes:
         """Row tiles [start, end), or to the last one: plane -> bytes."""
@@ -163,7 +198,7 @@ class _Run:
             num_rows = tensor.shape[0]
             first, last = max(start - offset, 0), min(end - offset, num_rows)
             if first < last:
-                pieces.append(planes_of_rows(tensor, first, last, self._dtype))
+                pieces.append(planes_of_rows(tensor, first, last, self._format, self._dtype))
                 drop_pages(tensor.data.reshape(num_rows, -1)[first:last])
             offset += num_rows
         planes = {}
