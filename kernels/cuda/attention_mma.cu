@@ -8,7 +8,7 @@
  * tiles         int2 [tiles]: first row, and number of rows, at most TILE_ROWS; consecutive rows of
  *               one sequence, in order of their positions
  *
- * Grid (tiles, HEAD_BLOCKS).  A block computes the rows of a tile for a group of heads that share a
+ * Grid (tiles, NUM_GROUPS).  A block computes the rows of a tile for a group of heads that share a
  * kv head.  Row and head together are one of the NUM_QUERIES rows of its products: queries
  * GROUP_HEADS * row + head.  A warp has M_TILES times 16 of them; their sums stay in registers.
  * Keys and values come through shared memory, TILE_KEYS positions at a time, while the tile before
@@ -99,36 +99,53 @@ __device__ __forceinline__ void multiply_keys(
     }
 }
 
-/* Turns a query's products into weights, exp2(score - largest), and its sums to the new largest. */
-__device__ __forceinline__ void weigh(Softmax *softmax, float (*products)[4], int m, int half,
-                                      int first_position, int first, int end, float scale,
-                                      float softcap)
+__device__ __forceinline__ void cap(
+    float (*scores)[TILE_KEYS / 8][4], float scale, float softcap)
 {
-    const int t = threadIdx.x % 4;
-    float largest = softmax->largest[m][half];
+#pragma unroll
+    for (int m = 0; m < M_TILES; m++)
+#pragma unroll
+        for (int key = 0; key < TILE_KEYS / 8; key++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                scores[m][key][i] = capped(scores[m][key][i], scale, softcap);
+}
+
+/* Masks a query's scores of positions other than first .. end - 1. */
+__device__ __forceinline__ void mask(float (*scores)[4], int half, int tile, int first, int end)
+{
 #pragma unroll
     for (int key = 0; key < TILE_KEYS / 8; key++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const int position = first_position + 8 * key + 2 * t + i;
-            float value = score(products[key][2 * half + i], scale, softcap);
+            const int position = tile * TILE_KEYS + 8 * key + threadIdx.x % 4 * 2 + i;
             if (position < first || position >= end)
-                value = MASKED;
-            products[key][2 * half + i] = value;
-            largest = fmaxf(largest, value);
+                scores[key][2 * half + i] = MASKED;
         }
+}
+
+/* Turns a query's scores into weights, and its sums to the new largest score. */
+__device__ __forceinline__ void weigh(
+    Softmax *softmax, float (*scores)[4], int m, int half, float unit)
+{
+    float largest = softmax->largest[m][half];
+#pragma unroll
+    for (int key = 0; key < TILE_KEYS / 8; key++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            largest = fmaxf(largest, scores[key][2 * half + i]);
     largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 2));
-    const float shrink = exp2f(softmax->largest[m][half] - largest);
-    /* While all positions were hidden, MASKED - 0 makes their weights 0. */
-    const float subtracted = largest == MASKED ? 0.0f : largest;
+    const float shrink = exp2f((softmax->largest[m][half] - largest) * unit);
+    /* While all positions were masked, MASKED - 0 makes their weights 0. */
+    const float subtracted = largest == MASKED ? 0.0f : largest * unit;
     float weight_sum = softmax->weight_sum[m][half] * shrink;
 #pragma unroll
     for (int key = 0; key < TILE_KEYS / 8; key++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const float weight = exp2f(products[key][2 * half + i] - subtracted);
-            products[key][2 * half + i] = weight;
+            const float weight = exp2f(fmaf(scores[key][2 * half + i], unit, -subtracted));
+            scores[key][2 * half + i] = weight;
             weight_sum += weight;
         }
     softmax->largest[m][half] = largest;
@@ -154,7 +171,7 @@ __device__ __forceinline__ void add_values(
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const float *pair = &weights[m][key / 8 + i / 2][i % 2 * 2];
-                a[m][i] = pack_T16(pair[0], pair[1]);
+                a[m][i] = pack_weights(pair[0], pair[1]);
             }
 #pragma unroll
         for (int dim = 0; dim < PADDED_DIM; dim += 16) {
@@ -196,9 +213,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) prefill_attention(
     const int first_row = tiles[blockIdx.x].x, num_rows = tiles[blockIdx.x].y;
     const HeadGroup group = head_group(blockIdx.y);
     const int *table = block_tables + (long long)sequences[first_row] * *max_blocks;
-    const int end = positions[first_row + num_rows - 1] + 1;
-    const int start_tile = first_attended(positions[first_row], window) / TILE_KEYS;
+    const int least = positions[first_row], end = positions[first_row + num_rows - 1] + 1;
+    const int start_tile = first_attended(least, window) / TILE_KEYS;
     const int end_tile = (end + TILE_KEYS - 1) / TILE_KEYS;
+    /* Every row attends to all positions of the tiles of keys between these. */
+    const int first_whole = (first_attended(end - 1, window) + TILE_KEYS - 1) / TILE_KEYS;
+    const int end_whole = (least + 1) / TILE_KEYS;
     copy_tile(shared_keys, shared_values, keys, values, table, start_tile, end, layer, num_layers,
               group.kv_head);
     copy_queries(queries, q, first_row, num_rows, group);
@@ -230,15 +250,22 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) prefill_attention(
             cp_async_wait<0>();
         }
         __syncthreads();
-        float weights[M_TILES][TILE_KEYS / 8][4] = {};
-        multiply_keys(weights, queries + threadIdx.x / 32 * WARP_QUERIES, shared_keys + stage);
+        float scores[M_TILES][TILE_KEYS / 8][4] = {};
+        multiply_keys(scores, queries + threadIdx.x / 32 * WARP_QUERIES, shared_keys + stage);
+        cap(scores, scale, softcap);
+        if (tile < first_whole || tile >= end_whole) {
+#pragma unroll
+            for (int m = 0; m < M_TILES; m++)
+#pragma unroll
+                for (int half = 0; half < 2; half++)
+                    mask(scores[m], half, tile, first[m][half], position[m][half] + 1);
+        }
 #pragma unroll
         for (int m = 0; m < M_TILES; m++)
 #pragma unroll
             for (int half = 0; half < 2; half++)
-                weigh(&softmax, weights[m], m, half, tile * TILE_KEYS, first[m][half],
-                      position[m][half] + 1, scale, softcap);
-        add_values(&softmax, weights, shared_values + stage);
+                weigh(&softmax, scores[m], m, half, score_scale(scale));
+        add_values(&softmax, scores, shared_values + stage);
         __syncthreads(); /* before the next tile's copy overwrites this stage */
     }
 

@@ -93,10 +93,10 @@ class AttentionKernels:
         partial = self._heads.heads_per_group * (self._heads.head_dim + 2)
         num_splits = self._work.pass_splits if self._work.windows else 0
         shape = num_splits, self._heads.num_groups, partial
-        self._attention: dict[Any, tuple[Any, Any]] = {}
+        self._attention: dict[tuple[Any, bool], tuple[Any, Any]] = {}
         self._partials = device.cp.zeros(shape, np.float32)
-        num_decode_rows = self._work.arrays()["decode_rows"][0][0]
-        self._arrivals = device.cp.zeros((num_decode_rows, self._heads.num_groups), np.int32)
+        rows = self._work.max_rows
+        self._arrivals = device.cp.zeros((rows, self._heads.num_groups), np.int32)
 
     def arrays(self) -> dict[str, Spec]:
         """The arrays of a step that plan_work fills."""
@@ -174,11 +174,8 @@ class AttentionKernels:
             q,
             keys,
             values,
-            device["positions"],
-            device["sequences"],
-            device["block_tables"],
-            device["sizes"],
         )
+        tables = device["block_tables"], device["sizes"]
         constants = (
             np.int32(operation.layer),
             self._num_layers,
@@ -186,9 +183,8 @@ class AttentionKernels:
             np.float32(operation.softcap or 0),
             np.int32(operation.window or 0),
         )
-        decode, prefill = self._kernels_for(out.dtype)
-        splits, passes = device[f"first_splits_{index}"], device[f"passes_{index}"]
-        work = device["decode_rows"], splits, passes
+        decode, prefill = self._attention_kernels(operation, out.dtype)
+        work = *tables, device[f"decode_rows_{index}"], device[f"passes_{index}"]
         results = self._partials, self._arrivals
         units = step.num_rows * self._heads.max_splits * self._heads.num_groups
         for number in range(self._work.num_passes[index]):
@@ -198,29 +194,33 @@ class AttentionKernels:
                 (*arguments, *work, np.int32(number), *results, *constants),
             )
         if self._work.num_tiles:
+            rows = device["positions"], device["sequences"]
             prefill(
                 (self._work.num_tiles, self._heads.num_groups),
                 (32 * self._tile.num_warps,),
-                (*arguments, device["tiles"], *constants),
+                (*arguments, *rows, *tables, device["tiles"], *constants),
                 shared_mem=self._tile.shared_bytes(self._heads.padded_dim),
             )
 
-    def _kernels_for(self, dtype: Any) -> tuple[Any, Any]:
-        """Decode and prefill attention with output of this type."""
-        if dtype not in self._attention:
+    def _attention_kernels(self, operation: Attention, dtype: Any) -> tuple[Any, Any]:
+        """Decode and prefill attention, with output of this type."""
+        has_softcap = bool(operation.softcap)
+        if (dtype, has_softcap) not in self._attention:
             macros = self._heads.macros() | _output_macros(dtype)
+            if has_softcap:
+                macros["HAS_SOFTCAP"] = 1
             splits = {"MAX_SPLITS": self._heads.max_splits}
-            decode = self._kernels.get("attention", "decode_attention", **macros, **splits)
             tile = {
                 "NUM_WARPS": self._tile.num_warps,
                 "M_TILES": self._tile.m_tiles,
                 "TILE_KEYS": self._tile.num_keys,
             }
+            decode = self._kernels.get("attention", "decode_attention", **macros, **splits)
             prefill = self._kernels.get("attention_mma", "prefill_attention", **macros, **tile)
             shared_bytes = self._tile.shared_bytes(self._heads.padded_dim)
             prefill.max_dynamic_shared_size_bytes = shared_bytes
-            self._attention[dtype] = decode, prefill
-        return self._attention[dtype]
+            self._attention[dtype, has_softcap] = decode, prefill
+        return self._attention[dtype, has_softcap]
 
     # ---- Activations and logit rows
 

@@ -25,6 +25,8 @@ from llmsrv.backend.program import Program
 # anew, each on its own.
 MAX_DECODE_ROWS = 8
 SPLIT_BLOCKS = 4  # of a split, at least: one for each warp of decode attention
+# DecodeRow of kernels/cuda/attention.cu: row, sequence, position, first split, number of splits
+DECODE_ROW_SIZE = 8
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,11 @@ class Heads:
 class AttentionWork:
     """The work lists of a step, as arrays.
 
+    max_rows    of a step
     windows     of the program's Attention operations, each once: they differ in the splits
     num_tiles   of the step planned last
     num_passes  for each window: launches of decode attention, in the step planned last
+    pass_splits  the most splits of a pass
     """
 
     def __init__(
@@ -81,7 +85,7 @@ class AttentionWork:
         """tile_rows: of a prefill tile, at most.  is_batch_invariant: all rows decode."""
         self._heads = Heads(program.num_heads, program.num_kv_heads, program.head_dim)
         self._limits = limits
-        self._rows = row_capacity(limits)
+        self.max_rows = row_capacity(limits)
         self._tile_rows = tile_rows
         self._is_batch_invariant = is_batch_invariant
         attentions = [each for each in program.operations if isinstance(each, Attention)]
@@ -89,35 +93,34 @@ class AttentionWork:
         self.num_tiles = 0
         self.num_passes = [0] * len(self.windows)
         # A captured graph has one pass, so this many rows always fit in a pass.
-        self._pass_rows = min(self._rows, MAX_GRAPH_ROWS)
+        self._pass_rows = min(self.max_rows, MAX_GRAPH_ROWS)
         most_splits = -(-limits.num_blocks // SPLIT_BLOCKS)
         self.pass_splits = self._pass_rows * min(self._heads.max_splits, most_splits)
 
     def arrays(self) -> dict[str, Spec]:
         """The arrays that plan() fills; n rows decode.
 
-        decode_rows   [n] int32
-        tiles         [num_tiles, 2] int32: the first row, and the number of rows
-        first_rows    [logit rows] int32: the first row of the logit row's sequence
-        first_splits_I  [n + 1] int32, for the window with index I: sums of the rows' splits
-        passes_I        [num_passes, 2] int32: first and end of a pass in decode_rows; splits of
-                        a pass are at most pass_splits, which bounds the memory for their results
+        tiles          [num_tiles, 2] int32: the first row, and the number of rows
+        first_rows     [logit rows] int32: the first row of the logit row's sequence
+        decode_rows_I  [n, DECODE_ROW_SIZE] int32, for the window with index I
+        passes_I       [num_passes, 4] int32: first and end of a pass in decode_rows_I, first and
+                       end of its splits.  They are at most pass_splits, which bounds the memory
+                       for their results.
         """
-        num_tiles = self._rows // self._tile_rows + self._rows // (MAX_DECODE_ROWS + 1) + 1
+        num_tiles = self.max_rows // self._tile_rows + self.max_rows // (MAX_DECODE_ROWS + 1) + 1
         specs: dict[str, Spec] = {
-            "decode_rows": ((self._rows,), np.int32),
             "tiles": ((num_tiles, 2), np.int32),
             "first_rows": ((logit_row_capacity(self._limits),), np.int32),
         }
         for i in range(len(self.windows)):
-            specs[f"first_splits_{i}"] = (self._rows + 1,), np.int32
-            specs[f"passes_{i}"] = (-(-self._rows // self._pass_rows), 2), np.int32
+            specs[f"decode_rows_{i}"] = (self.max_rows, DECODE_ROW_SIZE), np.int32
+            specs[f"passes_{i}"] = (-(-self.max_rows // self._pass_rows), 4), np.int32
         return specs
 
     def plan(
         self, batch: Batch, host: Mapping[str, Array], num_rows: int, is_decode: bool
     ) -> None:
-        """Fills the host's arrays.
+        """Fills the arrays in `host`, which has the batch's own already (step.write_batch).
 
         num_rows   with padded rows, which decode
         is_decode  all rows decode
@@ -131,11 +134,8 @@ class AttentionWork:
         is_decode_row = np.ones(num_rows, bool)
         is_decode_row[: len(batch.ids)] = ~np.repeat(is_prefill, lengths)
         rows = np.flatnonzero(is_decode_row)
-        host["decode_rows"][: len(rows)] = rows
-        positions = np.zeros(num_rows, np.int32)
-        positions[: len(batch.ids)] = batch.positions
         for i in range(len(self.windows)):
-            self._plan_splits(i, positions[rows], host)
+            self._plan_splits(i, rows, host)
         last = np.searchsorted(starts, batch.logit_rows, side="right") - 1
         host["first_rows"][: len(last)] = starts[last]
 
@@ -153,16 +153,19 @@ class AttentionWork:
         tiles[: len(order), 0] = first[order]
         tiles[: len(order), 1] = rows[order]
 
-    def _plan_splits(self, index: int, positions: Array, host: Mapping[str, Array]) -> None:
-        first_splits = host[f"first_splits_{index}"][: len(positions) + 1]
-        first_splits[0] = 0
-        np.cumsum(self.num_splits(positions, self.windows[index]), out=first_splits[1:])
+    def _plan_splits(self, index: int, rows: Array, host: Mapping[str, Array]) -> None:
+        positions = host["positions"][rows]
+        splits = self.num_splits(positions, self.windows[index])
+        ends = np.cumsum(splits)
+        first_splits = ends - splits
+        fields = rows, host["sequences"][rows], positions, first_splits, splits
+        np.stack(fields, axis=1, out=host[f"decode_rows_{index}"][: len(rows), : len(fields)])
         passes = host[f"passes_{index}"]
         count = end = 0
-        while end < len(positions):
-            first, most = end, first_splits[end] + self.pass_splits
-            end = int(np.searchsorted(first_splits, most, side="right")) - 1
-            passes[count] = first, end
+        while end < len(rows):
+            first, split = end, first_splits[end]
+            end = int(np.searchsorted(ends, split + self.pass_splits, side="right"))
+            passes[count] = first, end, split, ends[end - 1]
             count += 1
         self.num_passes[index] = count
 
