@@ -6,21 +6,21 @@
  * block_tables  int [sequences, *max_blocks]
  * rows          DecodeRow [n]: the rows to compute
  * passes        int4 [passes]: this launch computes rows x .. y - 1, with splits z .. w - 1
- * partials      float [splits of a pass, NUM_GROUPS, PARTIAL_SIZE]: HEAD_DIM sums of weighted values
- *               for each head, then the heads' largest scores, then their sums of weights
+ * partials      float [splits of a pass, NUM_GROUPS, PARTIAL_SIZE]: HEAD_DIM sums of weighted
+ *               values for each head, then the heads' largest scores, then their sums of weights
  * arrivals      int [n, NUM_GROUPS], zero between launches
  * Macros besides those of attention.cuh: MAX_SPLITS of a row.
  *
- * A row attends to the positions up to its own, at most `window` of them.  blocks_per_split says how
- * many blocks of the cache are a split, by the row's own number of blocks alone; so a row's bits do
- * not depend on the other rows.  The block that finishes a row's last split combines all of them, in
- * order.  The grid may have any size: blocks take groups of heads of splits in turn.  So a captured
- * graph stays valid while sequences grow.
+ * A row attends to the positions up to its own, at most `window` of them.  A split is a number of
+ * blocks of the cache, blocks_per_split, which depends on the row's own number of blocks alone; so a
+ * row's bits do not depend on the other rows.  The block that finishes the last split of a row
+ * combines all of them, in order.  The grid may have any size: its blocks take groups of heads, split
+ * by split, in turn.  So a captured graph stays valid while sequences grow.
  *
  * A warp takes one block of the cache at a time, 16 positions, from global memory straight into the
  * fragments of mma, without shared memory: a lane loads 16 bytes, and holds the same 8 dimensions
- * of q.  Scores are q @ K.T, with heads as rows and positions as columns.  A lane has those of row g
- * and columns 2t, 2t + 1, just what the operand of V.T @ weights.T needs.  Half the rows of q are
+ * of q.  Scores are q @ K.T, with heads as rows and positions as columns.  A lane has those of row
+ * g and columns 2t, 2t + 1, just what the operand of V.T @ weights.T needs.  Half the rows of q are
  * zeros, but tensor cores have time to spare here.  What counts is the number of instructions: dot
  * products on CUDA cores take several times as many, and would not keep up with the memory.
  * Source: Dao et al. 2023, "Flash-Decoding for long-context inference". */
@@ -30,8 +30,8 @@
 #define NUM_THREADS (NUM_WARPS * 32)
 /* On a multiprocessor; bounds the registers of a thread, so that none spill. */
 #define RESIDENT_BLOCKS (PADDED_DIM <= 64 ? 4 : PADDED_DIM <= 128 ? 3 : 2)
-/* Whether the next block's keys and values are loaded as soon as the registers of this one's are free.
- * For large heads there are too few registers, but enough loads at a time. */
+/* Whether the next block's keys and values are loaded as soon as this one's registers are free.
+ * Large heads take too many registers for that, but have more loads under way. */
 #define LOADS_AHEAD (PADDED_DIM <= 128)
 #define K_STEPS ((PADDED_DIM + 31) / 32) /* 4 lanes hold 32 values of a position */
 #define V_STEPS ((PADDED_DIM + 63) / 64) /* 8 lanes hold 64 values of a position */
@@ -334,9 +334,9 @@ __device__ __forceinline__ bool is_last_split(int *arrivals, int num_splits)
     if (threadIdx.x == 0) {
         __threadfence(); /* the block's partial result is visible before it arrives */
         is_last = atomicAdd(arrivals, 1) == num_splits - 1;
+        __threadfence(); /* and the others' results are read after they arrived */
         if (is_last)
             *arrivals = 0;
-        __threadfence(); /* and the others' results are read after they arrived */
     }
     __syncthreads();
     return is_last;

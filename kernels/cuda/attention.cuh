@@ -3,8 +3,8 @@
  * Macros: HEAD_DIM, PADDED_DIM (the next multiple of 16), NUM_HEADS, NUM_KV_HEADS; HAS_SOFTCAP if
  * scores are capped.
  *
- * A block computes up to 8 heads that share a kv head, so that it reads keys and values once for all
- * of them.  A kv head with more heads has several such groups, of equal size. */
+ * A block computes a group of up to 8 heads that share a kv head, and so reads keys and values once
+ * for all of them.  A kv head with more heads has several groups of equal size. */
 #include "output.cuh"
 #include "ptx.cuh"
 
@@ -40,7 +40,7 @@ __device__ __forceinline__ long long block_offset(int block, int layer, int num_
            * PADDED_DIM;
 }
 
-/* A score is a product of q and k, capped if need be.  exp2(score * score_scale()) is its weight. */
+/* A score is a product of q and k, capped or not.  exp2(score * score_scale()) is its weight. */
 __device__ __forceinline__ float capped(float product, float scale, float softcap)
 {
 #ifdef HAS_SOFTCAP

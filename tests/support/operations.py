@@ -1,6 +1,7 @@
 """Runs operations on a backend and on the reference backend, and returns what both wrote."""
 
 import dataclasses
+import sys
 
 import numpy as np
 
@@ -56,6 +57,7 @@ def write_buffer(plan, name, values):
         padded = np.zeros(buffer.shape, np.float32)
         padded[: len(values), : values.shape[1]] = values
         buffer.set(padded)
+        sys.modules["cupy"].cuda.runtime.deviceSynchronize()  # the plan has a stream of its own
 
 
 def one_prompt(count):
