@@ -188,8 +188,10 @@ void check(const Access& access) {
   now.is_atomic = access.is_atomic;
   now.is_in_flight = access.is_in_flight;
   if (memory == NOWHERE || access.address + access.size > range.end) {
+    // The access itself could crash this process.
+    record_error(worker, "%s: stopped before an access out of bounds", place(worker).c_str());
     add_report("out of bounds of every array passed to the kernel", now, access.is_write);
-    return;
+    stop_block(worker);
   }
   bool is_shared = memory == SHARED;
   if (access.is_atomic && !is_shared) synchronize_by_atomic(worker, access.address, now);

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cuda_on_cpu.build import INCLUDE
 from cuda_on_cpu.build import Kernel
 from cuda_on_cpu.build import Module
 from cuda_on_cpu.build import runtime
@@ -139,7 +140,15 @@ def _end_check(library: ctypes.CDLL, path: Path) -> list[str]:
 def _with_lines(report: str, path: Path) -> str:
     """Replaces offsets in the library, [+0x123], by lines, attention.cu:45."""
     offsets = sorted(set(re.findall(r"\[\+(0x[0-9a-f]+)\]", report)))
-    command = ["addr2line", "-e", str(path), *offsets]
-    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-    places = {offset: Path(line.split()[0]).name for offset, line in zip(offsets, lines)}
+    command = ["addr2line", "-a", "-i", "-e", str(path), *offsets]
+    output = subprocess.run(command, capture_output=True, text=True).stdout
+    # For each offset: the offset, then the line, and those of the calls that were inlined around it.
+    frames = re.split(r"^0x[0-9a-f]+\n", output, flags=re.MULTILINE)[1:]
+    places = {offset: _place(lines.splitlines()) for offset, lines in zip(offsets, frames)}
     return re.sub(r"\[\+(0x[0-9a-f]+)\]", lambda match: places.get(match[1], match[0]), report)
+
+
+def _place(lines: Sequence[str]) -> str:
+    """The innermost line that is not one of our headers."""
+    paths = [Path(line.split()[0]) for line in lines]
+    return next((path.name for path in paths if path.parent != INCLUDE), paths[0].name)
