@@ -142,7 +142,7 @@ def _with_lines(report: str, path: Path) -> str:
     offsets = sorted(set(re.findall(r"\[\+(0x[0-9a-f]+)\]", report)))
     command = ["addr2line", "-a", "-i", "-e", str(path), *offsets]
     output = subprocess.run(command, capture_output=True, text=True).stdout
-    # For each offset: the offset, then the line, and those of the calls that were inlined around it.
+    # For each offset: itself, then its line, then those of the calls that were inlined around it.
     frames = re.split(r"^0x[0-9a-f]+\n", output, flags=re.MULTILINE)[1:]
     places = {offset: _place(lines.splitlines()) for offset, lines in zip(offsets, frames)}
     return re.sub(r"\[\+(0x[0-9a-f]+)\]", lambda match: places.get(match[1], match[0]), report)
