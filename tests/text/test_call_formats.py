@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from llmsrv.text.grammar import GrammarError
 from llmsrv.text.marked_text import Markup
 from llmsrv.text.structural_tag import structural_tag_source
 from llmsrv.text.tokenizer import Tokenizer
@@ -42,6 +43,8 @@ DEEPSEEK = "{{ '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + tool.
         ("{% set dsml_token = '｜DSML｜' %}<{{ dsml_token }}tool_calls>", "deepseek_v4"),
         ("<|START_ACTION|>[{\"tool_name\": \"\"}]<|END_ACTION|>", "cohere"),
         ("{{ '<|tools_prefix|>[' }}", "apertus"),
+        ("{{ '<|tool_call>call:' }}{{ '<|channel>' }}", "gemma4"),
+        ("{{ '<start_function_call>call:' }}", "functiongemma"),
         ('{% set s = "List of tools: [" %}', "lfm2"),
         ("<|tool_calls_section_begin|>", "kimi_k2"),
         ("{{ '<|tool_list_start|>' }}", "lfm2"),
@@ -79,6 +82,9 @@ CALLS = {
     '{"text": "hi", "number": 12, "unit": "C"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
     "deepseek_v31": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>g<｜tool▁sep｜>"
     '{"text": "hi", "number": 12, "unit": "C"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+    "functiongemma": "<start_function_call>call:g{text:<escape>hi<escape>,number:12,"
+    "unit:<escape>C<escape>}<end_function_call>",
+    "gemma4": '<|tool_call>call:g{text:<|"|>hi<|"|>,number:12,unit:<|"|>C<|"|>}<tool_call|>',
     "apertus": '<|tools_prefix|>[{"g": {"text": "hi", "number": 12, "unit": "C"}}]<|tools_suffix|>',
     "cohere": '<|START_ACTION|>[{"tool_name": "g", "parameters": {"text": "hi", "number": 12, '
     '"unit": "C"}}]<|END_ACTION|>',
@@ -163,3 +169,47 @@ def test_free_answers_hold_text_or_calls_in_the_models_format(
     assert texts.take(free, "No call at all.")
     assert texts.take(free, call)
     assert not texts.take(free, re.sub(r"\bC\b", "K", call))
+
+
+NESTED = {
+    "type": "object",
+    "properties": {
+        "list": {"type": "array", "items": {"$ref": "#/$defs/Place"}},
+        "map": {"type": "object", "additionalProperties": {"type": "integer"}},
+        "any": {},
+    },
+    "$defs": {
+        "Place": {
+            "type": "object",
+            "properties": {"name": {"type": "string"}, "at": {"type": ["number", "null"]}},
+            "required": ["name"],
+        }
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_right"),
+    [
+        ('list:[{name:<|"|>a<|"|>,at:null},{name:<|"|><|"|>}],map:{x:1,y:2},any:[true]', True),
+        ("list:[],any:1.5", True),
+        ("map:{}", True),
+        ("", True),
+        ("list:[{at:1}]", False),
+        ('map:{x:<|"|>1<|"|>}', False),
+        ("list:{}", False),
+        ('list:[{name:<|"|>a<|"|>,other:1}]', False),
+    ],
+)
+def test_values_within_arguments_follow_the_schema_also_without_json(
+    texts: Texts, tokenizer: Tokenizer, arguments: str, is_right: bool
+) -> None:
+    form = FORMATS["gemma4"].calls({"f": NESTED}, at_most_one=True)
+    source = structural_tag_source(form, tokenizer)
+    assert texts.take(source, f"<|tool_call>call:f{{{arguments}}}<tool_call|>") is is_right
+
+
+def test_a_schema_that_refers_to_itself_everywhere_is_refused_at_once() -> None:
+    node = {"type": "object", "properties": {f"p{i}": {"$ref": "#/$defs/Node"} for i in range(50)}}
+    with pytest.raises(GrammarError, match="more than 1000 values"):
+        FORMATS["gemma4"].calls({"f": node | {"$defs": {"Node": node}}}, at_most_one=True)

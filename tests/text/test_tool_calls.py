@@ -50,6 +50,8 @@ CASES: list[tuple[str, str, str, Calls]] = [
      '"arguments": {}, "id": "123456789"}]', "", [("f", '{"a": 1}'), ("f", "{}")]),
     ("mistral", 'ok[TOOL_CALLS]f[ARGS]{"a": {}}[TOOL_CALLS]get_weather{"b": 1}', "ok",
      [("f", '{"a": {}}'), ("get_weather", '{"b": 1}')]),
+    ("mistral", '[TOOL_CALLS][TOOL_CALLS] [[TOOL_CALLS]f{"a": 1}', "", [("f", '{"a": 1}')]),
+    ("mistral", "[TOOL_CALLS][", "", []),
     ("mistral", "[TOOL_CALLS]nobody{}", "", [("nobody", "{}")]),
     ("mistral", "[TOOL_CALLS] or nothing", " or nothing", []),
     ("json", ' {"function": {"name": "f", "arguments": {"a": 1}}}', "", [("f", '{"a": 1}')]),
@@ -170,7 +172,23 @@ PYTHON_CASES: list[tuple[str, str, str, Calls]] = [
     ("olmo3", "<function_calls>\nf(a=1)\ng(text=\"x\")\n</function_calls>", "",
      [("f", '{"a": 1}'), ("g", '{"text": "x"}')]),
 ]  # fmt: skip
-ALL_CASES = CASES + XML_CASES + PYTHON_CASES
+BRACE_CASES: list[tuple[str, str, str, Calls]] = [
+    ("gemma4", 'Hm.<|tool_call>call:g{flag:true,items:[1,<|"|>a, ]b<|"|>,'
+     '{k:null,<|"|>x:y<|"|>:[]}],text:<|"|>a "b"\n{c},<|"|>,unit:<|"|>C<|"|>}<tool_call|>'
+     "<|tool_call>call:f{}<tool_call|>",
+     "Hm.", [("g", '{"flag": true, "items": [1, "a, ]b", {"k": null, "x:y": []}], '
+              '"text": "a \\"b\\"\\n{c},", "unit": "C"}'), ("f", "{}")]),
+    ("gemma4", "<|tool_call>call:g{text:12,number:12,maybe:null}<tool_call|>", "",
+     [("g", '{"text": "12", "number": 12, "maybe": null}')]),
+    ("gemma4", "<|tool_call>call:f{a:[1,b:{c}<tool_call|>", "", [("f", "{")]),
+    ("gemma4", "<|tool_call>call:f{a:[1 2],b:{c}}<tool_call|> ok", " ok",
+     [("f", '{"a": ["1 2"], "b": "{c}"}')]),
+    ("gemma4", "<|tool_call>no call:f{<tool_call|>", "no call:f{", []),
+    ("functiongemma", "<start_function_call>call:f{a:<escape>x<escape>, b: -1.5}"
+     "<end_function_call><start_function_response>", "", [("f", '{"a": "x", "b": -1.5}')]),
+    ("functiongemma", "<start_function_call>call:f{a:<escape>x<esc", "", [("f", "{")]),
+]  # fmt: skip
+ALL_CASES = CASES + XML_CASES + PYTHON_CASES + BRACE_CASES
 
 
 @pytest.mark.parametrize("format, answer, text, calls", ALL_CASES)
@@ -277,6 +295,9 @@ def test_arguments_are_streamed_as_they_arrive() -> None:
         ("pythonic", "[f(a=" + "'\\" * 25_000),
         ("pythonic", "[f(" + " " * 50_000 + "x" + " " * 50_000 + ")"),
         ("lfm2", "<|tool_call_start|>[" + "f(a=1), " * 5_000),
+        ("gemma4", "<|tool_call>call:f{a:" + "[" * 50_000 + "]" * 50_000 + "}"),
+        ("gemma4", "<|tool_call>call:f{a:" + '<|"|>' * 10_000 + "<|" * 10_000),
+        ("gemma4", "<|tool_call>call:f{" + "a:1," * 5_000 + "b:[" + "c," * 20_000 + "]}"),
         ("deepseek_v3", "<｜tool▁call▁begin｜>f" * 3_000),
         pytest.param("hermes", " " * 100_000, marks=pytest.mark.slow),
     ],

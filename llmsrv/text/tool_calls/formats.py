@@ -5,8 +5,9 @@ Each is a row with the marks that a family of models writes around its calls.
 
 import re
 
+from llmsrv.text.tool_calls.brace_calls import BraceFormat
 from llmsrv.text.tool_calls.json_calls import JsonFormat
-from llmsrv.text.tool_calls.json_calls import NamedFormat
+from llmsrv.text.tool_calls.named_calls import NamedFormat
 from llmsrv.text.tool_calls.parser import ToolCallFormat
 from llmsrv.text.tool_calls.python_calls import PythonFormat
 from llmsrv.text.tool_calls.xml_calls import XmlFormat
@@ -131,6 +132,10 @@ FORMATS: dict[str, ToolCallFormat] = {
     "pythonic": PythonFormat(),
     "lfm2": PythonFormat(("<|tool_call_start|>", "<|tool_call_end|>")),
     "olmo3": PythonFormat(("<function_calls>", "</function_calls>"), lines=True),
+    "functiongemma": BraceFormat(
+        "<start_function_call>", "<end_function_call>", "<escape>", ("<start_function_response>",)
+    ),
+    "gemma4": BraceFormat("<|tool_call>", "<tool_call|>", '<|"|>', ("<|tool_response>",)),
 }
 
 # The first pattern found in a template names its format: each comes before those that its template
@@ -144,7 +149,9 @@ _SHOWN_BY: list[tuple[str | None, str]] = [
     ("deepseek_v4", r"(?:｜DSML｜|dsml_token \}\}|dsml_token \+ ')tool_calls>"),
     ("deepseek_v32", "｜DSML｜"),
     (None, r"<(?:\w+:)?invoke\b|<function name="),
-    (None, r"<\|channel\|>|<\|tool_call>"),
+    ("gemma4", r"<\|tool_call>"),
+    ("functiongemma", "<start_function_call>"),
+    (None, r"<\|channel\|>"),
     ("cohere", r"<\|START_ACTION\|>"),
     ("apertus", r"<\|tools_prefix\|>"),
     ("nemotron", "<TOOLCALL>"),

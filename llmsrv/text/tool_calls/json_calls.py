@@ -1,4 +1,4 @@
-"""Calls written as JSON, {"name": ..., "arguments": {...}}, and as a name before JSON arguments.
+"""Calls written as JSON, {"name": ..., "arguments": {...}}.
 
 The parser follows only the brackets and strings of JSON, so arguments that are broken, or nested a
 hundred thousand deep, are passed on like any others.
@@ -151,74 +151,6 @@ class JsonFormat(ToolCallFormat):
         return f'{{"{self.name}": {written}, "{self.arguments}": '
 
 
-@dataclass(frozen=True)
-class NamedFormat(ToolCallFormat):
-    """Calls as a name and JSON arguments, with marks around them.
-
-    section        the marks around all calls; "" for none
-    begin          of a call; NAME stands for the name
-    end            of a call
-    separator      text between calls
-    header         matches what follows an opening, up to the bracket of the arguments
-    call_openings  marks that begin a call
-    more_marks     that stand in `begin` and `end`
-    """
-
-    begin: str
-    end: str
-    header: re.Pattern[str]
-    call_openings: tuple[str, ...]
-    section: tuple[str, str] = ("", "")
-    separator: str = ""
-    more_marks: tuple[str, ...] = ()
-
-    @property
-    def openings(self) -> tuple[str, ...]:
-        return tuple(filter(None, (self.section[0], *self.call_openings)))
-
-    @property
-    def marks(self) -> tuple[str, ...]:
-        return tuple(filter(None, (*self.openings, self.section[1], *self.more_marks)))
-
-    def parser(self, tools: Tools, at_most_one: bool = False) -> ToolCallParser:
-        return JsonCallParser(self, tools, at_most_one, self.header)
-
-    def written(self, calls: Sequence[WrittenCall]) -> Iterator[str]:
-        before_name, after_name = self.begin.split("NAME")
-        yield Markup(self.section[0])
-        for number, (name, arguments) in enumerate(calls):
-            yield self.separator if number else ""
-            yield Markup(before_name)
-            yield name
-            yield Markup(after_name)
-            yield json.dumps(arguments, ensure_ascii=False)
-            yield Markup(self.end)
-        yield Markup(self.section[1])
-
-    def calls(self, tools: Tools, at_most_one: bool) -> Format:
-        return self._section(tools, at_most_one)
-
-    def text_or_calls(self, tools: Tools) -> Format:
-        section = self._section(tools, at_most_one=False)
-        if isinstance(section, TagFormat):
-            return TriggeredTagsFormat([section.begin], [section])
-        return TriggeredTagsFormat([self.call_openings[0]], section.tags)
-
-    def _section(self, tools: Tools, at_most_one: bool) -> TagFormat | TagsWithSeparatorFormat:
-        tags = [
-            json_tag(
-                self.begin.replace("NAME", name),
-                json.dumps(arguments_schema(schema)).encode(),
-                self.end,
-            )
-            for name, schema in tools.items()
-        ]
-        calls = TagsWithSeparatorFormat(
-            tags, self.separator, at_least_one=True, stop_after_first=at_most_one
-        )
-        return TagFormat(self.section[0], calls, self.section[1]) if self.section[0] else calls
-
-
 class JsonCallParser(ToolCallParser):
     def __init__(
         self,
@@ -263,7 +195,16 @@ class JsonCallParser(ToolCallParser):
         return True
 
     def _before_call(self) -> bool:
-        self._leading.append(self._take(_WHITESPACE_AND_LIST))
+        taken = self._take(_WHITESPACE_AND_LIST)
+        is_mark = taken.endswith("[") and self._marks.begins(self._text, self._position - 1)
+        if is_mark is not False:  # the last bracket is that of [TOOL_CALLS], or may be
+            self._position -= 1
+            if is_mark:
+                self._leading, self._state = [], self._in_text
+            else:
+                self._leading.append(taken[:-1])
+            return is_mark is True
+        self._leading.append(taken)
         self._json = JsonScanner()
         if self._next == "{":
             self._state = self._in_header

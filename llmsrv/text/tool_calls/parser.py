@@ -224,6 +224,12 @@ class _Marks:
     def find(self, text: str, position: int) -> re.Match[str] | None:
         return self._pattern.search(text, position)
 
+    def begins(self, text: str, position: int) -> bool | None:
+        """Whether a mark begins at the position; None if only its beginning has arrived."""
+        if self._pattern.match(text, position):
+            return True
+        return None if text[position:] in self._prefixes else False
+
     def partial_length(self, text: str, position: int) -> int:
         """How many characters at the end of text[position:] may begin a mark."""
         for start in range(max(position, len(text) - self.max_chars + 1), len(text)):

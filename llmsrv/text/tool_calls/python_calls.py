@@ -102,27 +102,29 @@ class PythonFormat(ToolCallFormat):
 
 
 def _arguments(schemas: ArgumentSchemas) -> Format:
-    """The required arguments in the order of the schema, then any of the others."""
     texts = {name: _argument(name, schemas) for name in schemas.properties}
+    return listed_arguments(schemas, texts, ", ")
+
+
+def listed_arguments(
+    schemas: ArgumentSchemas, texts: dict[str, Format], separator: str
+) -> Format:
+    """The required arguments in the order of the schema, then any of the others."""
     required = [name for name in texts if name in schemas.required]
     optional = [name for name in texts if name not in schemas.required]
+    further: dict[str, Format] = {
+        name: SequenceFormat([ConstStringFormat(separator), text]) for name, text in texts.items()
+    }
+    maybe: dict[str, Format] = {name: OrFormat([further[name], _NOTHING]) for name in optional}
     if required:
         first, *others = required
-        elements = [texts[first], *(_further(texts[name]) for name in others)]
-        return SequenceFormat([*elements, *_any_of(optional, texts)])
+        elements = [texts[first], *(further[name] for name in others)]
+        return SequenceFormat([*elements, *maybe.values()])
     either: list[Format] = [
-        SequenceFormat([texts[name], *_any_of(optional[i + 1 :], texts)])
+        SequenceFormat([texts[name], *(maybe[later] for later in optional[i + 1 :])])
         for i, name in enumerate(optional[:_MAX_FIRST])
     ]
     return OrFormat([*either, _NOTHING])
-
-
-def _any_of(names: list[str], texts: dict[str, Format]) -> list[Format]:
-    return [OrFormat([_further(texts[name]), _NOTHING]) for name in names]
-
-
-def _further(argument: Format) -> Format:
-    return SequenceFormat([ConstStringFormat(", "), argument])
 
 
 def _argument(name: str, schemas: ArgumentSchemas) -> Format:

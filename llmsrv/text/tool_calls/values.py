@@ -35,6 +35,7 @@ class ArgumentSchemas:
 
     def __init__(self, schema: Schema | None) -> None:
         self._root = arguments_schema(schema)
+        self._definitions = {key: self._root[key] for key in _DEFINITIONS if key in self._root}
         root = _resolved(self._root, self._root)
         properties = root.get("properties")
         self.properties: dict[str, Any] = properties if isinstance(properties, dict) else {}
@@ -45,11 +46,17 @@ class ArgumentSchemas:
 
     def types(self, name: str) -> frozenset[str]:
         """The JSON types that an argument may have; all of them if its schema does not say."""
-        return frozenset(_types(self._property(name), self._root)) or _ANY_TYPE
+        return self.types_of(self.of(name))
+
+    def types_of(self, schema: Schema) -> frozenset[str]:
+        return frozenset(_types(schema, self._root)) or _ANY_TYPE
 
     def choices(self, name: str) -> list[Any] | None:
         """The values that an argument may have, if its schema lists them."""
-        schema = _resolved(self._property(name), self._root)
+        return self.choices_of(self.of(name))
+
+    def choices_of(self, schema: Schema) -> list[Any] | None:
+        schema = self.resolved(schema)
         if "const" in schema:
             return [schema["const"]]
         choices = schema.get("enum")
@@ -57,10 +64,18 @@ class ArgumentSchemas:
 
     def standalone(self, name: str) -> Schema:
         """The schema of an argument, with the definitions that it may refer to."""
-        shared = {key: self._root[key] for key in _DEFINITIONS if key in self._root}
-        return shared | self._property(name)
+        return self._definitions | self.of(name)
 
-    def _property(self, name: str) -> Schema:
+    def resolved(self, schema: Schema) -> Schema:
+        """The schema that a reference to one of the definitions stands for."""
+        return _resolved(schema, self._root)
+
+    def within(self, schema: Schema) -> "ArgumentSchemas":
+        """The schemas of the properties of an argument that is an object."""
+        return ArgumentSchemas(self._definitions | self.resolved(schema))
+
+    def of(self, name: str) -> Schema:
+        """The schema of an argument."""
         schema = self.properties.get(name, self._others)
         return schema if isinstance(schema, dict) else {}
 
