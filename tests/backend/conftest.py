@@ -44,10 +44,16 @@ def cpu8(request):
     return cpu_backend(*request.param)
 
 
+CUDA_MARKS = [needs_emulation, pytest.mark.slow]
+
+
 @functools.cache
-def cuda_backend(dtype):
+def cuda_backend(dtype, batch_invariant=False):
     install_stand_in()
-    return CUDABackend(CUDAOptions(default_cache_dir(), dtype=dtype, warms_up=False))
+    options = CUDAOptions(
+        default_cache_dir(), dtype=dtype, batch_invariant=batch_invariant, warms_up=False
+    )
+    return CUDABackend(options)
 
 
 def cuda_types():
@@ -66,6 +72,16 @@ def cuda(request):
 def cuda16():
     """In float16."""
     return cuda_backend("float16")
+
+
+@pytest.fixture(
+    scope="session", params=[*tiers(16), pytest.param("cuda", id="CUDA", marks=CUDA_MARKS)]
+)
+def backend(request):
+    """Every backend but the reference, in its most precise arithmetic.
+
+    CUDA is slow here; tests/backend/cuda has quick tests of a few of the same cases."""
+    return cuda_backend("float16") if request.param == "cuda" else cpu_backend(*request.param)
 
 
 @pytest.fixture(

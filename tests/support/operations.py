@@ -60,5 +60,12 @@ def write_buffer(plan, name, values):
         sys.modules["cupy"].cuda.runtime.deviceSynchronize()  # the plan has a stream of its own
 
 
+def error_of(backend, of_cpu):
+    """The largest error to expect, relative to the largest value.
+
+    of_cpu  the CPU backend's; CUDA rounds operands, and some weights, to float16"""
+    return max(of_cpu, 1.5e-3) if backend.name == "cuda" else of_cpu
+
+
 def one_prompt(count):
     return [Piece([0] * count, 0, list(range(1, 2 + count // 16)))]

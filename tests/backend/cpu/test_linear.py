@@ -1,4 +1,4 @@
-"""The CPU backend against the reference backend: Linear, for weights of every type."""
+"""Backends against the reference backend: Linear, for weights of every type."""
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from tests.support.operations import KERNEL_TYPES
 from tests.support.operations import LIMITS
 from tests.support.operations import OTHER_TYPES
 from tests.support.operations import VOCAB
+from tests.support.operations import error_of
 from tests.support.operations import one_prompt
 from tests.support.operations import random
 from tests.support.operations import run_both
@@ -25,16 +26,16 @@ from tests.support.plans import batch_of
 
 @pytest.mark.parametrize("type", KERNEL_TYPES)
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 6, 7, 13, 300])
-def test_linear_multiplies_weights_of_every_type(cpu, type, num_rows):
+def test_linear_multiplies_weights_of_every_type(backend, type, num_rows):
     columns = 512 if type.endswith("_K") else 96
     x = random(num_rows, columns)
     x[:, 5] *= 20  # an outlier, as in real activations
     weight = random_tensor("w", type, (45, columns))
     linear = Linear("out", "x", (weight,))
-    outputs = run_both(cpu, [linear], {"x": columns, "out": 45}, one_prompt(num_rows), x=x)
+    outputs = run_both(backend, [linear], {"x": columns, "out": 45}, one_prompt(num_rows), x=x)
     ours, theirs = outputs["out"]
-    size = np.abs(theirs).max()
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-4 * size)
+    error = error_of(backend, 3e-4) * np.abs(theirs).max()
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=error)
 
 
 @pytest.mark.parametrize("type", KERNEL_TYPES)
@@ -70,11 +71,12 @@ def test_linear_with_eight_bits_has_the_error_of_eight_bits(cpu8, type):
 
 
 @pytest.mark.parametrize("type", OTHER_TYPES)
-def test_types_without_kernels_become_floats(cpu, type):
+def test_types_without_kernels_become_floats(backend, type):
     linear = Linear("out", "x", (random_tensor("w", type, (20, 512)),))
-    outputs = run_both(cpu, [linear], {"x": 512, "out": 20}, one_prompt(3), x=random(3, 512))
+    outputs = run_both(backend, [linear], {"x": 512, "out": 20}, one_prompt(3), x=random(3, 512))
     ours, theirs = outputs["out"]
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+    error = error_of(backend, 1e-5) * np.abs(theirs).max()
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=error)
 
 
 @settings(max_examples=30)
@@ -84,7 +86,7 @@ def test_types_without_kernels_become_floats(cpu, type):
     st.booleans(),
     st.booleans(),
 )
-def test_linear_stacks_weights_of_several_types(cpu, stack, num_rows, has_biases, accumulate):
+def test_linear_stacks_weights_of_several_types(backend, stack, num_rows, has_biases, accumulate):
     weights = tuple(
         random_tensor(f"w{i}", type, (size, 256), seed=i) for i, (type, size) in enumerate(stack)
     )
@@ -93,15 +95,16 @@ def test_linear_stacks_weights_of_several_types(cpu, stack, num_rows, has_biases
     width = sum(size for _, size in stack)
     before = random(num_rows, width, seed=9)
     values = {"x": random(num_rows, 256), "out": before}
-    outputs = run_both(cpu, [linear], {"x": 256, "out": width}, one_prompt(num_rows), **values)
+    outputs = run_both(backend, [linear], {"x": 256, "out": width}, one_prompt(num_rows), **values)
     ours, theirs = outputs["out"]
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3 * np.abs(theirs).max())
+    error = error_of(backend, 1e-3) * np.abs(theirs).max()
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=error)
 
 
 @pytest.mark.parametrize("type", ["Q4_1", "Q8_0", "F16"])
 @pytest.mark.parametrize("function", ["silu", "gelu"])
 @pytest.mark.parametrize("num_rows", [1, 5, 40])
-def test_a_fused_gated_activation_equals_separate_operations(cpu, type, function, num_rows):
+def test_a_fused_gated_activation_equals_separate_operations(backend, type, function, num_rows):
     weights = tuple(random_tensor(name, type, (80, 96), seed=i) for i, name in enumerate("gu"))
     biases = tuple(tensor(f"b{name}", random(80, seed=i)) for i, name in enumerate("gu"))
     operations = [
@@ -109,6 +112,7 @@ def test_a_fused_gated_activation_equals_separate_operations(cpu, type, function
         GatedActivation("out", "both", function),
     ]
     widths = {"x": 96, "both": 160, "out": 80}
-    outputs = run_both(cpu, operations, widths, one_prompt(num_rows), x=random(num_rows, 96))
+    outputs = run_both(backend, operations, widths, one_prompt(num_rows), x=random(num_rows, 96))
     ours, theirs = outputs["out"]
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-4 * np.abs(theirs).max())
+    error = error_of(backend, 5e-4) * np.abs(theirs).max()
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=error)
