@@ -33,6 +33,7 @@ from llmsrv.asgi.types import Scope
 from llmsrv.asgi.types import Send
 from llmsrv.errors import ApiError
 from llmsrv.registry.models import Models
+from llmsrv.timing import Timer
 
 log = logging.getLogger(__name__)
 
@@ -88,14 +89,15 @@ class Application:
     def __init__(self, gate: Gate, router: Router) -> None:
         self._gate = gate
         self._router = router
+        self._timer = Timer()  # of waits for admission, and of pings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         route = self._router.find(request)
         answer = await self._answer(request, route)
         if isinstance(answer, EventStream):
-            async with request.cancel_on_disconnect():
-                await answer(send, route.dialect.error_event)
+            with request.cancel_on_disconnect():
+                await answer(send, route.dialect.error_event, self._timer)
         else:
             await answer(send)
 
@@ -104,7 +106,11 @@ class Application:
             self._gate.check(request, route.access)
             if route.path is not None:
                 request.scope["route"] = route.path  # for Traffic
-            return await route.handler(request)
+            answer = await route.handler(request)
+            if isinstance(answer, EventStream):
+                with request.cancel_on_disconnect():
+                    await answer.ready(self._timer)
+            return answer
         except ApiError as error:
             return error_response(error, route.dialect)
         except ClientDisconnected:
@@ -129,7 +135,7 @@ def identified(app: ASGIApp) -> ASGIApp:
         request_id = given if REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"
         started_s = time.perf_counter()
 
-        async def send_identified(message: Message) -> None:
+        def send_identified(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
                 milliseconds = int((time.perf_counter() - started_s) * 1000)
                 message["headers"] = [
@@ -137,7 +143,7 @@ def identified(app: ASGIApp) -> ASGIApp:
                     (b"x-request-id", request_id.encode()),
                     (b"openai-processing-ms", b"%d" % milliseconds),
                 ]
-            await send(message)
+            return send(message)
 
         return app(scope, receive, send_identified)
 

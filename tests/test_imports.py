@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "llmsrv"
-GROUND = {"config", "errors", "log", "options", "version"}
+GROUND = {"config", "errors", "log", "options", "timing", "version"}
 
 ENGINE = {"engine.client", "engine.generation", "engine.messages"}  # for the server process
 # Layer -> what it may import besides ground and itself; a dotted name allows only that module.

@@ -1,10 +1,8 @@
 """A request as its handler sees it.  Knows nothing about sockets, routes or JSON."""
 
 import asyncio
-import functools
-from collections.abc import AsyncIterator
 from collections.abc import Callable
-from contextlib import asynccontextmanager
+from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
@@ -55,19 +53,13 @@ class Request:
         self.state: dict[str, Any] = {}
         self.path_params: dict[str, str] = {}
         self._receive = receive
-        self._body: bytes | None = None
 
     async def body(self, limit_bytes: int) -> bytes:
-        """The whole body; it is read only once.
+        """The whole body.  Call it once: the request may wait for long, and does not keep it.
 
         Raises ApiError 413 as soon as the body is known to exceed limit_bytes, and
         ClientDisconnected if the client goes away first.
         """
-        if self._body is None:
-            self._body = await self._read_body(limit_bytes)
-        return self._body
-
-    async def _read_body(self, limit_bytes: int) -> bytes:
         if int(self.headers.get("content-length") or 0) > limit_bytes:
             raise _body_too_large(limit_bytes)
         pieces: list[bytes] = []
@@ -84,50 +76,66 @@ class Request:
             more_body = message.get("more_body", False)
         return b"".join(pieces)
 
-    @asynccontextmanager
-    async def cancel_on_disconnect(self) -> AsyncIterator[None]:
-        """Cancels the block when the client goes away; ClientDisconnected is then raised from it.
+    def cancel_on_disconnect(self) -> "CancelOnDisconnect":
+        """A context manager that cancels its block when the client goes away; ClientDisconnected is
+        then raised from it.
 
         Enter it after body(): it discards the rest of the body.
         """
+        return CancelOnDisconnect(self.scope.get(ON_DISCONNECT), self._receive)
+
+
+class CancelOnDisconnect:
+    __slots__ = ("_register", "_receive", "_task", "_watching", "_is_gone", "_has_left")
+
+    def __init__(self, register: Callable[[object], None] | None, receive: Receive) -> None:
+        """register: what the scope has for ON_DISCONNECT"""
+        self._register = register
+        self._receive = receive
+        self._watching: asyncio.Task[None] | None = None
+        self._is_gone = False
+        self._has_left = False
+
+    def __enter__(self) -> None:
         task = asyncio.current_task()
         assert task is not None
-        is_gone = has_left = False
+        self._task = task
+        if self._register:
+            self._register(self._leave_soon)
+        else:
+            self._watching = asyncio.create_task(self._watch())
 
-        def leave() -> None:
-            nonlocal is_gone
-            if not has_left:
-                is_gone = True
-                task.cancel()
+    def __exit__(
+        self,
+        type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._has_left = True
+        if self._register:
+            self._register(None)
+        elif self._watching:
+            self._watching.cancel()
+        # If the task was also cancelled from elsewhere, that must propagate (as in
+        # asyncio.timeout).
+        if isinstance(error, asyncio.CancelledError) and self._is_gone:
+            if self._task.uncancel() == 0:
+                raise ClientDisconnected from None
 
-        stop = self._watch(leave)
-        try:
-            yield
-        except asyncio.CancelledError:
-            # If the task was also cancelled from elsewhere, that must propagate (as in
-            # asyncio.timeout).
-            if not is_gone or task.uncancel() > 0:
-                raise
-            raise ClientDisconnected from None
-        finally:
-            has_left = True
-            stop()
+    def _leave_soon(self) -> None:
+        # Soon, not now: a task that is running cannot be cancelled before its next await.
+        self._task.get_loop().call_soon(self._leave)
 
-    def _watch(self, on_disconnect: Callable[[], None]) -> Callable[[], object]:
-        """Calls on_disconnect when the client goes away, until the returned function is called."""
-        if register := self.scope.get(ON_DISCONNECT):
-            # Soon, not now: a task that is running cannot be cancelled before its next await.
-            soon = asyncio.get_running_loop().call_soon
-            register(functools.partial(soon, on_disconnect))
-            return functools.partial(register, None)
+    def _leave(self) -> None:
+        if not self._has_left:
+            self._is_gone = True
+            self._task.cancel()
 
-        async def watch() -> None:
-            while (await self._receive())["type"] != "http.disconnect":
-                pass
-            # Not in a done callback: that could run after the block has been left.
-            on_disconnect()
-
-        return asyncio.create_task(watch()).cancel
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        # Not in a done callback: that could run after the block has been left.
+        self._leave()
 
 
 def _body_too_large(limit_bytes: int) -> ApiError:

@@ -7,6 +7,7 @@ JSON.  An Event can also have an `event:` field, for the dialects whose clients 
 
 import asyncio
 from collections.abc import AsyncIterator
+from collections.abc import Awaitable
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from llmsrv.asgi.types import RawHeaders
 from llmsrv.asgi.types import Send
 from llmsrv.asgi.types import StreamBroken
 from llmsrv.errors import ApiError
+from llmsrv.timing import Deadline
+from llmsrv.timing import Timer
 
 PING = b": ping\n\n"
 
@@ -34,9 +37,14 @@ class Event(NamedTuple):
     event: str | None = None
 
 
+async def _no_wait(timer: Timer) -> None:
+    pass
+
+
 class EventStream:
     """A response that sends each item of `events` as one event; plain bytes are its data.
 
+    Whoever sends it waits for ready() first: if that raises, the error can still be the response.
     The status and headers go out at once, not with the first event.  After ping_s seconds of
     silence a comment keeps proxies and the client's read timeout from ending the connection.  When
     `events` raises, the error is the last event, and the connection closes without the final chunk:
@@ -50,58 +58,73 @@ class EventStream:
         events: AsyncIterator[bytes] | AsyncIterator[bytes | Event],
         ping_s: float = 10.0,
         headers: RawHeaders = (),
+        ready: Callable[[Timer], Awaitable[None]] = _no_wait,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
-        self.headers = [*HEADERS, *headers]
+        self.ready = ready
         self._events = events
         self._ping_s = ping_s
+        self._headers = headers
         self._on_end = on_end
-        self._last_sent_at = 0.0
-        self._ping_timer: asyncio.TimerHandle | None = None
-        self._ping: asyncio.Task[None] | None = None
 
     async def __call__(
-        self, send: Send, error_event: Callable[[ApiError], bytes | Event] = ApiError.body
+        self,
+        send: Send,
+        error_event: Callable[[ApiError], bytes | Event] = ApiError.body,
+        timer: Timer | None = None,
     ) -> None:
-        """error_event encodes the event of an error: see dialect.py."""
+        """error_event encodes the event of an error: see dialect.py.  timer: times the pings."""
+        pings = _Pings(send, self._ping_s, timer or Timer())
         try:
-            start = {"type": "http.response.start", "status": 200, "headers": self.headers}
-            await send({**start, "ping": PING})
-            await self._send(send, b"")
-            self._ping_later(send, self._ping_s)
+            await send(self._start())
+            await pings.send(b"")
             async for event in self._events:
-                await self._send(send, frame(event))
+                await pings.send(frame(event))
         except ApiError as error:
-            await self._send(send, frame(error_event(error)))
+            await pings.send(frame(error_event(error)))
             raise StreamBroken from error
         except ClientDisconnected:
             raise
         except Exception:
-            await self._send(send, frame(error_event(ApiError(500, "The server failed."))))
+            await pings.send(frame(error_event(ApiError(500, "The server failed."))))
             raise
         finally:
-            for pinging in (self._ping_timer, self._ping):
-                if pinging:
-                    pinging.cancel()
+            pings.stop()
             self._on_end()
             if aclose := getattr(self._events, "aclose", None):
                 await aclose()
         await send(_body(b"", more_body=False))
 
-    async def _send(self, send: Send, data: bytes) -> None:
-        await send(_body(data, more_body=True))
-        self._last_sent_at = asyncio.get_running_loop().time()
+    def _start(self) -> Message:
+        headers = [*HEADERS, *self._headers]
+        return {"type": "http.response.start", "status": 200, "headers": headers, "ping": PING}
 
-    def _ping_later(self, send: Send, delay_s: float) -> None:
-        # A timer, not a task that sleeps: thousands of streams may wait.
-        loop = asyncio.get_running_loop()
-        self._ping_timer = loop.call_later(delay_s, self._ping_if_quiet, send)
 
-    def _ping_if_quiet(self, send: Send) -> None:
-        left_s = self._ping_s - (asyncio.get_running_loop().time() - self._last_sent_at)
-        if left_s <= 0 and (self._ping is None or self._ping.done()):
-            self._ping = asyncio.create_task(self._send(send, PING))
-        self._ping_later(send, left_s if left_s > 0 else self._ping_s)
+class _Pings:
+    """Sends the pieces of a stream's body, and a ping whenever there was none for ping_s."""
+
+    def __init__(self, send: Send, ping_s: float, timer: Timer) -> None:
+        self._send = send
+        self._ping_s = ping_s
+        self._ping: asyncio.Task[None] | None = None
+        self._deadline = Deadline(timer, self._ping_soon)
+
+    async def send(self, data: bytes) -> None:
+        await self._send(_body(data, more_body=True))
+        self._deadline.set(self._ping_s)
+
+    def stop(self) -> None:
+        self._deadline.close()
+        if self._ping:
+            self._ping.cancel()
+
+    def _ping_soon(self) -> None:
+        if self._ping is None:  # else a ping still waits for a slow client
+            self._ping = asyncio.create_task(self._send_ping())
+
+    async def _send_ping(self) -> None:
+        await self.send(PING)
+        self._ping = None
 
 
 def frame(event: bytes | Event) -> bytes:

@@ -23,7 +23,6 @@ import msgspec
 
 from llmsrv.config import EngineConfig
 from llmsrv.engine.crashes import Crashes
-from llmsrv.engine.crashes import hash_of
 from llmsrv.engine.generation import Generation
 from llmsrv.engine.generation import NO_RETRY
 from llmsrv.engine.messages import Abort
@@ -167,7 +166,7 @@ class EngineClient:
         submit = msgspec.structs.replace(submit, request=next(self._requests))
         self._process.send(submit)
         generation = self._generations[submit.request] = Generation(submit, self._abort)
-        self._count_queued(submit, 1)
+        self._count_queued(generation, 1)
         return generation
 
     async def stop(
@@ -218,8 +217,8 @@ class EngineClient:
     def _note_crash(self, ended: str) -> None:
         now_s = time.monotonic()
         ready_for_s = now_s - self._ready_s if self._ready_s else 0.0
-        submits = [generation.submit for generation in self._generations.values()]
-        pause_s = self._crashes.record(now_s, ready_for_s, submits)
+        hashes = [generation.hash for generation in self._generations.values()]
+        pause_s = self._crashes.record(now_s, ready_for_s, hashes)
         self._restart_s = now_s + pause_s
         log.error("%s; restarting in %g s", self._refusal or ended, pause_s)
         # Clients see the reason, so it must not be the refusal, which names the file.
@@ -245,8 +244,8 @@ class EngineClient:
         for admitted in step.admitted:
             if generation := generations.get(admitted.request):
                 if not generation.is_admitted:
-                    num_prompt_tokens += len(generation.submit.prompt_ids)
-                    self._count_queued(generation.submit, -1)
+                    num_prompt_tokens += generation.num_prompt_tokens
+                    self._count_queued(generation, -1)
                 generation.admit(admitted.num_cached_tokens)
         for tokens in step.tokens:
             if generation := generations.get(tokens.request):
@@ -274,22 +273,22 @@ class EngineClient:
     def _remove(self, request: int) -> Generation:
         generation = self._generations.pop(request)
         if not generation.is_admitted:
-            self._count_queued(generation.submit, -1)
+            self._count_queued(generation, -1)
         return generation
 
-    def _count_queued(self, submit: Submit, change: int) -> None:
-        requests, tokens = self._queued.pop(submit.tenant, (0, 0))
+    def _count_queued(self, generation: Generation, change: int) -> None:
+        requests, tokens = self._queued.pop(generation.tenant, (0, 0))
         if requests + change:
-            tokens += change * len(submit.prompt_ids)
-            self._queued[submit.tenant] = Queued(requests + change, tokens)
+            tokens += change * generation.num_prompt_tokens
+            self._queued[generation.tenant] = Queued(requests + change, tokens)
 
     def _lose_all(self, code: str) -> None:
         """Ends all unfinished requests, with the reason of the current state."""
         generations, self._generations, self._queued = self._generations, {}, {}
         for generation in generations.values():
-            is_poison = self._crashes.is_poison(generation.submit)
+            is_poison = self._crashes.is_poison(generation.hash)
             if is_poison:
-                log.error("request %s was in the engine at two crashes", hash_of(generation.submit))
+                log.error("request %s was in the engine at two crashes", generation.hash)
             generation.lose(self.reason, code, is_poison, self.retry)
         self.gauges = Gauges()
         self._note_change()

@@ -30,24 +30,24 @@ class Crashes:
         self._next_pause_s = FIRST_PAUSE_S
         self._by_hash: Counter[str] = Counter()
 
-    def record(self, now_s: float, ready_for_s: float, submits: Iterable[Submit]) -> float:
+    def record(self, now_s: float, ready_for_s: float, hashes: Iterable[str]) -> float:
         """Records a crash; returns the pause in seconds before the next start.
 
         ready_for_s  how long the engine had been ready
-        submits      the requests that were in the engine
+        hashes       of the requests that were in the engine
         """
         if ready_for_s > HEALTHY_S:
             self._next_pause_s = FIRST_PAUSE_S
         if ready_for_s > HEALTHY_S or len(self._by_hash) > MAX_HASHES:
             self._by_hash.clear()
-        self._by_hash.update({hash_of(submit) for submit in submits})
+        self._by_hash.update(set(hashes))
         self._times_s.append(now_s)
         pause_s = self._next_pause_s
         self._next_pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         return LOOP_PAUSE_S if self._is_loop(now_s) else pause_s
 
-    def is_poison(self, submit: Submit) -> bool:
-        return self._by_hash[hash_of(submit)] >= POISON_CRASHES
+    def is_poison(self, hash: str) -> bool:
+        return self._by_hash[hash] >= POISON_CRASHES
 
     def _is_loop(self, now_s: float) -> bool:
         return len(self._times_s) == LOOP_CRASHES and now_s - self._times_s[0] < LOOP_S

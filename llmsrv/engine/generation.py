@@ -7,10 +7,13 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+from llmsrv.engine.crashes import hash_of
 from llmsrv.engine.messages import Finished
 from llmsrv.engine.messages import Submit
 from llmsrv.engine.messages import Tokens
 from llmsrv.errors import ApiError
+from llmsrv.timing import Deadline
+from llmsrv.timing import Timer
 
 NO_RETRY = {"x-should-retry": "false"}
 
@@ -23,22 +26,32 @@ class Generation:
     """
 
     def __init__(self, submit: Submit, abort: Callable[[int, int | None], None]) -> None:
-        self.submit = submit
+        # Thousands may wait, so nothing is kept of the Submit that is not asked for later.
+        self.request = submit.request
+        self.hash = hash_of(submit)
+        self.tenant = submit.tenant
+        self.num_prompt_tokens = len(submit.prompt_ids)
+        self.max_tokens = submit.max_tokens
         self.num_cached_tokens = 0  # of the prompt; set when the first choice is admitted
-        self.submitted_s = time.monotonic()
         self.admitted_s: float | None = None  # when the first choice was admitted
         self.received_s = 0.0  # when the last event that was taken arrived
         self._abort = abort
-        # None until the first: an empty deque takes 750 bytes, and thousands of requests may wait.
+        # None until the first: an empty deque takes 750 bytes.
         self._events: deque[tuple[Tokens | Finished, float]] | None = None
-        self._unfinished = set(range(submit.n))  # choices; empty when the request has ended
+        self.unfinished = tuple(range(submit.n))  # choices; empty when the request has ended
         self._error: ApiError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    async def admitted(self) -> None:
-        """Returns when the first choice is admitted.  Raises the ApiError that came instead."""
-        while not self.is_admitted and self._unfinished:
-            await self._wait()
+    async def admitted(self, timer: Timer, timeout_s: float) -> None:
+        """Returns when the first choice is admitted, or after timeout_s.  Raises the ApiError that
+        came instead."""
+        deadline = Deadline(timer, self._wake)
+        deadline.set(timeout_s)
+        try:
+            while not self.is_admitted and self.unfinished and deadline.is_set:
+                await self._change()
+        finally:
+            deadline.close()
         if self._error and not self.is_admitted:
             raise self._error
 
@@ -50,9 +63,9 @@ class Generation:
         while not self._events:
             if self._error:
                 raise self._error
-            if not self._unfinished:
+            if not self.unfinished:
                 raise StopAsyncIteration
-            await self._wait()
+            await self._change()
         event, self.received_s = self._events.popleft()
         return event
 
@@ -71,14 +84,14 @@ class Generation:
         """Ends the request, or one choice, with "abort".  May be called any time and repeatedly."""
         if choice is None:
             self._events = None
-        if choice in self._unfinished or (choice is None and self._unfinished):
-            self._abort(self.submit.request, choice)
+        if choice in self.unfinished or (choice is None and self.unfinished):
+            self._abort(self.request, choice)
 
     # Only EngineClient calls the following.
 
     @property
     def has_ended(self) -> bool:
-        return not self._unfinished
+        return not self.unfinished
 
     @property
     def is_admitted(self) -> bool:
@@ -95,12 +108,12 @@ class Generation:
             self._events = deque()
         self._events.append((event, time.monotonic()))
         if isinstance(event, Finished):
-            self._unfinished.discard(event.choice)
+            self.unfinished = tuple(c for c in self.unfinished if c != event.choice)
         self._wake()
 
     def end(self, error: ApiError | None) -> None:
         self._error = error
-        self._unfinished.clear()
+        self.unfinished = ()
         self._wake()
 
     def lose(self, reason: str, code: str, is_poison: bool, retry: dict[str, str]) -> None:
@@ -119,10 +132,8 @@ class Generation:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def _wait(self) -> None:
-        assert self._waiter is None, "a generation is for one task"
+    def _change(self) -> asyncio.Future[None]:
+        """Done when something has changed."""
+        assert self._waiter is None or self._waiter.done(), "a generation is for one task"
         self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        return self._waiter

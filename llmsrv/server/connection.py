@@ -30,9 +30,10 @@ from llmsrv.server.head import find_origin
 from llmsrv.server.response import error_response
 from llmsrv.server.settings import ServerCounters
 from llmsrv.server.settings import ServerSettings
-from llmsrv.server.timing import Deadline
 from llmsrv.server.timing import Flag
 from llmsrv.server.timing import LogRateLimit
+from llmsrv.timing import Deadline
+from llmsrv.timing import Timer
 
 log = logging.getLogger("llmsrv.server")
 
@@ -57,6 +58,7 @@ class ServerState:
         self.settings = settings
         self.counters = counters
         self.loop = asyncio.get_running_loop()
+        self.timer = Timer()
         self.is_draining = False
         self.connections: set[Connection] = set()
         self.tasks: set[asyncio.Task[None]] = set()
@@ -93,8 +95,8 @@ class Connection(asyncio.BufferedProtocol):
         self._server: tuple[str, int] | None = None
         self._phase = _Phase.HEAD
         self._head_reader = HeadReader(state.settings)
-        self._read_deadline = Deadline(state.loop, self._on_read_deadline)
-        self._write_deadline = Deadline(state.loop, self._on_write_deadline)
+        self._read_deadline = Deadline(state.timer, self._on_read_deadline)
+        self._write_deadline = Deadline(state.timer, self._on_write_deadline)
         self._is_reading = True
         self._has_eof = False
         self._written_bytes = 0

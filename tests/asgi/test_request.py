@@ -67,10 +67,9 @@ def test_headers_match_in_any_case_and_may_repeat() -> None:
     assert headers.get("B") == "é" and headers.get("c") is None and headers.getlist("c") == []
 
 
-def test_a_body_in_parts_is_joined_and_can_be_read_again() -> None:
+def test_a_body_in_parts_is_joined() -> None:
     async def main() -> None:
         request = make_request(Inbox([body(b"a", True), body(b"", True), body(b"b")]))
-        assert await request.body(2) == b"ab"
         assert await request.body(2) == b"ab"
 
     asyncio.run(main())
@@ -104,7 +103,7 @@ def test_a_disconnect_cancels_the_guarded_block(inbox_type: type[Inbox]) -> None
         cleaned_up = False
         asyncio.get_running_loop().call_soon(inbox.put, DISCONNECT)
         with pytest.raises(ClientDisconnected):
-            async with make_request(inbox).cancel_on_disconnect():
+            with make_request(inbox).cancel_on_disconnect():
                 try:
                     await asyncio.Event().wait()
                 finally:
@@ -119,7 +118,7 @@ def test_a_disconnect_cancels_the_guarded_block(inbox_type: type[Inbox]) -> None
 def test_a_block_that_ends_before_a_disconnect_is_not_cancelled(inbox_type: type[Inbox]) -> None:
     async def main() -> None:
         inbox = inbox_type()
-        async with make_request(inbox).cancel_on_disconnect():
+        with make_request(inbox).cancel_on_disconnect():
             await asyncio.sleep(0)
             inbox.put(DISCONNECT)
         for _ in range(3):
@@ -132,7 +131,7 @@ def test_a_block_that_ends_before_a_disconnect_is_not_cancelled(inbox_type: type
 @INBOXES
 def test_an_error_of_the_block_passes_through(inbox_type: type[Inbox]) -> None:
     async def main() -> None:
-        async with make_request(inbox_type()).cancel_on_disconnect():
+        with make_request(inbox_type()).cancel_on_disconnect():
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -143,7 +142,7 @@ def test_an_error_of_the_block_passes_through(inbox_type: type[Inbox]) -> None:
 def test_a_cancellation_from_elsewhere_stays_a_cancellation(inbox_type: type[Inbox]) -> None:
     async def main() -> None:
         async def guarded() -> None:
-            async with make_request(inbox_type()).cancel_on_disconnect():
+            with make_request(inbox_type()).cancel_on_disconnect():
                 await asyncio.Event().wait()
 
         task = asyncio.create_task(guarded())

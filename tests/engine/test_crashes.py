@@ -8,8 +8,8 @@ from llmsrv.engine.messages import Submit
 GREEDY = Sampling(seed=0, temperature=0.0)
 
 
-def submit(request: int, *prompt: int, deadline_s: float = 9.0) -> Submit:
-    return Submit(request, list(prompt), 5, [], GREEDY, deadline_s=deadline_s)
+def hash(request: int, *prompt: int, deadline_s: float = 9.0) -> str:
+    return hash_of(Submit(request, list(prompt), 5, [], GREEDY, deadline_s=deadline_s))
 
 
 def test_pauses_grow_to_half_a_minute_if_crashes_are_rare() -> None:
@@ -27,23 +27,23 @@ def test_five_crashes_within_a_minute_are_a_loop_and_four_are_not() -> None:
 def test_a_healthy_engine_resets_the_history() -> None:
     crashes = Crashes()
     for time_s in range(3):
-        crashes.record(time_s, 1.0, [submit(1, 7)])
-    assert crashes.is_poison(submit(1, 7))
+        crashes.record(time_s, 1.0, [hash(1, 7)])
+    assert crashes.is_poison(hash(1, 7))
     assert crashes.record(200.0, 61.0, []) == 0.5
-    assert not crashes.is_poison(submit(1, 7))
+    assert not crashes.is_poison(hash(1, 7))
 
 
 def test_a_request_is_identified_by_its_content() -> None:
     crashes = Crashes()
-    crashes.record(1.0, 1.0, [submit(1, 7), submit(2, 7), submit(3, 8)])
-    assert not crashes.is_poison(submit(1, 7))  # twice in one crash counts once
-    crashes.record(2.0, 1.0, [submit(4, 7, deadline_s=1.0)])
-    assert crashes.is_poison(submit(5, 7)) and not crashes.is_poison(submit(3, 8))
-    assert hash_of(submit(1, 7)) != hash_of(submit(1, 8))
+    crashes.record(1.0, 1.0, [hash(1, 7), hash(2, 7), hash(3, 8)])
+    assert not crashes.is_poison(hash(1, 7))  # twice in one crash counts once
+    crashes.record(2.0, 1.0, [hash(4, 7, deadline_s=1.0)])
+    assert crashes.is_poison(hash(5, 7)) and not crashes.is_poison(hash(3, 8))
+    assert hash(1, 7) != hash(1, 8)
 
 
 def test_hashes_do_not_accumulate() -> None:
     crashes = Crashes()
     for crash in range(30):
-        crashes.record(100.0 * crash, 1.0, [submit(1, crash, i) for i in range(500)])
+        crashes.record(100.0 * crash, 1.0, [hash(1, crash, i) for i in range(500)])
     assert len(crashes._by_hash) <= 10_500

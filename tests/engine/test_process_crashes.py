@@ -23,6 +23,7 @@ from tests.support.engines import engine
 from tests.support.engines import has_exited
 from tests.support.engines import in_loop
 from tests.support.engines import until
+from tests.support.generations import admission_of
 from tests.support.generations import ENDLESS
 from tests.support.generations import make_submit
 from tests.support.generations import output_of
@@ -37,7 +38,7 @@ async def test_a_killed_engine_ends_its_requests_within_a_second_and_the_next_on
     async with engine(tiny, max_num_sequence=1) as client:
         running = client.submit(make_submit([1, 2], ENDLESS))
         waiting = client.submit(make_submit([3, 4], 5))
-        await running.admitted()
+        await admission_of(running)
         await anext(running)
         assert client.gauges.running == 1 and client.pid
         pid = client.pid
@@ -46,7 +47,7 @@ async def test_a_killed_engine_ends_its_requests_within_a_second_and_the_next_on
             with pytest.raises(ApiError) as lost:
                 await output_of(running)
             with pytest.raises(ApiError) as never_began:
-                await waiting.admitted()
+                await admission_of(waiting)
         assert (lost.value.status, lost.value.code) == (500, "engine_restarted")
         assert "SIGKILL" in lost.value.message and not lost.value.headers
         assert (never_began.value.status, never_began.value.code) == (503, "engine_restarted")

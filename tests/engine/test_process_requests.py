@@ -17,6 +17,7 @@ from tests.support.engines import engine
 from tests.support.engines import gauges_at_rest
 from tests.support.engines import in_loop
 from tests.support.engines import until
+from tests.support.generations import admission_of
 from tests.support.generations import ENDLESS
 from tests.support.generations import make_submit
 from tests.support.generations import output_of
@@ -73,7 +74,7 @@ async def test_a_request_that_misses_its_deadline_fails_and_should_not_be_retrie
 async def test_waiting_requests_and_their_tokens_are_counted_by_tenant(tiny: Path) -> None:
     async with engine(tiny, max_num_sequence=1) as client:
         async with client.submit(make_submit([1, 2], ENDLESS)) as running:
-            await running.admitted()
+            await admission_of(running)
             assert client.queued() == {}
             waiting = [client.submit(make_submit([1] * length, 5)) for length in (10, 20)]
             client.submit(msgspec.structs.replace(make_submit([1, 2, 3], 5), tenant=b"other"))
@@ -95,7 +96,7 @@ async def test_an_abort_at_any_moment_returns_the_gauges_to_zero(tiny: Path) -> 
             elif moment == "prefill":
                 first.abort()
                 aborted = client.submit(make_submit([1, 2] * 1000, ENDLESS))
-                await aborted.admitted()
+                await admission_of(aborted)
             aborted.abort()
             aborted.abort()
             assert [event async for event in aborted] == []
@@ -143,7 +144,7 @@ async def test_a_slow_consumer_delays_no_other_request_and_loses_no_token(
 async def test_a_failure_is_raised_while_waiting_for_admission(shared: SharedEngine) -> None:
     client = shared.client
     with pytest.raises(ApiError) as error:
-        await client.submit(make_submit([1] * 20_000, 5)).admitted()
+        await admission_of(client.submit(make_submit([1] * 20_000, 5)))
     assert (error.value.status, error.value.code) == (400, "context_length_exceeded")
     assert client._generations == {}
 
@@ -155,9 +156,9 @@ async def test_waiting_for_admission_can_be_cancelled_and_resumed(tiny: Path) ->
         second = client.submit(make_submit([1, 2], 5))
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.02):
-                await second.admitted()
+                await admission_of(second)
         first.abort()
-        await second.admitted()
+        await admission_of(second)
         assert (await output_of(second))[1] == ["length"]
 
 
@@ -177,5 +178,5 @@ async def test_a_client_that_cannot_write_refuses_new_requests_and_recovers(
         os.kill(client.pid, signal.SIGCONT)
         for generation in generations:
             with pytest.raises(ApiError, match="maximum context length"):
-                await generation.admitted()
+                await admission_of(generation)
         assert (await output_of(client.submit(make_submit([1, 2], 5))))[1] == ["length"]

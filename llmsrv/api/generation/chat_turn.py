@@ -32,7 +32,7 @@ DEFAULT_MODEL_REPETITION = RepetitionDetection(
 
 @dataclass(frozen=True)
 class RunningTurn:
-    """A turn whose request is admitted.
+    """A turn whose request the engine has.
 
     job          its deltas are the answer
     prompt_ids   the conversation as the model sees it
@@ -60,7 +60,7 @@ class ChatTurn:
     answer_format: WantedGrammar | None = None
 
     async def start(self, request: Request, service: Service) -> RunningTurn:
-        """Returns when the engine has admitted the request.  A client that leaves before ends it.
+        """Submits the request to the engine.
 
         Raises ApiError 400 for what the model, its chat template or its context does not allow, 503
         or another that the engine answers with.
@@ -78,7 +78,7 @@ class ChatTurn:
             options = msgspec.structs.replace(
                 options, repetition_detection=DEFAULT_MODEL_REPETITION
             )
-        job = await start_job(
+        job = start_job(
             request,
             service,
             options,

@@ -27,6 +27,7 @@ from llmsrv.engine.messages import Tokens
 from llmsrv.errors import ApiError
 from llmsrv.registry.counters import ChoiceClock
 from llmsrv.registry.service import Service
+from llmsrv.timing import Timer
 
 # Where many have arrived, as from 128 choices, others on the event loop get a turn in between.
 EVENTS_PER_TURN = 16
@@ -62,8 +63,7 @@ class Job:
         self.prompt_logprobs: list[list[TokenLogprob]] = [[] for _ in submits]
         self._service = service
         self._n = submits[0].n
-        self._num_prompt_tokens = sum(len(submit.prompt_ids) for submit in submits)
-        self._has_ended = False
+        self._has_ended = [False] * len(submits)
         self._finished: list[Finished] = []
         self.num_choices = len(submits) * self._n
         self._outputs = [
@@ -80,35 +80,26 @@ class Job:
             self.end()
             raise
 
-    async def admitted(self) -> None:
-        """Returns when every prompt is admitted, or after ADMISSION_S.  Raises the ApiError that
-        came instead."""
-        try:
-            async with asyncio.timeout(ADMISSION_S):
-                for generation in self._generations:
-                    await generation.admitted()
-        except ApiError:
-            self._unfinished_reason = "error"
-            raise
-        except TimeoutError:
-            pass  # a stream begins now, and pings keep it alive until there is a token
+    async def admitted(self, timer: Timer) -> None:
+        """Returns when every prompt is admitted, or after ADMISSION_S: then a stream begins, and
+        pings keep it alive until there is a token.
 
-    async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """Every choice's deltas as they come.  Ends the job when exhausted or closed."""
-        streams = [self._follow(i, generation) for i, generation in enumerate(self._generations)]
+        If it raises, as the ApiError that came instead, the job has ended.
+        """
+        begun_s = timer.now()
         try:
-            async with aclosing(streams[0] if len(streams) == 1 else _merge(streams)) as merged:
-                num_deltas = 0
-                async for delta in merged:
-                    yield delta
-                    num_deltas += 1
-                    if num_deltas % EVENTS_PER_TURN == 0:
-                        await asyncio.sleep(0)
-        except Exception:
-            self._unfinished_reason = "error"
-            raise
-        finally:
+            for generation in self._generations:
+                left_s = ADMISSION_S - (timer.now() - begun_s)
+                await generation.admitted(timer, left_s)
+        except BaseException as error:
+            if isinstance(error, ApiError):
+                self._unfinished_reason = "error"
             self.end()
+            raise
+
+    def deltas(self) -> AsyncGenerator[Delta, None]:
+        """Every choice's deltas as they come.  Ends the job when exhausted or closed."""
+        return self._follow(0) if len(self._generations) == 1 else self._merged()
 
     async def collect(self) -> list[Delta]:
         """Each choice as one delta, when all have ended."""
@@ -120,74 +111,100 @@ class Job:
 
     def end(self) -> None:
         """Aborts the choices that still run and counts the request.  May be called again."""
-        if self._has_ended:
-            return
-        self._has_ended = True
-        for generation in self._generations:
-            generation.abort()
-        self._count()
+        for prompt in range(len(self._generations)):
+            self._end_prompt(prompt)
 
     def usage(self) -> Usage:
         return Usage(
-            num_prompt_tokens=self._num_prompt_tokens,
+            num_prompt_tokens=sum(each.num_prompt_tokens for each in self._generations),
             num_output_tokens=sum(output.num_tokens for output in self._outputs),
             num_cached_tokens=sum(each.num_cached_tokens for each in self._generations),
             num_reasoning_tokens=sum(output.num_reasoning_tokens for output in self._outputs),
             finished=self._finished,
         )
 
-    async def _follow(self, prompt: int, generation: Generation) -> AsyncGenerator[Delta, None]:
+    async def _follow(self, prompt: int) -> AsyncGenerator[Delta, None]:
         outputs = self._outputs[prompt * self._n : (prompt + 1) * self._n]
         num_events = 0
-        async for event in generation:
-            num_events += 1
-            if num_events == 1:
-                self._count_prompt(prompt)
-            if num_events % EVENTS_PER_TURN == 0:
-                await asyncio.sleep(0)
-            if event.choice == PROMPT:
-                assert isinstance(event, Tokens)
-                self.prompt_logprobs[prompt] += _token_logprobs(event)
-                continue
-            output = outputs[event.choice]
-            if output.finish_reason:
-                continue  # sent before the engine learnt of the stop string
-            if isinstance(event, Finished):
-                self._finished.append(event)
-                self._service.counters.request_num_preemptions.observe(event.num_preemptions)
-                delta: Delta | None = output.finish(event.reason)
-            else:
-                self._clocks[output.index].note_tokens(len(event.ids), generation.received_s)
-                delta = output.push(event)
-                self._clocks[output.index].note_output(output.num_tokens)
-                if output.finish_reason:
-                    generation.abort(event.choice)
-            if delta:
-                yield delta
-            if all(output.finish_reason for output in outputs):
-                return
+        try:
+            async for event in self._generations[prompt]:
+                num_events += 1
+                if num_events == 1:
+                    self._count_prompt(prompt)
+                if num_events % EVENTS_PER_TURN == 0:
+                    await asyncio.sleep(0)
+                if delta := self._take(prompt, event):
+                    yield delta
+                if all(output.finish_reason for output in outputs):
+                    return
+        except Exception:
+            self._unfinished_reason = "error"
+            raise
+        finally:
+            self._end_prompt(prompt)
+
+    def _take(self, prompt: int, event: Tokens | Finished) -> Delta | None:
+        """What an event adds to its choice; None if no text can be released yet."""
+        if event.choice == PROMPT:
+            assert isinstance(event, Tokens)
+            self.prompt_logprobs[prompt] += _token_logprobs(event)
+            return None
+        generation, index = self._generations[prompt], prompt * self._n + event.choice
+        output, clock = self._outputs[index], self._clocks[index]
+        if output.finish_reason:
+            return None  # sent before the engine learnt of the stop string
+        if isinstance(event, Finished):
+            self._finished.append(event)
+            self._service.counters.request_num_preemptions.observe(event.num_preemptions)
+            return output.finish(event.reason)
+        clock.note_tokens(len(event.ids), generation.received_s)
+        delta = output.push(event)
+        clock.note_output(output.num_tokens)
+        if output.finish_reason:
+            generation.abort(event.choice)
+        return delta
+
+    async def _merged(self) -> AsyncGenerator[Delta, None]:
+        streams = [self._follow(prompt) for prompt in range(len(self._generations))]
+        num_deltas = 0
+        try:
+            async with aclosing(_merge(streams)) as merged:
+                async for delta in merged:
+                    yield delta
+                    num_deltas += 1
+                    if num_deltas % EVENTS_PER_TURN == 0:
+                        await asyncio.sleep(0)
+        finally:
+            self.end()
 
     def _count_prompt(self, prompt: int) -> None:
         """Counts the prompt's tokens, once, if it has been admitted."""
         generation = self._generations[prompt]
         if generation.is_admitted and not self._is_prompt_counted[prompt]:
             self._is_prompt_counted[prompt] = True
-            self._service.counters.prompt_tokens += len(generation.submit.prompt_ids)
+            self._service.counters.prompt_tokens += generation.num_prompt_tokens
 
-    def _count(self) -> None:
-        counters = self._service.counters
-        for i, generation in enumerate(self._generations):
-            submit, choices = generation.submit, range(i * self._n, (i + 1) * self._n)
-            for output, clock in ((self._outputs[c], self._clocks[c]) for c in choices):
-                reason = output.finish_reason or self._unfinished_reason
-                clock.note_end(reason, output.num_tokens, generation.admitted_s)
-            self._count_prompt(i)
-            if generation.is_admitted:
-                longest = max(self._outputs[c].num_tokens for c in choices)
-                counters.note_prompt(len(submit.prompt_ids), self._n, submit.max_tokens, longest)
+    def _end_prompt(self, prompt: int) -> None:
+        """Aborts the prompt's choices that still run and counts it, once."""
+        if self._has_ended[prompt]:
+            return
+        self._has_ended[prompt] = True
+        generation, counters = self._generations[prompt], self._service.counters
+        generation.abort()
+        choices = range(prompt * self._n, (prompt + 1) * self._n)
+        for choice in choices:
+            output = self._outputs[choice]
+            reason = output.finish_reason or self._unfinished_reason
+            self._clocks[choice].note_end(reason, output.num_tokens, generation.admitted_s)
+        self._count_prompt(prompt)
+        if generation.is_admitted:
+            longest = max(self._outputs[choice].num_tokens for choice in choices)
+            counters.note_prompt(
+                generation.num_prompt_tokens, self._n, generation.max_tokens, longest
+            )
 
 
-async def start_job(
+def start_job(
     request: Request,
     service: Service,
     options: GenerationOptions,
@@ -201,7 +218,7 @@ async def start_job(
     tools: ToolUse | None = None,
     is_thinking: bool | None = None,
 ) -> Job:
-    """Submits a request and waits until it is admitted.  A client that leaves meanwhile ends it.
+    """Submits a request to the engine.
 
     prompts                token ids
     max_tokens, grammar    as in submit.make_submits(), which says what is raised
@@ -222,14 +239,7 @@ async def start_job(
         grammar=grammar,
     )
     rules = output_rules(options, service.text.tokenizer, tools, is_thinking)
-    job = Job(service, submits, rules)
-    try:
-        async with request.cancel_on_disconnect():
-            await job.admitted()
-    except BaseException:
-        job.end()
-        raise
-    return job
+    return Job(service, submits, rules)
 
 
 def _token_logprobs(tokens: Tokens) -> list[TokenLogprob]:

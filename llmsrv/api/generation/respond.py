@@ -27,6 +27,6 @@ async def respond(
 ) -> Response | EventStream:
     """The answer to a started job.  A client that leaves ends the job."""
     if is_stream:
-        return EventStream(answer.events(), on_end=job.end)
-    async with request.cancel_on_disconnect():
+        return EventStream(answer.events(), ready=job.admitted, on_end=job.end)
+    with request.cancel_on_disconnect():
         return Response(body=await answer.whole())

@@ -59,7 +59,7 @@ class Completions:
         service = self._models.find(body.model, tenant)
         body.prompt_logprobs = submit.num_alternatives(service, body.prompt_logprobs)
         prompts = await _prompt_ids(service, body)
-        job = await start_job(
+        job = start_job(
             request,
             service,
             body,

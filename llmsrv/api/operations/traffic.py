@@ -6,6 +6,7 @@ Names and buckets are those of prometheus-fastapi-instrumentator, so that existi
 import time
 from collections import Counter
 from collections import defaultdict
+from collections.abc import Awaitable
 from collections.abc import Callable
 from collections.abc import Mapping
 
@@ -54,25 +55,35 @@ class Traffic:
         return sum(number for key, number in self.requests.items() if key[0] == route)
 
 
+class _CountedSend:
+    """send(), with the status and the size of the body that it has sent."""
+
+    __slots__ = ("status", "num_bytes", "_send")
+
+    def __init__(self, send: Send) -> None:
+        self.status = 0
+        self.num_bytes = 0
+        self._send = send
+
+    def __call__(self, message: Message) -> Awaitable[None]:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        else:
+            self.num_bytes += len(message["body"])
+        return self._send(message)
+
+
 def counted(app: ASGIApp, traffic: Traffic) -> ASGIApp:
     """The application, with each response counted when it ends; a request that gets no response is
     not counted."""
 
     async def counted_app(scope: Scope, receive: Receive, send: Send) -> None:
         begun_s = time.perf_counter()
-        status = num_bytes = 0
-
-        async def send_counted(message: Message) -> None:
-            nonlocal status, num_bytes
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            else:
-                num_bytes += len(message["body"])
-            await send(message)
-
+        counted_send = _CountedSend(send)
         try:
-            await app(scope, receive, send_counted)
+            await app(scope, receive, counted_send)
         finally:
+            status, num_bytes = counted_send.status, counted_send.num_bytes
             if status:
                 traffic.note(scope, status, time.perf_counter() - begun_s, num_bytes)
 

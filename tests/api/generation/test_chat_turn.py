@@ -48,12 +48,16 @@ def refuse(generation: Generation) -> None:
 
 
 def run(
-    turn: ChatTurn, text_model: Any, script: Script = refuse, **settings: Any
+    turn: ChatTurn,
+    text_model: Any,
+    script: Script = refuse,
+    submits: list[Submit] | None = None,
+    **settings: Any,
 ) -> tuple[list[Delta], Usage]:
-    """Every delta of the turn, and its usage."""
+    """Every delta of the turn, and its usage.  submits: gets the engine's."""
     config = Config(reasoning_parser="think", tool_call_parser="hermes", **settings)
-    engine = cast(EngineClient, ScriptedEngine(script))
-    service = Service(config, ["tiny"], engine, text_model, Counters())
+    engine = ScriptedEngine(script, [] if submits is None else submits)
+    service = Service(config, ["tiny"], cast(EngineClient, engine), text_model, Counters())
 
     async def receive() -> dict[str, Any]:
         await asyncio.Event().wait()
@@ -120,12 +124,11 @@ def test_an_answer_is_limited_by_the_request_or_the_server_or_by_repetition(
     submits: list[Submit] = []
 
     def answer(generation: Generation) -> None:
-        submits.append(generation.submit)
         generation.admit(num_cached_tokens=0)
         finish(generation, 0, "length")
 
     turn = ChatTurn(conversation=Conversation(messages=HELLO), options=options)
-    run(turn, text_model, answer, **settings)
+    run(turn, text_model, answer, submits, **settings)
     (submit,) = submits
     assert submit.max_tokens == (max_tokens or 512 - len(submit.prompt_ids))
     detection = submit.repetition_detection

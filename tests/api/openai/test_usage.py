@@ -84,7 +84,7 @@ def generate(generation: Generation) -> None:
     """Three tokens of the first choice, two of each other choice."""
     generation.admit(num_cached_tokens=0)
     tokens(generation, 0, 70)
-    for choice in range(generation.submit.n):
+    for choice in generation.unfinished:
         tokens(generation, choice, 71, 72)
 
 
