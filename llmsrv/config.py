@@ -276,8 +276,9 @@ class Config:
         "the format in which the model writes tool calls; auto detects it from the chat template",
         choices=(
             *("auto", "hermes", "llama3", "mistral", "json", "granite", "phi4", "functools"),
-            *("nemotron", "apriel", "minimax_m1", "qwen3_coder", "seed", "minimax_m2", "glm"),
-            *("deepseek_v3", "deepseek_v31", "kimi_k2", "functionary", "pythonic", "lfm2", "olmo3"),
+            *("nemotron", "minimax_m1", "apriel", "cohere", "apertus", "qwen3_coder", "seed"),
+            *("minimax_m2", "deepseek_v32", "deepseek_v4", "glm", "deepseek_v3", "deepseek_v31"),
+            *("kimi_k2", "functionary", "pythonic", "lfm2", "olmo3", "functiongemma", "gemma4"),
         ),
     )
     reasoning_parser: str = option(

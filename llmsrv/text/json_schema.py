@@ -93,11 +93,18 @@ def digits_as_ecma(pattern: str) -> str:
     return re.sub(r"\\.", lambda match: digits.get(match[0], match[0]), pattern, flags=re.DOTALL)
 
 
+def allows_nothing(schema: Any) -> bool:
+    """Whether no value follows the schema, as with zod's z.never()."""
+    if not isinstance(schema, dict):
+        return schema is False
+    return schema.keys() - _ANNOTATIONS == {"not"} and schema["not"] in (True, {})
+
+
 def _rewritten(schema: Schema, rewrite: Callable[[Schema], Schema]) -> Schema:
     def inner(part: Any) -> Any:
-        if not isinstance(part, dict):
-            return part
-        return False if _allows_nothing(part) else _rewritten(part, rewrite)
+        if allows_nothing(part):
+            return False
+        return _rewritten(part, rewrite) if isinstance(part, dict) else part
 
     schema = rewrite(schema)
     for key, value in schema.items():
@@ -151,11 +158,6 @@ def _asks_for_nothing(key: str, value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return (key in _UPPER and value in _ENDS) or (key in _LOWER and -value in _ENDS)
-
-
-def _allows_nothing(schema: Schema) -> bool:
-    """As zod's z.never()."""
-    return schema.keys() - _ANNOTATIONS == {"not"} and schema["not"] in (True, {})
 
 
 def _allows_any_name(schema: Schema) -> bool:

@@ -2,10 +2,12 @@
 
 import json
 import re
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
+from llmsrv.config import Config
 from llmsrv.text.grammar import GrammarError
 from llmsrv.text.marked_text import Markup
 from llmsrv.text.structural_tag import structural_tag_source
@@ -59,6 +61,11 @@ DEEPSEEK = "{{ '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + tool.
 )
 def test_the_format_is_detected_from_the_template(template: str, format: str | None) -> None:
     assert detect_format(template) == format
+
+
+def test_every_format_can_be_chosen_by_its_option() -> None:
+    (option,) = (field for field in fields(Config) if field.name == "tool_call_parser")
+    assert option.metadata["choices"] == ("auto", *FORMATS)
 
 
 # A call of g, and one whose unit is not among those that the schema lists.
@@ -213,3 +220,26 @@ def test_a_schema_that_refers_to_itself_everywhere_is_refused_at_once() -> None:
     node = {"type": "object", "properties": {f"p{i}": {"$ref": "#/$defs/Node"} for i in range(50)}}
     with pytest.raises(GrammarError, match="more than 1000 values"):
         FORMATS["gemma4"].calls({"f": node | {"$defs": {"Node": node}}}, at_most_one=True)
+
+
+ODD = {"type": "object", "properties": {"any": {}, "never": {"not": {}}, "no": False}}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_arguments_that_may_be_anything_or_nothing_are_no_obstacle(
+    texts: Texts, tokenizer: Tokenizer, format: str
+) -> None:
+    source = structural_tag_source(FORMATS[format].calls({"f": ODD}, at_most_one=True), tokenizer)
+    assert texts.take(source, "".join(FORMATS[format].written([("f", {"any": [1, 2]})])))
+    assert texts.take(source, "".join(FORMATS[format].written([("f", {})])))
+    assert not texts.take(source, "".join(FORMATS[format].written([("f", {"never": 1})])))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_keyword_that_is_not_followed_is_refused_in_every_format(
+    texts: Texts, tokenizer: Tokenizer, format: str
+) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    with pytest.raises(GrammarError, match="uniqueItems"):
+        form = FORMATS[format].calls({"f": schema}, at_most_one=True)
+        texts.take(structural_tag_source(form, tokenizer), "")

@@ -145,9 +145,10 @@ def test_an_unfollowed_keyword_is_left_out_unless_the_schema_is_strict(
     ids=str,
 )
 def test_schemas_that_are_none_are_simplified_without_an_error(schema: dict[str, Any]) -> None:
-    json.dumps(skeleton_schema(schema))
+    simplified = skeleton_schema(schema)
+    json.dumps(simplified)
     for format in FORMATS.values():
-        format.calls({"f": schema}, at_most_one=True)
+        format.calls({"f": simplified}, at_most_one=True)
         format.parser({"f": schema}).push("<tool_call>\n<function=f>\n<parameter=a>\n1\n</")
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmsrv.text.grammar import GrammarError
+from llmsrv.text.grammar import checked_schema
 from llmsrv.text.marked_text import Markup
 from llmsrv.text.structural_tag import AnyTextFormat
 from llmsrv.text.structural_tag import ConstStringFormat
@@ -35,6 +36,7 @@ from llmsrv.text.tool_calls.python_calls import listed_arguments
 from llmsrv.text.tool_calls.values import ArgumentSchemas
 from llmsrv.text.tool_calls.values import Schema
 from llmsrv.text.tool_calls.values import arguments_object
+from llmsrv.text.tool_calls.values import arguments_schema
 from llmsrv.text.tool_calls.values import json_of
 
 MAX_DEPTH = 100  # brackets within brackets
@@ -101,6 +103,8 @@ class BraceFormat(ToolCallFormat):
         return TriggeredTagsFormat([self.opening], self._call_tags(tools))
 
     def _call_tags(self, tools: Tools) -> list[TagFormat]:
+        for schema in tools.values():
+            checked_schema(arguments_schema(schema))  # so that a keyword is refused as elsewhere
         return [
             TagFormat(
                 f"{self.opening}call:{name}{{",

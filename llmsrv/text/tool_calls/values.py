@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from llmsrv.text.json_schema import allows_nothing
 from llmsrv.text.tool_calls.python_literals import read_literal
 
 # With any of these keys a schema may allow properties that it does not list.
@@ -38,7 +39,11 @@ class ArgumentSchemas:
         self._definitions = {key: self._root[key] for key in _DEFINITIONS if key in self._root}
         root = _resolved(self._root, self._root)
         properties = root.get("properties")
-        self.properties: dict[str, Any] = properties if isinstance(properties, dict) else {}
+        self.properties: dict[str, Any] = {
+            name: property
+            for name, property in (properties if isinstance(properties, dict) else {}).items()
+            if not allows_nothing(property)
+        }
         required = root.get("required")
         self.required = {name for name in self.properties if name in _listed(required)}
         self._others = root.get("additionalProperties")
@@ -64,7 +69,7 @@ class ArgumentSchemas:
 
     def standalone(self, name: str) -> Schema:
         """The schema of an argument, with the definitions that it may refer to."""
-        return self._definitions | self.of(name)
+        return self._definitions | (self.of(name) or {"type": sorted(_ANY_TYPE)})
 
     def resolved(self, schema: Schema) -> Schema:
         """The schema that a reference to one of the definitions stands for."""
