@@ -168,6 +168,12 @@ Record running_thread(uintptr_t caller) {
   return now;
 }
 
+// The access itself could crash this process.
+[[noreturn]] void stop_before_access(const char* what) {
+  record_error(this_worker, "%s: stopped before an access: %s", place(this_worker).c_str(), what);
+  stop_block(this_worker);
+}
+
 void synchronize_by_atomic(const Worker* worker, const void* address, const Record& now) {
   std::vector<Release>& here = releases[address];
   std::vector<Release>& seen = unfenced[now.thread];
@@ -188,10 +194,8 @@ void check(const Access& access) {
   now.is_atomic = access.is_atomic;
   now.is_in_flight = access.is_in_flight;
   if (memory == NOWHERE || access.address + access.size > range.end) {
-    // The access itself could crash this process.
-    record_error(worker, "%s: stopped before an access out of bounds", place(worker).c_str());
     add_report("out of bounds of every array passed to the kernel", now, access.is_write);
-    stop_block(worker);
+    stop_before_access("out of bounds");
   }
   bool is_shared = memory == SHARED;
   if (access.is_atomic && !is_shared) synchronize_by_atomic(worker, access.address, now);
@@ -207,15 +211,11 @@ void check(const Access& access) {
   }
 }
 
-void check_access(const void* address, size_t size, bool is_write, bool is_in_flight) {
-  uintptr_t caller = (uintptr_t)__builtin_return_address(0);
-  check({(const char*)address, size, is_write, false, is_in_flight, caller});
-}
 
-
-// Reads count as such here: the instruction may be either.
 void check_misaligned(uintptr_t caller) {
-  if (is_on) add_report("misaligned address", running_thread(caller), false);
+  if (!is_on) return;
+  add_report("misaligned address", running_thread(caller), false);
+  stop_before_access("misaligned");
 }
 
 void check_block_begins() {

@@ -15,7 +15,6 @@ struct Access {
 };
 
 void check(const Access& access);
-void check_access(const void* address, size_t size, bool is_write, bool is_in_flight);
 void check_misaligned(uintptr_t caller);
 void check_block_begins();
 void check_shared(void* object, size_t size);

@@ -23,8 +23,9 @@ void emu_copy_async(void* shared, const void* global, int size, int source_size)
   Worker* worker = this_worker;
   if ((size_t)shared % size || (size_t)global % size) emu_fail("misaligned cp.async", 0);
   if (worker->launch->options.is_checked) {
-    if (source_size) check_access(global, source_size, false, false);
-    check_access(shared, size, true, true);
+    uintptr_t caller = (uintptr_t)__builtin_return_address(0);
+    if (source_size) check({(const char*)global, (size_t)source_size, false, false, false, caller});
+    check({(const char*)shared, (size_t)size, true, false, true, caller});
   }
   AsyncCopy issued{shared, global, size, source_size};
   if (copies_at_once(worker)) copy(issued);
@@ -38,11 +39,13 @@ void emu_copy_async_commit() {
 }
 
 void emu_copy_async_wait(int groups_in_flight) {
+  uintptr_t caller = (uintptr_t)__builtin_return_address(0);
   Worker* worker = this_worker;
   auto& groups = worker->threads[worker->current].groups;
   while ((int)groups.size() > groups_in_flight) {
     for (const AsyncCopy& waited : groups.front()) {
-      if (worker->launch->options.is_checked) check_access(waited.shared, waited.size, true, false);
+      if (worker->launch->options.is_checked)
+        check({(const char*)waited.shared, (size_t)waited.size, true, false, false, caller});
       copy(waited);
     }
     groups.erase(groups.begin());
