@@ -9,13 +9,15 @@
  * partials      float [splits of a pass, NUM_GROUPS, PARTIAL_SIZE]: HEAD_DIM sums of weighted
  *               values for each head, then the heads' largest scores, then their sums of weights
  * arrivals      int [n, NUM_GROUPS], zero between launches
- * Macros besides those of attention.cuh: MAX_SPLITS of a row.
+ * Macros besides those of attention.cuh: MAX_SPLITS of a row; RESIDENT_BLOCKS on a multiprocessor,
+ * which bounds the registers of a thread.
  *
  * A row attends to the positions up to its own, at most `window` of them.  A split is a number of
- * blocks of the cache, blocks_per_split, which depends on the row's own number of blocks alone; so a
- * row's bits do not depend on the other rows.  The block that finishes the last split of a row
- * combines all of them, in order.  The grid may have any size: its blocks take groups of heads, split
- * by split, in turn.  So a captured graph stays valid while sequences grow.
+ * blocks of the cache, blocks_per_split, which depends on the row's own number of blocks alone; so
+ * a row's bits do not depend on the other rows.  The block that finishes the last split of a row
+ * combines all of them, in order.  The grid may have any size, best the number of blocks that are
+ * resident: they take the groups of heads of all splits in turn.  So a captured graph stays valid
+ * while sequences grow.
  *
  * A warp takes one block of the cache at a time, 16 positions, from global memory straight into the
  * fragments of mma, without shared memory: a lane loads 16 bytes, and holds the same 8 dimensions
@@ -28,8 +30,6 @@
 
 #define NUM_WARPS 4
 #define NUM_THREADS (NUM_WARPS * 32)
-/* On a multiprocessor; bounds the registers of a thread, so that none spill. */
-#define RESIDENT_BLOCKS (PADDED_DIM <= 64 ? 4 : PADDED_DIM <= 128 ? 3 : 2)
 /* Whether the next block's keys and values are loaded as soon as this one's registers are free.
  * Large heads take too many registers for that, but have more loads under way. */
 #define LOADS_AHEAD (PADDED_DIM <= 128)

@@ -87,6 +87,14 @@ extern "C" __global__ void __launch_bounds__(256) rope_and_store(
     const float position = (float)positions[row];
     if (long_frequencies && is_long[sequences[row]])
         frequencies = long_frequencies;
+    float2 turns[PAIRS];
+#pragma unroll
+    for (int j = 0; j < PAIRS; j++) {
+        turns[j] = make_float2(0.0f, 0.0f);
+        if (lane + 32 * j < half)
+            turns[j] = cos_sin(position * frequencies[lane + 32 * j]);
+        turns[j] = make_float2(turns[j].x * magnitude, turns[j].y * magnitude);
+    }
     float q_scale = 0.0f, k_scale = 0.0f;
     if (norms_across & 1)
         q_scale = norm_across(x, NUM_HEADS * HEAD_DIM, eps, scratch);
@@ -130,12 +138,9 @@ extern "C" __global__ void __launch_bounds__(256) rope_and_store(
                 continue;
             const int2 at = pair_at(i, half, is_interleaved);
             float2 pair = pairs[j];
-            if (i < half && (is_q || is_k)) {
-                float2 turn = cos_sin(position * frequencies[i]);
-                turn = make_float2(turn.x * magnitude, turn.y * magnitude);
-                pair = make_float2(pairs[j].x * turn.x - pairs[j].y * turn.y,
-                                   pairs[j].y * turn.x + pairs[j].x * turn.y);
-            }
+            if (i < half && (is_q || is_k))
+                pair = make_float2(pairs[j].x * turns[j].x - pairs[j].y * turns[j].y,
+                                   pairs[j].y * turns[j].x + pairs[j].x * turns[j].y);
             out[at.x] = to_T16(pair.x);
             out[at.y] = to_T16(pair.y);
         }

@@ -22,9 +22,8 @@ from llmsrv.backend.program import Program
 from llmsrv.backend.program import RopeAndStore
 
 DECODE_THREADS = 128
-# Blocks of decode attention that a multiprocessor holds at a time, at most.
-RESIDENT_BLOCKS = 4
 ROPE_WARPS = 8
+MANY_ROWS = 256  # blocks of rows alone keep a device busy
 COLUMN_THREADS = 256  # where a thread computes a column
 
 
@@ -73,6 +72,11 @@ def choose_tile(padded_dim: int, max_shared_bytes: int) -> Tile:
     return TILES[-1]
 
 
+def resident_blocks(padded_dim: int) -> int:
+    """Blocks of decode attention that a multiprocessor holds.  With more, registers would spill."""
+    return 4 if padded_dim <= 64 else 3 if padded_dim <= 128 else 2
+
+
 class AttentionKernels:
     def __init__(
         self,
@@ -89,11 +93,11 @@ class AttentionKernels:
         self._tile = choose_tile(self._heads.padded_dim, device.max_shared_bytes)
         tile_rows = self._tile.num_queries // self._heads.heads_per_group
         self._work = AttentionWork(program, limits, tile_rows, is_batch_invariant)
-        self._max_grid = RESIDENT_BLOCKS * device.num_multiprocessors
-        partial = self._heads.heads_per_group * (self._heads.head_dim + 2)
-        num_splits = self._work.pass_splits if self._work.windows else 0
-        shape = num_splits, self._heads.num_groups, partial
+        self._resident_blocks = resident_blocks(self._heads.padded_dim)
+        self._max_grid = self._resident_blocks * device.num_multiprocessors
         self._attention: dict[tuple[Any, bool], tuple[Any, Any]] = {}
+        num_splits = self._work.pass_splits if self._work.windows else 0
+        shape = num_splits, self._heads.num_groups, self._heads.partial_size
         self._partials = device.cp.zeros(shape, np.float32)
         rows = self._work.max_rows
         self._arrivals = device.cp.zeros((rows, self._heads.num_groups), np.int32)
@@ -133,7 +137,9 @@ class AttentionKernels:
             norms_across |= 2
         num_rotated = 0 if operation.frequencies is None else len(operation.frequencies)
         all_heads = heads.num_heads + 2 * heads.num_kv_heads
-        num_blocks = 1 if norms_across else -(-all_heads // ROPE_WARPS)
+        # With many rows, a warp takes several heads and computes their cosines once.
+        has_one_block = norms_across or step.num_rows >= MANY_ROWS
+        num_blocks = 1 if has_one_block else -(-all_heads // ROPE_WARPS)
         kernel(
             (num_blocks, step.num_rows),
             (32 * ROPE_WARPS,),
@@ -209,7 +215,10 @@ class AttentionKernels:
             macros = self._heads.macros() | _output_macros(dtype)
             if has_softcap:
                 macros["HAS_SOFTCAP"] = 1
-            splits = {"MAX_SPLITS": self._heads.max_splits}
+            splits = {
+                "MAX_SPLITS": self._heads.max_splits,
+                "RESIDENT_BLOCKS": self._resident_blocks,
+            }
             tile = {
                 "NUM_WARPS": self._tile.num_warps,
                 "M_TILES": self._tile.m_tiles,

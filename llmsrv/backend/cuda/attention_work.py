@@ -19,6 +19,7 @@ from llmsrv.backend.cuda.step import MAX_GRAPH_ROWS
 from llmsrv.backend.cuda.step import logit_row_capacity
 from llmsrv.backend.cuda.step import row_capacity
 from llmsrv.backend.program import Attention
+from llmsrv.backend.program import Pool
 from llmsrv.backend.program import Program
 
 # A sequence with more rows than this is prefill.  Rows that decode read the keys of their sequence
@@ -60,6 +61,11 @@ class Heads:
         units of work, about two for each multiprocessor of a large GPU."""
         return min(max(32, 256 // self.num_groups), 128)
 
+    @property
+    def partial_size(self) -> int:
+        """Floats of the partial results of a group: PARTIAL_SIZE of kernels/cuda/attention.cu."""
+        return -(-self.heads_per_group * (self.head_dim + 2) // 4) * 4
+
     def macros(self) -> dict[str, int]:
         return {
             "HEAD_DIM": self.head_dim,
@@ -94,8 +100,10 @@ class AttentionWork:
         self.num_passes = [0] * len(self.windows)
         # A captured graph has one pass, so this many rows always fit in a pass.
         self._pass_rows = min(self.max_rows, MAX_GRAPH_ROWS)
-        most_splits = -(-limits.num_blocks // SPLIT_BLOCKS)
-        self.pass_splits = self._pass_rows * min(self._heads.max_splits, most_splits)
+        self._num_splits = splits_of_blocks(limits.num_blocks, self._heads.max_splits)
+        self.pass_splits = self._pass_rows * int(self._num_splits.max())
+        self._all_rows = np.arange(self.max_rows)
+        self._pools = any(isinstance(each, Pool) for each in program.operations)
 
     def arrays(self) -> dict[str, Spec]:
         """The arrays that plan() fills; n rows decode.
@@ -125,19 +133,28 @@ class AttentionWork:
         num_rows   with padded rows, which decode
         is_decode  all rows decode
         """
+        self.num_tiles = 0
+        if is_decode or self._is_batch_invariant:
+            rows = self._all_rows[:num_rows]
+        else:
+            rows = self._plan_prefill(batch, host["tiles"], num_rows)
+        positions, sequences = host["positions"][rows], host["sequences"][rows]
+        for i in range(len(self.windows)):
+            self._plan_splits(i, rows, positions, sequences, host)
+        if self._pools:
+            starts = np.flatnonzero(np.diff(batch.sequences, prepend=-1))
+            last = np.searchsorted(starts, batch.logit_rows, side="right") - 1
+            host["first_rows"][: len(last)] = starts[last]
+
+    def _plan_prefill(self, batch: Batch, tiles: Array, num_rows: int) -> Array:
+        """Plans the tiles; returns the other rows."""
         starts = np.flatnonzero(np.diff(batch.sequences, prepend=-1))
         lengths = np.diff(starts, append=len(batch.ids))
         is_prefill = lengths > MAX_DECODE_ROWS
-        if is_decode or self._is_batch_invariant:
-            is_prefill[:] = False
-        self._plan_tiles(starts[is_prefill], lengths[is_prefill], batch.positions, host["tiles"])
+        self._plan_tiles(starts[is_prefill], lengths[is_prefill], batch.positions, tiles)
         is_decode_row = np.ones(num_rows, bool)
         is_decode_row[: len(batch.ids)] = ~np.repeat(is_prefill, lengths)
-        rows = np.flatnonzero(is_decode_row)
-        for i in range(len(self.windows)):
-            self._plan_splits(i, rows, host)
-        last = np.searchsorted(starts, batch.logit_rows, side="right") - 1
-        host["first_rows"][: len(last)] = starts[last]
+        return np.flatnonzero(is_decode_row)
 
     def _plan_tiles(
         self, starts: Array, lengths: Array, positions: Array, tiles: Array
@@ -153,28 +170,39 @@ class AttentionWork:
         tiles[: len(order), 0] = first[order]
         tiles[: len(order), 1] = rows[order]
 
-    def _plan_splits(self, index: int, rows: Array, host: Mapping[str, Array]) -> None:
-        positions = host["positions"][rows]
-        splits = self.num_splits(positions, self.windows[index])
-        ends = np.cumsum(splits)
+    def _plan_splits(
+        self,
+        index: int,
+        rows: Array,
+        positions: Array,
+        sequences: Array,
+        host: Mapping[str, Array],
+    ) -> None:
+        num_blocks = positions // BLOCK_SIZE + 1
+        if window := self.windows[index]:
+            num_blocks -= np.maximum(positions + 1 - window, 0) // BLOCK_SIZE
+        splits = self._num_splits[num_blocks]
+        ends = splits.cumsum()
         first_splits = ends - splits
-        fields = rows, host["sequences"][rows], positions, first_splits, splits
-        np.stack(fields, axis=1, out=host[f"decode_rows_{index}"][: len(rows), : len(fields)])
+        decode_rows = host[f"decode_rows_{index}"][: len(rows)]
+        for field, values in enumerate((rows, sequences, positions, first_splits, splits)):
+            decode_rows[:, field] = values
         passes = host[f"passes_{index}"]
         count = end = 0
         while end < len(rows):
             first, split = end, first_splits[end]
-            end = int(np.searchsorted(ends, split + self.pass_splits, side="right"))
+            end = int(ends.searchsorted(split + self.pass_splits, side="right"))
             passes[count] = first, end, split, ends[end - 1]
             count += 1
         self.num_passes[index] = count
 
-    def num_splits(self, positions: Array, window: int | None) -> Array:
-        """Of each row: as blocks_per_split of kernels/cuda/attention.cu says."""
-        first = np.maximum(positions + 1 - window, 0) if window else np.zeros_like(positions)
-        num_blocks = positions // BLOCK_SIZE + 1 - first // BLOCK_SIZE
-        blocks = np.full(len(positions), SPLIT_BLOCKS)
-        while (is_short := blocks * self._heads.max_splits < num_blocks).any():
-            blocks[is_short] *= 2
-        splits: Array = -(-num_blocks // blocks)
-        return splits
+
+def splits_of_blocks(most: int, max_splits: int) -> Array:
+    """[most + 1] the splits of a row with 0 .. most blocks: as blocks_per_split of
+    kernels/cuda/attention.cu says."""
+    num_blocks = np.arange(most + 1)
+    blocks = np.full(most + 1, SPLIT_BLOCKS)
+    while (is_short := blocks * max_splits < num_blocks).any():
+        blocks[is_short] *= 2
+    splits: Array = -(-num_blocks // blocks)
+    return splits
