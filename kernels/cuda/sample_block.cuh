@@ -375,7 +375,6 @@ template <class View> __device__ __forceinline__ Threshold threshold_of(
         known |= shared.found << shift;
         mask |= 255u << shift;
         goal = shared.left;
-        __syncthreads();
     }
     auto amount_of_tie = [&](int id, float value) {
         return view.key(value) == known ? view.amount(id, value) : 0;

@@ -79,6 +79,15 @@ def test_in_every_mode(every_mode):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("size", [2047, 2048, 2049])
+def test_as_many_candidates_as_the_list_takes(size):
+    """And one less or more."""
+    parameters = SamplingParameters(seed=5, top_p=0.75, typical_p=0.5, num_logprobs=size)
+    step = Step(np.zeros((1, size), np.float32), [0], [parameters])
+    check_step(cuda_sampling(install_stand_in()), step)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"order": "reversed"}, {"order": "random", "seed": 7}])
 def test_random_steps_in_other_orders(fields):
     with mode(**fields):
