@@ -1,4 +1,4 @@
-"""Functions of the sampling kernels, to the bit: errors of one rounding hardly ever change an id."""
+"""Functions of the sampling kernels, to the bit: errors of one rounding rarely change an id."""
 
 import numpy as np
 import pytest

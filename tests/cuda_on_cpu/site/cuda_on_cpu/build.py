@@ -28,7 +28,8 @@ KERNEL_FLAGS = (
     "-w",  # g++ knows fewer pragmas and attributes than nvcc
     "-fno-strict-aliasing",
     "-fno-math-errno",
-    "-ffp-contract=fast",  # as nvcc's default -fmad=true
+    "-ffp-contract=fast",  # as nvcc's default -fmad=true; -O1 alone contracts nothing
+    "-fexpensive-optimizations",
 )
 CHECKED_FLAGS = ("-fsanitize=thread,alignment", "--param=tsan-instrument-func-entry-exit=0")
 
