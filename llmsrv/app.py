@@ -2,8 +2,8 @@
 
 Its lifespan starts and stops the engines, so one process of the ASGI server serves one set of
 models.  It translates between other ASGI servers and the HTTP application: it removes root_path,
-and ends the requests of clients that are gone without an error.  Our own server has no lifespan:
-serve.py calls start(), and then serves before the models are loaded.
+and ends the requests of clients that are gone without an error.  Our own server does without:
+serve.py gives it the HTTP application, and serves before the models are loaded.
 
 Module-level imports are kept light: the engines start before the routes are imported.
 """
@@ -11,15 +11,12 @@ Module-level imports are kept light: the engines start before the routes are imp
 import asyncio
 import logging
 import os
-from collections.abc import Callable
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from llmsrv import log as logs
 from llmsrv.asgi.types import ASGIApp
 from llmsrv.asgi.types import ClientDisconnected
-from llmsrv.asgi.types import RawHeaders
 from llmsrv.asgi.types import Receive
 from llmsrv.asgi.types import Scope
 from llmsrv.asgi.types import Send
@@ -48,19 +45,6 @@ class App:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._http_app: "HttpApp | None" = None  # from startup to shutdown
-
-    async def start(
-        self, runtime: Runtime, connections: Callable[[], Mapping[str, int]] = dict
-    ) -> None:
-        """Starts the engines; requests get 503 until the runtime is ready.
-
-        connections  as in Runtime.start, which also says which threads may call this
-        """
-        self._http_app = await runtime.start(connections)
-
-    def error_headers(self, origin: bytes | None) -> RawHeaders:
-        """CORS headers of an error that the HTTP server answers itself; origin: of the request."""
-        return self._http_app.error_headers(origin) if self._http_app else ()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -104,7 +88,7 @@ class App:
         # In a thread, since it may have to download a model.
         runtime = await asyncio.to_thread(Runtime, self._config)
         try:
-            await self.start(runtime)
+            self._http_app = await runtime.start()
             await runtime.ready()
         except BaseException:
             self._http_app = None

@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable
 from collections.abc import Callable
 from collections.abc import Mapping
+from functools import partial
 
 from llmsrv.api.gate import Gate
 from llmsrv.api.openai.chat import ChatCompletions
@@ -133,18 +134,18 @@ def identified(app: ASGIApp) -> ASGIApp:
     def identified_app(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         given = Headers(scope["headers"]).get("x-request-id") or ""
         request_id = given if REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"
-        started_s = time.perf_counter()
+        return app(scope, receive, partial(send_identified, send, request_id, time.perf_counter()))
 
-        def send_identified(message: Message) -> Awaitable[None]:
-            if message["type"] == "http.response.start":
-                milliseconds = int((time.perf_counter() - started_s) * 1000)
-                message["headers"] = [
-                    *message["headers"],
-                    (b"x-request-id", request_id.encode()),
-                    (b"openai-processing-ms", b"%d" % milliseconds),
-                ]
-            return send(message)
-
-        return app(scope, receive, send_identified)
+    def send_identified(
+        send: Send, request_id: str, started_s: float, message: Message
+    ) -> Awaitable[None]:
+        if message["type"] == "http.response.start":
+            milliseconds = int((time.perf_counter() - started_s) * 1000)
+            message["headers"] = [
+                *message["headers"],
+                (b"x-request-id", request_id.encode()),
+                (b"openai-processing-ms", b"%d" % milliseconds),
+            ]
+        return send(message)
 
     return identified_app

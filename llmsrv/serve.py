@@ -17,7 +17,6 @@ from typing import Any
 
 from llmsrv import log as logs
 from llmsrv.api.gate import is_loopback
-from llmsrv.app import App
 from llmsrv.config import Config
 from llmsrv.runtime import Runtime
 from llmsrv.server.listener import bind
@@ -54,8 +53,7 @@ async def _serve(runtime: Runtime, sockets: list[socket.socket]) -> int:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, runtime.reload_keys)
     elif signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
         signals.watch(signal.SIGHUP)  # the terminal is gone
-    app = App(config)
-    await app.start(runtime, lambda: vars(server.counters))
+    app = await runtime.start(lambda: vars(server.counters))
     settings = ServerSettings(body_limit_bytes=runtime.models.body_limit_bytes)
     server = Server(app, sockets, settings, app.error_headers)
     await server.start()

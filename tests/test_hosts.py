@@ -75,8 +75,7 @@ async def test_a_server_without_lifespan_can_serve_before_the_models_are_loaded(
     config: Config,
 ) -> None:
     runtime = Runtime(config)
-    app = App(config)
-    await app.start(runtime)
+    app = await runtime.start()
     answer = await ask(app, "GET", "/health", {})
     assert answer.status == 503 and b"model_not_ready" in answer.body
     await runtime.ready()

@@ -9,6 +9,7 @@ computed once.
 import re
 from collections.abc import Awaitable
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 from llmsrv.asgi.request import Headers
@@ -87,7 +88,7 @@ class CORS:
             if method is not None:
                 return self._answer_preflight(origin, method, headers)(send)
         extra = self.response_fields(origin)
-        return self._app(scope, receive, _with_fields(send, extra) if extra else send)
+        return self._app(scope, receive, partial(_send_with, extra, send) if extra else send)
 
     def is_allowed(self, origin: str) -> bool:
         """Whether pages of that origin may read our responses."""
@@ -127,10 +128,8 @@ class CORS:
         return f"the header {unknown[0][:200]}" if unknown else ""
 
 
-def _with_fields(send: Send, extra: Fields) -> Send:
-    def send_with_fields(message: Message) -> Awaitable[None]:
-        if message["type"] == "http.response.start":
-            message["headers"] = [*message.get("headers", ()), *extra]
-        return send(message)
-
-    return send_with_fields
+def _send_with(extra: Fields, send: Send, message: Message) -> Awaitable[None]:
+    """Sends a message; the head of a response gets extra fields."""
+    if message["type"] == "http.response.start":
+        message["headers"] = [*message.get("headers", ()), *extra]
+    return send(message)

@@ -178,8 +178,7 @@ class ChatTemplate:
                 safe_messages, self._replace_in(tools, placeholders), add_generation_prompt
             )
             safe_extra = self._replace_in(dict(extra or {}), placeholders)
-            _deadline_s.set(time.thread_time() + RENDER_S)
-            text = self._template.render(safe_extra | variables)
+            text = self._render_in_time(safe_extra | variables)
         except _RaisedByTemplate as error:
             message = placeholders.restore(str(error))
             raise ApiError(400, message, param="messages", code="invalid_value") from None
@@ -192,6 +191,13 @@ class ChatTemplate:
             message = "The model's chat template leaves the last message out."
             raise ApiError(400, message, param="continue_final_message", code="invalid_value")
         return text[: text.rindex(end)] if end else text, placeholders
+
+    def _render_in_time(self, variables: Mapping[str, Any]) -> str:
+        token = _deadline_s.set(time.thread_time() + RENDER_S)
+        try:
+            return self._template.render(variables)
+        finally:
+            _deadline_s.reset(token)  # or the context of each waiting request would hold it
 
     def _variables_for(
         self,

@@ -15,8 +15,6 @@ from collections.abc import Iterable
 
 from llmsrv.text.tokenizer import Tokenizer
 
-_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
-
 
 class Detokenizer:
     """The text of one sequence.  Takes time linear in the number of ids, for any chunks."""
@@ -31,15 +29,22 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._kept_special_ids = kept_special_ids
-        self._decoder = _Utf8Decoder("replace")
+        self._incomplete = b""  # the beginning of a character
 
     def push(self, ids: Iterable[int]) -> str:
         """Returns the text that these ids complete; "" if there is none yet."""
         if self._skip_special_tokens:
             kept = self._kept_special_ids
             ids = (id for id in ids if id in kept or not self._tokenizer.is_special(id))
-        return self._decoder.decode(b"".join(map(self._tokenizer.token_bytes, ids)))
+        return self._decode(b"".join(map(self._tokenizer.token_bytes, ids)))
 
     def flush(self) -> str:
         """At the end: returns U+FFFD if the last character is incomplete, else ""."""
-        return self._decoder.decode(b"", final=True)
+        return self._decode(b"", is_final=True)
+
+    def _decode(self, data: bytes, is_final: bool = False) -> str:
+        # An incremental decoder of codecs does the same, but takes more memory than all of this.
+        data = self._incomplete + data
+        text, num_decoded = codecs.utf_8_decode(data, "replace", is_final)
+        self._incomplete = data[num_decoded:]
+        return text

@@ -10,6 +10,8 @@ from llmsrv.text.reasoning import ReasoningParser
 from llmsrv.text.tokenizer import Tokenizer
 from llmsrv.text.tool_calls.parser import CallDelta
 
+NO_IDS: frozenset[int] = frozenset()  # shared: an empty set takes 200 bytes
+
 
 @dataclass
 class ToolCallDelta:
@@ -80,6 +82,8 @@ def visible_special_tokens(
     tokenizer: Tokenizer, tools: ToolUse | None, is_thinking: bool | None
 ) -> frozenset[int]:
     """Special tokens whose text the parser needs to see."""
+    if tools is None and is_thinking is None:
+        return NO_IDS
     texts = [] if is_thinking is None else [THINK_START, THINK_END]
     if tools:
         texts += tools.format.marks

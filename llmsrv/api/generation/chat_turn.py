@@ -30,7 +30,7 @@ DEFAULT_MODEL_REPETITION = RepetitionDetection(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RunningTurn:
     """A turn whose request the engine has.
 

@@ -20,7 +20,7 @@ from llmsrv.text.stop import StopMatcher
 from llmsrv.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """A token with its log-probability.
 
@@ -70,7 +70,7 @@ class Delta:
                 self.tool_calls.append(call)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class OutputRules:
     """How the output of a request's choices is read, and which text ends it.
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from collections.abc import Sequence
 
+from llmsrv.api.generation.answer_parser import NO_IDS
 from llmsrv.api.generation.answer_parser import visible_special_tokens
 from llmsrv.api.generation.options import GenerationOptions
 from llmsrv.api.generation.output import OutputRules
@@ -63,7 +64,7 @@ def make_submits(
             request=0,
             prompt_ids=ids,
             max_tokens=limit,
-            end_ids=_end_ids(options, service.text.tokenizer),
+            end_ids=sorted(_end_ids(options, service.text.tokenizer)),
             sampling=sampling,
             n=n,
             salt=_salt(tenant, options.cache_salt),
@@ -116,9 +117,9 @@ def output_rules(
 ) -> OutputRules:
     """tools, is_thinking: as in OutputRules."""
     return OutputRules(
-        stop_strings=[options.stop] if isinstance(options.stop, str) else options.stop or [],
+        stop_strings=[options.stop] if isinstance(options.stop, str) else options.stop or (),
         includes_stop=bool(options.include_stop_str_in_output),
-        end_ids=frozenset(_end_ids(options, tokenizer)),
+        end_ids=_end_ids(options, tokenizer),
         min_tokens=options.min_tokens or 0,
         skip_special_tokens=options.skip_special_tokens is not False,
         visible_special_ids=visible_special_tokens(tokenizer, tools, is_thinking),
@@ -127,9 +128,9 @@ def output_rules(
     )
 
 
-def _end_ids(options: GenerationOptions, tokenizer: Tokenizer) -> list[int]:
-    end_ids = [] if options.ignore_eos else sorted(tokenizer.end_ids)
-    return end_ids + (options.stop_token_ids or [])
+def _end_ids(options: GenerationOptions, tokenizer: Tokenizer) -> frozenset[int]:
+    end_ids = NO_IDS if options.ignore_eos else tokenizer.end_ids
+    return end_ids | set(options.stop_token_ids) if options.stop_token_ids else end_ids
 
 
 def _repetition_detection(options: GenerationOptions) -> RepetitionDetection | None:

@@ -91,54 +91,61 @@ class ChatAnswer:
     def __init__(
         self, service: Service, body: ChatCompletionRequest, turn: RunningTurn, echo: str = ""
     ) -> None:
+        # Not the body, and ids only if they are wanted: thousands of streams may wait.
         self._tokenizer = service.text.tokenizer
-        self._body = body
-        self._turn = turn
+        self._job = turn.job
+        self._prompt_ids = turn.prompt_ids if body.return_token_ids else None
+        self._num_prompt_logprobs = body.prompt_logprobs
+        self._has_logprobs = bool(body.logprobs)
+        self._num_alternatives = body.top_logprobs or 0
         self._logprobs = LogprobFormatter(
-            self._tokenizer, body.top_logprobs or 0, bool(body.return_tokens_as_token_ids)
+            self._tokenizer, self._num_alternatives, bool(body.return_tokens_as_token_ids)
         )
+        self._is_thinking = turn.is_thinking is not None
         self._has_reasoning = body.include_reasoning is not False
         self._echo = echo
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         self._reply = Reply(service, body, turn.job, kind, "chatcmpl")
 
     async def whole(self) -> bytes:
-        choices = await self._turn.job.collect()
-        if self._body.prompt_logprobs is not None or are_large(choices, self._body.top_logprobs):
+        choices = await self._job.collect()
+        if self._num_prompt_logprobs is not None or are_large(choices, self._num_alternatives):
             return await asyncio.to_thread(self._whole_body, choices)
         return self._whole_body(choices)
 
     def events(self) -> AsyncGenerator[bytes, None]:
         first = {"role": "assistant", "content": self._echo}
-        indices = range(self._turn.job.num_choices)
+        indices = range(self._job.num_choices)
         return self._reply.events(
             self._chunks,
             [self._chunk(Delta(i), first) for i in indices],
-            is_slow=lambda delta: are_large([delta], self._body.top_logprobs),
+            is_slow=lambda delta: are_large([delta], self._num_alternatives),
         )
 
     def _whole_body(self, choices: list[Delta]) -> bytes:
         fields = self._reply.whole([self._choice(choice) for choice in choices])
-        if self._body.prompt_logprobs is not None:
-            tokens = self._turn.job.prompt_logprobs[0]
+        if self._num_prompt_logprobs is not None:
+            tokens = self._job.prompt_logprobs[0]
             fields["prompt_logprobs"] = prompt_logprobs(
-                self._tokenizer, tokens, self._body.prompt_logprobs
+                self._tokenizer, tokens, self._num_prompt_logprobs
             )
-        if self._body.return_token_ids:
-            fields["prompt_token_ids"] = self._turn.prompt_ids
+        if self._prompt_ids is not None:
+            fields["prompt_token_ids"] = self._prompt_ids
         return orjson.dumps(fields)
 
     def _choice(self, choice: Delta) -> dict[str, Any]:
-        message = message_of(choice, self._turn.is_thinking is not None and self._has_reasoning)
+        message = message_of(choice, self._is_thinking and self._has_reasoning)
         if self._echo:
             message["content"] = self._echo + (message["content"] or "")
         fields = {
             "index": choice.index,
             "message": message,
-            "logprobs": self._logprobs.chat(choice.logprobs) if self._body.logprobs else None,
+            "logprobs": self._logprobs.chat(choice.logprobs) if self._has_logprobs else None,
             "finish_reason": choice.finish_reason,
         }
-        return fields | ({"token_ids": choice.token_ids} if self._body.return_token_ids else {})
+        if self._prompt_ids is not None:
+            fields["token_ids"] = choice.token_ids
+        return fields
 
     def _chunks(self, delta: Delta) -> list[bytes]:
         """One chunk per kind of part, then one with the finish_reason.  The first has all token ids
@@ -146,7 +153,7 @@ class ChatAnswer:
         if not self._has_reasoning:
             delta.reasoning = ""
         parts = message_deltas(delta)
-        if not parts and (delta.logprobs or (delta.token_ids and self._body.return_token_ids)):
+        if not parts and (delta.logprobs or (delta.token_ids and self._prompt_ids is not None)):
             parts = [{}]
         chunks = [self._chunk(delta, part) for part in parts[:1]]
         chunks += [self._chunk(Delta(delta.index), part) for part in parts[1:]]
@@ -157,17 +164,17 @@ class ChatAnswer:
     def _chunk(
         self, delta: Delta, part: dict[str, Any], finish_reason: str | None = None
     ) -> bytes:
-        has_logprobs = self._body.logprobs and delta.logprobs
+        has_logprobs = self._has_logprobs and delta.logprobs
         choice = {
             "index": delta.index,
             "delta": part,
             "logprobs": self._logprobs.chat(delta.logprobs) if has_logprobs else None,
             "finish_reason": finish_reason,
         }
-        if not self._body.return_token_ids:
+        if self._prompt_ids is None:
             return self._reply.chunk(choice)
         choice["token_ids"] = delta.token_ids
-        prompt = {"prompt_token_ids": self._turn.prompt_ids} if "role" in part else {}
+        prompt = {"prompt_token_ids": self._prompt_ids} if "role" in part else {}
         return self._reply.chunk(choice, **prompt)
 
 

@@ -104,10 +104,17 @@ class CompletionAnswer:
     def __init__(
         self, service: Service, body: CompletionRequest, job: Job, prompts: list[list[int]]
     ) -> None:
+        # Not the body, and the prompts only if they are wanted: thousands of streams may wait.
         self._tokenizer = service.text.tokenizer
-        self._body = body
         self._job = job
-        self._prompts = prompts
+        self._num_prompts = len(prompts)
+        self._prompts = prompts if body.return_token_ids or body.echo else []
+        self._echoed = _named_prompts(body.prompt) if body.echo else None
+        self._n = body.n or 1
+        self._best_of = body.best_of
+        self._num_logprobs = body.logprobs
+        self._num_prompt_logprobs = body.prompt_logprobs
+        self._returns_token_ids = bool(body.return_token_ids)
         self._logprobs = LogprobFormatter(
             self._tokenizer, body.logprobs or 0, bool(body.return_tokens_as_token_ids)
         )
@@ -117,10 +124,10 @@ class CompletionAnswer:
 
     async def whole(self) -> bytes:
         choices = await self._job.collect()
-        if self._body.best_of:
-            choices = _best(choices, self._body.best_of, self._body.n or 1)
-        has_prompt = self._body.echo or self._body.prompt_logprobs is not None
-        if has_prompt or are_large(choices, self._body.logprobs):
+        if self._best_of:
+            choices = _best(choices, self._best_of, self._n)
+        has_prompt = self._echoed is not None or self._num_prompt_logprobs is not None
+        if has_prompt or are_large(choices, self._num_logprobs):
             return await asyncio.to_thread(self._whole_body, choices)
         return self._whole_body(choices)
 
@@ -129,15 +136,15 @@ class CompletionAnswer:
 
     def _echoes(self, delta: Delta) -> bool:
         """Whether the prompt goes out before this delta: that takes time for each of its tokens."""
-        return bool(self._body.echo) and delta.index not in self._begun
+        return self._echoed is not None and delta.index not in self._begun
 
     def _whole_body(self, choices: list[Delta]) -> bytes:
-        num_each = len(choices) // len(self._prompts)
+        num_each = len(choices) // self._num_prompts
         shaped = [self._choice(choice, i // num_each) for i, choice in enumerate(choices)]
         return orjson.dumps(self._reply.whole(shaped))
 
     def _chunks(self, delta: Delta) -> list[bytes]:
-        return [self._reply.chunk(self._choice(delta, delta.index // (self._body.n or 1)))]
+        return [self._reply.chunk(self._choice(delta, delta.index // self._n))]
 
     def _choice(self, delta: Delta, prompt: int) -> dict[str, Any]:
         """A whole choice or a piece of one.  The first piece also echoes the prompt."""
@@ -150,11 +157,11 @@ class CompletionAnswer:
             "logprobs": self._choice_logprobs(delta, echo, is_first),
             "finish_reason": delta.finish_reason,
         }
-        if (num_alternatives := self._body.prompt_logprobs) is not None:
+        if (num_alternatives := self._num_prompt_logprobs) is not None:
             choice["prompt_logprobs"] = prompt_logprobs(
                 self._tokenizer, self._job.prompt_logprobs[prompt], num_alternatives
             )
-        if self._body.return_token_ids:
+        if self._returns_token_ids:
             choice["token_ids"] = delta.token_ids
             if is_first:
                 choice["prompt_token_ids"] = self._prompts[prompt]
@@ -163,7 +170,7 @@ class CompletionAnswer:
     def _choice_logprobs(
         self, delta: Delta, echo: "EchoedPrompt", is_first: bool
     ) -> dict[str, Any] | None:
-        if self._body.logprobs is None:
+        if self._num_logprobs is None:
             return None
         tokens = [
             replace(token, text_offset=token.text_offset + len(echo.text))
@@ -174,10 +181,10 @@ class CompletionAnswer:
         return self._logprobs.completion([*echo.logprobs, *tokens], echo.first_id)
 
     def _echo(self, prompt: int) -> "EchoedPrompt":
-        if not self._body.echo:
+        if self._echoed is None:
             return EchoedPrompt()
         if prompt not in self._echoed_prompts:
-            text, _ = _named_prompts(self._body.prompt)[prompt]
+            text, _ = self._echoed[prompt]
             ids, tokens = self._prompts[prompt], self._job.prompt_logprobs[prompt]
             self._echoed_prompts[prompt] = _echoed_prompt(self._tokenizer, text, ids, tokens)
         return self._echoed_prompts[prompt]
