@@ -50,6 +50,10 @@ FORMATS = {
         False,
     ),
     "lfm2": (["<|tool_call_start|>", "<|tool_call_end|>"], "<|tool_call_start|>", False),
+    "deepseek_v32": (["<think>"], "｜DSML｜", False),  # the marks are no tokens of their own
+    "functiongemma": (
+        ["<start_function_call>", "<end_function_call>", "<escape>"], "<start_function_call>", False
+    ),
     "hermes, thinking": (["<think>", "</think>"], "<tool_call></think>", True),
 }
 
@@ -110,6 +114,7 @@ def test_tools_are_called_in_the_format_of_the_model(tmp_path: Path, name: str) 
         ("qwen3_coder", ""),
         ("deepseek_v31", ""),
         ("lfm2", ""),
+        ("functiongemma", ""),
     ],
 )
 def test_optional_calls_of_strict_tools_follow_their_schemas(
