@@ -128,6 +128,18 @@ class ChoiceOutput:
 
     def push(self, tokens: Tokens) -> Delta | None:
         """Takes what the engine sent; None if no text can be released yet."""
+        if self._rules.tools is None or not self._rules.tools.at_most_one:
+            return self._push(tokens)
+        joined: Delta | None = None
+        for position in range(len(tokens.ids)):  # the tokens after the call do not count
+            if delta := self._push(_token_at(tokens, position)):
+                joined = joined or Delta(self.index)
+                joined.add(delta)
+            if self.finish_reason:
+                break
+        return joined
+
+    def _push(self, tokens: Tokens) -> Delta | None:
         text = ""
         for position, id in enumerate(tokens.ids):
             self.num_tokens += 1
@@ -216,3 +228,15 @@ class ChoiceOutput:
             self.num_reasoning_tokens = len(offsets) if end is None else bisect_left(offsets, end)
         if reasoning.is_answering:
             self._offsets = None
+
+
+def _token_at(tokens: Tokens, position: int) -> Tokens:
+    one = slice(position, position + 1)
+    return Tokens(
+        tokens.request,
+        tokens.choice,
+        tokens.ids[one],
+        tokens.logprobs[one],
+        tokens.alternatives[one],
+        tokens.ranks[one],
+    )
