@@ -116,6 +116,7 @@ class CUDABackend(Backend):
             plan = self._compile(program, limits, dtype, tick)
         except self._cp.cuda.memory.OutOfMemoryError as error:
             raise StartupError(self._out_of_memory(program, limits)) from error
+        self._cp.get_default_memory_pool().free_all_blocks()
         free, total = self.device.memory_bytes()
         log.info(
             "%s on %s: %s of weights, %s of KV cache; %s of the GPU's %s are free",
@@ -196,9 +197,9 @@ class CUDABackend(Backend):
         needed = self.weight_bytes(program) + self._kv_bytes(program, limits)
         used = total - free - self._cp.get_default_memory_pool().total_bytes()
         return (
-            f"the GPU's memory does not suffice: weights and KV cache take {_gb(needed)}, and "
-            f"{_gb(used)} of its {_gb(total)} are in use by others; end them, or use a smaller "
-            "--gpu-memory-utilization, --max-total-seq-length or model"
+            f"the GPU has too little free memory: weights and KV cache take {_gb(needed)}, and "
+            f"{_gb(used)} of its {_gb(total)} were in use before; end other programs that use it, "
+            "or choose a smaller --gpu-memory-utilization, --max-total-seq-length or model"
         )
 
 

@@ -40,7 +40,8 @@ class Staging:
         self._last = name
         self._pinned = [pinned_array(cp, end) for _ in range(NUM_SETS)]
         self._buffer = cp.zeros(end, np.uint8)
-        self._copied: list[Any] = [None] * NUM_SETS  # events: the set's last copy has been made
+        # When the set's last copy has been made; an event that was never recorded has happened.
+        self._copied = [cp.cuda.Event(disable_timing=True) for _ in range(NUM_SETS)]
         self._sets = [self._views(buffer, specs) for buffer in self._pinned]
         self._turn = 0
         self.host: dict[str, Array] = self._sets[0]
@@ -49,8 +50,7 @@ class Staging:
     def begin(self) -> None:
         """Takes the other set of host arrays; they hold what they held two steps ago."""
         self._turn = (self._turn + 1) % NUM_SETS
-        if (event := self._copied[self._turn]) is not None:
-            event.synchronize()
+        self._copied[self._turn].synchronize()
         self.host = self._sets[self._turn]
 
     def upload(self, used_of_last: int) -> None:
@@ -61,7 +61,7 @@ class Staging:
         end = self._starts[self._last] + used_of_last * self.host[self._last].itemsize
         stream = self._cp.cuda.get_current_stream()
         self._buffer[:end].set(self._pinned[self._turn][:end], stream)
-        self._copied[self._turn] = stream.record()
+        self._copied[self._turn].record(stream)
 
     def _views(self, buffer: Any, specs: Mapping[str, Spec]) -> dict[str, Any]:
         views = {}
