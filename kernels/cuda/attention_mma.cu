@@ -8,7 +8,7 @@
  * tiles         int2 [tiles]: first row, and number of rows, at most TILE_ROWS; consecutive rows of
  *               one sequence, in order of their positions
  *
- * Grid (tiles, NUM_GROUPS).  A block computes the rows of a tile for a group of heads that share a
+ * Grid (NUM_GROUPS, tiles).  A block computes the rows of a tile for a group of heads that share a
  * kv head.  Row and head together are one of the NUM_QUERIES rows of its products: queries
  * GROUP_HEADS * row + head.  A warp has M_TILES times 16 of them; their sums stay in registers.
  * Keys and values come through shared memory, TILE_KEYS positions at a time, while the tile before
@@ -44,14 +44,17 @@ __device__ __forceinline__ void copy_tile(Row *shared_keys, Row *shared_values, 
                                           const T16 *values, const int *table, int tile, int end,
                                           int layer, int num_layers, int kv_head)
 {
-    for (int i = threadIdx.x; i < TILE_KEYS * CHUNKS; i += NUM_THREADS) {
-        const int key = i / CHUNKS, dim = i % CHUNKS * 8, position = tile * TILE_KEYS + key;
-        long long offset = 0;
-        if (position < end)
-            offset = block_offset(table[position / BLOCK_SIZE], layer, num_layers, kv_head)
-                     + position % BLOCK_SIZE * PADDED_DIM + dim;
-        cp_async_16(&shared_keys[key][dim], keys + offset, position < end);
-        cp_async_16(&shared_values[key][dim], values + offset, position < end);
+#pragma unroll
+    for (int key = 0; key < TILE_KEYS; key += BLOCK_SIZE) {
+        const int num_keys = end - tile * TILE_KEYS - key; /* from here on */
+        const int block = num_keys > 0 ? table[(tile * TILE_KEYS + key) / BLOCK_SIZE] : 0;
+        const long long offset = block_offset(block, layer, num_layers, kv_head);
+#pragma unroll
+        for (int i = threadIdx.x; i < BLOCK_SIZE * CHUNKS; i += NUM_THREADS) {
+            const int row = i / CHUNKS, dim = i % CHUNKS * 8;
+            cp_async_16(&shared_keys[key + row][dim], keys + offset + 8 * i, row < num_keys);
+            cp_async_16(&shared_values[key + row][dim], values + offset + 8 * i, row < num_keys);
+        }
     }
     cp_async_commit();
 }
@@ -210,8 +213,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) prefill_attention(
     Row *shared_keys = queries + NUM_QUERIES;           /* two tiles */
     Row *shared_values = shared_keys + 2 * TILE_KEYS;   /* two tiles */
 
-    const int first_row = tiles[blockIdx.x].x, num_rows = tiles[blockIdx.x].y;
-    const HeadGroup group = head_group(blockIdx.y);
+    const int first_row = tiles[blockIdx.y].x, num_rows = tiles[blockIdx.y].y;
+    const HeadGroup group = head_group(blockIdx.x);
     const int *table = block_tables + (long long)sequences[first_row] * *max_blocks;
     const int least = positions[first_row], end = positions[first_row + num_rows - 1] + 1;
     const int start_tile = first_attended(least, window) / TILE_KEYS;
@@ -242,14 +245,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) prefill_attention(
         softmax.largest[m][0] = softmax.largest[m][1] = MASKED;
     for (int tile = start_tile; tile < end_tile; tile++) {
         const int stage = (tile - start_tile) % 2 * TILE_KEYS;
-        if (tile + 1 < end_tile) {
+        cp_async_wait<0>();
+        __syncthreads(); /* this tile has arrived, and the one before is no longer read */
+        if (tile + 1 < end_tile)
             copy_tile(shared_keys + TILE_KEYS - stage, shared_values + TILE_KEYS - stage, keys,
                       values, table, tile + 1, end, layer, num_layers, group.kv_head);
-            cp_async_wait<1>();
-        } else {
-            cp_async_wait<0>();
-        }
-        __syncthreads();
         float scores[M_TILES][TILE_KEYS / 8][4] = {};
         multiply_keys(scores, queries + threadIdx.x / 32 * WARP_QUERIES, shared_keys + stage);
         cap(scores, scale, softcap);
@@ -266,7 +266,6 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) prefill_attention(
             for (int half = 0; half < 2; half++)
                 weigh(&softmax, scores[m], m, half, score_scale(scale));
         add_values(&softmax, scores, shared_values + stage);
-        __syncthreads(); /* before the next tile's copy overwrites this stage */
     }
 
 #pragma unroll

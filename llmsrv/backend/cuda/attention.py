@@ -202,7 +202,7 @@ class AttentionKernels:
         if self._work.num_tiles:
             rows = device["positions"], device["sequences"]
             prefill(
-                (self._work.num_tiles, self._heads.num_groups),
+                (self._heads.num_groups, self._work.num_tiles),
                 (32 * self._tile.num_warps,),
                 (*arguments, *rows, *tables, device["tiles"], *constants),
                 shared_mem=self._tile.shared_bytes(self._heads.padded_dim),
