@@ -56,8 +56,7 @@ __device__ __forceinline__ Mass warp_mass_before(Mass mass)
 }
 
 /* The sum of the masses of lower threads; *total becomes that of all threads. */
-__device__ __forceinline__ Mass block_mass_before(
-    BlockShared &shared, Mass mass, Mass *total)
+__device__ __forceinline__ Mass block_mass_before(BlockShared &shared, Mass mass, Mass *total)
 {
     int warp = threadIdx.x / 32;
     Mass before = warp_mass_before(mass);
@@ -163,12 +162,12 @@ __device__ __forceinline__ unsigned bin_that_reaches(Shared &shared, Mass amount
 
 /* ---- Candidates: the ids of a row that a bound leaves */
 
-/* The ids of a row that are still in question.  A View has
+/* The ids of a row that are still in question.  A Rule has
  *     unsigned key(float value)         what a threshold compares
  *     Mass amount(int id, float value)  what a threshold or a draw sums; 0 if filtered out
  * Positions count the listed candidates, or are ids if there are too many to list. */
-template <class View> struct Candidates {
-    const View &view;
+template <class Rule> struct Candidates {
+    const Rule &rule;
     Shared &shared;
     const float *values; /* [vocab_size], by id; rows are padded to a multiple of 4 */
     const float *maxima; /* [groups], the largest value of each group of ids */
@@ -342,10 +341,10 @@ struct Threshold {
 
 /* Keeps the smallest keys until their amounts reach the goal, the lowest ids among equal keys.  The
  * key is found digit by digit, the highest first. */
-template <class View> __device__ __forceinline__ Threshold threshold_of(
-    const Candidates<View> &candidates, Mass goal)
+template <class Rule> __device__ __forceinline__ Threshold threshold_of(
+    const Candidates<Rule> &candidates, Mass goal)
 {
-    const View &view = candidates.view;
+    const Rule &rule = candidates.rule;
     Shared &shared = candidates.shared;
     unsigned known = 0, mask = 0;
 #pragma unroll 1
@@ -356,8 +355,8 @@ template <class View> __device__ __forceinline__ Threshold threshold_of(
             clear_histogram(shared);
             __syncthreads();
             candidates.visit_chunk(start, [&](int id, float value) {
-                unsigned key = view.key(value);
-                Mass amount = (key & mask) == known ? view.amount(id, value) : 0;
+                unsigned key = rule.key(value);
+                Mass amount = (key & mask) == known ? rule.amount(id, value) : 0;
                 if (amount)
                     add_to_histogram(shared, key >> shift & 255, amount);
             });
@@ -377,7 +376,7 @@ template <class View> __device__ __forceinline__ Threshold threshold_of(
         goal = shared.left;
     }
     auto amount_of_tie = [&](int id, float value) {
-        return view.key(value) == known ? view.amount(id, value) : 0;
+        return rule.key(value) == known ? rule.amount(id, value) : 0;
     };
     candidates.fill_sums(amount_of_tie);
     return {known, candidates.id_that_exceeds(amount_of_tie, goal - 1)};

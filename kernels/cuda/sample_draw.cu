@@ -39,7 +39,7 @@ __device__ __forceinline__ unsigned key_of_surprise(float x, int mean)
 }
 
 /* What the filters of a row have kept so far.  Those that have not been reached yet keep all. */
-struct DrawView {
+struct Filters {
     const Row *row;
     int vocab_size, stage;
     Threshold top_k, top_p, typical_p;
@@ -147,29 +147,29 @@ __device__ __forceinline__ void measure_chunk(Shared &shared, const Draw &draw, 
 /* A lower bound of x for all ids that the filters can keep.  Clears the row's bins; *total becomes
  * the sum of all weights. */
 __device__ __forceinline__ float bound_of(
-    Shared &shared, const DrawView &view, Bins *bins, Mass *total)
+    Shared &shared, const Filters &filters, Bins *bins, Mass *total)
 {
-    const Parameters &p = view.row->parameters;
-    if (!view.uses_bins())
+    const Parameters &p = filters.row->parameters;
+    if (!filters.uses_bins())
         return p.min_p > 0 ? least_x((float)p.min_p) : LEAST_X;
     int own = NUM_BINS - 1 - threadIdx.x;
     Mass mass = bins->masses[own], count = bins->counts[own];
     bins->masses[own] = 0;
     bins->counts[own] = 0;
     *total = block_mass(shared, mass);
-    bool is_counted = view.has(TOP_K);
+    bool is_counted = filters.has(TOP_K);
     unsigned bin = bin_that_reaches(
         shared, is_counted ? count : mass, is_counted ? p.top_k : share_of(*total, p.top_p));
     return bin == NUM_BINS ? LEAST_X : least_x_of_bin(bin);
 }
 
 /* The sum of the kept weights, and of these times their surprise / 2^24, in every thread. */
-__device__ __forceinline__ Mass sum_kept(const Candidates<DrawView> &candidates, Mass *surprises)
+__device__ __forceinline__ Mass sum_kept(const Candidates<Filters> &candidates, Mass *surprises)
 {
     Mass sum = 0, surprise = 0;
     for (int start = 0; start < candidates.size; start += CHUNK)
         candidates.visit_chunk(start, [&](int id, float x) {
-            Mass weight = candidates.view.kept_weight(id, x);
+            Mass weight = candidates.rule.kept_weight(id, x);
             sum += weight;
             surprise += weight * (Mass)surprise_of(x) >> 24;
         });
@@ -178,50 +178,50 @@ __device__ __forceinline__ Mass sum_kept(const Candidates<DrawView> &candidates,
 }
 
 /* Steps 4 to 8.  total: the sum of all weights */
-__device__ __forceinline__ void filter(
-    DrawView &view, const Candidates<DrawView> &candidates, Mass total)
+__device__ __forceinline__ void run_filters(
+    Filters &filters, const Candidates<Filters> &candidates, Mass total)
 {
-    const Parameters &p = view.row->parameters;
+    const Parameters &p = filters.row->parameters;
 #pragma unroll 1
-    for (view.stage = TOP_K; view.stage < NUM_FILTERS; view.stage++) {
-        if (view.stage == TYPICAL_P)
-            view.min_p = (Mass)p.min_p;
-        if (!view.has(view.stage))
+    for (filters.stage = TOP_K; filters.stage < NUM_FILTERS; filters.stage++) {
+        if (filters.stage == TYPICAL_P)
+            filters.min_p = (Mass)p.min_p;
+        if (!filters.has(filters.stage))
             continue;
         Mass goal = p.top_k;
-        if (view.stage != TOP_K) {
+        if (filters.stage != TOP_K) {
             Mass surprises, kept = sum_kept(candidates, &surprises);
-            bool has_all = view.stage == TOP_P && !view.has(TOP_K);
-            goal = share_of(has_all ? total : kept, view.stage == TOP_P ? p.top_p : p.typical_p);
-            view.mean_surprise = (int)(surprises / (kept >> 24));
+            bool has_all = filters.stage == TOP_P && !filters.has(TOP_K);
+            goal = share_of(has_all ? total : kept, filters.stage == TOP_P ? p.top_p : p.typical_p);
+            filters.mean_surprise = (int)(surprises / (kept >> 24));
         }
         Threshold threshold = threshold_of(candidates, goal);
-        if (view.stage == TOP_K)
-            view.top_k = threshold;
-        else if (view.stage == TOP_P)
-            view.top_p = threshold;
+        if (filters.stage == TOP_K)
+            filters.top_k = threshold;
+        else if (filters.stage == TOP_P)
+            filters.top_p = threshold;
         else
-            view.typical_p = threshold;
+            filters.typical_p = threshold;
     }
 }
 
 /* Steps 4 to 9. */
-__device__ __forceinline__ int draw_id(Shared &shared, DrawView &view, const Draw &draw)
+__device__ __forceinline__ int draw_id(Shared &shared, Filters &filters, const Draw &draw)
 {
-    Candidates<DrawView> candidates = {
-        view, shared, draw.x, draw.maxima, draw.sums, 0.0f, LEAST_X, view.vocab_size, false};
-    auto weight = [&](int id, float x) { return view.kept_weight(id, x); };
+    Candidates<Filters> candidates = {
+        filters, shared, draw.x, draw.maxima, draw.sums, 0.0f, LEAST_X, filters.vocab_size, false};
+    auto weight = [&](int id, float x) { return filters.kept_weight(id, x); };
     Mass total = 0;
-    if (view.is_filtered()) {
-        candidates.bound = bound_of(shared, view, draw.bins, &total);
+    if (filters.is_filtered()) {
+        candidates.bound = bound_of(shared, filters, draw.bins, &total);
         candidates.list();
-        filter(view, candidates, total);
+        run_filters(filters, candidates, total);
         total = candidates.fill_sums(weight);
     } else {
         total = candidates.scan_sums();
     }
-    const Parameters &p = view.row->parameters;
-    Mass bits = uniform_bits(p.seed, p.choice, view.row->output_position);
+    const Parameters &p = filters.row->parameters;
+    Mass bits = uniform_bits(p.seed, p.choice, filters.row->output_position);
     return candidates.id_that_exceeds(weight, __umul64hi(bits, total));
 }
 
@@ -240,11 +240,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_draw(
     Draw draw = {{logits + blockIdx.y * stride, vocab_size, row, tables}, state->max,
                  x + blockIdx.y * stride, maxima + first_group, sums + first_group,
                  bins + blockIdx.y};
-    DrawView view = {row, vocab_size, DRAW, KEEP_ALL, KEEP_ALL, KEEP_ALL, 0, 0};
-    measure_chunk(shared, draw, view.uses_bins());
+    Filters filters = {row, vocab_size, DRAW, KEEP_ALL, KEEP_ALL, KEEP_ALL, 0, 0};
+    measure_chunk(shared, draw, filters.uses_bins());
     if (!is_last_block(shared, state))
         return;
-    int id = draw_id(shared, view, draw);
+    int id = draw_id(shared, filters, draw);
     if (threadIdx.x == 0)
         ids[blockIdx.y] = results[blockIdx.y].id = id;
 }

@@ -13,7 +13,7 @@
 #include "sample_block.cuh"
 
 /* Compares logits, and counts ids. */
-struct RawView {
+struct LargestFirst {
     __device__ __forceinline__ unsigned key(float logit) const { return ~ascending_key(logit); }
 
     __device__ __forceinline__ Mass amount(int, float) const { return 1; }
@@ -76,9 +76,9 @@ __device__ __forceinline__ void write_alternatives(
     bins->counts[own] = 0;
     unsigned bin = bin_that_reaches(shared, count, k);
     float bound = bin == NUM_BINS ? MINUS_INFINITY : least_x_of_bin(bin);
-    RawView view;
-    Candidates<RawView> candidates = {
-        view, shared, row.logits, maxima, sums, max, bound, row.vocab_size, false};
+    LargestFirst rule;
+    Candidates<LargestFirst> candidates = {
+        rule, shared, row.logits, maxima, sums, max, bound, row.vocab_size, false};
     candidates.list();
     Threshold best = threshold_of(candidates, k);
     if (threadIdx.x == 0)
@@ -86,7 +86,7 @@ __device__ __forceinline__ void write_alternatives(
     __syncthreads();
     for (int start = 0; start < candidates.size; start += CHUNK)
         candidates.visit_chunk(start, [&](int id, float logit) {
-            if (!best.keeps(view.key(logit), id))
+            if (!best.keeps(rule.key(logit), id))
                 return;
             unsigned place = atomicAdd(&shared.counts[0], 1u);
             ids[place] = id;

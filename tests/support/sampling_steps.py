@@ -190,7 +190,7 @@ def steps(draw: Any, vocab_sizes: Sequence[int] = (61, 97, 128, 1000, 4099)) -> 
         len(slots),
         vocab_size,
         draw(st.booleans()),
-        draw(st.lists(st.sampled_from([np.nan, np.inf, -np.inf, 1e30, 3e38]), max_size=2)),
+        draw(st.lists(st.sampled_from([np.nan, -np.nan, np.inf, -np.inf, 1e30, 3e38]), max_size=2)),
     )
     is_first = np.diff(slots, prepend=-1) != 0
     likely = np.where(np.isfinite(logits), logits, 0).argmax(axis=1)[:-1]

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings
 
+from llmsrv.backend.sampling.samples import FAILED
 from llmsrv.backend.sampling.table import SamplingParameters
 from llmsrv.backend.sampling.table import mask_of
 from tests.backend.conftest import cpu_backend
@@ -46,6 +47,19 @@ def test_samples_are_those_of_the_contract(sampling, step):
 def test_each_parameter_alone(sampling, values):
     logits = random_logits(7, 4, 97)
     check_step(sampling, Step(logits, range(4), [SamplingParameters(seed=7, **values)] * 4))
+
+
+def test_filters_apply_in_order_to_what_the_ones_before_kept(sampling):
+    logits = random_logits(8, 40, 300) / 3
+    values = {"top_k": 60, "top_p": 0.7, "min_p": 0.4, "typical_p": 0.7}
+    check_step(sampling, Step(logits, [0] * 40, [SamplingParameters(seed=8, **values)]))
+
+
+def test_a_row_fails_by_either_nan(sampling):
+    logits = random_logits(9, 3, 97)
+    logits[:2, 50] = np.nan, -np.nan
+    samples = check_step(sampling, Step(logits, range(3), [SamplingParameters(temperature=0)] * 3))
+    assert (samples.ids[:2] == FAILED).all() and samples.ids[2] >= 0
 
 
 def test_all_logits_minus_infinity_fail_and_equal_ones_take_the_lowest_id(sampling):
