@@ -179,10 +179,11 @@ def test_graph_does_not_keep_its_arrays_alive(cupy, add):
         lambda x, stream: x.get(),
         lambda x, stream: x.set(np.zeros(4, np.float32)),
         lambda x, stream: stream.synchronize(),
+        lambda x, stream: x.copy(),
     ],
-    ids=["get", "set", "synchronize"],
+    ids=["get", "set", "synchronize", "allocation"],
 )
-def test_waiting_for_the_host_breaks_a_capture(cupy, forbidden):
+def test_what_a_graph_cannot_hold_breaks_a_capture(cupy, forbidden):
     x, stream = zeros(cupy), cupy.cuda.Stream(non_blocking=True)
     with stream:
         stream.begin_capture()

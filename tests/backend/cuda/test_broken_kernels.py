@@ -335,6 +335,19 @@ def test_intact_kernels_pass(scenario, name):
         SCENARIOS[scenario]()
 
 
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_intact_kernels_pass_without_cp_async(scenario, monkeypatch):
+    monkeypatch.setenv("CUDA_ON_CPU_CAPABILITY", "75")
+    with mode(is_checked=True):
+        SCENARIOS[scenario]()
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_intact_kernels_pass_when_two_workers_share_the_blocks(scenario):
+    with mode(workers=2):
+        SCENARIOS[scenario]()
+
+
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.name)
 def test_broken_kernel_is_noticed(broken):
     with changed_kernels({broken.file: (broken.old, broken.new)}), mode(**MODES[broken.mode]):

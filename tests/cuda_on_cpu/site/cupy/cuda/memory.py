@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from cuda_on_cpu import options
 
+from cupy.cuda.stream import get_current_stream
+
 __all__ = ["MemoryPointer", "MemoryPool", "OutOfMemoryError"]
 
 ALIGNMENT = 512  # of cupy's pool
@@ -23,6 +25,8 @@ class Allocation:
     """Memory from the pool, until nothing refers to it.  Fresh memory holds NaN, or -1."""
 
     def __init__(self, num_bytes: int) -> None:
+        # cupy allows it if the pool happens to have a block that is free.
+        get_current_stream()._refuse_in_capture("an allocation")
         rounded = max(1, -(-num_bytes // ALIGNMENT)) * ALIGNMENT
         get_default_memory_pool()._take(rounded)
         weakref.finalize(self, get_default_memory_pool()._give_back, rounded)
