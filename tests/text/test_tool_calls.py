@@ -256,6 +256,14 @@ def test_a_call_cut_off_anywhere_leaves_no_mark_in_the_content(
         assert not any(shown.endswith(mark[:n]) for mark in marks for n in range(1, len(mark) + 1))
 
 
+@pytest.mark.parametrize("format", ["deepseek_v3", "deepseek_v31", "deepseek_v32", "deepseek_v4"])
+def test_a_call_cut_off_within_a_character_leaves_no_mark_in_the_content(format: str) -> None:
+    answer = "".join(FORMATS[format].written([("f", {"a": "b"})])).encode()
+    for size in range(len(answer)):
+        content, _ = parse(format, list(answer[:size].decode(errors="replace")), is_cut=True)
+        assert content.strip() == "", size
+
+
 def test_arguments_are_streamed_as_they_arrive() -> None:
     parser = FORMATS["hermes"].parser({"f": None})
     assert parser.push('<tool_call>{"name": "f", "arguments": {"a')[1][0].name == "f"

@@ -218,7 +218,7 @@ class _Marks:
         self.max_chars = max(map(len, marks), default=1)
         longest_first = sorted(marks, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._prefixes = frozenset(mark[:n] for mark in marks for n in range(1, len(mark)))
+        self._prefixes = frozenset(prefix for mark in marks for prefix in _prefixes(mark))
         self._first_characters = frozenset(mark[0] for mark in marks)
 
     def find(self, text: str, position: int) -> re.Match[str] | None:
@@ -239,3 +239,11 @@ class _Marks:
 
     def removed_from(self, text: str) -> str:
         return self._pattern.sub(" ", text)
+
+
+def _prefixes(mark: str) -> Iterator[str]:
+    """What a mark that is cut off may look like: in bytes, DeepSeek's end within a character."""
+    for size in range(1, len(mark)):
+        yield mark[:size]
+        if not mark[size].isascii():
+            yield mark[:size] + "\ufffd"
