@@ -56,9 +56,10 @@ class Shape:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
 
-def make_program(shape: Shape, type: str) -> Program:
-    """type: of the matrices, as in Tensor; norms are F32."""
-    file: Any = RandomFile(shape, type)
+def make_program(shape: Shape, type: str, is_empty: bool = False) -> Program:
+    """type: of the matrices, as in Tensor; norms are F32.  If empty, weights are 0 and take no
+    memory until they are read."""
+    file: Any = RandomFile(shape, type, is_empty)
     return build_program(_config(shape), LLAMA, Tensors(file, lambda: None))
 
 
@@ -102,7 +103,8 @@ class RandomFile:
 
     path = Path("random weights")
 
-    def __init__(self, shape: Shape, type: str) -> None:
+    def __init__(self, shape: Shape, type: str, is_empty: bool) -> None:
+        self._is_empty = is_empty
         self._weight_size = shape.weight_size
         hidden, inner = shape.hidden_size, shape.intermediate_size
         q, kv = (heads * shape.head_dim for heads in (shape.num_heads, shape.num_kv_heads))
@@ -135,6 +137,8 @@ class RandomFile:
             return np.ones(info.shape, np.float32).view(np.uint8)
         block = GGML_TYPES[info.type]
         num_bytes = prod(info.shape) // block.block_values * block.block_bytes
+        if self._is_empty:
+            return np.zeros(num_bytes, np.uint8)
         pool = _pool(info.type, self._pool_values, self._weight_size)
         if num_bytes >= len(pool):
             return np.resize(pool, num_bytes)

@@ -1,5 +1,6 @@
 """Runs the whole self-test and prints its report as it goes."""
 
+import gc
 import importlib.metadata
 import json
 import platform
@@ -125,6 +126,7 @@ def _report_models(report: Report, backend: Backend) -> None:
             report.write(f"{model.name:40}  WRONG {failure}")
             report.add("models", {"name": model.name, "failure": failure}, is_right=False)
             continue
+        gc.collect()  # plans refer to themselves, and hold memory of the device
         report.write(_model_line(outcome))
         report.add("models", asdict(outcome), outcome.is_right)
 

@@ -2,6 +2,7 @@
 limits of the machine: the bandwidth of a large copy and the rate of a large matrix product.
 """
 
+import gc
 import itertools
 import time
 from collections.abc import Callable
@@ -124,12 +125,16 @@ class Load:
 
 def measure(backend: Backend, size: Size) -> Iterator[Speed]:
     for load in _loads(size):
-        program = _program(load, size)
-        plan = backend.compile(program, size.limits, lambda: None)
-        for batch in (*load.earlier, load.step):
-            plan.forward(batch)
-        seconds = _seconds(_run(load, plan), lambda: plan.read("small"))
-        yield Speed(load.name, seconds / load.num_calls, load.num_bytes, load.num_products)
+        yield _measured(backend, load, size)
+        gc.collect()  # plans refer to themselves, and hold memory of the device
+
+
+def _measured(backend: Backend, load: Load, size: Size) -> Speed:
+    plan = backend.compile(_program(load, size), size.limits, lambda: None)
+    for batch in (*load.earlier, load.step):
+        plan.forward(batch)
+    seconds = _seconds(_run(load, plan), lambda: plan.read("small"))
+    return Speed(load.name, seconds / load.num_calls, load.num_bytes, load.num_products)
 
 
 def _run(load: Load, plan: Plan) -> Callable[[], object]:
