@@ -31,6 +31,9 @@ class Entry:
 
 
 def _load_cuda() -> type[Backend]:
+    from llmsrv.backend.cuda.driver import query_driver
+
+    query_driver()  # most machines have no driver, and need not import the rest
     from llmsrv.backend.cuda.backend import CUDABackend
 
     return CUDABackend

@@ -95,7 +95,7 @@ def load_library(
     """
     compiler = find_compiler()
     key = _key(sources, tuple(flags), compiler)
-    directory = _private_directory(cache_dir / "kernels")
+    directory = private_directory(cache_dir / "kernels")
     if directory is not None and (cached := _cached(directory, key)):
         try:
             return ctypes.CDLL(str(cached))
@@ -109,6 +109,23 @@ def load_library(
             return ctypes.CDLL(str(kept or library))
     except OSError as error:
         raise CompileError(f"the kernels cannot be compiled or loaded: {error}") from error
+
+
+def private_directory(directory: Path) -> Path | None:
+    """The directory, made private to this user; None, after a warning, if that fails."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = directory.lstat()
+        if not stat.S_ISDIR(status.st_mode):
+            raise OSError("it is not a directory")
+        if status.st_uid != os.getuid():
+            raise OSError(f"it belongs to user {status.st_uid}")
+        if status.st_mode & 0o022:
+            raise OSError("others can write to it")
+        return directory
+    except OSError as error:
+        log.warning("kernels are not cached in %s: %s; each start compiles them", directory, error)
+        return None
 
 
 def cpu_features() -> frozenset[str]:
@@ -156,23 +173,6 @@ def _key(sources: dict[str, bytes], flags: tuple[str, ...], compiler: Compiler) 
         digest.update(b"\0%s\0%d\0" % (name.encode(), len(text)))
         digest.update(text)
     return digest.hexdigest()[:32]
-
-
-def _private_directory(directory: Path) -> Path | None:
-    """The directory, made private to this user; None, after a warning, if that fails."""
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = directory.lstat()
-        if not stat.S_ISDIR(status.st_mode):
-            raise OSError("it is not a directory")
-        if status.st_uid != os.getuid():
-            raise OSError(f"it belongs to user {status.st_uid}")
-        if status.st_mode & 0o022:
-            raise OSError("others can write to it")
-        return directory
-    except OSError as error:
-        log.warning("kernels are not cached in %s: %s; each start compiles them", directory, error)
-        return None
 
 
 def _cached(directory: Path, key: str) -> Path | None:

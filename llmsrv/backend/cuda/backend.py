@@ -26,6 +26,7 @@ from llmsrv.backend.cuda.buffers import Buffers
 from llmsrv.backend.cuda.buffers import COLUMN_UNIT
 from llmsrv.backend.cuda.buffers import DTYPES
 from llmsrv.backend.cuda.buffers import padded_head_dim
+from llmsrv.backend.cuda.device import first_line
 from llmsrv.backend.cuda.device import open_device
 from llmsrv.backend.cuda.experts import ExpertKernels
 from llmsrv.backend.cuda.fusion import fuse
@@ -116,6 +117,9 @@ class CUDABackend(Backend):
             plan = self._compile(program, limits, dtype, tick)
         except self._cp.cuda.memory.OutOfMemoryError as error:
             raise StartupError(self._out_of_memory(program, limits)) from error
+        except self._device_errors() as error:
+            name = self.device.name
+            raise CannotRun(f"the kernels fail on the {name}: {first_line(error)}") from error
         self._cp.get_default_memory_pool().free_all_blocks()
         free, total = self.device.memory_bytes()
         log.info(
@@ -128,6 +132,11 @@ class CUDABackend(Backend):
             _gb(total),
         )
         return plan
+
+    def _device_errors(self) -> tuple[type[Exception], ...]:
+        cuda = self._cp.cuda
+        failed_launch = cuda.driver.CUDADriverError, cuda.runtime.CUDARuntimeError
+        return cuda.compiler.CompileException, *failed_launch
 
     def _dtype(self, program: Program) -> str:
         """float16 or bfloat16."""

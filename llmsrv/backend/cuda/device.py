@@ -11,6 +11,7 @@ from typing import Any
 from llmsrv.backend.base import CannotRun
 from llmsrv.backend.cuda.driver import Driver
 from llmsrv.backend.cuda.driver import query_driver
+from llmsrv.backend.source import private_directory
 from llmsrv.errors import StartupError
 
 MIN_CAPABILITY = 75  # mma of float16 in the shape m16n8k8; CUDA 13 begins there too
@@ -66,7 +67,7 @@ def open_device(name: str, cache_dir: Path) -> Device:
             f"{_dotted(MIN_CAPABILITY)} or higher is needed"
         )
     package = _package(driver)
-    os.environ.setdefault("CUPY_CACHE_DIR", str(cache_dir / "cuda"))
+    _cache_in(cache_dir / "cuda")
     cp = _import_cupy(package)
     try:
         cp.cuda.Device(index).use()
@@ -131,13 +132,20 @@ def _is_installed(package: str) -> bool:
     return True
 
 
+def _cache_in(directory: Path) -> None:
+    """Lets CuPy cache compiled kernels there, if no other user can write to it."""
+    if private_directory(directory) is None:
+        os.environ["CUPY_CACHE_IN_MEMORY"] = "1"
+    os.environ["CUPY_CACHE_DIR"] = str(directory)
+
+
 def _import_cupy(package: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of parts that we do not use
             import cupy
     except ImportError as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise CannotRun(f"{package} is installed but cannot be imported: {reason}") from error
     return cupy
 
@@ -150,11 +158,12 @@ def _try_compiler(cp: Any, package: str) -> None:
         extra = PACKAGES.get(package, (0, "cuda13"))[1]
         raise CannotRun(
             "CUDA's compiler NVRTC or its headers do not work or are not installed "
-            f"({_first_line(error)}); run: pip install 'llmsrv[{extra}]'"
+            f"({first_line(error)}); run: pip install 'llmsrv[{extra}]'"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of its message that says something."""
     lines = [line for line in str(error).splitlines() if line.strip(" =-")]
     return lines[0].strip() if lines else type(error).__name__
 

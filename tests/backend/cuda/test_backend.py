@@ -1,5 +1,6 @@
 """The CUDA backend as an engine sees it: memory, types, options, and one sentence if it fails."""
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from llmsrv.backend.base import Limits
 from llmsrv.backend.cuda.backend import CUDABackend
 from llmsrv.backend.cuda.backend import CUDAOptions
 from llmsrv.backend.cuda.graphs import Graphs
+from llmsrv.backend.cuda.source import Kernels
 from llmsrv.backend.cuda.step import Step
 from llmsrv.backend.sampling.table import SamplingParameters
 from llmsrv.config import default_cache_dir
@@ -102,6 +104,22 @@ def test_the_type_of_activations_follows_weights_gpu_and_option(
         plan = backend(dtype=dtype).compile(program(path), LIMITS, lambda: None)
     assert f"{wanted} on cuda:0: " in caplog.text and "of KV cache" in caplog.text
     assert wanted in plan.kv_layout
+
+
+def test_kernels_that_do_not_compile_or_run_let_another_backend_try(
+    gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(kernels: Kernels, stem: str, function: str, **macros: object) -> Any:
+        return broken.get_function("broken") if stem == "norm" else get(kernels, stem, function)
+
+    get = Kernels.get
+    broken = install_stand_in().RawModule(code="extern \"C\" __global__ void broken() { error }")
+    one = backend()
+    plan_options = dataclasses.replace(one._options, warms_up=True)
+    monkeypatch.setattr(one, "_options", plan_options)
+    monkeypatch.setattr(Kernels, "get", fail)
+    with pytest.raises(CannotRun, match="^the kernels fail on the Emulated: .*error"):
+        one.compile(program(gguf), LIMITS, lambda: None)
 
 
 def test_bfloat16_on_a_gpu_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
