@@ -6,6 +6,7 @@ until PendingSamples.read.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from llmsrv.backend.cuda.sampling_layout import THREADS
 from llmsrv.backend.cuda.sampling_layout import WRITE
 from llmsrv.backend.cuda.sampling_table import CUDASamplingTable
 from llmsrv.backend.cuda.sampling_table import DeviceLines
+from llmsrv.backend.cuda.sampling_table import Write
 from llmsrv.backend.cuda.source import Kernels
 from llmsrv.backend.cuda.staging import NUM_SETS
 from llmsrv.backend.cuda.staging import pinned_array
@@ -117,29 +119,29 @@ class Sampler:
         """See Plan.enqueue_sample.  Enqueues on the current stream; there is at least one row."""
         rows = self._rows(slots, output_positions, targets, drafts)
         parameters = rows["parameters"]
-        counts: Array = parameters["num_logprobs"]
-        width = max(int(counts.max()), 0)
+        num_logprobs: Array = parameters["num_logprobs"]
+        width = max(int(num_logprobs.max()), 0)
         device_rows, words = self._send(rows)
         first, each = len(rows) * RESULT.itemsize, 4 * len(rows) * width
         host, results = self._download.begin(first + 2 * each)
         alternatives = results[first : first + each], results[first + each :]
         grid = self._num_chunks, len(rows)
         inputs = *self._logits, device_rows
-        tables = *_with_width(self._lines.words), *_with_width(self._lines.masks), words
+        tables = *_with_width(self._lines.lines), *_with_width(self._lines.masks), words
         found = self._states, self.ids, results
         scratch = self._maxima, self._sums
         self._launch("sample_max", grid, *inputs, *tables, *found)
         if ((parameters["temperature"] > 0) & (rows["target"] < 0)).any():
             more = self._bins, self._x, *scratch
             self._launch("sample_draw", grid, *inputs, *tables, *found, *more)
-        if (counts >= 0).any():
+        if (num_logprobs >= 0).any():
             rest = self._states, results, self._bins, *scratch
             self._launch("sample_logprobs", grid, *inputs, *rest, np.int32(width), *alternatives)
         if (rows["lines"]["counts"] != NO_LINE).any():
             blocks, num_rows = (-(-len(rows) // THREADS), 1), np.int32(len(rows))
-            counts_at = _with_width(self._lines.words)
-            self._launch("count_ids", blocks, device_rows, num_rows, self.ids, *counts_at)
-        return self._pending(host, results, counts, width)
+            lines = _with_width(self._lines.lines)
+            self._launch("count_ids", blocks, device_rows, num_rows, self.ids, *lines)
+        return self._pending(host, results, num_logprobs, width)
 
     def counts(self, slot: int) -> Array | None:
         """See DeviceLines.counts."""
@@ -187,22 +189,16 @@ class Sampler:
                 words.append(grammar[min(int(rows["num_drafted"][row]), len(grammar) - 1)])
                 rows["grammar"][row] = num_words
                 num_words += len(words[-1])
-        headers = np.zeros(len(writes), WRITE)
-        start = 0
-        for header, write in zip(headers, writes, strict=True):
-            header["line"], header["is_mask"] = write.line, write.is_mask
-            header["start"], header["num_ids"] = start, write.num_ids
-            start += len(write.words)
-        device_rows, device_headers, device_words = self._copy_to_device(rows, headers, words)
+        pieces = rows, _headers(writes), np.concatenate(words) if words else NO_WORDS
+        device_rows, device_headers, device_words = self._copy_to_device(pieces)
         if writes:
-            tables = *_with_width(self._lines.words), *_with_width(self._lines.masks)
+            tables = *_with_width(self._lines.lines), *_with_width(self._lines.masks)
             grid = len(writes), 1
             self._launch("write_lines", grid, device_headers, device_words, *tables)
         return device_rows, device_words
 
-    def _copy_to_device(self, rows: Rows, headers: Rows, words: list[Array]) -> list[Any]:
-        """Enqueues one copy of all; returns the three arrays on the device, as bytes."""
-        pieces = [rows, headers, np.concatenate(words) if words else np.zeros(1, np.uint32)]
+    def _copy_to_device(self, pieces: Sequence[Array]) -> list[Any]:
+        """Enqueues one copy of all; returns each on the device, as bytes."""
         ends = np.cumsum([piece.nbytes for piece in pieces]).tolist()
         host, device = self._upload.begin(ends[-1])
         for piece, end in zip(pieces, ends, strict=True):
@@ -213,21 +209,32 @@ class Sampler:
         return [device[start:end] for start, end in zip(starts, ends, strict=True)]
 
     def _pending(
-        self, host: Bytes, device: Any, counts: Array, width: int
+        self, host: Bytes, device: Any, num_logprobs: Array, width: int
     ) -> PendingSamples:
         """Enqueues the copy of the results.
 
-        counts  the num_logprobs of each row
-        width   the largest of them
+        num_logprobs  of each row
+        width         the largest of them, at least 0
         """
         device.get(stream=self._cp.cuda.get_current_stream(), out=host, blocking=False)
         copied = self._download.record()
 
         def read() -> Samples:
             copied.synchronize()
-            return _samples(host, counts, width)
+            return _samples(host, num_logprobs, width)
 
         return PendingSamples(read)
+
+
+def _headers(writes: list[Write]) -> Rows:
+    """What the device needs to know of each; their words come first among the words of a step."""
+    headers = np.zeros(len(writes), WRITE)
+    start = 0
+    for header, write in zip(headers, writes, strict=True):
+        header["line"], header["is_mask"] = write.line, write.is_mask
+        header["start"], header["num_ids"] = start, write.num_ids
+        start += len(write.words)
+    return headers
 
 
 def _with_width(array: Any) -> tuple[Any, np.int64]:
@@ -235,16 +242,16 @@ def _with_width(array: Any) -> tuple[Any, np.int64]:
     return array, np.int64(array.shape[1])
 
 
-def _samples(host: Bytes, counts: Array, width: int) -> Samples:
+def _samples(host: Bytes, num_logprobs: Array, width: int) -> Samples:
     """Computes the log-probabilities of a step from the results of its kernels."""
-    num_rows = len(counts)
+    num_rows = len(num_logprobs)
     results = host[: num_rows * RESULT.itemsize].view(RESULT)
     rest = host[num_rows * RESULT.itemsize :].reshape(2, num_rows, 4 * width)
     all_ids, all_logits = rest[0].view(np.int32), rest[1].view(np.float32)
     logprobs = np.full(num_rows, np.nan, np.float32)
     alternatives = [NO_ALTERNATIVES] * num_rows
-    for row in np.flatnonzero((counts >= 0) & (results["id"] != FAILED)).tolist():
-        result, count = results[row], counts[row]
+    for row in np.flatnonzero((num_logprobs >= 0) & (results["id"] != FAILED)).tolist():
+        result, count = results[row], num_logprobs[row]
         # In any order; sorted by logit, the largest first, and then by id
         order = np.lexsort((all_ids[row, :count], -all_logits[row, :count]))
         ids, logits = all_ids[row, order], all_logits[row, order]
@@ -256,4 +263,5 @@ def _samples(host: Bytes, counts: Array, width: int) -> Samples:
     return Samples(results["id"].copy(), logprobs, results["rank"].copy(), alternatives)
 
 
+NO_WORDS = np.zeros(1, np.uint32)
 NO_ALTERNATIVES = np.zeros(0, np.int32), np.zeros(0, np.float32)

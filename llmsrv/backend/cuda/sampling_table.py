@@ -22,8 +22,8 @@ from llmsrv.backend.sampling.table import mask_of
 from llmsrv.backend.sampling.table import SamplingParameters
 from llmsrv.backend.sampling.table import SamplingTable
 
-LINE_UNIT = 32  # lines of words are padded to a multiple of it
-FIRST_LINES = 4  # the least number of lines of words
+LINE_UNIT = 32  # lines are padded to a multiple of it
+FIRST_LINES = 4
 MASKS_PER_SLOT = 3
 
 Words = npt.NDArray[np.uint32]
@@ -69,7 +69,7 @@ class DeviceLines:
     """The lines on the device.
 
     masks    [3 * max_slots, mask_words] uint32, a bit for each id
-    words    [lines, line_words] uint32, a word for each id; it grows, so that only slots with a
+    lines    [lines, line_words] uint32, a word for each id; it grows, so that only slots with a
              bias or penalties take this much memory
     of_slot  [max_slots] of LINES: the lines of each slot
     """
@@ -80,7 +80,7 @@ class DeviceLines:
         self._table = table
         self._unused: list[int] = []
         self.masks = cp.zeros((MASKS_PER_SLOT * max_slots, mask_words), np.uint32)
-        self.words = cp.zeros((0, -(-table.vocab_size // LINE_UNIT) * LINE_UNIT), np.uint32)
+        self.lines = cp.zeros((0, -(-table.vocab_size // LINE_UNIT) * LINE_UNIT), np.uint32)
         self.of_slot = np.full(max_slots, NO_LINE, LINES)
 
     def take_writes(self) -> list[Write]:
@@ -94,7 +94,7 @@ class DeviceLines:
         line = int(self.of_slot[slot]["counts"])
         if line == NO_LINE:
             return None
-        counts: Ids = self.words[line].get().view(np.int32)[: self._table.vocab_size]
+        counts: Ids = self.lines[line].get().view(np.int32)[: self._table.vocab_size]
         return counts
 
     def _set(self, slot: int) -> list[Write]:
@@ -126,12 +126,12 @@ class DeviceLines:
 
     def _unused_line(self) -> int:
         if not self._unused:
-            count, width = self.words.shape
+            count, width = self.lines.shape
             grown = self._cp.zeros((max(FIRST_LINES, 2 * count), width), np.uint32)
             if count:
-                self._cp.copyto(grown[:count], self.words)
+                self._cp.copyto(grown[:count], self.lines)
             self._unused = list(range(count, len(grown)))
-            self.words = grown
+            self.lines = grown
         return self._unused.pop()
 
 
