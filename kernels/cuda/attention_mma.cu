@@ -50,8 +50,10 @@ __device__ __forceinline__ void copy_tile(Row *shared_keys, Row *shared_values, 
         const int block = num_keys > 0 ? table[(tile * TILE_KEYS + key) / BLOCK_SIZE] : 0;
         const long long offset = block_offset(block, layer, num_layers, kv_head);
 #pragma unroll
-        for (int i = threadIdx.x; i < BLOCK_SIZE * CHUNKS; i += NUM_THREADS) {
-            const int row = i / CHUNKS, dim = i % CHUNKS * 8;
+        for (int chunk = 0; chunk < BLOCK_SIZE * CHUNKS; chunk += NUM_THREADS) {
+            const int i = chunk + threadIdx.x, row = i / CHUNKS, dim = i % CHUNKS * 8;
+            if (BLOCK_SIZE * CHUNKS % NUM_THREADS && i >= BLOCK_SIZE * CHUNKS)
+                break;
             cp_async_16(&shared_keys[key + row][dim], keys + offset + 8 * i, row < num_keys);
             cp_async_16(&shared_values[key + row][dim], values + offset + 8 * i, row < num_keys);
         }
