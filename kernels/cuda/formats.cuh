@@ -71,6 +71,11 @@ __device__ __forceinline__ unsigned fma_pairs(unsigned a, unsigned scale, unsign
     return x.bits;
 }
 
+/* The mask of the lowest 4 bits of both halves.  An instruction takes one constant, so a constant mask
+ * would be loaded again for each use; the compiler does not know that gridDim.z has no bit 31, and
+ * keeps this one in a register. */
+__device__ __forceinline__ unsigned nibble_mask() { return 0x000f000fu + (gridDim.z >> 31); }
+
 /* A pair q - OFFSET; q is in bits 0 .. 6 of both halves of `fields`, all else is 0. */
 template <int OFFSET> __device__ __forceinline__ unsigned pair_of_fields(unsigned fields)
 {
@@ -115,6 +120,20 @@ __device__ __forceinline__ float half_at(const unsigned *words, int i)
     return __half2float(half.value);
 }
 
+/* factor * byte `i` of the word, for a factor of 11 bits.  2^23 + byte is a float whose low bits are the
+ * byte; the fma drops the 2^23 again.  This is exact, and cheaper than a conversion. */
+__device__ __forceinline__ float times_byte(float factor, unsigned word, int i)
+{
+    float biased = __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 + i));
+    return __fmaf_rn(factor, biased, factor * -8388608.0f);
+}
+
+/* The same for a signed byte: it is 128 less than the byte with its sign bit flipped. */
+__device__ __forceinline__ float times_int8(float factor, unsigned word, int i)
+{
+    return __fmaf_rn(factor, -128.0f, times_byte(factor, word ^ 0x80808080u, i));
+}
+
 template <int WORDS>
 __device__ __forceinline__ void load_words(unsigned *words, const void *plane, long long index)
 {
@@ -153,11 +172,11 @@ __device__ __forceinline__ void load_values(
  *               the rows of super_scales
  *     integers  the 8 values of a block without scale and minimum, as 4 pairs
  *     scale, minimum  of a block, of its first or second half: value = integer * scale + minimum
- *     UNROLL    tiles that a lane loads before it uses the first: enough bytes in flight
+ *     IN_FLIGHT  tiles that a lane of linear.cu loads before it uses the first
  *     HIGH_BYTES, SCALE_BYTES, SUPER_BYTES  of a row in these planes */
 
 struct RowT16 {
-    static constexpr int BLOCKS = 1, UNROLL = 4;
+    static constexpr int BLOCKS = 1, IN_FLIGHT = 4;
     static constexpr int HIGH_BYTES = 0, SCALE_BYTES = 0, SUPER_BYTES = 0;
     static constexpr bool HAS_SCALES = false, HAS_MINIMA = false, IS_HALVED = false;
     unsigned values[4];
@@ -179,7 +198,7 @@ struct RowT16 {
 };
 
 struct RowQ8_0 {
-    static constexpr int BLOCKS = 2, UNROLL = 4;
+    static constexpr int BLOCKS = 2, IN_FLIGHT = 4;
     static constexpr int HIGH_BYTES = 0, SCALE_BYTES = 4, SUPER_BYTES = 0;
     static constexpr bool HAS_SCALES = true, HAS_MINIMA = false, IS_HALVED = false;
     unsigned values[4], scales[1];
@@ -206,7 +225,7 @@ struct RowQ8_0 {
 
 /* Q4_0, Q4_1, Q5_0, Q5_1 */
 template <int OFFSET, bool HAS_FIFTH_BIT, bool HAS_MINIMUM> struct RowQ45 {
-    static constexpr int BLOCKS = 4, UNROLL = HAS_MINIMUM ? 2 : 4;
+    static constexpr int BLOCKS = 4, IN_FLIGHT = HAS_MINIMUM ? 2 : 4;
     static constexpr int HIGH_BYTES = HAS_FIFTH_BIT ? 16 : 0, SCALE_BYTES = HAS_MINIMUM ? 16 : 8, SUPER_BYTES = 0;
     static constexpr bool HAS_SCALES = true, HAS_MINIMA = HAS_MINIMUM, IS_HALVED = false;
     unsigned values[4], high[1], scales[HAS_MINIMUM ? 4 : 2];
@@ -224,7 +243,7 @@ template <int OFFSET, bool HAS_FIFTH_BIT, bool HAS_MINIMUM> struct RowQ45 {
     {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            unsigned fields = values[block] >> (4 * i) & 0x000f000fu;
+            unsigned fields = values[block] >> (4 * i) & nibble_mask();
             if constexpr (HAS_FIFTH_BIT)
                 fields |= shifted(high[0], 4 - (4 * block + i), 0x00100010u);
             pairs[i] = pair_of_fields<OFFSET>(fields);
@@ -247,7 +266,7 @@ typedef RowQ45<0, true, true> RowQ5_1;
 
 /* Q4_K, Q5_K */
 template <bool HAS_FIFTH_BIT> struct RowQ45_K {
-    static constexpr int BLOCKS = 4, UNROLL = 2;
+    static constexpr int BLOCKS = 4, IN_FLIGHT = 2;
     static constexpr int HIGH_BYTES = HAS_FIFTH_BIT ? 16 : 0, SCALE_BYTES = 8, SUPER_BYTES = 4;
     static constexpr bool HAS_SCALES = true, HAS_MINIMA = true, IS_HALVED = false;
     unsigned values[4], high[1], scales[2], super_scales[1];
@@ -266,7 +285,7 @@ template <bool HAS_FIFTH_BIT> struct RowQ45_K {
     {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            unsigned fields = values[block] >> (4 * i) & 0x000f000fu;
+            unsigned fields = values[block] >> (4 * i) & nibble_mask();
             if constexpr (HAS_FIFTH_BIT)
                 fields |= shifted(high[0], 4 - (4 * block + i), 0x00100010u);
             pairs[i] = pair_of_fields<0>(fields);
@@ -274,13 +293,11 @@ template <bool HAS_FIFTH_BIT> struct RowQ45_K {
     }
     __device__ __forceinline__ float scale(int block, int half) const
     {
-        unsigned s = scales[block / 2] >> (16 * (block % 2)) & 0xffu;
-        return __fmul_rn(half_at(super_scales, 0), (float)(int)s);
+        return times_byte(half_at(super_scales, 0), scales[block / 2], 2 * (block % 2));
     }
     __device__ __forceinline__ float minimum(int block) const
     {
-        unsigned t = scales[block / 2] >> (16 * (block % 2) + 8) & 0xffu;
-        return -__fmul_rn(half_at(super_scales, 1), (float)(int)t);
+        return times_byte(-half_at(super_scales, 1), scales[block / 2], 2 * (block % 2) + 1);
     }
 };
 
@@ -288,7 +305,7 @@ typedef RowQ45_K<false> RowQ4_K;
 typedef RowQ45_K<true> RowQ5_K;
 
 struct RowQ6_K {
-    static constexpr int BLOCKS = 4, UNROLL = 2;
+    static constexpr int BLOCKS = 4, IN_FLIGHT = 2;
     static constexpr int HIGH_BYTES = 32, SCALE_BYTES = 8, SUPER_BYTES = 2;
     static constexpr bool HAS_SCALES = true, HAS_MINIMA = false, IS_HALVED = true;
     unsigned values[4], high[2], scales[2];
@@ -307,16 +324,14 @@ struct RowQ6_K {
     {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            unsigned fields = values[block] >> (4 * i) & 0x000f000fu;
+            unsigned fields = values[block] >> (4 * i) & nibble_mask();
             fields |= shifted(high[block / 2], 4 - 2 * (4 * (block % 2) + i), 0x00300030u);
             pairs[i] = pair_of_fields<32>(fields);
         }
     }
     __device__ __forceinline__ float scale(int block, int half) const
     {
-        int shift = 16 * (block % 2) + 8 * half;
-        int s = (signed char)(scales[block / 2] >> shift);
-        return __fmul_rn(__half2float(super_scale), (float)s);
+        return times_int8(__half2float(super_scale), scales[block / 2], 2 * (block % 2) + half);
     }
     __device__ __forceinline__ float minimum(int block) const { return 0.0f; }
 };

@@ -28,7 +28,8 @@ PLAIN_SHARED_BYTES = 40 << 10
 
 # linear.cu runs up to this many rows: beyond, its blocks would read x more often than weights.
 MAX_FEW_ROWS = 32
-# linear.cu with a norm: blocks a multiprocessor that are left when each computes several tiles.
+# linear.cu with x in shared memory: a block computes several tiles if this many blocks a
+# multiprocessor are left.
 MIN_BLOCKS = 8
 MAX_TILES = 2  # of 16 rows of weights that a warp multiplies at once, from 9 rows of x on
 
@@ -104,7 +105,8 @@ class LinearKernels:
         bias  float32, one value for each row of the stacked weights
         """
         assert weights.is_paired == (gated is not None)
-        if norm is not None and not self._fuses_norm(x, num_rows):
+        is_fused = self._fits_shared_memory(weights.columns, num_rows)
+        if norm is not None and (self._is_batch_invariant or not is_fused):
             self.norm(norm.normed, x, norm.weight, norm.eps, num_rows)
             x, norm = norm.normed, None
         for part in weights.parts:
@@ -148,13 +150,11 @@ class LinearKernels:
             return min(MAX_FEW_ROWS, GROUP_ROWS << (-(-2 * average // GROUP_ROWS) - 1).bit_length())
         return LARGE_BLOCK if average > SMALL_BLOCK and self._can_be_large() else SMALL_BLOCK
 
-    def _fuses_norm(self, x: Any, num_rows: int) -> bool:
-        """The normalized rows must fit into the shared memory of a block, two of which should fit
-        into a multiprocessor."""
-        if self._is_batch_invariant or num_rows > GROUP_ROWS:
-            return False
-        needed = num_rows * 2 * _normed_stride(int(x.shape[1]))
-        return 2 * needed <= self._device.max_shared_bytes
+    def _fits_shared_memory(self, columns: int, num_rows: int) -> bool:
+        """Whether linear.cu keeps x in shared memory: few rows, and small enough for two blocks to
+        fit into a multiprocessor."""
+        needed = num_rows * 2 * _shared_stride(columns)
+        return num_rows <= GROUP_ROWS and 2 * needed <= self._device.max_shared_bytes
 
     def _few_rows(self, product: "_Product", norm: NormWeight | None) -> None:
         part, num_rows = product.part, product.num_rows
@@ -162,23 +162,21 @@ class LinearKernels:
         num_blocks = self._device.num_multiprocessors
         tiles = MAX_TILES if groups > 1 and part.row_tiles >= MAX_TILES * num_blocks else 1
         macros: dict[str, int | str] = {"FORMAT": part.format, "ROW_GROUPS": groups, "TILES": tiles}
-        tiles_per_block, shared_bytes = tiles, 0
-        norm_arguments = None, np.int32(0), np.float32(0), np.int32(0)
-        if norm is not None:
-            macros["NORM"] = 1
+        tiles_per_block, stride, shared_bytes = tiles, 0, 0
+        norm_arguments: tuple[Any, ...] = (None, np.int32(0), np.float32(0))
+        if self._fits_shared_memory(product.columns, num_rows):
+            macros["STAGED" if norm is None else "NORM"] = 1
             tiles_per_block = max(1, part.row_tiles // (MIN_BLOCKS * num_blocks))
-            stride = _normed_stride(product.columns)
+            stride = _shared_stride(product.columns)
             shared_bytes = num_rows * 2 * stride
-            norm_arguments = (
-                norm.weight,
-                np.int32(norm.weight.size),
-                np.float32(norm.eps),
-                np.int32(stride),
-            )
+        if norm is not None:
+            size, eps = np.int32(norm.weight.size), np.float32(norm.eps)
+            norm_arguments = norm.weight, size, eps
         kernel = self._kernels.get("linear", "linear", **macros, **product.macros())
         arguments = (
             *product.arguments(),
             np.int32(tiles_per_block),
+            np.int32(stride),
             *norm_arguments,
             *product.group_arguments(),
         )
@@ -356,7 +354,7 @@ def _stride(array: Any) -> int:
     return int(array.strides[0] // array.itemsize)
 
 
-def _normed_stride(columns: int) -> int:
+def _shared_stride(columns: int) -> int:
     """In shared memory: an odd multiple of 32 T16, so that the eight rows of x that a warp reads
     lie in different banks."""
     return (-(-columns // BLOCK_COLUMNS) | 1) * BLOCK_COLUMNS
