@@ -80,6 +80,7 @@ class EventStream:
             await pings.send(b"")
             async for event in self._events:
                 await pings.send(frame(event))
+                del event  # or it would be kept until the next one
         except ApiError as error:
             await pings.send(frame(error_event(error)))
             raise StreamBroken from error

@@ -118,7 +118,7 @@ class ChatAnswer:
         indices = range(self._job.num_choices)
         return self._reply.events(
             self._chunks,
-            [self._chunk(Delta(i), first) for i in indices],
+            (self._chunk(Delta(i), first) for i in indices),
             is_slow=lambda delta: are_large([delta], self._num_alternatives),
         )
 

@@ -71,6 +71,7 @@ class Reply:
         failure = None
         for chunk in opening:
             yield chunk
+            del chunk  # orjson takes 4 KB for each, and thousands of streams may wait here
         try:
             async with aclosing(self._job.deltas()) as deltas:
                 async for delta in deltas:
