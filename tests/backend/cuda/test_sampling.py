@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import settings
+from hypothesis import strategies as st
 
 from llmsrv.backend.sampling.reference_sampler import sample
 from llmsrv.backend.sampling.samples import FAILED
@@ -138,6 +139,62 @@ def test_two_steps_may_be_unread_and_each_counts_what_the_one_before_drew(sampli
     for last in pending:
         check_samples(last.read(), sample(logits, table, *rows_of([0, 1])[:2]))
     check_counts(sampling, table)
+
+
+@pytest.mark.slow
+@settings(max_examples=30)
+@given(seed=st.integers(0, 2**32))
+def test_calls_take_effect_in_their_order(sampling, seed):
+    """Slots and grammars are set at random between steps, of which up to two are unread."""
+    rng = np.random.default_rng(seed)
+    table = SamplingTable(NUM_SLOTS, 97)
+    pending = []
+
+    def step(slots):
+        if len(pending) == 2:
+            check_samples(*read(pending.pop(0)))
+        logits = random_logits(int(rng.integers(2**32)), len(slots), 97)
+        ours = sampling.enqueue(logits, *rows_of(slots))
+        pending.append((ours, sample(logits, table, *rows_of(slots))))
+
+    for slot in range(NUM_SLOTS):
+        set_at_random(rng, slot, sampling.table, table)
+    for _ in range(20):
+        match rng.integers(4):
+            case 0:
+                set_at_random(rng, int(rng.integers(NUM_SLOTS)), sampling.table, table)
+            case 1:
+                mask = ~mask_of(rng.integers(0, 97, 30), 97) if rng.random() < 0.8 else None
+                slot = int(rng.integers(NUM_SLOTS))
+                for each in (sampling.table, table):
+                    each.set_grammar(slot, mask)
+            case _:
+                step(rng.permutation(NUM_SLOTS)[: rng.integers(1, NUM_SLOTS + 1)])
+    step(range(NUM_SLOTS))
+    for each in pending:
+        check_samples(*read(each))
+    check_counts(sampling, table)
+
+
+def read(pending):
+    ours, wanted = pending
+    return ours.read(), wanted
+
+
+def set_at_random(rng, slot, *tables):
+    values = {
+        "seed": int(rng.integers(2**63)),
+        "temperature": float(rng.choice([0.0, 1.0])),
+        "top_k": int(rng.choice([0, 9])),
+        "num_logprobs": int(rng.choice([-1, 3])),
+        "frequency_penalty": float(rng.choice([0.0, 2.0])),
+        "logit_bias": {int(rng.integers(97)): 5.0} if rng.random() < 0.5 else {},
+        "min_tokens": int(rng.integers(2)),
+        "end_ids": rng.integers(0, 97, 40).tolist(),
+    }
+    history = rng.integers(0, 97, (2, 9)).tolist()
+    for table in tables:
+        table.set(slot, SamplingParameters(**values), *history)
 
 
 def test_what_is_set_later_does_not_change_a_step_that_is_enqueued(sampling):
