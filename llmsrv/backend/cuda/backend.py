@@ -33,7 +33,6 @@ from llmsrv.backend.cuda.fusion import fuse
 from llmsrv.backend.cuda.layout import Launchers
 from llmsrv.backend.cuda.layout import Layout
 from llmsrv.backend.cuda.layout import Memory
-from llmsrv.backend.cuda.layout import names_of
 from llmsrv.backend.cuda.layout import stacks_of
 from llmsrv.backend.cuda.linear import LinearKernels
 from llmsrv.backend.cuda.pack import format_of
@@ -158,7 +157,7 @@ class CUDABackend(Backend):
         macros = {"BFLOAT16": 1} if dtype == "bfloat16" else {}
         kernels = Kernels(cp, **macros)
         weights = {
-            names_of(stack.tensors): pack(cp, stack.tensors, dtype, tick, stack.is_paired)
+            stack.key: pack(cp, stack.tensors, dtype, tick, stack.is_paired)
             for stack in stacks_of(operations)
         }
         linear = LinearKernels(kernels, self.device, is_batch_invariant)

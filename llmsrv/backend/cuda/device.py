@@ -1,6 +1,7 @@
 """Finds the GPU to compute on and imports CuPy, or says in one sentence why that is impossible."""
 
 import importlib.metadata
+import logging
 import os
 import re
 import warnings
@@ -13,6 +14,8 @@ from llmsrv.backend.cuda.driver import Driver
 from llmsrv.backend.cuda.driver import query_driver
 from llmsrv.backend.source import private_directory
 from llmsrv.errors import StartupError
+
+log = logging.getLogger("llmsrv.backend")
 
 MIN_CAPABILITY = 75  # mma of float16 in the shape m16n8k8; CUDA 13 begins there too
 BFLOAT16_CAPABILITY = 80
@@ -67,8 +70,10 @@ def open_device(name: str, cache_dir: Path) -> Device:
             f"{_dotted(MIN_CAPABILITY)} or higher is needed"
         )
     package = _package(driver)
-    _cache_in(cache_dir / "cuda")
+    is_cached = _cache_in(cache_dir / "cuda")
     cp = _import_cupy(package)
+    if not is_cached:
+        log.info("compiling the kernels for the %s", chosen.name)
     try:
         cp.cuda.Device(index).use()
         attributes = cp.cuda.Device(index).attributes
@@ -132,11 +137,15 @@ def _is_installed(package: str) -> bool:
     return True
 
 
-def _cache_in(directory: Path) -> None:
-    """Lets CuPy cache compiled kernels there, if no other user can write to it."""
+def _cache_in(directory: Path) -> bool:
+    """Lets CuPy cache compiled kernels there, if no other user can write to it.
+
+    Returns whether there are any."""
+    os.environ["CUPY_CACHE_DIR"] = str(directory)
     if private_directory(directory) is None:
         os.environ["CUPY_CACHE_IN_MEMORY"] = "1"
-    os.environ["CUPY_CACHE_DIR"] = str(directory)
+        return False
+    return any(directory.iterdir())
 
 
 def _import_cupy(package: str) -> Any:

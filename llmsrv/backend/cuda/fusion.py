@@ -89,6 +89,7 @@ def _can_norm(operation: Operation, following: Operation | None) -> bool:
         isinstance(operation, Norm)
         and isinstance(following, Linear)
         and following.x == operation.out
+        and following.out != operation.x  # blocks would read what others have written
         and not operation.accumulate
     )
 

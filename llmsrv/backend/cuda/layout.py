@@ -47,14 +47,18 @@ class Stack(NamedTuple):
     """The weights of a product, stacked along rows; is_paired: gate and up, see weights.pack."""
 
     tensors: tuple[Tensor, ...]
-    is_paired: bool
+    is_paired: bool = False
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return *names_of(self.tensors), self.is_paired
 
 
 @dataclass(frozen=True)
 class Memory:
     """The arrays on the device that launches use, besides those of the step.
 
-    weights      stacked weights by the names of their tensors
+    weights      of a stack, by its key
     q            [rows, num_heads, padded_dim] 16 bits: rotated q heads of one layer
     keys         [num_blocks, num_layers, num_kv_heads, BLOCK_SIZE, padded_dim] 16 bits
     values       like keys
@@ -62,7 +66,7 @@ class Memory:
     """
 
     buffers: Buffers
-    weights: dict[tuple[str, ...], Weights]
+    weights: dict[tuple[object, ...], Weights]
     q: Any
     keys: Any
     values: Any
@@ -147,7 +151,7 @@ class Layout:
     # ---- One operation each
 
     def _embed(self, embed: Embed) -> Launch:
-        table, out = self._memory.weights[(embed.table.name,)], self._buffer(embed.out)
+        table, out = self._memory.weights[stack_of(embed).key], self._buffer(embed.out)
         sampled_ids, embed_rows = self._memory.sampled_ids, self._linear.embed
 
         def launch(step: Step) -> None:
@@ -163,7 +167,7 @@ class Layout:
         )
 
     def _product(self, linear: FusedLinear) -> Launch:
-        weights, num_rows = self._memory.weights[names_of(linear.weights)], self._num_rows()
+        weights, num_rows = self._memory.weights[stack_of(linear).key], self._num_rows()
         out, norm = self._buffer(linear.out), linear.norm
         x = self._operand(linear.x) if norm is None else self._buffer(norm.x)
         options: dict[str, Any] = {
@@ -251,13 +255,13 @@ def names_of(tensors: tuple[Tensor, ...]) -> tuple[str, ...]:
     return tuple(tensor.name for tensor in tensors)
 
 
+def stack_of(operation: Embed | FusedLinear) -> Stack:
+    if isinstance(operation, Embed):
+        return Stack((operation.table,))
+    return Stack(operation.weights, operation.gated is not None)
+
+
 def stacks_of(operations: Iterable[Operation]) -> list[Stack]:
     """The weights of embeddings and of products but those of experts, each once."""
-    stacks: dict[tuple[str, ...], Stack] = {}
-    for operation in operations:
-        if isinstance(operation, Embed):
-            stacks[(operation.table.name,)] = Stack((operation.table,), False)
-        elif isinstance(operation, FusedLinear):
-            is_paired = operation.gated is not None
-            stacks[names_of(operation.weights)] = Stack(operation.weights, is_paired)
-    return list(stacks.values())
+    stacks = [stack_of(each) for each in operations if isinstance(each, Embed | FusedLinear)]
+    return list({stack.key: stack for stack in stacks}.values())

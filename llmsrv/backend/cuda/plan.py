@@ -173,7 +173,8 @@ class CUDAPlan(Plan):
             with self._stream:
                 self._graphs(self._staged(_no_rows(), size, size, is_decode=True))
             self._tick()
-        self.sample(np.zeros(1, np.int32), np.zeros(1, np.int64))
+        if "logits" in self.buffers:
+            self.sample(np.zeros(1, np.int32), np.zeros(1, np.int64))
 
 
 def _dummy_prompt(num_rows: int) -> Batch:

@@ -73,18 +73,14 @@ def array_specs(limits: Limits) -> dict[str, Spec]:
         "positions": (rows, np.int32),
         "sequences": (rows, np.int32),
         "slot_mapping": (rows, np.int64),
-        "is_long": ((_max_sequences(limits) + 1,), np.int32),
+        "is_long": ((limits.max_slots + 1,), np.int32),
         "logit_rows": ((logit_row_capacity(limits),), np.int32),
     }
 
 
 def block_table_spec(limits: Limits) -> Spec:
     """block_tables [S * max_blocks] int32: sequence s begins at s * max_blocks."""
-    return ((_max_sequences(limits) + 1) * limits.num_blocks,), np.int32
-
-
-def _max_sequences(limits: Limits) -> int:
-    return max(limits.max_slots, limits.max_logit_rows)
+    return ((limits.max_slots + 1) * limits.num_blocks,), np.int32
 
 
 def write_batch(host: Mapping[str, Any], batch: Batch, num_rows: int) -> int:

@@ -26,7 +26,7 @@ from tests.support.plans import batch_of
 
 GOLDEN = Path(__file__).parents[2] / "data/golden/tiny"
 TINY = [path.name for path in sorted(GOLDEN.iterdir())]
-LIMITS = Limits(max_rows=256, max_logit_rows=100, max_slots=2, num_blocks=20)
+LIMITS = Limits(max_rows=256, max_logit_rows=100, max_slots=4, num_blocks=20)
 MAX_ERROR, MAX_GAP = 0.02, 0.05
 
 
