@@ -27,10 +27,9 @@ struct Collective {
 };
 
 struct Warp {
-  static constexpr int CAPACITY = 40;  // at most 32 gather, and each lane may still read one
   unsigned ready = 0, fresh = 0, done = 0, at_barrier = 0;  // masks of lanes; fresh: not begun
-  uint64_t free = ~0ull, gathering = 0;                     // masks of collectives
-  Collective collectives[CAPACITY];
+  unsigned free = ~0u, gathering = 0;                       // masks of collectives
+  Collective collectives[32];  // a lane is in one at a time
   uint16_t epoch = 0;  // number of __syncwarp that completed, for the checker
 };
 

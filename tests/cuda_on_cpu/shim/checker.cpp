@@ -3,8 +3,8 @@
 // Two accesses to one byte, at least one of them a write, and not both atomic, race unless they are
 // ordered.  Within a block a __syncthreads orders them; within a warp a __syncwarp does, too.  Blocks
 // are ordered by the pattern "the last block combines": __threadfence, an atomic on a counter, and in
-// the block that sees the others' counts another __threadfence (PTX ISA 8.5, section 8.8: release and
-// acquire patterns).  A release covers what the block did before the barrier that precedes the fence,
+// the block that sees the others' counts another __threadfence (PTX ISA, "Release and acquire
+// patterns").  A release covers what the block did before the barrier that precedes the fence,
 // and what the fencing thread did itself.
 #include "checker.h"
 

@@ -5,9 +5,11 @@
 #include "block.h"
 
 static void complete(Warp& warp, Collective& collective) {
-  warp.gathering &= ~(1ull << (&collective - warp.collectives));
+  if (collective.kind == EMU_MATRIX && collective.arrived != ~0u)
+    emu_fail("mma or ldmatrix without all 32 lanes of the warp", collective.line);
+  warp.gathering &= ~(1u << (&collective - warp.collectives));
   collective.unread = collective.arrived;
-  if (collective.leader) collective.leader(collective.values, collective.arrived);
+  if (collective.leader) collective.leader(collective.values);
   if (collective.kind == EMU_SYNCWARP) warp.epoch++;
 }
 
@@ -24,15 +26,15 @@ static void check_lines(Worker* worker, const Collective& other, unsigned mask, 
 
 static Collective& find_or_begin(Worker* worker, Warp& warp, unsigned mask, int kind,
                                  emu_leader leader, int line) {
-  for (uint64_t rest = warp.gathering; rest; rest &= rest - 1) {
-    Collective& other = warp.collectives[__builtin_ctzll(rest)];
+  for (unsigned rest = warp.gathering; rest; rest &= rest - 1) {
+    Collective& other = warp.collectives[__builtin_ctz(rest)];
     if (!(other.mask & mask)) continue;
     check_lines(worker, other, mask, kind, line);
     return other;
   }
-  int index = __builtin_ctzll(warp.free);
-  warp.free &= ~(1ull << index);
-  warp.gathering |= 1ull << index;
+  int index = __builtin_ctz(warp.free);
+  warp.free &= ~(1u << index);
+  warp.gathering |= 1u << index;
   Collective& collective = warp.collectives[index];
   collective.mask = mask;
   collective.arrived = 0;
@@ -61,14 +63,14 @@ const uint64_t* emu_collective(unsigned mask, int kind, uint64_t value, emu_lead
   }
   *arrived = collective.arrived;
   collective.unread &= ~bit;
-  if (!collective.unread) warp.free |= 1ull << (&collective - warp.collectives);
+  if (!collective.unread) warp.free |= 1u << (&collective - warp.collectives);
   return collective.values;
 }
 
 void collectives_after_exit(Worker* worker, int index) {
   Warp& warp = worker->warps[index];
-  for (uint64_t rest = warp.gathering; rest; rest &= rest - 1) {
-    Collective& collective = warp.collectives[__builtin_ctzll(rest)];
+  for (unsigned rest = warp.gathering; rest; rest &= rest - 1) {
+    Collective& collective = warp.collectives[__builtin_ctz(rest)];
     if (!is_complete(warp, collective)) continue;
     complete(warp, collective);
     set_ready(worker, index, collective.arrived);

@@ -7,8 +7,6 @@
 #include "block.h"
 #include "checker.h"
 
-
-
 static void copy(const AsyncCopy& copy) {
   memcpy(copy.shared, copy.global, copy.source_size);
   memset((char*)copy.shared + copy.source_size, 0, copy.size - copy.source_size);
@@ -19,9 +17,9 @@ static bool copies_at_once(Worker* worker) {
   return order == EMU_REVERSED || (order == EMU_RANDOM && worker->random() % 2);
 }
 
-void emu_copy_async(void* shared, const void* global, int size, int source_size) {
+void emu_copy_async(void* shared, const void* global, int size, int source_size, int line) {
   Worker* worker = this_worker;
-  if ((size_t)shared % size || (size_t)global % size) emu_fail("misaligned cp.async", 0);
+  if ((size_t)shared % size || (size_t)global % size) emu_fail("misaligned cp.async", line);
   if (worker->launch->options.is_checked) {
     uintptr_t caller = (uintptr_t)__builtin_return_address(0);
     if (source_size) check({(const char*)global, (size_t)source_size, false, false, false, caller});

@@ -27,7 +27,7 @@ enum emu_collective_kind { EMU_SYNCWARP, EMU_SHUFFLE, EMU_BALLOT, EMU_MATCH, EMU
 enum emu_barrier_kind { EMU_SYNC, EMU_SYNC_COUNT, EMU_SYNC_AND, EMU_SYNC_OR };
 
 // Runs once for a collective, on the values of all lanes, when the last of them has arrived.
-typedef void (*emu_leader)(uint64_t* values, unsigned arrived);
+typedef void (*emu_leader)(uint64_t* values);
 
 extern "C" {
 extern __thread emu_thread emu_current __attribute__((tls_model("initial-exec")));
@@ -41,7 +41,7 @@ void emu_fail(const char* what, int line);           // ends the launch with an 
 void emu_declare_shared(void* object, size_t size);  // a static __shared__ object of this block
 void emu_fence();                                    // __threadfence
 
-void emu_copy_async(void* shared, const void* global, int size, int source_size);
+void emu_copy_async(void* shared, const void* global, int size, int source_size, int line);
 void emu_copy_async_commit();
 void emu_copy_async_wait(int groups_in_flight);
 
@@ -54,8 +54,8 @@ struct emu_ldmatrix_operands {
   unsigned* d;
   const void* row;
 };
-void emu_mma_half(uint64_t* values, unsigned arrived);
-void emu_mma_bfloat16(uint64_t* values, unsigned arrived);
+void emu_mma_half(uint64_t* values);
+void emu_mma_bfloat16(uint64_t* values);
 void emu_ldmatrix_x4(int is_transposed, unsigned* d, const void* row, int line);
 }
 

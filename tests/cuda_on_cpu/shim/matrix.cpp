@@ -1,7 +1,7 @@
 // mma.sync and ldmatrix: leaders of a collective of all 32 lanes.
 //
-// Source of the register layouts: PTX ISA 8.5, sections 9.7.14.5.8 "Matrix fragments for mma.m16n8k16"
-// and 9.7.14.5.15 "ldmatrix".
+// Source of the register layouts: PTX ISA, sections "Matrix fragments for mma.m16n8k16 with floating
+// point type" and "ldmatrix".
 #include <immintrin.h>
 
 #include <cstring>
@@ -51,25 +51,14 @@ static void mma(uint64_t* values) {
   }
 }
 
-static void check_full(unsigned arrived) {
-  if (arrived != ~0u) emu_fail("mma or ldmatrix without all 32 lanes of the warp", 0);
-}
+void emu_mma_half(uint64_t* values) { mma<from_half>(values); }
 
-void emu_mma_half(uint64_t* values, unsigned arrived) {
-  check_full(arrived);
-  mma<from_half>(values);
-}
-
-void emu_mma_bfloat16(uint64_t* values, unsigned arrived) {
-  check_full(arrived);
-  mma<from_bfloat16>(values);
-}
+void emu_mma_bfloat16(uint64_t* values) { mma<from_bfloat16>(values); }
 
 // Lane 8 * m + r names row r of matrix m: 8 elements of 16 bits.  Lane l receives elements 2 * (l % 4)
 // and the next of row l / 4, or of column l / 4 when transposed.
 template <bool IS_TRANSPOSED>
-static void ldmatrix(uint64_t* values, unsigned arrived) {
-  check_full(arrived);
+static void ldmatrix(uint64_t* values) {
   for (int lane = 0; lane < 32; lane++) {
     for (int matrix = 0; matrix < 4; matrix++) {
       unsigned word = 0;

@@ -174,7 +174,7 @@ void run_block(Worker* worker, long position) {
     warp.fresh = exists;
     warp.done = ~exists;
     warp.at_barrier = warp.ready = 0;
-    warp.free = ~0ull;
+    warp.free = ~0u;
     warp.gathering = 0;
     warp.epoch = 0;
     set_ready(worker, i, exists);

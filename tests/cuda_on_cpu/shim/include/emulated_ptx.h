@@ -3,9 +3,9 @@
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
 
-EMU_FUNCTION void cp_async_16(void* shared, const void* global, bool is_copied) {
+EMU_FUNCTION void cp_async_16(void* shared, const void* global, bool is_copied, EMU_LINE) {
 #if __CUDA_ARCH__ >= 800
-  emu_copy_async(shared, global, 16, is_copied ? 16 : 0);
+  emu_copy_async(shared, global, 16, is_copied ? 16 : 0, line);
 #else
   *(uint4*)shared = is_copied ? *(const uint4*)global : make_uint4(0, 0, 0, 0);
 #endif
