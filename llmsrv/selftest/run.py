@@ -117,7 +117,7 @@ def _report_sampling(report: Report, backend: Backend) -> None:
 
 
 def _report_models(report: Report, backend: Backend) -> None:
-    report.write(f"\n{'model':40}{'mean error':>12}{'agreement':>11}")
+    report.write(f"\n{'model':40}{'mean error':>12}{'allowed':>10}{'agreement':>11}")
     for model in tiny_models():
         try:
             outcome = check_model(backend, model)
@@ -132,7 +132,8 @@ def _report_models(report: Report, backend: Backend) -> None:
 
 
 def _model_line(outcome: ModelOutcome) -> str:
-    line = f"{outcome.name:40}{outcome.error:12.1e}{outcome.agreement:11.1%}"
+    line = f"{outcome.name:40}{outcome.error:12.1e}{outcome.max_error:10.1e}"
+    line += f"{outcome.agreement:11.1%}"
     wrong = f"  WRONG, {outcome.disagreements} clear choices differ"
     return line + wrong * (not outcome.is_right)
 
