@@ -40,7 +40,7 @@
 #define SPLITS_PER_LANE ((MAX_SPLITS + 31) / 32)
 
 /* A row, its sequence, and its splits among those of all rows. */
-struct DecodeRow
+struct __align__(16) DecodeRow
 {
     int row, sequence, position, first_split, num_splits, unused[3];
 };

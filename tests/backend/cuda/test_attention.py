@@ -128,6 +128,23 @@ def test_the_bits_of_a_row_that_decodes_do_not_depend_on_other_rows(cuda16):
     assert output_among(*others) == alone
 
 
+@pytest.mark.slow
+def test_with_batch_invariance_a_prompt_has_the_same_bits_in_any_chunks():
+    program = attention_program(6, 2, 32, 50, None)
+    plan = new_backend(batch_invariant=True).compile(program, LIMITS, lambda: None)
+    qkv = random(130, program.buffers["qkv"])
+
+    def output_in_chunks(size):
+        parts = []
+        for start in range(0, len(qkv), size):
+            some = qkv[start : start + size]
+            batch = batch_of([Piece([0] * len(some), start, BLOCKS[:20])])
+            parts.append(run_attention(plan, batch, some).tobytes())
+        return b"".join(parts)
+
+    assert output_in_chunks(130) == output_in_chunks(40) == output_in_chunks(7)
+
+
 # ---- Rope
 
 
