@@ -1,6 +1,6 @@
 """Launches the kernels of rope, attention, activations and logit rows on the current stream.
 
-Arrays are cupy arrays.  Outputs may be float32 or operands of 16 bits, as their dtype says.
+Arrays are cupy arrays.  The dtype of an output tells whether it is float32 or an operand.
 """
 
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ from llmsrv.backend.program import RopeAndStore
 
 DECODE_THREADS = 128
 ROPE_WARPS = 8
-MANY_ROWS = 256  # blocks of rows alone keep a device busy
-COLUMN_THREADS = 256  # where a thread computes a column
+MANY_ROWS = 256  # a block for each keeps the device busy
+COLUMN_THREADS = 256  # of kernels in which a thread computes a column
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Tile:
         return self.m_tiles * (padded_dim + self.num_keys) // 2
 
 
-# The preferred ones first.  More queries of a warp reuse the keys in its registers.
+# The preferred ones first.  With two m-tiles, a warp uses each key in its registers twice.
 TILES = (Tile(4, 2, 64), Tile(4, 2, 32), Tile(4, 1, 32), Tile(4, 1, 16), Tile(2, 1, 16))
 MAX_HEAD_DIM = 256
 MAX_SUM_REGISTERS = 160  # of 255; with more, the kernel spills
@@ -86,7 +86,7 @@ class AttentionKernels:
         limits: Limits,
         is_batch_invariant: bool = False,
     ) -> None:
-        """is_batch_invariant: a row's bits depend on no other row."""
+        """is_batch_invariant: the bits of a row do not depend on other rows."""
         self._kernels = kernels
         self._heads = Heads(program.num_heads, program.num_kv_heads, program.head_dim)
         self._num_layers = np.int32(program.num_layers)
@@ -112,10 +112,6 @@ class AttentionKernels:
         is_decode  the step may run as a captured graph
         """
         self._work.plan(batch, host, num_rows, is_decode)
-
-    def num_bytes(self) -> int:
-        """Of the device's memory, for partial results."""
-        return int(self._partials.nbytes + self._arrivals.nbytes)
 
     def rope_and_store(
         self,
@@ -173,14 +169,7 @@ class AttentionKernels:
         """q: as rope_and_store writes it.  out [rows, stride], stride at least the width."""
         index = self._work.windows.index(operation.window)
         device = step.device
-        device = step.device
-        arguments = (
-            out,
-            np.int64(out.shape[1]),
-            q,
-            keys,
-            values,
-        )
+        arrays = out, np.int64(out.shape[1]), q, keys, values
         tables = device["block_tables"], device["sizes"]
         constants = (
             np.int32(operation.layer),
@@ -192,19 +181,19 @@ class AttentionKernels:
         decode, prefill = self._attention_kernels(operation, out.dtype)
         work = *tables, device[f"decode_rows_{index}"], device[f"passes_{index}"]
         results = self._partials, self._arrivals
-        units = step.num_rows * self._heads.max_splits * self._heads.num_groups
+        most_units = step.num_rows * self._heads.max_splits * self._heads.num_groups
         for number in range(self._work.num_passes[index]):
             decode(
-                (min(units, self._max_grid),),
+                (min(most_units, self._max_grid),),
                 (DECODE_THREADS,),
-                (*arguments, *work, np.int32(number), *results, *constants),
+                (*arrays, *work, np.int32(number), *results, *constants),
             )
         if self._work.num_tiles:
             rows = device["positions"], device["sequences"]
             prefill(
                 (self._heads.num_groups, self._work.num_tiles),
                 (32 * self._tile.num_warps,),
-                (*arguments, *rows, *tables, device["tiles"], *constants),
+                (*arrays, *rows, *tables, device["tiles"], *constants),
                 shared_mem=self._tile.shared_bytes(self._heads.padded_dim),
             )
 

@@ -22,10 +22,10 @@ from llmsrv.backend.program import Attention
 from llmsrv.backend.program import Pool
 from llmsrv.backend.program import Program
 
-# A sequence with more rows than this is prefill.  Rows that decode read the keys of their sequence
-# anew, each on its own.
+# A sequence with more rows than this is prefill.  A row that decodes reads the sequence's keys and
+# values for itself.
 MAX_DECODE_ROWS = 8
-SPLIT_BLOCKS = 4  # of a split, at least: one for each warp of decode attention
+SPLIT_BLOCKS = 4  # the fewest of a split: one for each warp of decode attention
 # DecodeRow of kernels/cuda/attention.cu: row, sequence, position, first split, number of splits
 DECODE_ROW_SIZE = 8
 
@@ -57,8 +57,8 @@ class Heads:
 
     @property
     def max_splits(self) -> int:
-        """The most splits of a row.  With all its groups of heads, a long row makes at least 256
-        units of work, about two for each multiprocessor of a large GPU."""
+        """The most splits of a row.  Times the groups of heads, that is 256 units of work or
+        more: about two for each multiprocessor of a large GPU."""
         return min(max(32, 256 // self.num_groups), 128)
 
     @property
@@ -78,17 +78,18 @@ class Heads:
 class AttentionWork:
     """The work lists of a step, as arrays.
 
-    max_rows    of a step
-    windows     of the program's Attention operations, each once: they differ in the splits
-    num_tiles   of the step planned last
-    num_passes  for each window: launches of decode attention, in the step planned last
+    max_rows     the most rows of a step, padded ones included
+    windows      the different windows of the program's Attention operations, in which the same
+                 row has different splits
+    num_tiles    the number of prefill tiles in the step that was planned last
+    num_passes   for each window, the launches of decode attention in that step
     pass_splits  the most splits of a pass
     """
 
     def __init__(
         self, program: Program, limits: Limits, tile_rows: int, is_batch_invariant: bool
     ) -> None:
-        """tile_rows: of a prefill tile, at most.  is_batch_invariant: all rows decode."""
+        """tile_rows: the most rows of a prefill tile.  is_batch_invariant: all rows decode."""
         self._heads = Heads(program.num_heads, program.num_kv_heads, program.head_dim)
         self._limits = limits
         self.max_rows = row_capacity(limits)
@@ -159,7 +160,8 @@ class AttentionWork:
     def _plan_tiles(
         self, starts: Array, lengths: Array, positions: Array, tiles: Array
     ) -> None:
-        """Cuts runs of rows into tiles; those with the most positions come first, for balance."""
+        """Cuts runs of rows into tiles.  Those with the most positions come first: the device
+        ends its work with short ones, and so all multiprocessors at about the same time."""
         counts = -(-lengths // self._tile_rows)
         ends = np.repeat(starts + lengths, counts)
         index = np.arange(len(ends)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -198,8 +200,10 @@ class AttentionWork:
 
 
 def splits_of_blocks(most: int, max_splits: int) -> Array:
-    """[most + 1] the splits of a row with 0 .. most blocks: as blocks_per_split of
-    kernels/cuda/attention.cu says."""
+    """The number of splits of a row with 0, 1, ... `most` blocks.
+
+    The rule is that of blocks_per_split in kernels/cuda/attention.cu.
+    """
     num_blocks = np.arange(most + 1)
     blocks = np.full(most + 1, SPLIT_BLOCKS)
     while (is_short := blocks * max_splits < num_blocks).any():
