@@ -25,7 +25,12 @@ from tests.support.parameters import slow_but
 
 pytestmark = needs_emulation
 
-FORMATS = ["F16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
+FORMAT_TYPES = ["F16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
+# With the type of T16: formats unpack integers to either in one of three ways.
+FORMATS = [
+    *((type, "float16") for type in FORMAT_TYPES),
+    *((type, "bfloat16") for type in ("BF16", "Q8_0", "Q6_K")),
+]
 # Relative to the largest output.  Few rows multiply the file's own integers, many rows T16.
 EXACT, ROUNDED = 1e-6, 5e-4
 
@@ -98,30 +103,39 @@ def weight_of(type, rows, columns, seed=0):
     return random_tensor(f"w{seed}", type, (rows, columns), seed, 0.5)
 
 
-@pytest.mark.parametrize("type", slow_but(FORMATS, "Q4_K"))
+@pytest.mark.parametrize("format", slow_but(FORMATS, ("Q4_K", "float16")), ids=" ".join)
 @pytest.mark.parametrize("num_rows", slow_but([1, 5, 8, 9, 32], 5))
-@pytest.mark.parametrize("dtype", slow_but(["float16", "bfloat16"], "float16"))
-def test_few_rows_lose_nothing_but_the_rounding_of_x(cupy, type, num_rows, dtype):
+def test_few_rows_lose_nothing_but_the_rounding_of_x(cupy, format, num_rows):
+    type, dtype = format
     products = Products(cupy, dtype)
     columns = 3328 if type.endswith("_K") else 3296
-    type = "BF16" if (type, dtype) == ("F16", "bfloat16") else type
     x, weight = random(num_rows, columns), weight_of(type, 45, columns)
     theirs = products.rounded(x) @ dequantized(weight).T
     assert_near(products.product(x, weight), theirs, 3 * EXACT)
 
 
-@pytest.mark.parametrize("type", slow_but(FORMATS, "F16"))
-@pytest.mark.parametrize("num_rows", slow_but([33, 150, 300], 150))
-@pytest.mark.parametrize("capability", slow_but([75, 80], 75))
-@pytest.mark.parametrize("dtype", slow_but(["float16", "bfloat16"], "float16"))
-def test_many_rows(cupy, type, num_rows, capability, dtype):
-    products = Products(cupy, dtype, capability)
+@pytest.mark.parametrize("format", slow_but(FORMATS, ("F16", "float16")), ids=" ".join)
+@pytest.mark.parametrize("num_rows", slow_but([33, 300], 33))
+def test_many_rows(cupy, format, num_rows):
+    """In small blocks, or large ones."""
+    type, dtype = format
+    products = Products(cupy, dtype)
     columns = 768 if type.endswith("_K") else 416
-    type = "BF16" if (type, dtype) == ("F16", "bfloat16") else type
     x, weight = random(num_rows, columns), weight_of(type, 300, columns)
     theirs = products.rounded(x) @ dequantized(weight).T
     error = EXACT if type.endswith("F16") else ROUNDED * (8 if dtype == "bfloat16" else 1)
     assert_near(products.product(x, weight), theirs, error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("type", ["F16", "Q5_1"])
+@pytest.mark.parametrize("num_rows", [3, 150])
+def test_devices_without_asynchronous_copies(cupy, monkeypatch, type, num_rows):
+    monkeypatch.setenv("CUDA_ON_CPU_CAPABILITY", "75")
+    products = Products(cupy, capability=75)
+    x, weight = random(num_rows, 416), weight_of(type, 300, 416)
+    theirs = products.rounded(x) @ dequantized(weight).T
+    assert_near(products.product(x, weight), theirs, ROUNDED)
 
 
 @pytest.mark.slow
