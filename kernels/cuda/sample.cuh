@@ -6,8 +6,13 @@
  *
  * A block of 256 threads covers a chunk of 2048 ids, a warp 128 of them at a time (a group), a lane
  * four neighbours, which it loads as 16 bytes.  All blocks of a row add what they found to that
- * row's state; the last one to finish completes the row.  A logit takes about 30 instructions and is
- * read once per kernel: greedy rows take one kernel, sampled ones two. */
+ * row's state; the last one to finish completes the row.  Greedy rows take one kernel, sampled ones
+ * two, and each reads the logits once.
+ *
+ * Why not one block a row: 128k logits are 512 KB.  One multiprocessor takes about 5 us to read
+ * them from the L2 cache, and 20 us more for their exp; 63 blocks take about 1 us for both
+ * (computed, not measured).  So what needs every logit is done by all blocks, and the last block
+ * looks only at the few ids that are left. */
 
 typedef unsigned long long Mass; /* weights and sums of them */
 
@@ -40,9 +45,9 @@ struct Parameters {
 struct Row {
     Parameters parameters;
     long long output_position;
-    int target, draft, num_drafted; /* num_drafted: rows of its slot before it, all drafts */
-    int bias, counts;               /* lines of Tables.lines, -1 if absent */
-    int in_prompt, allowed, end_ids; /* lines of Tables.masks */
+    int target, draft, num_drafted;  /* num_drafted: its draft and those of the rows before it */
+    int bias, counts;                /* lines of Tables.lines, -1 if absent */
+    int in_prompt, allowed, end_ids; /* lines of Tables.masks, -1 if absent */
     int grammar;                     /* where its mask begins in Tables.words, -1 if absent */
     int slot;
 };

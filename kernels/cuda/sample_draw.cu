@@ -9,11 +9,11 @@
  *              scratch
  *     others as in sample_max
  *
- * Without filters, the chunks leave the sum of each group of ids, and the last block finds the group
- * and the id.  With filters, the chunks leave bins of weights, which bound what top_k or top_p can
- * keep.  The last block lists the ids above that bound in shared memory, usually a few dozen, and
- * finds each filter's exact threshold among them.  If they are too many to list, the same code reads
- * x of the whole row in each of its passes. */
+ * Without filters, the chunks leave the sum of each group of ids, and the last block finds the
+ * group and the id.  With filters, the chunks leave bins of weights, which bound what top_k or
+ * top_p can keep.  The last block lists the ids above that bound in shared memory, usually a few
+ * dozen, and finds each filter's exact threshold among them.  If they are too many to list, the
+ * same code reads x of the whole row in each of its passes. */
 #include "philox.cuh"
 #include "sample_block.cuh"
 

@@ -120,7 +120,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_logprobs(
     }
     if (row->parameters.num_logprobs > 0) {
         long long first = (long long)blockIdx.y * num_alternatives;
-        write_alternatives(shared, logit_row, state->raw_max, bins + blockIdx.y, maxima + first_group,
-                           sums + first_group, alternatives + first, alternative_logits + first);
+        write_alternatives(
+            shared, logit_row, state->raw_max, bins + blockIdx.y, maxima + first_group,
+            sums + first_group, alternatives + first, alternative_logits + first);
     }
 }

@@ -1,4 +1,4 @@
-/* Sampling, first: the largest logit of each row, and with it the ids of all rows that need no draw.
+/* Sampling, first: the largest logit of each row, and with it the ids of rows that need no draw.
  *
  *     id = FAILED if a logit is NaN or +inf, or if no id is left; else the target, if there is one;
  *     else at temperature 0 the id of the largest adjusted logit, the lowest of a tie

@@ -1,5 +1,5 @@
-/* Sampling: what lives longer than a step.  write_lines fills the lines of slots that were set since
- * the last step; count_ids counts the ids that a step has drawn.
+/* Sampling: what lives longer than a step.  write_lines fills the lines of slots that were set
+ * since the last step; count_ids counts the ids that a step has drawn.
  *
  *     writes  [grid], see Write; words [..] uploaded for this step
  *     lines   [lines][line_words], a word for each id: a bias or a count
@@ -9,9 +9,9 @@
 /* WRITE of backend/cuda/sampling_layout.py: one line. */
 struct Write {
     int line;
-    int is_mask;    /* 1: mask_words words for a line of `masks`; 0: num_ids ids, and then a word for
-                     * each, for a line of `lines`, whose other words become 0 */
-    int start;      /* in `words` */
+    int is_mask; /* 1: mask_words words for a line of `masks`; 0: num_ids ids, and then a word
+                  * for each, for a line of `lines`, whose other words become 0 */
+    int start;   /* in `words` */
     int num_ids;
 };
 
