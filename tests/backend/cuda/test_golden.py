@@ -14,15 +14,21 @@ from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import Plan
 from llmsrv.backend.cuda.backend import CUDABackend
+from llmsrv.backend.cuda.backend import CUDAOptions
 from llmsrv.backend.program import Program
 from llmsrv.backend.sampling.reference_sampler import log_softmax
+from llmsrv.config import default_cache_dir
 from llmsrv.model.load import load_model
+from tests.support.cuda import install_stand_in
 from tests.support.cuda import mode
+from tests.support.cuda import needs_emulation
 from tests.support.golden import Step
 from tests.support.golden import steps
 from tests.support.parameters import slow_but
 from tests.support.plans import Piece
 from tests.support.plans import batch_of
+
+pytestmark = needs_emulation
 
 GOLDEN = Path(__file__).parents[2] / "data/golden/tiny"
 TINY = [path.name for path in sorted(GOLDEN.iterdir())]
@@ -46,16 +52,38 @@ def decoded(plan: Plan, program: Program, case: dict[str, Any]) -> Iterator[Step
 
 
 @pytest.mark.parametrize("name", slow_but(TINY, "gemma3"))
-def test_tiny_models_of_every_architecture_agree_with_float32(
-    cuda16: CUDABackend, name: str
-) -> None:
+def test_tiny_models_of_every_architecture_agree_with_float32(name: str) -> None:
+    install_stand_in()
+    check_golden(name)
+
+
+def check_golden(name: str) -> None:
+    """The prompts of all cases, and one of them decoded, in float16."""
+    backend = CUDABackend(CUDAOptions(default_cache_dir(), dtype="float16", warms_up=False))
     program = load_model(GOLDEN / name, lambda: None).program
-    plan = cuda16.compile(program, LIMITS, lambda: None)
+    plan = backend.compile(program, LIMITS, lambda: None)
     cases = json.loads((GOLDEN / name / "golden.json").read_text())["cases"]
     prompts = [step for case in cases for step in steps(plan, program, case)]
     for results in (prompts, list(decoded(plan, program, cases[2]))):
         assert sum(step.error for step in results) / len(results) <= MAX_ERROR
         assert all(step.gap <= MAX_GAP for step in results if not step.agrees)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma3", "mixtral"])
+def test_no_kernel_of_a_model_races_or_leaves_its_arrays(name: str) -> None:
+    with mode(is_checked=True):
+        check_golden(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma2", "qwen3-moe"])
+def test_a_gpu_without_asynchronous_copies_gives_the_same(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_ON_CPU_CAPABILITY", "75")
+    install_stand_in()
+    check_golden(name)
 
 
 def test_a_step_gives_the_same_bits_as_a_graph_and_launch_by_launch(cuda16: CUDABackend) -> None:
