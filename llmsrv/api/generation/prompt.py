@@ -1,6 +1,5 @@
 """From a conversation to the token ids of its prompt, through the model's chat template."""
 
-import asyncio
 import json
 from typing import Any
 
@@ -40,7 +39,7 @@ async def prompt_ids(
         submit.check_fits_context(
             service, sum(map(len, texts)), conversation.param_names.messages
         )
-        ids = await asyncio.to_thread(_encode_large, service, template, conversation)
+        ids = await submit.tokenise_in_thread(_encode_large, service, template, conversation)
     return submit.truncate_prompt(service, options, ids)
 
 

@@ -1,11 +1,16 @@
 """From the options and prompts of a request to what the engine gets, checked against the model."""
 
+import asyncio
 import hashlib
 import math
 import secrets
 import time
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from typing import TypeVar
 
 from llmsrv.api.generation.answer_parser import NO_IDS
 from llmsrv.api.generation.answer_parser import visible_special_tokens
@@ -26,7 +31,11 @@ MAX_OUTPUT_TOKENS = 1 << 22  # of one request, all its choices together
 MAX_PROMPT_LOGPROBS = 1 << 18  # of one request, some 20 MB of answer
 MAX_ALTERNATIVES = 20  # unless a request asks for all
 CUT_TOKENS = 64  # next to a cut in a text, whose ids may not be those of the whole text
+CHARS_PER_TOKEN = 6  # of most texts less
 INLINE_CHARS = 4096  # longer texts are tokenised in a thread: about 1 ms of the loop's time
+
+T = TypeVar("T")
+_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenise")
 
 
 def tenant_of(request: Request) -> bytes:
@@ -225,15 +234,30 @@ def truncate_prompt(service: Service, options: GenerationOptions, ids: list[int]
     return ids[:num_kept] if options.truncation_side == "right" else ids[-num_kept:]
 
 
-def cut_text(service: Service, options: GenerationOptions, text: str) -> str:
-    """The part of a text that can matter for a prompt that is truncated: no token is longer than
-    max_token_chars.  The last ones are cut differently, so that some more are kept."""
+def encode_kept(service: Service, options: GenerationOptions, text: str) -> list[int]:
+    """The ids of the part of a text that can matter for a prompt that is truncated, and of some
+    more: next to the cut, ids may not be those of the whole text.
+
+    It takes memory for the tokens that are kept, however long the text is.
+    """
     assert service.engine.ready is not None
     num_kept = service.engine.ready.context_length
     if (wanted := options.truncate_prompt_tokens) is not None and wanted > 0:
         num_kept = min(num_kept, wanted)
-    most = (num_kept + CUT_TOKENS) * service.text.tokenizer.max_token_chars
-    return text[:most] if options.truncation_side == "right" else text[-most:]
+    num_ids = num_kept + CUT_TOKENS
+    num_chars = num_ids * CHARS_PER_TOKEN
+    while True:
+        part = text[:num_chars] if options.truncation_side == "right" else text[-num_chars:]
+        ids = service.text.tokenizer.encode(part, parse_special=True)
+        if len(ids) >= num_ids or num_chars >= len(text):
+            return ids
+        num_chars *= 2
+
+
+async def tokenise_in_thread(tokenise: Callable[..., T], *arguments: Any) -> T:
+    """For texts longer than INLINE_CHARS.  A token takes 150 bytes meanwhile, so that few of them
+    may be tokenised at once."""
+    return await asyncio.get_running_loop().run_in_executor(_threads, tokenise, *arguments)
 
 
 def check_fits_context(service: Service, num_chars: int, param: str) -> None:

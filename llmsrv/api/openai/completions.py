@@ -243,7 +243,7 @@ async def _prompt_ids(service: Service, body: CompletionRequest) -> list[list[in
             submit.check_fits_context(service, len(text), param)
     elif body.suffix:
         submit.check_fits_context(service, len(body.suffix), "suffix")
-    return await asyncio.to_thread(all_ids)
+    return await submit.tokenise_in_thread(all_ids)
 
 
 def _ids(
@@ -251,8 +251,9 @@ def _ids(
 ) -> list[int]:
     tokenizer = service.text.tokenizer
     if body.truncate_prompt_tokens is not None and isinstance(prompt, str):
-        prompt = submit.cut_text(service, body, prompt)
-    ids = _encode(tokenizer, prompt, param)
+        ids = submit.encode_kept(service, body, prompt)
+    else:
+        ids = _encode(tokenizer, prompt, param)
     if body.suffix:
         if tokenizer.fim_token_ids is None:
             raise invalid("suffix", "this model's vocabulary has no tokens for filling in")
