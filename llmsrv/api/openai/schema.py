@@ -269,6 +269,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "return_mm_kwargs": (False, True),
     "return_prompt_text": (False,),
     "return_token_offsets": (False,),
+    "return_weight_versions": (False,),
     "routed_experts_prompt_start": (0,),
     "spaces_between_special_tokens": (True,),
     "thinking_token_budget": (-1,),
