@@ -37,7 +37,7 @@ def test_arguments_arrive_by_value(cupy, store):
     out = cupy.zeros(5, np.int64)
     store(out, *ARGUMENTS)
     assert out.get().tolist() == [-1, 1 << 40, 2, 1, 42]
-    store(None, *ARGUMENTS)
+    store(np.uintp(0), *ARGUMENTS)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,8 @@ def test_arguments_arrive_by_value(cupy, store):
         (1, 3, "argument 1 has kind i and 8 bytes; the parameter has kind i and 4"),
         (1, np.float32(3), "argument 1 has kind f and 4 bytes; the parameter has kind i and 4"),
         (3, 2.5, "argument 3 has kind f and 8 bytes; the parameter has kind f and 4"),
-        (0, np.int64(0), "argument 0 has kind i and 8 bytes; the parameter has kind p and 8"),
+        (0, np.int64(8), "argument 0 has kind i and 8 bytes; the parameter has kind p and 8"),
+        (0, None, "None as the address 0xffffffff"),
     ],
 )
 def test_argument_of_a_wrong_size_or_kind_is_an_error(cupy, store, index, value, message):

@@ -15,6 +15,7 @@ from llmsrv.backend.cuda.attention_work import Heads
 from llmsrv.backend.cuda.device import Device
 from llmsrv.backend.cuda.source import Kernels
 from llmsrv.backend.cuda.source import Macro
+from llmsrv.backend.cuda.source import or_null
 from llmsrv.backend.cuda.staging import Spec
 from llmsrv.backend.cuda.step import Step
 from llmsrv.backend.program import Attention
@@ -149,13 +150,13 @@ class AttentionKernels:
                 step.device["sequences"],
                 step.device["slot_mapping"],
                 step.device["is_long"],
-                weights.frequencies,
-                weights.long_frequencies,
+                or_null(weights.frequencies),
+                or_null(weights.long_frequencies),
                 np.int32(num_rotated),
                 np.int32(operation.interleaved),
                 np.float32(operation.magnitude),
-                weights.q_norm,
-                weights.k_norm,
+                or_null(weights.q_norm),
+                or_null(weights.k_norm),
                 np.int32(norms_across),
                 np.float32(operation.eps),
                 np.int32(operation.layer),

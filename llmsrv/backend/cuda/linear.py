@@ -17,6 +17,8 @@ from llmsrv.backend.cuda.pack import Format
 from llmsrv.backend.cuda.pack import PLANES
 from llmsrv.backend.cuda.pack import TILE_ROWS
 from llmsrv.backend.cuda.source import Kernels
+from llmsrv.backend.cuda.source import NULL
+from llmsrv.backend.cuda.source import or_null
 from llmsrv.backend.cuda.weights import Part
 from llmsrv.backend.cuda.weights import Weights
 
@@ -163,7 +165,7 @@ class LinearKernels:
         tiles = MAX_TILES if groups > 1 and part.row_tiles >= MAX_TILES * num_blocks else 1
         macros: dict[str, int | str] = {"FORMAT": part.format, "ROW_GROUPS": groups, "TILES": tiles}
         tiles_per_block, stride, shared_bytes = tiles, 0, 0
-        norm_arguments: tuple[Any, ...] = (None, np.int32(0), np.float32(0))
+        norm_arguments: tuple[Any, ...] = (NULL, np.int32(0), np.float32(0))
         if self._fits_shared_memory(product.columns, num_rows):
             macros["STAGED" if norm is None else "NORM"] = 1
             tiles_per_block = max(1, part.row_tiles // (MIN_BLOCKS * num_blocks))
@@ -317,7 +319,7 @@ class _Product:
 
     def group_arguments(self) -> tuple[Any, ...]:
         if self.groups is None:
-            return None, None, None, np.int32(0)
+            return NULL, NULL, NULL, np.int32(0)
         groups, chosen_of_x = self.groups
         return groups.groups, groups.num_groups, groups.sorted_choices, np.int32(chosen_of_x)
 
@@ -327,7 +329,7 @@ def _epilogue(
 ) -> tuple[Any, ...]:
     """The arguments of epilogue.cuh."""
     return (
-        bias,
+        or_null(bias),
         np.float32(scale),
         np.float32(softcap or 0),
         np.int32(GATED[gated]),

@@ -12,13 +12,23 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from llmsrv.backend.source import kernel_sources
 
 # Includes in angle brackets are CUDA's own and stay.
 INCLUDE = re.compile(r'#include "([^"]+)"')
 OPTIONS = ("-std=c++17",)
 
+# A null pointer as an argument of a kernel.  For None, CuPy 13 passes 0xffffffff (its issue 9046).
+NULL = np.uintp(0)
+
 Macro = int | str
+
+
+def or_null(array: Any) -> Any:
+    """The array as an argument of a kernel, or a null pointer for None."""
+    return NULL if array is None else array
 
 
 class Kernels:

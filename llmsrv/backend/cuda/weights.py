@@ -20,6 +20,7 @@ from llmsrv.backend.cuda.pack import Planes
 from llmsrv.backend.cuda.pack import TILE_ROWS
 from llmsrv.backend.cuda.pack import format_of
 from llmsrv.backend.cuda.pack import planes_of_rows
+from llmsrv.backend.cuda.source import NULL
 from llmsrv.backend.program import Tensor
 
 # Values packed at once: enough to copy efficiently, few enough for numpy's temporaries.
@@ -44,8 +45,8 @@ class Part:
     column_tiles: int
 
     def pointers(self) -> tuple[Any, ...]:
-        """The kernels' arguments for the planes; CuPy passes None as a null pointer."""
-        return tuple(self.planes.get(name) for name in PLANES)
+        """The kernels' arguments for the planes: null pointers for those that it does not have."""
+        return tuple(self.planes.get(name, NULL) for name in PLANES)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,8 @@ def check_arguments(kernel: Kernel, arguments: Sequence[Argument]) -> None:
         )
     for i, argument in enumerate(arguments):
         size, kind = ctypes.sizeof(argument.value), chr(kernel.kinds[i])
-        if size != kernel.sizes[i] or argument.kind != kind:
+        is_null = kind == "p" and argument.kind == "i" and not any(bytes(argument.value))
+        if size != kernel.sizes[i] or (argument.kind != kind and not is_null):
             raise EmulationError(
                 f"{name}: argument {i} has kind {argument.kind} and {size} bytes; the parameter "
                 f"has kind {kind} and {kernel.sizes[i]} bytes"

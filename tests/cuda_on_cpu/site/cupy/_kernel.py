@@ -140,7 +140,7 @@ def _argument(value: Any) -> Argument:
     if isinstance(value, MemoryPointer):
         return Argument(ctypes.c_void_p(value.ptr), "p", value._extent)
     if value is None:
-        return Argument(ctypes.c_void_p(0), "p")
+        raise TypeError("CuPy 13 passes None as the address 0xffffffff; pass np.uintp(0)")
     if isinstance(value, bool | np.bool_):
         return Argument(ctypes.c_bool(bool(value)), "i")
     if isinstance(value, int):
