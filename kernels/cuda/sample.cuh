@@ -73,12 +73,6 @@ struct State {
     float raw_max, max;  /* the largest logit as it is, and adjusted */
 };
 
-/* BINS of weights by size, four for each power of two; all 0 between kernels. */
-struct Bins {
-    Mass masses[NUM_BINS];
-    unsigned counts[NUM_BINS];
-};
-
 /* RESULT: what the host reads. */
 struct Result {
     Mass sum; /* of the weights of the row's own logits at temperature 1 */

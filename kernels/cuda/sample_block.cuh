@@ -23,7 +23,6 @@ struct __align__(16) Shared : BlockShared {
     float values[MAX_LISTED]; /* of the candidates, if they fit */
     int ids[MAX_LISTED];      /* of the candidates; they ascend */
     Histogram histogram;
-    unsigned counts[NUM_BINS];
 };
 
 __device__ __forceinline__ Mass warp_mass(Mass mass)
@@ -115,7 +114,10 @@ __device__ __forceinline__ Mass own_bin(const Shared &shared)
     return shared.histogram.low[threadIdx.x] + (high << LOW_BITS);
 }
 
-/* ---- Bins of weights: rule out most ids before they are looked at one by one */
+/* ---- Bins: rule out most ids before they are looked at one by one
+ *
+ * A row has NUM_BINS of them, for the sizes of weights, four for each power of two.  They hold
+ * weights or numbers of ids, and are all 0 between kernels. */
 
 /* The bin of a weight: its power of two and the next two bits.  Weight 0 shares bin 0. */
 __device__ __forceinline__ int bin_of(Mass weight)
@@ -135,18 +137,25 @@ __device__ __forceinline__ float least_x_of_bin(unsigned bin)
     return bin == 0 ? LEAST_X : least_x(__uint_as_float(0x3f800000u + (bin << 21)));
 }
 
-/* Adds the block's histogram and counts to the row's bins. */
-__device__ __forceinline__ void flush_bins(const Shared &shared, Bins *bins)
+/* Adds the block's histogram to the row's bins. */
+__device__ __forceinline__ void flush_bins(const Shared &shared, Mass *bins)
 {
-    Mass mass = own_bin(shared);
-    if (mass)
-        atomicAdd(&bins->masses[threadIdx.x], mass);
-    if (shared.counts[threadIdx.x])
-        atomicAdd(&bins->counts[threadIdx.x], shared.counts[threadIdx.x]);
+    Mass amount = own_bin(shared);
+    if (amount)
+        atomicAdd(&bins[threadIdx.x], amount);
 }
 
-/* The highest bin such that it and those above it reach the goal; NUM_BINS if all do not.  Each
- * thread passes the amount of bin NUM_BINS - 1 - threadIdx.x. */
+/* Returns the amount of bin NUM_BINS - 1 - threadIdx.x, and clears the bin for the next kernel. */
+__device__ __forceinline__ Mass take_bin(Mass *bins)
+{
+    Mass *own = &bins[NUM_BINS - 1 - threadIdx.x], amount = *own;
+    *own = 0;
+    return amount;
+}
+
+/* The highest bin such that it and those above it reach the goal; NUM_BINS if all do not.
+ *
+ * amount  what take_bin returned */
 __device__ __forceinline__ unsigned bin_that_reaches(Shared &shared, Mass amount, Mass goal)
 {
     Mass total, before = block_mass_before(shared, amount, &total);

@@ -4,7 +4,7 @@
  *     min_p, typical_p and the draw, steps 3 to 9 of the contract
  *
  *     grid     (chunks of the vocabulary, rows), THREADS threads
- *     bins     [rows] of Bins
+ *     bins     [rows][NUM_BINS] uint64
  *     x        [rows][stride] float32, maxima [rows][groups] float32, sums [rows][groups] uint64:
  *              scratch
  *     others as in sample_max
@@ -97,17 +97,17 @@ struct Draw {
     LogitRow logits;
     float max;
     float *x, *maxima;
-    Mass *sums;
-    Bins *bins;
+    Mass *sums, *bins;
 };
 
-/* x of the block's chunk, the sums and maxima of its groups, and the bins of its weights. */
-__device__ __forceinline__ void measure_chunk(Shared &shared, const Draw &draw, bool is_binned)
+/* x of the block's chunk, the sums and maxima of its groups, and the bins. */
+__device__ __forceinline__ void measure_chunk(
+    Shared &shared, const Draw &draw, const Filters &filters)
 {
+    bool uses_bins = filters.uses_bins(), counts_ids = filters.has(TOP_K);
     float temperature = draw.logits.row->parameters.temperature;
     int num_groups = (draw.logits.vocab_size + GROUP - 1) / GROUP;
     clear_histogram(shared);
-    shared.counts[threadIdx.x] = 0;
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < CHUNK / GROUP; i += WARPS) {
@@ -118,16 +118,15 @@ __device__ __forceinline__ void measure_chunk(Shared &shared, const Draw &draw, 
         float largest = MINUS_INFINITY;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            float x = __fdiv_rn(__fsub_rn(four.values[j], draw.max), temperature);
+            float x = __fsub_rn(four.values[j], draw.max);
+            if (temperature != 1.0f)
+                x = __fdiv_rn(x, temperature);
             four.values[j] = x;
             Mass weight = weight_of(x);
             sum += weight;
             largest = fmaxf(largest, x);
-            if (is_binned && x >= LEAST_X) {
-                int bin = bin_of(weight);
-                add_to_histogram(shared, bin, weight);
-                atomicAdd(&shared.counts[bin], 1u);
-            }
+            if (uses_bins && x >= LEAST_X)
+                add_to_histogram(shared, bin_of(weight), counts_ids ? 1 : weight);
         }
         if (id < draw.logits.vocab_size)
             *(float4 *)(draw.x + id) = make_float4(
@@ -140,26 +139,22 @@ __device__ __forceinline__ void measure_chunk(Shared &shared, const Draw &draw, 
         }
     }
     __syncthreads();
-    if (is_binned)
+    if (uses_bins)
         flush_bins(shared, draw.bins);
 }
 
 /* A lower bound of x for all ids that the filters can keep.  Clears the row's bins; *total becomes
- * the sum of all weights. */
+ * the sum of all weights if top_p is the first filter. */
 __device__ __forceinline__ float bound_of(
-    Shared &shared, const Filters &filters, Bins *bins, Mass *total)
+    Shared &shared, const Filters &filters, Mass *bins, Mass *total)
 {
     const Parameters &p = filters.row->parameters;
     if (!filters.uses_bins())
         return p.min_p > 0 ? least_x((float)p.min_p) : LEAST_X;
-    int own = NUM_BINS - 1 - threadIdx.x;
-    Mass mass = bins->masses[own], count = bins->counts[own];
-    bins->masses[own] = 0;
-    bins->counts[own] = 0;
-    *total = block_mass(shared, mass);
-    bool is_counted = filters.has(TOP_K);
-    unsigned bin = bin_that_reaches(
-        shared, is_counted ? count : mass, is_counted ? p.top_k : share_of(*total, p.top_p));
+    Mass amount = take_bin(bins);
+    *total = block_mass(shared, amount);
+    Mass goal = filters.has(TOP_K) ? p.top_k : share_of(*total, p.top_p);
+    unsigned bin = bin_that_reaches(shared, amount, goal);
     return bin == NUM_BINS ? LEAST_X : least_x_of_bin(bin);
 }
 
@@ -177,7 +172,7 @@ __device__ __forceinline__ Mass sum_kept(const Candidates<Filters> &candidates, 
     return block_mass(candidates.shared, sum);
 }
 
-/* Steps 4 to 8.  total: the sum of all weights */
+/* Steps 4 to 8.  total: see bound_of */
 __device__ __forceinline__ void run_filters(
     Filters &filters, const Candidates<Filters> &candidates, Mass total)
 {
@@ -228,7 +223,7 @@ __device__ __forceinline__ int draw_id(Shared &shared, Filters &filters, const D
 extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_draw(
     const float *logits, long long stride, int vocab_size, const Row *rows, const unsigned *lines,
     long long line_words, const unsigned *masks, long long mask_words, const unsigned *words,
-    State *states, int *ids, Result *results, Bins *bins, float *x, float *maxima, Mass *sums)
+    State *states, int *ids, Result *results, Mass *bins, float *x, float *maxima, Mass *sums)
 {
     __shared__ Shared shared;
     const Row *row = rows + blockIdx.y;
@@ -239,9 +234,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_draw(
     Tables tables = {lines, line_words, masks, mask_words, words};
     Draw draw = {{logits + blockIdx.y * stride, vocab_size, row, tables}, state->max,
                  x + blockIdx.y * stride, maxima + first_group, sums + first_group,
-                 bins + blockIdx.y};
+                 bins + (long long)blockIdx.y * NUM_BINS};
     Filters filters = {row, vocab_size, DRAW, KEEP_ALL, KEEP_ALL, KEEP_ALL, 0, 0};
-    measure_chunk(shared, draw, filters.uses_bins());
+    measure_chunk(shared, draw, filters);
     if (!is_last_block(shared, state))
         return;
     int id = draw_id(shared, filters, draw);

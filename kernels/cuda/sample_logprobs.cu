@@ -27,14 +27,13 @@ __device__ __forceinline__ bool comes_before(float logit, int id, float other, i
 
 /* Adds what the block's chunk has to the row's total, rank and bins, and fills `maxima`. */
 __device__ __forceinline__ void measure_chunk(
-    Shared &shared, const LogitRow &row, State *state, Bins *bins, float *maxima, int id)
+    Shared &shared, const LogitRow &row, State *state, Mass *bins, float *maxima, int id)
 {
     int num_groups = (row.vocab_size + GROUP - 1) / GROUP;
     bool has_alternatives = row.row->parameters.num_logprobs > 0;
     float logit = row.logits[id], max = state->raw_max;
     Mass total = 0, rank = 0;
     clear_histogram(shared);
-    shared.counts[threadIdx.x] = 0;
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < CHUNK / GROUP; i += WARPS) {
@@ -50,7 +49,7 @@ __device__ __forceinline__ void measure_chunk(
             rank += first + j < row.vocab_size && comes_before(value, first + j, logit, id);
             largest = fmaxf(largest, value);
             if (has_alternatives && x >= LEAST_X)
-                atomicAdd(&shared.counts[bin_of(weight)], 1u);
+                add_to_histogram(shared, bin_of(weight), 1);
         }
         largest = warp_largest(largest);
         if (threadIdx.x % 32 == 0 && group < num_groups)
@@ -68,13 +67,11 @@ __device__ __forceinline__ void measure_chunk(
 
 /* Writes the k ids with the largest logits.  Clears the row's bins. */
 __device__ __forceinline__ void write_alternatives(
-    Shared &shared, const LogitRow &row, float max, Bins *bins, const float *maxima, Mass *sums,
+    Shared &shared, const LogitRow &row, float max, Mass *bins, const float *maxima, Mass *sums,
     int *ids, float *logits)
 {
-    int k = row.row->parameters.num_logprobs, own = NUM_BINS - 1 - threadIdx.x;
-    Mass count = bins->counts[own];
-    bins->counts[own] = 0;
-    unsigned bin = bin_that_reaches(shared, count, k);
+    int k = row.row->parameters.num_logprobs;
+    unsigned bin = bin_that_reaches(shared, take_bin(bins), k);
     float bound = bin == NUM_BINS ? MINUS_INFINITY : least_x_of_bin(bin);
     LargestFirst rule;
     Candidates<LargestFirst> candidates = {
@@ -82,13 +79,13 @@ __device__ __forceinline__ void write_alternatives(
     candidates.list();
     Threshold best = threshold_of(candidates, k);
     if (threadIdx.x == 0)
-        shared.counts[0] = 0;
+        shared.found = 0;
     __syncthreads();
     for (int start = 0; start < candidates.size; start += CHUNK)
         candidates.visit_chunk(start, [&](int id, float logit) {
             if (!best.keeps(rule.key(logit), id))
                 return;
-            unsigned place = atomicAdd(&shared.counts[0], 1u);
+            unsigned place = atomicAdd(&shared.found, 1u);
             ids[place] = id;
             logits[place] = logit;
         });
@@ -96,7 +93,7 @@ __device__ __forceinline__ void write_alternatives(
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_logprobs(
     const float *logits, long long stride, int vocab_size, const Row *rows, State *states,
-    Result *results, Bins *bins, float *maxima, Mass *sums, int num_alternatives,
+    Result *results, Mass *bins, float *maxima, Mass *sums, int num_alternatives,
     int *alternatives, float *alternative_logits)
 {
     __shared__ Shared shared;
@@ -107,8 +104,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_logprobs(
     if (row->parameters.num_logprobs < 0 || id == FAILED)
         return;
     long long groups = (vocab_size + GROUP - 1) / GROUP, first_group = blockIdx.y * groups;
+    Mass *own_bins = bins + (long long)blockIdx.y * NUM_BINS;
     LogitRow logit_row = {logits + blockIdx.y * stride, vocab_size, row, Tables{}};
-    measure_chunk(shared, logit_row, state, bins + blockIdx.y, maxima + first_group, id);
+    measure_chunk(shared, logit_row, state, own_bins, maxima + first_group, id);
     if (!is_last_block(shared, state))
         return;
     if (threadIdx.x == 0) {
@@ -121,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_logprobs(
     if (row->parameters.num_logprobs > 0) {
         long long first = (long long)blockIdx.y * num_alternatives;
         write_alternatives(
-            shared, logit_row, state->raw_max, bins + blockIdx.y, maxima + first_group,
-            sums + first_group, alternatives + first, alternative_logits + first);
+            shared, logit_row, state->raw_max, own_bins, maxima + first_group, sums + first_group,
+            alternatives + first, alternative_logits + first);
     }
 }

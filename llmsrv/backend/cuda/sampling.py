@@ -17,10 +17,10 @@ from llmsrv.backend.arrays import Bytes
 from llmsrv.backend.base import Limits
 from llmsrv.backend.base import PendingSamples
 from llmsrv.backend.cuda.device import Device
-from llmsrv.backend.cuda.sampling_layout import BINS
 from llmsrv.backend.cuda.sampling_layout import CHUNK
 from llmsrv.backend.cuda.sampling_layout import GROUP
 from llmsrv.backend.cuda.sampling_layout import NO_LINE
+from llmsrv.backend.cuda.sampling_layout import NUM_BINS
 from llmsrv.backend.cuda.sampling_layout import RESULT
 from llmsrv.backend.cuda.sampling_layout import ROW
 from llmsrv.backend.cuda.sampling_layout import STATE
@@ -102,7 +102,7 @@ class Sampler:
         self.ids = cp.zeros(max_rows, np.int32)
         self._logits = logits, np.int64(stride), np.int32(table.vocab_size)
         self._states = cp.zeros(max_rows * STATE.itemsize, np.uint8)
-        self._bins = cp.zeros(max_rows * BINS.itemsize, np.uint8)
+        self._bins = cp.zeros((max_rows, NUM_BINS), np.uint64)
         self._x = cp.zeros((max_rows, stride), np.float32)
         self._maxima = cp.zeros((max_rows, num_groups), np.float32)
         self._sums = cp.zeros((max_rows, num_groups), np.uint64)

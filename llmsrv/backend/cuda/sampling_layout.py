@@ -42,8 +42,6 @@ STATE = np.dtype(
     ]
 )
 
-BINS = np.dtype([("masses", np.uint64, NUM_BINS), ("counts", np.uint32, NUM_BINS)])
-
 RESULT = np.dtype(
     [
         ("sum", np.uint64),
