@@ -144,6 +144,7 @@ def test_workers_share_the_blocks(cupy, order):
         ("order", (0,), (32,), 0, "a grid has"),
         ("order", (1, 65536), (32,), 0, "a grid has"),
         ("poison", (1,), (32,), (48 << 10) + 4, "dynamic shared memory"),
+        ("poison", (1,), (32,), (48 << 10) - 64, "49216 bytes of static and dynamic"),
         ("bounded", (1,), (33,), 0, "__launch_bounds__"),
     ],
 )
@@ -159,6 +160,9 @@ def test_dynamic_shared_memory_can_be_raised_to_the_limit_of_the_device(cupy, mo
     monkeypatch.setenv("CUDA_ON_CPU_CAPABILITY", "75")
     kernel = cupy.RawModule(code=CODE).get_function("poison")
     kernel.max_dynamic_shared_size_bytes = 64 << 10
-    kernel((1,), (32,), (cupy.zeros(64, np.float32),), shared_mem=64 << 10)
+    out = cupy.zeros(64, np.float32)
+    kernel((1,), (32,), (out,), shared_mem=(64 << 10) - 128)
+    with pytest.raises(cupy.cuda.driver.CUDADriverError, match="static and dynamic"):
+        kernel((1,), (32,), (out,), shared_mem=64 << 10)
     with pytest.raises(cupy.cuda.driver.CUDADriverError):
         kernel.max_dynamic_shared_size_bytes = (64 << 10) + 4

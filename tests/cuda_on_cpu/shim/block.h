@@ -52,7 +52,7 @@ struct Launch {
   const emu_kernel* kernel;
   void** arguments;
   dim3 grid, block;
-  unsigned dynamic_shared_size;
+  unsigned dynamic_shared_size, max_shared_size;
   emu_options options;
   std::vector<long> block_order;
   std::atomic<long> next{0};
@@ -83,6 +83,7 @@ struct Worker {
 
   unsigned num_at_barrier = 0, barrier_epoch = 0;
   int barrier_kind = 0, barrier_line = 0, barrier_result = 0;
+  unsigned static_shared_size = 0;               // of the objects declared so far
   std::unordered_map<void*, unsigned> poisoned;  // shared object -> block that it was poisoned for
 
   Warp& warp_of(int thread) { return warps[thread / 32]; }

@@ -73,16 +73,18 @@ static const char* refusal(const emu_kernel* kernel, dim3 grid, dim3 block, unsi
   return nullptr;
 }
 
-// Returns 0, or 1 with the reason in `error`.
+// Returns 0, or 1 with the reason in `error`.  max_shared_size: static and dynamic together.
 extern "C" int emu_launch(const emu_kernel* kernel, void** arguments, const unsigned* grid,
                           const unsigned* block, unsigned dynamic_shared_size,
-                          const emu_options* options, char* error, int error_size) {
+                          unsigned max_shared_size, const emu_options* options, char* error,
+                          int error_size) {
   Launch launch;
   launch.kernel = kernel;
   launch.arguments = arguments;
   launch.grid = dim3(grid[0], grid[1], grid[2]);
   launch.block = dim3(block[0], block[1], block[2]);
   launch.dynamic_shared_size = dynamic_shared_size;
+  launch.max_shared_size = max_shared_size;
   launch.options = *options;
   const char* reason = refusal(kernel, launch.grid, launch.block, dynamic_shared_size, *options);
   if (reason) {

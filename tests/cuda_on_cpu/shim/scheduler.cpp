@@ -162,6 +162,7 @@ void run_block(Worker* worker, long position) {
                              unsigned(position / grid.x / grid.y)};
   worker->block_number = ++last_block_number;
   worker->num_done = worker->num_at_barrier = worker->barrier_epoch = 0;
+  worker->static_shared_size = 0;
   worker->ready_warps = 0;
   worker->is_finished = false;
   worker->random.seed(launch.options.seed * 7919 + position);

@@ -73,8 +73,12 @@ def launch(
     arguments: Sequence[Argument],
     dynamic_shared: int,
     max_dynamic_shared: int,
+    max_shared: int,
 ) -> None:
-    """Runs all blocks.  Raises LaunchRefused, or EmulationError with all that was found."""
+    """Runs all blocks.  Sizes of shared memory are in bytes; max_shared includes static objects.
+
+    Raises LaunchRefused, or EmulationError with all that was found.
+    """
     library, name = runtime(), kernel.name.decode()
     pointers = (ctypes.c_void_p * max(1, len(arguments)))(
         *(ctypes.addressof(argument.value) for argument in arguments)
@@ -95,6 +99,7 @@ def launch(
         (ctypes.c_uint * 3)(*grid),
         (ctypes.c_uint * 3)(*block),
         ctypes.c_uint(dynamic_shared),
+        ctypes.c_uint(max_shared),
         ctypes.byref(launch_options),
         error,
         len(error),

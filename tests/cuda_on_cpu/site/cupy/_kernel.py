@@ -24,7 +24,7 @@ from cupy.cuda.stream import get_current_stream
 
 ERROR_INVALID_VALUE = 1
 ERROR_NOT_FOUND = 500
-DEFAULT_DYNAMIC_SHARED = 48 << 10
+PLAIN_SHARED = 48 << 10  # static and dynamic, of a kernel that has not asked for more
 KINDS = {"f": "f", "i": "i", "u": "i", "b": "i", "V": "s"}  # dtype.kind -> Argument.kind
 
 
@@ -77,7 +77,7 @@ class RawKernel:
     ) -> None:
         self.name = name
         self._raw_module = RawModule(code=code, options=options)
-        self._max_dynamic_shared = DEFAULT_DYNAMIC_SHARED
+        self._max_dynamic_shared: int | None = None
 
     def _of(self, module: RawModule) -> "RawKernel":
         self._raw_module = module
@@ -92,7 +92,7 @@ class RawKernel:
 
     @property
     def max_dynamic_shared_size_bytes(self) -> int:
-        return self._max_dynamic_shared
+        return PLAIN_SHARED if self._max_dynamic_shared is None else self._max_dynamic_shared
 
     @max_dynamic_shared_size_bytes.setter
     def max_dynamic_shared_size_bytes(self, num_bytes: int) -> None:
@@ -117,11 +117,13 @@ class RawKernel:
         arguments = [_argument(value) for value in args]
         check_arguments(kernel, arguments)
         grids, blocks = _three(grid), _three(block)
-        limit = self._max_dynamic_shared
+        limit = self.max_dynamic_shared_size_bytes
+        has_asked = self._max_dynamic_shared is not None
+        total = runtime.shared_memory_optin() if has_asked else PLAIN_SHARED
 
         def run() -> None:
             try:
-                launch(module, kernel, grids, blocks, arguments, shared_mem, limit)
+                launch(module, kernel, grids, blocks, arguments, shared_mem, limit, total)
             except LaunchRefused as error:
                 raise CUDADriverError(ERROR_INVALID_VALUE, str(error)) from None
 
