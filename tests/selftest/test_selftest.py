@@ -11,6 +11,8 @@ import pytest
 
 from llmsrv.backend.cpu.backend import CPUBackend
 from llmsrv.backend.cpu.backend import CPUOptions
+from llmsrv.backend.cuda.backend import CUDABackend
+from llmsrv.backend.cuda.backend import CUDAOptions
 from llmsrv.backend.reference.backend import ReferenceBackend
 from llmsrv.config import default_cache_dir
 from llmsrv.selftest import models
@@ -23,6 +25,8 @@ from llmsrv.selftest.models import check_model
 from llmsrv.selftest.models import tiny_models
 from llmsrv.selftest.sampling import sampling_differences
 from llmsrv.selftest.speed import Size
+from tests.support.cuda import install_stand_in
+from tests.support.cuda import needs_emulation
 from tests.support.server import ROOT
 
 TINY = Size(256, 256, 4, 2, 32, 1000, 1, 1, 256, 4, copy_layers=1, prefill_rows=64)
@@ -143,3 +147,16 @@ def test_the_command_prints_the_report():
     )
     assert ended.returncode == 0, ended.stdout
     assert "Attention, head_dim 128" in ended.stdout and "no faults" in ended.stdout
+
+
+@pytest.mark.slow
+@needs_emulation
+def test_the_cuda_backend_has_no_faults_on_the_emulation(few, monkeypatch):
+    install_stand_in()
+    monkeypatch.setattr(run, "kernel_cases", lambda: itertools.islice(kernel_cases(), 0, None, 16))
+    monkeypatch.setattr(run, "SIZES", {"cuda": TINY})
+    monkeypatch.setattr(speed, "TYPES", ("BF16", "Q4_K"))
+    backend = CUDABackend(CUDAOptions(default_cache_dir(), dtype="bfloat16", warms_up=False))
+    lines = []
+    report = run.run_selftest(backend, lines.append)
+    assert report.num_faults == 0, lines

@@ -8,13 +8,20 @@ Capability"; CUDA's occupancy calculator for the granularity of allocations.
 """
 
 import ctypes
+import hashlib
 import importlib.util
+import json
+import os
 import re
 from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import asdict
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from llmsrv.config import default_cache_dir
 
 # What CuPy adds to a RawModule's own options; sm_XX is the current device's.
 CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
@@ -98,24 +105,34 @@ def compile_kernels(source: str, options: Iterable[str], capability: int) -> dic
     """What each kernel of the source needs on this architecture, by its name.
 
     options  those that CuPy is given
+    Results are cached on disk.
     """
+    flags = (*options, *CUPY_OPTIONS, f"-arch=sm_{capability}", "--ptxas-options=-v")
+    key = hashlib.sha256("\0".join([version(), source, *flags]).encode()).hexdigest()
+    cached = default_cache_dir() / "nvrtc" / f"{key}.json"
+    if not cached.exists():
+        found = {name: asdict(each) for name, each in _resources(_compiled(source, flags)).items()}
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        temporary = cached.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(found))
+        temporary.replace(cached)
+    read = json.loads(cached.read_text())
+    return {name: Resources(**fields) for name, fields in read.items()}
+
+
+def _compiled(source: str, flags: Sequence[str]) -> str:
+    """The compiler's log.  Raises CompileFailure."""
     library = _library()
     program = ctypes.c_void_p()
     _check(library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"", 0, None, None))
     try:
-        flags = [
-            *options,
-            *CUPY_OPTIONS,
-            f"-arch=sm_{capability}",
-            "--ptxas-options=-v",
-            f"-I{_root() / 'include'}",
-        ]
+        flags = *flags, f"-I{_root() / 'include'}"
         array = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
         failed = library.nvrtcCompileProgram(program, len(flags), array)
         log = _log(library, program)
         if failed:
             raise CompileFailure(log)
-        return _resources(log)
+        return log
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
