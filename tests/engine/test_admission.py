@@ -58,14 +58,15 @@ def a_quarter_runs_on(num_requests: int, seed: int) -> list[int]:
 @pytest.mark.parametrize(
     "lengths",
     [
-        [CONTEXT - 9] * 6,
-        [CONTEXT - 9] * 16,
-        a_quarter_runs_on(64, 1),
-        a_quarter_runs_on(64, 2),
-        [20] * 64 + [CONTEXT - 9] * 6,
-        [20] * 16 + [CONTEXT - 9] * 16 + [100] * 32,
+        pytest.param([CONTEXT - 9] * 6, id="6 run on"),
+        pytest.param([CONTEXT - 9] * 16, id="16 run on", marks=pytest.mark.slow),
+        pytest.param(a_quarter_runs_on(64, 1), id="a quarter", marks=pytest.mark.slow),
+        pytest.param(a_quarter_runs_on(64, 2), id="another quarter", marks=pytest.mark.slow),
+        pytest.param(
+            [20] * 64 + [CONTEXT - 9] * 6, id="short, then long", marks=pytest.mark.slow
+        ),
+        pytest.param([20] * 16 + [CONTEXT - 9] * 16 + [100] * 32, id="mixed"),
     ],
-    ids=["6 run on", "16 run on", "a quarter", "another quarter", "short, then long", "mixed"],
 )
 def test_less_than_a_fifth_of_the_computed_tokens_is_recomputed(lengths: list[int]) -> None:
     engine = new_engine()

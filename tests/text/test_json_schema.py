@@ -165,9 +165,24 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(max_examples=300)
-@given(schema=st.dictionaries(st.sampled_from(KEYWORDS), ANYTHING, max_size=6))
+SCHEMAS = st.dictionaries(st.sampled_from(KEYWORDS), ANYTHING, max_size=6)
+
+
+@given(schema=SCHEMAS)
 def test_no_schema_breaks_the_server(tokenizer: Tokenizer, schema: dict[str, Any]) -> None:
+    check_schema(tokenizer, schema)
+
+
+@pytest.mark.slow
+@settings(max_examples=300)
+@given(schema=SCHEMAS)
+def test_none_of_many_schemas_breaks_the_server(
+    tokenizer: Tokenizer, schema: dict[str, Any]
+) -> None:
+    check_schema(tokenizer, schema)
+
+
+def check_schema(tokenizer: Tokenizer, schema: dict[str, Any]) -> None:
     json.dumps([lenient_schema(schema), skeleton_schema(schema)])
     for format in FORMATS.values():
         parser = format.parser({"f": schema})

@@ -101,12 +101,12 @@ def test_the_depth_of_brackets_is_limited() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["[" + "'a', " * 10**5 + "]", "'" + "\\n" * 10**5, "'a' " * 10**5, "'''" + "'" * 10**5,
-     "{" + "1: 2, " * 10**5, "1" * 10**6, "[" + " " * 10**6, '"' * 10**6, "#" * 10**6,
-     "0x" + "f" * 10**6, "1_" * 10**6, "[" + "\n#" * 10**6],
+    ["[" + "'a', " * 25_000 + "]", "'" + "\\n" * 25_000, "'a' " * 25_000, "'''" + "'" * 25_000,
+     "{" + "1: 2, " * 25_000, "1" * 250_000, "[" + " " * 250_000, '"' * 250_000, "#" * 250_000,
+     "0x" + "f" * 250_000, "1_" * 250_000, "[" + "\n#" * 250_000],
     ids=lambda text: text[:12],
 )  # fmt: skip
 def test_long_literals_take_linear_time(text: str) -> None:
     begin_s = time.process_time()
     json_of_python(text)
-    assert time.process_time() - begin_s < 2  # about 0.1 s
+    assert time.process_time() - begin_s < 1  # about 0.03 s

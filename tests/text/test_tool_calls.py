@@ -234,10 +234,21 @@ def test_text_without_a_call_is_returned_unchanged(text: str) -> None:
             assert parse(format, list(text)) == (text, [])
 
 
-@settings(max_examples=200)
 @given(case=answers_in_pieces())
 def test_content_never_holds_the_marks_of_calls(case: tuple[str, list[str]]) -> None:
-    format, pieces = case
+    check_content(*case)
+
+
+@pytest.mark.slow
+@settings(max_examples=200)
+@given(case=answers_in_pieces())
+def test_content_of_many_answers_never_holds_the_marks_of_calls(
+    case: tuple[str, list[str]]
+) -> None:
+    check_content(*case)
+
+
+def check_content(format: str, pieces: list[str]) -> None:
     content, _ = parse(format, pieces)
     assert not any(mark in content for mark in FORMATS[format].marks)
 

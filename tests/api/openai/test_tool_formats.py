@@ -152,7 +152,10 @@ def test_optional_calls_of_strict_tools_follow_their_schemas(
             assert other.message.content and not other.message.tool_calls
 
 
-@pytest.mark.parametrize("name", ["hermes", "json", "qwen3_coder"])
+@pytest.mark.parametrize(
+    "name",
+    ["hermes", *(pytest.param(name, marks=pytest.mark.slow) for name in ("json", "qwen3_coder"))],
+)
 def test_a_call_cut_by_max_tokens_leaves_no_markup_in_the_content(
     tmp_path: Path, name: str
 ) -> None:
