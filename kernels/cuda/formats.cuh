@@ -71,10 +71,12 @@ __device__ __forceinline__ unsigned fma_pairs(unsigned a, unsigned scale, unsign
     return x.bits;
 }
 
+/* 0, but the compiler does not know. */
+__device__ __forceinline__ unsigned hidden_zero() { return threadIdx.y; }
+
 /* The mask of the lowest 4 bits of both halves.  An instruction takes one constant, so a constant mask
- * would be loaded again for each use; the compiler does not know that gridDim.z has no bit 31, and
- * keeps this one in a register. */
-__device__ __forceinline__ unsigned nibble_mask() { return 0x000f000fu + (gridDim.z >> 31); }
+ * would be loaded again for each use; this one stays in a register. */
+__device__ __forceinline__ unsigned nibble_mask() { return 0x000f000fu + hidden_zero(); }
 
 /* A pair q - OFFSET; q is in bits 0 .. 6 of both halves of `fields`, all else is 0. */
 template <int OFFSET> __device__ __forceinline__ unsigned pair_of_fields(unsigned fields)
@@ -191,7 +193,7 @@ struct RowT16 {
     {
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            pairs[i] = values[i];
+            pairs[i] = values[i] + hidden_zero(); /* see fragments_a */
     }
     __device__ __forceinline__ float scale(int block, int half) const { return 1.0f; }
     __device__ __forceinline__ float minimum(int block) const { return 0.0f; }
@@ -350,7 +352,9 @@ __device__ __forceinline__ int column_of_pair(int piece, int i)
     return Row::IS_HALVED ? 16 * (i / 2) + 4 * piece + 2 * (i % 2) : 8 * piece + 2 * i;
 }
 
-/* `a` from the pairs of rows g and g + 8. */
+/* `a` from the pairs of rows g and g + 8.  The four registers of `a` must be neighbours, which those of
+ * a 16-byte load are already, in another order.  ptxas would move loaded values to their place for
+ * every mma again, but it computes values right there: so T16 adds a zero. */
 __device__ __forceinline__ void fragments_a(
     unsigned (*a)[4], const unsigned *first_row, const unsigned *second_row)
 {

@@ -4,7 +4,8 @@
  *   W  planes, column_tiles tiles in a row of tiles (formats.cuh)
  *   groups, num_groups, sorted_choices, chosen_of_x  with GROUPED: see grouped.cuh
  * A block computes BLOCK_ROWS rows of x, or a group, by BLOCK_WIDTH rows of W; the grid has one block
- * for each such tile.  Dynamic shared memory: STAGES * sizeof(Stage).
+ * for each such tile.  Dynamic shared memory: STAGES * sizeof(Stage), then BLOCK_ROWS * SUMS_STRIDE
+ * float in the same place.
  *
  * A step takes one tile of columns.  STAGES of them are in shared memory: while one is multiplied,
  * cp.async fills the others.  The weights stay packed there.  They are `a` of the mma, so each warp
@@ -27,6 +28,7 @@ constexpr int THREADS = 32 * X_WARPS * W_WARPS;
 constexpr int X_GROUPS = BLOCK_ROWS / X_WARPS / 8; /* groups of 8 rows of x, of a warp */
 constexpr int W_TILES = BLOCK_WIDTH / W_WARPS / TILE_ROWS; /* tiles of 16 rows of W, of a warp */
 constexpr int BLOCK_TILES = BLOCK_WIDTH / TILE_ROWS;
+constexpr int SUMS_STRIDE = BLOCK_WIDTH + 4; /* the lanes of a warp write to 32 different banks */
 /* Blocks that share these rows of blocks run together, so that their x stays in the L2 cache. */
 constexpr int RASTER_ROWS = 8;
 
@@ -188,27 +190,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         multiply(sums, stages[step % STAGES], first_row, first_tile);
     }
 
+    /* By way of shared memory, so that a warp writes neighbours in a row. */
+    float *block_sums = (float *)dynamic_shared;
+    __syncthreads();
 #pragma unroll
     for (int tile = 0; tile < W_TILES; tile++)
 #pragma unroll
         for (int n = 0; n < X_GROUPS; n++)
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                int row = first_row + 8 * n + 2 * piece + i;
-                int row_tile = block_tile + first_tile + tile;
-                int column = row_tile * (gated ? 8 : TILE_ROWS) + group;
-                float first = sums[tile][n][i], second = sums[tile][n][i + 2];
-                if (row >= num_rows)
-                    continue;
-                row = out_rows[row];
-                if (gated) {
-                    if (column < width)
-                        store_gated(epilogue, row, column, first, second);
-                    continue;
-                }
-                if (column < width)
-                    store(epilogue, row, column, first);
-                if (column + 8 < width)
-                    store(epilogue, row, column + 8, second);
+            for (int i = 0; i < 4; i++) {
+                int row = first_row + 8 * n + 2 * piece + i % 2;
+                int column = (first_tile + tile) * TILE_ROWS + group + 8 * (i / 2);
+                block_sums[row * SUMS_STRIDE + column] = sums[tile][n][i];
             }
+    __syncthreads();
+    int tile_width = gated ? TILE_ROWS / 2 : TILE_ROWS;
+    for (int row = warp; row < num_rows; row += THREADS / 32)
+        for (int i = lane; i < BLOCK_TILES * tile_width; i += 32) {
+            int tile = i / tile_width, column = block_tile * tile_width + i;
+            const float *sum = block_sums + row * SUMS_STRIDE + tile * TILE_ROWS + i % tile_width;
+            if (column < width && gated)
+                store_gated(epilogue, out_rows[row], column, sum[0], sum[8]);
+            else if (column < width)
+                store(epilogue, out_rows[row], column, sum[0]);
+        }
 }

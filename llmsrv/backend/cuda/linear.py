@@ -38,6 +38,7 @@ MAX_TILES = 2  # of 16 rows of weights that a warp multiplies at once, from 9 ro
 # linear_mma.cu: rows of x, and of weights, in a block.
 LARGE_BLOCK = 128
 SMALL_BLOCK = 64
+SUMS_PADDING = 4  # float at the end of a row of a block's sums
 MAX_STAGES = 4
 STAGE_COLUMNS = 128  # in all stages after the first together, at least: enough bytes in flight
 
@@ -207,7 +208,7 @@ class LinearKernels:
         )
         threads = 128 if part.format == "T16" else 256
         arguments = *product.arguments(), *product.group_arguments()
-        shared_bytes = stages * _stage_bytes(format, size)
+        shared_bytes = max(stages * _stage_bytes(format, size), 4 * size * (size + SUMS_PADDING))
         _launch(kernel, (num_blocks(size),), threads, arguments, shared_bytes)
 
     def _can_be_large(self) -> bool:
