@@ -111,7 +111,8 @@ class CUDABackend(Backend):
 
     def compile(self, program: Program, limits: Limits, tick: Callable[[], None]) -> Plan:
         check_supported(program, self.name, MAX_HEAD_DIM, format_of)
-        dtype = self._dtype(program)
+        dtype, pool = self._dtype(program), self._cp.get_default_memory_pool()
+        used_before = pool.used_bytes()
         try:
             plan = self._compile(program, limits, dtype, tick)
         except self._cp.cuda.memory.OutOfMemoryError as error:
@@ -119,18 +120,19 @@ class CUDABackend(Backend):
         except self._device_errors() as error:
             name = self.device.name
             raise CannotRun(f"the kernels fail on the {name}: {first_line(error)}") from error
-        self._cp.get_default_memory_pool().free_all_blocks()
+        pool.free_all_blocks()
+        self._log_memory(program, limits, dtype, pool.used_bytes() - used_before)
+        return plan
+
+    def _log_memory(self, program: Program, limits: Limits, dtype: str, used: int) -> None:
+        weights, kv_cache = self.weight_bytes(program), self._kv_bytes(program, limits)
         free, total = self.device.memory_bytes()
         log.info(
-            "%s on %s: %s of weights, %s of KV cache; %s of the GPU's %s are free",
+            "%s on cuda:%d: %s of weights, %s of KV cache, %s of buffers; %s of %s are free",
             dtype,
-            f"cuda:{self.device.index}",
-            _gb(self.weight_bytes(program)),
-            _gb(self._kv_bytes(program, limits)),
-            _gb(free),
-            _gb(total),
+            self.device.index,
+            *map(_gb, (weights, kv_cache, used - weights - kv_cache, free, total)),
         )
-        return plan
 
     def _device_errors(self) -> tuple[type[Exception], ...]:
         cuda = self._cp.cuda
