@@ -30,9 +30,10 @@ __device__ __forceinline__ int2 pair_at(int i, int half, int is_interleaved)
     return is_interleaved || i >= half ? make_int2(2 * i, 2 * i + 1) : make_int2(i, i + half);
 }
 
-/* Cosine and sine of 0 <= angle < 4e6, to about 1e-7.  A multiple of pi / 2 is subtracted in three
- * steps.  The first is exact: fmaf does not round the product, and the difference is a multiple of
- * 2^-23 smaller than 1.  sinf is as exact, but reduces large angles through local memory.
+/* Cosine and sine of 0 <= angle <= 1e6, to 1.1e-7; to 3e-6 up to 4e6.  A multiple of pi / 2 is
+ * subtracted in three steps.  The first is exact: fmaf does not round the product, and the
+ * difference is a multiple of 2^-23 smaller than 1.  sinf is as exact, but reduces large angles
+ * through local memory.
  * Source: Cody & Waite 1980; the polynomials are those of Cephes, sinf.c. */
 __device__ __forceinline__ float2 cos_sin(float angle)
 {
