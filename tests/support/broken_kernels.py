@@ -113,8 +113,9 @@ def check_few_rows() -> None:
 
 
 def check_many_rows() -> None:
-    """More tiles of columns than there are stages; more rows of x and of W than a block has.  With 800
-    columns the last tile is in the first stage, where the sums go after it."""
+    """More tiles of columns than there are stages; more rows of x and of W than a block has.
+
+    With 800 columns the last tile is in the first stage, where the sums go after it."""
     check_linear(75, 768, 45)
     check_linear(75, 800, 45)
 

@@ -103,52 +103,65 @@ def _blocks(rows: Bytes, type: str) -> Bytes:
     return rows.reshape(len(rows), -1, GGML_TYPES[type].block_bytes)
 
 
-def _in_tiles(array: Array, blocks: int) -> Bytes:
-    """[rows, blocks of 32 columns, ...] -> [rows, tiles of columns, bytes], zero in the padding."""
+def _in_tiles(array: Array, blocks: int) -> Array:
+    """[rows, blocks of 32 columns, ...] -> [rows, tiles of columns, blocks, ...], padded with 0."""
     num_rows, num_blocks = array.shape[:2]
     if padding := -num_blocks % blocks:
         widths = [(0, 0)] * array.ndim
         widths[1] = (0, padding)
         array = np.pad(array, widths)
-    array = np.ascontiguousarray(array)
-    return array.reshape(num_rows, (num_blocks + padding) // blocks, -1).view(np.uint8)
+    return array.reshape(num_rows, (num_blocks + padding) // blocks, blocks, *array.shape[2:])
 
 
-def _words(q: Bytes) -> Bytes:
-    """The low 4 bits of q [rows, blocks, 32], in the order of pieces: as values of a tile.
+def _bytes(tiles: Array) -> Bytes:
+    """[rows, tiles of columns, ...] -> [rows, tiles of columns, bytes]"""
+    tiles = np.ascontiguousarray(tiles)
+    return tiles.view(np.uint8).reshape(*tiles.shape[:2], -1)
 
-    Byte k of a word holds columns of one parity: two of c0 c2 c4 c6, or of c1 c3 c5 c7."""
-    low = q.reshape(*q.shape[:2], PIECES, 2, 2, 2) & 15  # [..., piece, byte, half of it, parity]
-    words: Array = low[..., 0, :] | low[..., 1, :] << 4  # [rows, blocks, piece, byte, parity]
-    tiles = _in_tiles(words.swapaxes(-1, -2), 4)  # [rows, tiles, bytes of 4 blocks]
-    by_piece = tiles.reshape(*tiles.shape[:2], 4, PIECES, 4).swapaxes(2, 3)
-    return np.ascontiguousarray(by_piece).reshape(*tiles.shape)
+
+def _words(q: Bytes, first_bit: int, bits: int) -> Array:
+    """Some bits of each of q [rows, blocks, 32], as one word a piece: [rows, tiles, 4, 4] uint32.
+
+    The columns of a piece are c0 .. c7.  The low half of the word has the bits of c0 c2 c4 c6, side
+    by side from the lowest bit on, the high half those of c1 c3 c5 c7."""
+    eight = np.ascontiguousarray(q).view(np.uint64)  # c0 is the lowest byte
+    mask = np.uint64(((1 << bits) - 1) * 0x0001_0001_0001_0001)
+
+    def side_by_side(first: int) -> Array:
+        """c0 c2 c4 c6, 16 bits apart, become two pairs, 32 bits apart, and then neighbours."""
+        fields = eight >> np.uint64(first_bit + 8 * first) & mask
+        fields |= fields >> np.uint64(16 - bits)
+        fields |= fields >> np.uint64(2 * (16 - bits))
+        return fields & np.uint64((1 << 4 * bits) - 1)
+
+    words = side_by_side(0) | side_by_side(1) << np.uint64(16)
+    return _in_tiles(words.astype(np.uint32), 4)
+
+
+def _low_bits(q: Bytes) -> Bytes:
+    """Bits 0 to 3, for a tile's values: a word a block in each piece."""
+    return _bytes(_words(q, 0, 4).swapaxes(2, 3))
 
 
 def _fifth_bits(q: Bytes) -> Bytes:
-    """Bit 4 of q [rows, blocks, 32] as one word a piece."""
-    tiles = _in_tiles(q >> 4 & 1, 4).reshape(len(q), -1, 4, PIECES, 4, 2)
-    by_word = tiles.transpose(0, 1, 3, 5, 2, 4)  # [rows, tiles, piece, parity, block, pair]
-    bits = by_word.reshape(*tiles.shape[:2], -1)
-    return np.packbits(bits, axis=-1, bitorder="little")
+    """Bit 4, of 4 blocks in one word a piece."""
+    words = _words(q, 4, 1)
+    shifts = np.arange(0, 16, 4, dtype=np.uint32)[:, None]
+    return _bytes(np.bitwise_or.reduce(words << shifts, axis=2))
 
 
 def _high_pairs(q: Bytes) -> Bytes:
-    """Bits 4 and 5 of q [rows, blocks, 32] as two words a piece."""
-    tiles = _in_tiles(q >> 4 & 3, 4).reshape(len(q), -1, 2, 2, PIECES, 4, 2)
-    # [rows, tiles, piece, word, parity, block of the word, pair]
-    by_word = tiles.transpose(0, 1, 4, 2, 6, 3, 5)[..., None]
-    bits = np.concatenate([by_word & 1, by_word >> 1], axis=-1).reshape(*tiles.shape[:2], -1)
-    return np.packbits(bits, axis=-1, bitorder="little")
+    """Bits 4 and 5, of 2 blocks in each of two words a piece."""
+    words = _words(q, 4, 2)
+    pairs = words[:, :, 0::2] | words[:, :, 1::2] << np.uint32(8)  # [rows, tiles, 2, 4]
+    return _bytes(pairs.swapaxes(2, 3))
 
 
 def _q8_0(rows: Bytes) -> Planes:
     blocks = _blocks(rows, "Q8_0")
-    values = _in_tiles(blocks[..., 2:], 2).reshape(len(rows), -1, 2, PIECES, 8).swapaxes(2, 3)
-    return {
-        "values": np.ascontiguousarray(values).reshape(len(rows), -1, 64),
-        "scales": _in_tiles(blocks[..., :2], 2),
-    }
+    eight = np.ascontiguousarray(blocks[..., 2:]).view(np.uint64)  # [rows, blocks, 4]
+    values = _in_tiles(eight, 2).swapaxes(2, 3)
+    return {"values": _bytes(values), "scales": _bytes(_in_tiles(blocks[..., :2], 2))}
 
 
 def _q4(type: str, scale_bytes: int) -> Callable[[Bytes], Planes]:
@@ -157,7 +170,7 @@ def _q4(type: str, scale_bytes: int) -> Callable[[Bytes], Planes]:
     def row_planes(rows: Bytes) -> Planes:
         blocks = _blocks(rows, type)
         q = _nibbles(blocks[..., scale_bytes:])
-        return {"values": _words(q), "scales": _in_tiles(blocks[..., :scale_bytes], 4)}
+        return {"values": _low_bits(q), "scales": _bytes(_in_tiles(blocks[..., :scale_bytes], 4))}
 
     return row_planes
 
@@ -171,9 +184,9 @@ def _q5(type: str, scale_bytes: int) -> Callable[[Bytes], Planes]:
         q = _nibbles(blocks[..., scale_bytes + 4 :])
         q |= bits_of(high).reshape(q.shape) << 4
         return {
-            "values": _words(q),
+            "values": _low_bits(q),
             "high": _fifth_bits(q),
-            "scales": _in_tiles(blocks[..., :scale_bytes], 4),
+            "scales": _bytes(_in_tiles(blocks[..., :scale_bytes], 4)),
         }
 
     return row_planes
@@ -187,7 +200,7 @@ def _nibbles(packed: Bytes) -> Bytes:
 def _q4_k(rows: Bytes) -> Planes:
     blocks = _blocks(rows, "Q4_K")
     q = fields(blocks[..., 16:].reshape(-1, 128), 4, 32).reshape(len(rows), -1, 32)
-    return {"values": _words(q), **_k_scales(blocks)}
+    return {"values": _low_bits(q), **_k_scales(blocks)}
 
 
 def _q5_k(rows: Bytes) -> Planes:
@@ -195,7 +208,7 @@ def _q5_k(rows: Bytes) -> Planes:
     q = fields(blocks[..., 48:].reshape(-1, 128), 4, 32)
     q |= fields(blocks[..., 16:48].reshape(-1, 32), 1, 32) << 4
     q = q.reshape(len(rows), -1, 32)
-    return {"values": _words(q), "high": _fifth_bits(q), **_k_scales(blocks)}
+    return {"values": _low_bits(q), "high": _fifth_bits(q), **_k_scales(blocks)}
 
 
 def _k_scales(blocks: Bytes) -> Planes:
@@ -205,7 +218,7 @@ def _k_scales(blocks: Bytes) -> Planes:
     scales = np.concatenate([low[..., :4] & 63, last & 15 | high[..., :4]], axis=-1)
     minima = np.concatenate([low[..., 4:] & 63, last >> 4 | high[..., 4:]], axis=-1)
     pairs = np.stack([scales, minima], axis=-1).reshape(len(blocks), -1, 2)
-    return {"scales": _in_tiles(pairs, 4), "super_scales": np.ascontiguousarray(blocks[..., :4])}
+    return {"scales": _bytes(_in_tiles(pairs, 4)), "super_scales": _bytes(blocks[..., :4])}
 
 
 def _q6_k(rows: Bytes) -> Planes:
@@ -213,13 +226,13 @@ def _q6_k(rows: Bytes) -> Planes:
     q = fields(blocks[..., :128].reshape(-1, 128), 4, 64)
     q |= fields(blocks[..., 128:192].reshape(-1, 64), 2, 32) << 4
     # A piece has 4 columns of each half of a block.
-    halves = q.reshape(len(rows), -1, 2, PIECES, 4).swapaxes(2, 3)
-    q = np.ascontiguousarray(halves).reshape(len(rows), -1, 32)
+    halves = q.view(np.uint32).reshape(len(rows), -1, 2, PIECES).swapaxes(2, 3)
+    q = np.ascontiguousarray(halves).view(np.uint8).reshape(len(rows), -1, 32)
     return {
-        "values": _words(q),
+        "values": _low_bits(q),
         "high": _high_pairs(q),
-        "scales": _in_tiles(blocks[..., 192:208].reshape(len(rows), -1, 2), 4),
-        "super_scales": np.ascontiguousarray(blocks[..., 208:]),
+        "scales": _bytes(_in_tiles(blocks[..., 192:208].reshape(len(rows), -1, 2), 4)),
+        "super_scales": _bytes(blocks[..., 208:]),
     }
 
 

@@ -3,6 +3,7 @@
 Values stay as they are in the file.  Types without a format of their own become T16.
 """
 
+import os
 from collections.abc import Callable
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from llmsrv.backend.program import Tensor
 
 # Values packed at once: enough to copy efficiently, few enough for numpy's temporaries.
 PIECE_VALUES = 1 << 21
-NUM_PACKERS = 4
+NUM_PACKERS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
