@@ -4,7 +4,7 @@ ndarray wraps a numpy array instead of being one, so that a host array where a d
 needed fails, and the reverse, as in cupy.
 """
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import numpy as np
@@ -170,7 +170,7 @@ class ndarray:
 
 
 def _copy(name: str, target: Any, source: Any, *owners: Any) -> Operation:
-    run: Callable[[], None] = lambda: np.copyto(target, source, casting="unsafe")  # noqa: E731
+    run = functools.partial(np.copyto, target, source, casting="unsafe")
     return Operation(name, run, owners)
 
 
@@ -183,7 +183,7 @@ def empty(shape: Shape, dtype: npt.DTypeLike = float, order: str = "C") -> ndarr
     return ndarray(shape, dtype)
 
 
-def full(shape: Shape, fill_value: Any, dtype: npt.DTypeLike = None) -> ndarray:
+def full(shape: Shape, fill_value: Any, dtype: npt.DTypeLike | None = None) -> ndarray:
     result = empty(shape, np.asarray(fill_value).dtype if dtype is None else dtype)
     result.fill(fill_value)
     return result
@@ -193,15 +193,15 @@ def zeros(shape: Shape, dtype: npt.DTypeLike = float, order: str = "C") -> ndarr
     return full(shape, 0, dtype)
 
 
-def empty_like(prototype: ndarray, dtype: npt.DTypeLike = None) -> ndarray:
+def empty_like(prototype: ndarray, dtype: npt.DTypeLike | None = None) -> ndarray:
     return empty(prototype.shape, prototype.dtype if dtype is None else dtype)
 
 
-def zeros_like(a: ndarray, dtype: npt.DTypeLike = None) -> ndarray:
+def zeros_like(a: ndarray, dtype: npt.DTypeLike | None = None) -> ndarray:
     return zeros(a.shape, a.dtype if dtype is None else dtype)
 
 
-def array(obj: Any, dtype: npt.DTypeLike = None) -> ndarray:
+def array(obj: Any, dtype: npt.DTypeLike | None = None) -> ndarray:
     if isinstance(obj, ndarray):
         return obj.astype(obj.dtype if dtype is None else dtype)
     host = np.array(obj, dtype)
@@ -210,13 +210,13 @@ def array(obj: Any, dtype: npt.DTypeLike = None) -> ndarray:
     return result
 
 
-def asarray(a: Any, dtype: npt.DTypeLike = None) -> ndarray:
+def asarray(a: Any, dtype: npt.DTypeLike | None = None) -> ndarray:
     if isinstance(a, ndarray) and dtype in (None, a.dtype):
         return a
     return array(a, dtype)
 
 
-def ascontiguousarray(a: Any, dtype: npt.DTypeLike = None) -> ndarray:
+def ascontiguousarray(a: Any, dtype: npt.DTypeLike | None = None) -> ndarray:
     if isinstance(a, ndarray) and not a.flags.c_contiguous:
         return a.copy()
     return asarray(a, dtype)

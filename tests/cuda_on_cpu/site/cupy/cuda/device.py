@@ -20,9 +20,7 @@ def current_index() -> int:
 
 class Device:
     def __init__(self, device: "int | Device | None" = None) -> None:
-        if isinstance(device, Device):
-            device = device.id
-        self.id = current_index() if device is None else int(device)
+        self.id: int = current_index() if device is None else int(device)
         self._previous: list[int] = []
 
     def use(self) -> None:

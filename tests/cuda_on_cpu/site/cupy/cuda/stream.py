@@ -68,7 +68,6 @@ class Stream:
         self._queue: deque[Operation] = deque()
         self._num_enqueued = self._num_run = 0
         self._captured: list[Operation] | None = None
-        self._has_failed_capture = False
         self._previous: list[Stream] = []
         _streams.add(self)
 
@@ -105,7 +104,6 @@ class Stream:
     def _refuse_in_capture(self, what: str) -> None:
         if any(stream._captured is not None for stream in (self, get_current_stream())):
             self._captured = get_current_stream()._captured = None
-            self._has_failed_capture = True
             raise runtime.CUDARuntimeError(
                 ERROR_CAPTURE_UNSUPPORTED,
                 f"cudaErrorStreamCaptureUnsupported: {what} while a stream is capturing",
@@ -125,7 +123,6 @@ class Stream:
         if self is Stream.null:
             raise RuntimeError("cannot capture on the default (legacy) stream")
         self._captured = []
-        self._has_failed_capture = False
 
     def end_capture(self) -> Any:
         from cupy.cuda.graph import Graph
