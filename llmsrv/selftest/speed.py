@@ -6,6 +6,7 @@ import gc
 import itertools
 import time
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import field
@@ -124,17 +125,19 @@ class Load:
 
 
 def measure(backend: Backend, size: Size) -> Iterator[Speed]:
-    for load in _loads(size):
-        yield _measured(backend, load, size)
+    for loads in _loads(size):
+        yield from _measured(backend, loads, size)
         gc.collect()  # plans refer to themselves, and hold memory of the device
 
 
-def _measured(backend: Backend, load: Load, size: Size) -> Speed:
-    plan = backend.compile(_program(load, size), size.limits, lambda: None)
-    for batch in (*load.earlier, load.step):
-        plan.forward(batch)
-    seconds = _seconds(_run(load, plan), lambda: plan.read("small"))
-    return Speed(load.name, seconds / load.num_calls, load.num_bytes, load.num_products)
+def _measured(backend: Backend, loads: list[Load], size: Size) -> Iterator[Speed]:
+    """The loads have the same operations, and share a plan."""
+    plan = backend.compile(_program(loads[0], size), size.limits, lambda: None)
+    for load in loads:
+        for batch in (*load.earlier, load.step):
+            plan.forward(batch)
+        seconds = _seconds(_run(load, plan), lambda: plan.read("small"))
+        yield Speed(load.name, seconds / load.num_calls, load.num_bytes, load.num_products)
 
 
 def _run(load: Load, plan: Plan) -> Callable[[], object]:
@@ -190,34 +193,39 @@ def _seconds(run: Callable[[], object], wait: Callable[[], object]) -> float:
 # ---- What is measured
 
 
-def _loads(size: Size) -> Iterator[Load]:
+def _loads(size: Size) -> Iterator[list[Load]]:
     for type in TYPES:
-        yield from (_linear(type, rows, size) for rows in (1, 8, size.prefill_rows))
-    yield from (_experts(rows, size) for rows in (1, size.prefill_rows))
-    yield _attention(1, 1, size.context, size)
-    yield _attention(size.streams, 1, size.context // size.streams, size)
-    yield _attention(1, size.prefill_rows, size.context, size)
-    yield from (_between(rows, size) for rows in (1, size.prefill_rows))
-    yield _sampling("greedy", SamplingParameters(temperature=0), size)
-    yield _sampling("top_p 0.9", SamplingParameters(temperature=0.8, top_p=0.9), size)
+        yield list(_linear(type, (1, 8, size.prefill_rows), size))
+    yield list(_experts((1, size.prefill_rows), size))
+    yield [
+        _attention(1, 1, size.context, size),
+        _attention(size.streams, 1, size.context // size.streams, size),
+        _attention(1, size.prefill_rows, size.context, size),
+    ]
+    yield [_between(rows, size) for rows in (1, size.prefill_rows)]
+    yield [
+        _sampling("greedy", SamplingParameters(temperature=0), size),
+        _sampling("top_p 0.9", SamplingParameters(temperature=0.8, top_p=0.9), size),
+    ]
 
 
-def _linear(type: str, rows: int, size: Size) -> Load:
+def _linear(type: str, row_counts: Iterable[int], size: Size) -> Iterator[Load]:
     weight = random_tensor("w", type, (size.inner, size.hidden), size=WEIGHT_SIZE)
     copies = max(1, size.weight_bytes // weight.data.nbytes)
     weights = [replace(weight, name=f"w{index}") for index in range(copies)]
     operations: list[Operation] = [Linear("wide", "hidden", (each,)) for each in weights]
-    return Load(
-        f"Linear {type}, {_count(rows, 'row')}",
-        operations * size.repeats,
-        len(operations) * size.repeats,
-        weight.data.nbytes,
-        rows * size.inner * size.hidden,
-        _step(1, rows, rows),
-    )
+    for rows in row_counts:
+        yield Load(
+            f"Linear {type}, {_count(rows, 'row')}",
+            operations * size.repeats,
+            len(operations) * size.repeats,
+            weight.data.nbytes,
+            rows * size.inner * size.hidden,
+            _step(1, rows, rows),
+        )
 
 
-def _experts(rows: int, size: Size) -> Load:
+def _experts(row_counts: Iterable[int], size: Size) -> Iterator[Load]:
     weight = random_tensor("e", "Q4_K", (size.hidden, size.hidden), size=WEIGHT_SIZE)
     gates, ups, downs = (
         [replace(weight, name=f"{name}{expert}") for expert in range(NUM_EXPERTS)]
@@ -226,15 +234,16 @@ def _experts(rows: int, size: Size) -> Load:
     router = random_tensor("router", "F32", (NUM_EXPERTS, size.hidden))
     pairs = tuple(zip(gates, ups))
     experts = Experts("normed", "hidden", router, pairs, tuple(downs), NUM_CHOSEN, True)
-    num_read = min(NUM_EXPERTS, rows * NUM_CHOSEN)
-    return Load(
-        f"Experts Q4_K, {NUM_CHOSEN} of {NUM_EXPERTS}, {_count(rows, 'row')}",
-        [experts] * size.repeats,
-        size.repeats,
-        3 * num_read * weight.data.nbytes,
-        3 * rows * NUM_CHOSEN * size.hidden**2,
-        _step(1, rows, rows),
-    )
+    for rows in row_counts:
+        num_read = min(NUM_EXPERTS, rows * NUM_CHOSEN)
+        yield Load(
+            f"Experts Q4_K, {NUM_CHOSEN} of {NUM_EXPERTS}, {_count(rows, 'row')}",
+            [experts] * size.repeats,
+            size.repeats,
+            3 * num_read * weight.data.nbytes,
+            3 * rows * NUM_CHOSEN * size.hidden**2,
+            _step(1, rows, rows),
+        )
 
 
 def _attention(num_sequences: int, rows: int, length: int, size: Size) -> Load:
