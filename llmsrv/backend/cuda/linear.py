@@ -39,8 +39,10 @@ MAX_TILES = 2  # of 16 rows of weights that a warp multiplies at once, from 9 ro
 LARGE_BLOCK = 128
 SMALL_BLOCK = 64
 SUMS_PADDING = 4  # float at the end of a row of a block's sums
-MAX_STAGES = 4
-STAGE_COLUMNS = 128  # in all stages after the first together, at least: enough bytes in flight
+MAX_STAGES = 8
+# Columns in all stages after the first together: enough bytes in flight.  Few small blocks run at a
+# time, so each needs more.
+COLUMNS_AHEAD = {LARGE_BLOCK: 96, SMALL_BLOCK: 256}
 
 GATED = {None: 0, "silu": 1, "gelu": 2}
 
@@ -196,7 +198,7 @@ class LinearKernels:
         if product.num_rows > SMALL_BLOCK and self._can_be_large():
             if product.groups or num_blocks(LARGE_BLOCK) >= self._device.num_multiprocessors:
                 size = LARGE_BLOCK
-        stages = min(MAX_STAGES, 1 + -(-STAGE_COLUMNS // (format.blocks * BLOCK_COLUMNS)))
+        stages = self._num_stages(format, size)
         kernel = self._kernels.get(
             "linear_mma",
             "linear_mma",
@@ -210,6 +212,15 @@ class LinearKernels:
         arguments = *product.arguments(), *product.group_arguments()
         shared_bytes = max(stages * _stage_bytes(format, size), 4 * size * (size + SUMS_PADDING))
         _launch(kernel, (num_blocks(size),), threads, arguments, shared_bytes)
+
+    def _num_stages(self, format: Format, size: int) -> int:
+        """Two small blocks should fit into a multiprocessor.  Before sm_80 copies are synchronous,
+        and more than two stages are of no use."""
+        if self._device.capability < 80:
+            return 2
+        wanted = 1 + -(-COLUMNS_AHEAD[size] // (format.blocks * BLOCK_COLUMNS))
+        bytes = self._device.max_shared_bytes // (1 if size == LARGE_BLOCK else 2)
+        return max(2, min(wanted, MAX_STAGES, bytes // _stage_bytes(format, size)))
 
     def _can_be_large(self) -> bool:
         """Large blocks need more shared memory than devices before sm_80 have."""
