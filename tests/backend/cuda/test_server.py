@@ -104,8 +104,8 @@ def complete(server: RunningServer, model: str, prompt: list[int], **fields: Any
 def test_answers_of_every_architecture_agree_with_float32(
     tiny_models: RunningServer, name: str
 ) -> None:
-    prompts = [list(range(5, 12)), [(7 * i) % 200 + 3 for i in range(40)]]
-    check_answers(tiny_models, name, GOLDEN / name, prompts, 12)
+    prompt = [(7 * i) % 200 + 3 for i in range(40)]
+    check_answers(tiny_models, name, GOLDEN / name, prompt, 12)
 
 
 def test_answers_of_four_layers_of_smollm2_agree_with_float32(
@@ -114,33 +114,31 @@ def test_answers_of_four_layers_of_smollm2_agree_with_float32(
     path = write_cut_model(smollm2, tmp_path / "cut.gguf", 4)
     sizes = "--max-num-sequence", "1", "--prefill-chunk-size", "16"
     with running("--model", f"cut={path}", *sizes, *NO_DRAFTS) as server:
-        check_answers(server, "cut", path, [list(range(500, 520))], 4)
+        check_answers(server, "cut", path, list(range(500, 520)), 4)
 
 
 def check_answers(
-    server: RunningServer, name: str, path: Path, prompts: list[list[int]], max_tokens: int
+    server: RunningServer, name: str, path: Path, prompt: list[int], max_tokens: int
 ) -> None:
     """Greedy and sampled."""
     program = load_model(path, lambda: None).program
     oracle = Oracle(program, ReferenceBackend().compile(program, LIMITS, lambda: None))
-    errors, agreements = [], []
-    for prompt in prompts:
-        greedy = complete(server, name, prompt, max_tokens=max_tokens, logprobs=1)
-        ids = greedy["token_ids"]
-        assert len(ids) == max_tokens
-        logits = oracle.logits([*prompt, *ids[:-1]], len(ids))
-        for row, id, logprob in zip(logits, ids, greedy["logprobs"]["token_logprobs"], strict=True):
-            second, best = np.sort(row)[-2:]
-            assert row.argmax() == id or best - second <= MAX_GAP
-            errors.append(abs(logprob - float(log_softmax(row, np.array([id]))[0])))
-
-        ids = complete(server, name, prompt, max_tokens=max_tokens, **SEEDED)["token_ids"]
-        oracle.logits([*prompt, *ids[:-1]], len(ids))
-        agreements += np.equal(oracle.sampled(len(ids)), ids).tolist()
+    greedy = complete(server, name, prompt, max_tokens=max_tokens, logprobs=1)
+    ids, logprobs = greedy["token_ids"], greedy["logprobs"]["token_logprobs"]
+    assert len(ids) == max_tokens
+    errors = []
+    rows = oracle.logits([*prompt, *ids[:-1]], len(ids))
+    for row, id, logprob in zip(rows, ids, logprobs, strict=True):
+        second, best = np.sort(row)[-2:]
+        assert row.argmax() == id or best - second <= MAX_GAP
+        errors.append(abs(logprob - float(log_softmax(row, np.array([id]))[0])))
     assert np.mean(errors) <= MAX_ERROR
+
+    ids = complete(server, name, prompt, max_tokens=max_tokens, **SEEDED)["token_ids"]
+    oracle.logits([*prompt, *ids[:-1]], len(ids))
     # An id differs if the random number lies next to the bound between two ids.  With a wrong seed
     # or position, nearly all would.
-    assert agreements.count(False) <= 4
+    assert np.not_equal(oracle.sampled(len(ids)), ids).sum() <= 3
 
 
 # ---- Requests that meet
