@@ -246,7 +246,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
                     multiply(sums, rows[u], x + column, offsets, (columns - column) / BLOCK_COLUMNS);
             }
         }
-        for (int tile = 0; tile < TILES && row_tile + tile < end_tile; tile++) {
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+            if (row_tile + tile >= end_tile)
+                break;
 #pragma unroll
             for (int n = 0; n < ROW_GROUPS; n++)
 #pragma unroll
