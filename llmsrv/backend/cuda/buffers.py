@@ -88,9 +88,6 @@ class Buffers:
             return (values.astype(np.uint32) << 16).view(np.float32)
         return values.astype(np.float32)
 
-    def num_bytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays.values())
-
     def _new(self, name: str, is_operand: bool) -> Any:
         rows = self._logit_rows if name in self._logit_row_buffers else self._rows
         dtype = DTYPES[self._dtype] if is_operand else np.float32

@@ -42,7 +42,6 @@ def fuse(program: Program) -> Iterator[Operation]:
     operations = list(program.operations)
     reads = Counter(name for each in operations for name in inputs_of(each))
     writes = Counter(output_of(each) for each in operations)
-
     read_as_floats = {
         name
         for each in operations

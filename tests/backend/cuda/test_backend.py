@@ -122,6 +122,15 @@ def test_kernels_that_do_not_compile_or_run_let_another_backend_try(
         one.compile(program(gguf), LIMITS, lambda: None)
 
 
+def test_another_gpu_computes_if_asked_for(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_ON_CPU_DEVICES", "2")
+    try:
+        assert "(cuda:1, compute capability 8.0)" in backend(device="cuda:1").description
+        assert install_stand_in().cuda.runtime.getDevice() == 1
+    finally:
+        install_stand_in().cuda.Device(0).use()
+
+
 def test_bfloat16_on_a_gpu_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_ON_CPU_CAPABILITY", "75")
     with pytest.raises(CannotRun, match="^the Emulated.* has no bfloat16; use --dtype float16$"):
