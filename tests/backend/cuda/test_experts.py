@@ -3,6 +3,8 @@
 tests/backend/cpu/test_operations.py runs on CUDA too.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,8 @@ def run(products, operation, x, before):
     )
     out = cupy.asarray(before)
     packed = kernels.pack(operation, lambda: None)
+    num_bytes = sum(each.num_bytes for each in (packed.router, packed.gate_up, packed.down))
+    assert num_bytes == kernels.packed_bytes(operation)
     kernels.experts(out, products.operand(x), packed, len(x))
     return out.get()
 
@@ -90,6 +94,15 @@ def test_choices_are_grouped_by_expert(cupy, how, num_rows, type):
 def test_more_experts_than_lanes(cupy, type, num_rows):
     size = 256 if type.endswith("_K") else 64
     assert_right(Products(cupy), experts_of(type, 70, size, size, 6, normalise=False), num_rows)
+
+
+@pytest.mark.slow
+def test_weights_of_mixed_types_become_16_bits(cupy):
+    """As in files that keep a few layers more precise than others."""
+    operation = experts_of("Q8_0", 5, 64, 64, 2)
+    gates = experts_of("Q4_1", 5, 64, 64, 2).down
+    pairs = tuple((gate, up) for gate, (_, up) in zip(gates, operation.gate_up))
+    assert_right(Products(cupy), dataclasses.replace(operation, gate_up=pairs), 20)
 
 
 @pytest.mark.slow
