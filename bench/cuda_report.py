@@ -53,23 +53,25 @@ class Card:
     """A typical card of an architecture, by its data sheet.
 
     bytes_per_s  of its memory
+    memory_gb    size of its memory
     flops        dense products of 16-bit values with sums in float32
     """
 
     name: str
     num_multiprocessors: int
     bytes_per_s: float
+    memory_gb: int
     flops: float
 
 
 CARDS = {
-    75: Card("T4", 40, 320e9, 65e12),
-    80: Card("A100 80 GB", 108, 2039e9, 312e12),
-    86: Card("RTX 3090", 82, 936e9, 71e12),
-    89: Card("L40S", 142, 864e9, 362e12),
-    90: Card("H200", 132, 4800e9, 989e12),
-    100: Card("B200", 148, 8000e9, 2250e12),
-    120: Card("RTX 5090", 170, 1792e9, 210e12),
+    75: Card("T4", 40, 320e9, 16, 65e12),
+    80: Card("A100 80 GB", 108, 2039e9, 80, 312e12),
+    86: Card("RTX 3090", 82, 936e9, 24, 71e12),
+    89: Card("L40S", 142, 864e9, 48, 362e12),
+    90: Card("H200", 132, 4800e9, 141, 989e12),
+    100: Card("B200", 148, 8000e9, 180, 2250e12),
+    120: Card("RTX 5090", 170, 1792e9, 32, 210e12),
 }
 
 
@@ -108,6 +110,16 @@ class Step:
     @property
     def seconds(self) -> float:
         return self.roofline_s + LAUNCH_S * self.num_launches
+
+    @property
+    def fits(self) -> bool:
+        """Whether what a step reads fits into the card's memory with something to spare."""
+        num_bytes = sum(row.num_launches * row.work.num_bytes for row in self.rows)
+        return num_bytes < 0.9e9 * CARDS[self.capability].memory_gb
+
+    @property
+    def streams(self) -> str:
+        return f"{self.num_streams} stream" + "s" * (self.num_streams > 1)
 
 
 def recorded_step(shape: Shape, type: str, capability: int, num_streams: int) -> list[Launch]:
@@ -168,16 +180,15 @@ def rows_of(
 
 def print_step(step: Step) -> None:
     card = CARDS[step.capability]
-    streams = f"{step.num_streams} stream" + "s" * (step.num_streams > 1)
-    print(f"\n{step.shape}, {step.type}, {streams}, sm_{step.capability} ({card.name})")
+    print(f"\n{step.shape}, {step.type}, {step.streams}, sm_{step.capability} ({card.name})")
     print(
-        f"{'kernel':34}{'times':>6}{'regs':>6}{'spills':>7}{'shared':>8}{'warps':>7}"
+        f"{'kernel':36}{'times':>6}{'regs':>6}{'spills':>7}{'shared':>8}{'warps':>7}"
         f"{'KB':>10}{'MFLOP':>9}{'us':>8}"
     )
     for row in step.rows:
         needs = row.resources
         print(
-            f"{row.kernel:34}{row.num_launches:6}{needs.registers:6}{needs.spill_bytes:7}"
+            f"{row.kernel:36}{row.num_launches:6}{needs.registers:6}{needs.spill_bytes:7}"
             f"{row.shared_bytes:8}{row.occupancy:7.0%}{row.work.num_bytes / 1e3:10,.0f}"
             f"{row.work.flops / 1e6:9,.1f}{1e6 * row.seconds:8.2f}"
         )
@@ -186,19 +197,23 @@ def print_step(step: Step) -> None:
 def print_summary(steps: list[Step]) -> None:
     print("\nA decode step, computed: roofline of its launches + their cost = tokens/s")
     for step in steps:
-        name = f"{step.shape}, {step.type}, {step.num_streams} streams"
+        name = f"{step.shape}, {step.type}, {step.streams}"
         card = f"sm_{step.capability} {CARDS[step.capability].name}"
         launches_ms = 1e3 * LAUNCH_S * step.num_launches
         print(
             f"{name:34}{card:20}{1e3 * step.roofline_s:8.3f} ms + {launches_ms:.3f} ms "
             f"({step.num_launches} launches) ={step.num_streams / step.seconds:9,.0f}"
+            + "   (does not fit)" * (not step.fits)
         )
 
 
 def draw(path: Path, steps: list[Step]) -> None:
-    """Tokens per second by architecture: a panel for each shape, a line for each type."""
+    """Tokens per second by card: a panel for each shape, a marker for each type that fits."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import StrMethodFormatter
 
     from bench.results import COLORS
     from bench.results import MARKERS
@@ -207,27 +222,32 @@ def draw(path: Path, steps: list[Step]) -> None:
 
     shapes = list(dict.fromkeys(step.shape for step in steps))
     types = list(dict.fromkeys(step.type for step in steps))
+    capabilities = list(dict.fromkeys(step.capability for step in steps))
     with matplotlib.rc_context(style()):
-        figure = Figure((WIDTH_INCHES, 3.4), layout="constrained")
+        figure = Figure((WIDTH_INCHES, 3.6), layout="constrained")
         panels = figure.subplots(1, len(shapes), squeeze=False)[0]
         for axes, shape in zip(panels, shapes):
             axes.set_title(shape)
             for index, type in enumerate(types):
-                own = [step for step in steps if (step.shape, step.type) == (shape, type)]
-                names = [f"{CARDS[step.capability].name}" for step in own]
-                rates = [step.num_streams / step.seconds for step in own]
-                axes.plot(names, rates, color=COLORS[index], marker=MARKERS[index], label=type)
+                own = [s for s in steps if (s.shape, s.type) == (shape, type) and s.fits]
+                axes.plot(
+                    [capabilities.index(step.capability) for step in own],
+                    [step.num_streams / step.seconds for step in own],
+                    color=COLORS[index],
+                    marker=MARKERS[index],
+                    linestyle="",
+                    label=type,
+                )
+            names = [CARDS[capability].name for capability in capabilities]
+            axes.set_xticks(range(len(names)), names, rotation=60)
             axes.set_yscale("log")
-            axes.tick_params("x", rotation=60)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         panels[0].set_ylabel("tokens/s")
-        num_streams = steps[0].num_streams
-        figure.suptitle(
-            f"COMPUTED from bytes, products and launches, not measured; {num_streams} stream"
-            + "s" * (num_streams > 1),
-            x=0.006,
-            ha="left",
-        )
-        panels[-1].legend()
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
+        title = f"COMPUTED from bytes, products and launches, not measured; {steps[0].streams}"
+        figure.suptitle(title, x=0.006, ha="left")
         metadata = {"Date": None} if path.suffix == ".svg" else {}
         figure.savefig(path, transparent=True, dpi=192, metadata=metadata)
 

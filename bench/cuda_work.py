@@ -64,7 +64,7 @@ def _linear(launch: Launch, linear: FusedLinear, num_rows: int) -> Work:
     input_bytes = 4 if linear.norm else 2
     output_bytes = 1 if linear.gated else 8 if linear.accumulate else 4
     return Work(
-        linear.out if linear.norm is None or is_last else f"{linear.norm.out} {linear.out}",
+        f"{linear.norm.x if linear.norm else linear.x} -> {linear.out}",
         sum(weight.data.nbytes for weight in weights)
         + num_rows * (input_bytes * columns + output_bytes * width),
         2 * num_rows * sum(prod(weight.shape) for weight in weights),
