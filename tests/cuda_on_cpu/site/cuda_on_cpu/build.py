@@ -1,10 +1,12 @@
 """Compiles the emulator and kernels with g++, once each; shared libraries are cached on disk."""
 
+import contextlib
 import ctypes
 import hashlib
 import os
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,6 +33,7 @@ KERNEL_FLAGS = (
     "-ffp-contract=fast",  # as nvcc's default -fmad=true; -O1 alone contracts nothing
     "-fexpensive-optimizations",
 )
+MAX_AGE_S = 14 * 24 * 3600  # of a cached library: every change of a kernel leaves one behind
 CHECKED_FLAGS = ("-fsanitize=thread,alignment", "--param=tsan-instrument-func-entry-exit=0")
 
 
@@ -95,22 +98,19 @@ def compile_kernels(code: str, macros: tuple[str, ...]) -> Module:
     macros  -DNAME=VALUE
     Raises CompileError.
     """
-    flags = [*KERNEL_FLAGS, *macros, f"-D__CUDA_ARCH__={capability() * 10}"]
+    flags = *KERNEL_FLAGS, *macros, f"-D__CUDA_ARCH__={capability() * 10}"
     if options.is_checked:
-        flags += CHECKED_FLAGS
-    if options.is_checked:
-        storage = CHECKED_STORAGE
-    else:
-        storage = ONE_WORKER_STORAGE if options.workers == 1 else THREAD_STORAGE
-    return _compile(code, tuple(flags), storage)
+        return _compile(code, (*flags, *CHECKED_FLAGS), CHECKED_STORAGE)
+    storage = ONE_WORKER_STORAGE if options.workers == 1 else THREAD_STORAGE
+    return _compile(code, flags, storage)
 
 
 @cache
 def _compile(code: str, flags: tuple[str, ...], storage: str) -> Module:
     runtime()
-    path = _cached("kernel", flags, code.encode(), storage.encode(), *_translation())
+    text = f'#include "cuda_emulation.h"\n#line 1 "kernel.cu"\n{code}'
+    path = _cached("kernel", flags, text.encode(), storage.encode(), *_translation())
     if not path.exists():
-        text = f'#include "cuda_emulation.h"\n#line 1 "kernel.cu"\n{code}'
         preprocess = [*_gxx(), *flags, f"-I{INCLUDE}", "-E", "-x", "c++", "-"]
         translated = translate(_run(preprocess, text), storage)
         source = path.with_suffix(f".{os.getpid()}.cpp")
@@ -125,8 +125,8 @@ def _compile(code: str, flags: tuple[str, ...], storage: str) -> Module:
 @cache
 def _translation() -> tuple[bytes, ...]:
     """All that decides how kernels are translated."""
-    ours = Path(__file__), Path(__file__).with_name("translate.py")
-    return tuple(path.read_bytes() for path in (*HEADERS, *ours))
+    translation = Path(__file__).with_name("translate.py")
+    return tuple(path.read_bytes() for path in (*HEADERS, translation))
 
 
 def _load(path: Path) -> Module:
@@ -143,6 +143,10 @@ def _build(arguments: list[str], path: Path, text: str | None = None) -> None:
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     _run([*_gxx(), *arguments, "-o", str(temporary)], text)
     temporary.replace(path)
+    for other in cache_directory().glob("*.so"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - other.stat().st_mtime > MAX_AGE_S:
+                other.unlink()
 
 
 def _run(command: list[str], text: str | None = None) -> str:
