@@ -220,3 +220,11 @@ def test_view_is_the_bound_of_an_access(cupy):
     x, out = cupy.zeros(64, np.float32), cupy.zeros(64, np.float32)
     with pytest.raises(Exception, match="out of bounds.*write by thread 16"):
         launch(CODE, "index_in_array", (out[:16], x, cupy.zeros(1, np.uint32), np.int32(0)))
+
+
+def test_of_views_that_overlap_the_longest_is_the_bound(cupy):
+    out = cupy.zeros(64, np.float32)
+    counter = cupy.zeros(1, np.uint32)
+    launch(CODE, "index_in_array", (out[:16], out, counter, np.int32(0)), block=16)
+    with pytest.raises(Exception, match="race"):  # not out of bounds
+        launch(CODE, "index_in_array", (out[1:16], out, counter, np.int32(0)))

@@ -139,10 +139,11 @@ Memory find(const Worker* worker, const char* address, Range& range) {
     if (range.contains(address)) return SHARED;
   }
   if (shared_section.contains(address)) return NOWHERE;
+  range = {nullptr, nullptr};  // arguments may be views of one array: the longest counts
   for (const Range& array : arrays) {
-    range = array;
-    if (range.contains(address)) return GLOBAL;
+    if (array.contains(address) && array.end > range.end) range = array;
   }
+  if (range.end) return GLOBAL;
   const Range own[] = {
       image,
       {(const char*)&emu_current, (const char*)(&emu_current + 1)},
@@ -210,7 +211,6 @@ void check(const Access& access) {
     check_byte(byte, now, access.is_write, is_shared);
   }
 }
-
 
 void check_misaligned(uintptr_t caller) {
   if (!is_on) return;
