@@ -63,7 +63,7 @@ class Heads:
 
     @property
     def partial_size(self) -> int:
-        """Floats of the partial results of a group: PARTIAL_SIZE of kernels/cuda/attention.cu."""
+        """Floats of a group's partial results: PARTIAL_SIZE of kernels/cuda/attention_merge.cuh."""
         return -(-self.heads_per_group * (self.head_dim + 2) // 4) * 4
 
     def macros(self) -> dict[str, int]:

@@ -184,7 +184,7 @@ BROKEN = [
     Broken(
         "decode: a split arrives before its result is visible",
         "decode",
-        "attention.cu",
+        "attention_merge.cuh",
         "        __threadfence(); /* the block's partial result is visible before it arrives */\n",
         "",
         "checked",
@@ -193,7 +193,7 @@ BROKEN = [
     Broken(
         "decode: the splits' results may be read before they arrive",
         "decode",
-        "attention.cu",
+        "attention_merge.cuh",
         "        __threadfence(); /* and the others' results are read after they arrived */\n",
         "",
         "checked",
@@ -202,7 +202,7 @@ BROKEN = [
     Broken(
         "decode: arrivals are not cleared for the next step",
         "decode",
-        "attention.cu",
+        "attention_merge.cuh",
         "            *arrivals = 0;",
         "            ;",
         "in order",
