@@ -10,6 +10,7 @@ import multiprocessing
 import re
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 
@@ -21,10 +22,11 @@ from llmsrv.backend.cuda.source import kernel_source
 from llmsrv.backend.program import Program
 from llmsrv.backend.sampling.table import SamplingParameters
 from llmsrv.backend.source import kernel_sources
-from llmsrv.selftest import cases
 from llmsrv.selftest.batches import Piece
 from llmsrv.selftest.batches import batch_of
 from llmsrv.selftest.batches import prompt
+from llmsrv.selftest.cases import Case
+from llmsrv.selftest.cases import kernel_cases
 from llmsrv.selftest.made_models import Shape
 from llmsrv.selftest.made_models import make_program
 from tests.support.cuda import needs_emulation
@@ -32,6 +34,7 @@ from tests.support.cuda import needs_emulation
 pytest.importorskip("nvidia", reason="needs '.[compat]'")
 
 from tests.support.cuda_launches import Launch  # noqa: E402
+from tests.support.cuda_launches import Module  # noqa: E402
 from tests.support.cuda_launches import is_decode  # noqa: E402
 from tests.support.cuda_launches import recording  # noqa: E402
 from tests.support.cuda_launches import step_launches  # noqa: E402
@@ -48,7 +51,7 @@ NUM_PROCESSES = 2
 LIMITS = Limits(max_rows=320, max_logit_rows=64, max_slots=64, num_blocks=80)
 # The heads of real models, in layers that are otherwise small, and the type of the weights.
 MODELS = {
-    "float16": (Shape("SmolLM2-135M", 1, 576, 768, 9, 3, 64, 1000, is_tied=True), "Q4_K"),
+    "float16": (Shape("SmolLM2-135M", 1, 512, 768, 9, 3, 64, 1000, is_tied=True), "Q4_K"),
     "bfloat16": (Shape("Llama-3.1-8B", 1, 512, 768, 32, 8, 128, 1000, is_tied=False), "BF16"),
 }
 DECODE_ROWS = 1, 32
@@ -80,29 +83,27 @@ class Use:
 
 @pytest.fixture(scope="module")
 def uses() -> list[Use]:
-    """Compiles everything, each module once."""
-    recorded = [
-        (capability, dtype, launch, decodes)
-        for capability, architecture in ARCHITECTURES.items()
-        for dtype in list(MODELS)[: 1 + architecture.has_bfloat16]
-        for launch, decodes in _launches(capability, dtype).items()
-    ]
-    modules = list({(capability, launch.module) for capability, _, launch, _ in recorded})
-    sources = [kernel_source(module.stem) for _, module in modules]
-    options = [module.options for _, module in modules]
-    capabilities = [capability for capability, _ in modules]
+    """Compiles everything, each module once, while other launches are recorded."""
+    found: list[tuple[int, str, Launch, bool]] = []
+    results: dict[tuple[int, Module], Future[dict[str, Resources]]] = {}
     # Processes of their own: the stand-in's driver must not be loaded where NVRTC is.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(NUM_PROCESSES, context) as pool:
-        found = pool.map(compile_kernels, sources, options, capabilities, chunksize=4)
-        compiled = dict(zip(modules, found, strict=True))
+        for capability, architecture in ARCHITECTURES.items():
+            for dtype in list(MODELS)[: 1 + architecture.has_bfloat16]:
+                for launch, decodes in _launches(capability, dtype).items():
+                    found.append((capability, dtype, launch, decodes))
+                    module = launch.module
+                    if (capability, module) not in results:
+                        results[capability, module] = pool.submit(
+                            compile_kernels, kernel_source(module.stem), module.options, capability
+                        )
+        compiled = {key: future.result() for key, future in results.items()}
     return [
-        Use(*each, resources=compiled[each[0], each[2].module][each[2].function])
-        for each in recorded
+        Use(*each, resources=compiled[each[0], each[2].module][each[2].function]) for each in found
     ]
 
 
-@cache
 def _launches(capability: int, dtype: str) -> dict[Launch, bool]:
     """Different launches -> whether one of them is part of a decode step.  Grids do not count."""
     found: dict[Launch, bool] = {}
@@ -120,13 +121,18 @@ def _launches(capability: int, dtype: str) -> dict[Launch, bool]:
 def _programs(capability: int, dtype: str) -> Iterator[tuple[Program, list[Batch]]]:
     """Programs and their steps."""
     seen: Counter[str] = Counter()
-    for case in cases.kernel_cases():
+    for case in _cases():
         is_other = seen[case.kernel] < OTHER_KERNELS.get(case.kernel, 0)
         seen[case.kernel] += 1
         if is_other or (capability, dtype) in COMPLETE:
             yield case.program, list(case.steps)
     steps = [batch_of([Piece([0], 20, [1, 2])] * num_rows) for num_rows in DECODE_ROWS]
     yield make_program(*MODELS[dtype]), [*steps, batch_of(prompt(PROMPT_ROWS))]
+
+
+@cache
+def _cases() -> list[Case]:
+    return list(kernel_cases())
 
 
 def test_the_backend_launches_every_kernel_there_is(uses: list[Use]) -> None:
