@@ -70,7 +70,9 @@ def install(name: str) -> None:
     arena.install()
 
 
-def load(arena: Arena, tier: str, texts: dict[str, bytes], flags: tuple[str, ...], _: Path) -> Any:
+def load(
+    arena: Arena, tier: str, texts: dict[str, bytes], flags: tuple[str, ...], *_: object
+) -> Any:
     names = list(cpu_library.FUNCTIONS)
     directory = tempfile.TemporaryDirectory()
     program = compile_for(tier, texts, flags, Path(directory.name))

@@ -3,7 +3,6 @@
 Loaded by cpu/test_guarded.py as `-p tests.support.guarded`.
 """
 
-from pathlib import Path
 from typing import Any
 
 from llmsrv.backend import source
@@ -15,8 +14,8 @@ from tests.support.arena import Arena
 def pytest_collection() -> None:
     arena = Arena()
 
-    def load(texts: dict[str, bytes], flags: tuple[str, ...], cache_dir: Path) -> Any:
-        library = cpu_library.declare(source.load_library(texts, flags, cache_dir))
+    def load(texts: dict[str, bytes], flags: tuple[str, ...], *others: Any) -> Any:
+        library = cpu_library.declare(source.load_library(texts, flags, *others))
         return arena.library({name: getattr(library, name) for name in cpu_library.FUNCTIONS})
 
     setattr(backend, "load_library", load)

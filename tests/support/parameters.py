@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 # The files whose tests run again with sanitizers, guard pages and on AArch64.
-KERNEL_TESTS = tuple(
-    f"tests/backend/cpu/test_{name}.py"
-    for name in ("operations", "linear", "attention", "models", "sampling")
+KERNEL_TESTS = (
+    *(f"tests/backend/cpu/test_{name}.py" for name in "operations linear attention models".split()),
+    "tests/backend/sampling/test_backends.py",
 )
 
 

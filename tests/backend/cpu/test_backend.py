@@ -12,11 +12,11 @@ from llmsrv.config import default_cache_dir
 
 @pytest.mark.slow  # compiles everything once more
 def test_kernels_that_disagree_with_the_reference_are_refused(monkeypatch, caplog):
-    def load_some_wrong(sources, flags, cache_dir):
+    def load_some_wrong(sources, flags, *others):
         if "-DWRONG" in flags:
             wrong = sources["activation.h"].replace(b"(1) +", b"(2) +")
             sources = sources | {"activation.h": wrong}
-        return load_library(sources, flags, cache_dir)
+        return load_library(sources, flags, *others)
 
     monkeypatch.setattr("llmsrv.backend.cpu.backend.load_library", load_some_wrong)
     tiers = Tier("wrong", frozenset(), ("-DWRONG",)), *TIERS
