@@ -202,6 +202,7 @@ def test_a_compiler_that_hangs_is_stopped(tmp_path, monkeypatch):
         answer(tmp_path)
 
 
+@pytest.mark.slow
 def test_123_nothing_is_left_of_a_build_whose_process_is_killed(tmp_path, monkeypatch):
     # As gcc does, this compiler starts another process, which writes to a temporary file.
     record = 'echo "$$ $PWD" > "$RECORD.$$"; echo > "$TMPDIR/temporary"; sleep 60 & wait'

@@ -39,6 +39,7 @@ def saved(tmp_path):
     return json.loads((tmp_path / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_results_are_kept_as_they_come_and_parts_may_fail_or_hang(run, tmp_path):
     run.run(python("good", f"print({json.dumps(LIMITS)!r})"))
     run.run(python("broken", "print('{\"half'); raise SystemExit(3)"))

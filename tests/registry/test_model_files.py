@@ -61,6 +61,7 @@ def test_a_file_that_was_replaced_is_loaded_with_its_tokenizer(
     assert "were replaced; loading them" in server.output
 
 
+@pytest.mark.slow
 def test_a_file_that_was_deleted_is_the_reason_of_503s_until_it_is_back(
     server: RunningServer, tmp_path: Path
 ) -> None:

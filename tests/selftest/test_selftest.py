@@ -120,6 +120,7 @@ def test_without_golden_models_made_ones_are_checked(backend, monkeypatch, tmp_p
     assert check_model(backend, model).is_right
 
 
+@pytest.mark.slow
 def test_the_report_has_every_part(backend, few):
     lines = []
     report = run.run_selftest(backend, lines.append)
