@@ -11,7 +11,7 @@ struct Histogram {
     unsigned low[NUM_BINS], high[NUM_BINS];
 };
 
-/* Shared memory for what the threads of a block tell each other. */
+/* Shared memory through which the threads of a block exchange values. */
 struct BlockShared {
     Mass warp_masses[WARPS];
     Mass left;

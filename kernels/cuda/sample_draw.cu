@@ -22,7 +22,7 @@
 
 enum Stage { TOP_K, TOP_P, TYPICAL_P, NUM_FILTERS, DRAW = NUM_FILTERS };
 
-/* Keys ascend as x or a weight falls, and are shifted so that the first digit tells many apart. */
+/* Keys ascend as x or a weight falls, and are shifted so that many differ in their first digit. */
 __device__ __forceinline__ unsigned key_of_x(float x) { return __float_as_uint(x) << 1; }
 
 /* Weights have at most 24 significant bits, so floats hold them exactly. */

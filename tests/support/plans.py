@@ -11,6 +11,7 @@ from llmsrv.backend.base import BLOCK_SIZE
 from llmsrv.backend.base import Batch
 from llmsrv.backend.base import Plan
 from llmsrv.backend.sampling.table import SamplingParameters
+from llmsrv.selftest import batches
 
 
 @dataclass
@@ -49,27 +50,17 @@ class Run:
 
 
 def batch_of(pieces: Sequence[Piece]) -> Batch:
-    lengths = [len(piece.ids) for piece in pieces]
-    positions = np.concatenate([piece.start + np.arange(len(piece.ids)) for piece in pieces])
-    sequences = np.repeat(np.arange(len(pieces)), lengths)
-    tables = np.zeros((len(pieces), max(len(piece.blocks) for piece in pieces)), np.int32)
-    for table, piece in zip(tables, pieces):
-        table[: len(piece.blocks)] = piece.blocks
-    slots = tables[sequences, positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE
-    ends = np.cumsum(lengths)
-    logit_rows = [
-        np.arange(end - 1 - piece.num_drafts, end)
-        for end, piece in zip(ends, pieces)
-        if piece.wants_logits
-    ]
-    return Batch(
-        ids=np.concatenate([np.asarray(piece.ids, np.int32) for piece in pieces]),
-        positions=positions.astype(np.int32),
-        sequences=sequences.astype(np.int32),
-        slot_mapping=slots + positions % BLOCK_SIZE,
-        block_tables=tables,
-        is_long=np.array([piece.is_long for piece in pieces]),
-        logit_rows=np.concatenate([np.zeros(0, np.int64), *logit_rows]).astype(np.int32),
+    return batches.batch_of(
+        [
+            batches.Piece(
+                piece.ids,
+                piece.start,
+                piece.blocks,
+                (1 + piece.num_drafts) if piece.wants_logits else 0,
+                piece.is_long,
+            )
+            for piece in pieces
+        ]
     )
 
 

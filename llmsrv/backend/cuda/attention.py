@@ -1,6 +1,6 @@
 """Launches the kernels of rope, attention, activations and logit rows on the current stream.
 
-Arrays are cupy arrays.  The dtype of an output tells whether it is float32 or an operand.
+Arrays are cupy arrays.  An output is float32 or an operand, as its dtype says.
 """
 
 from dataclasses import dataclass

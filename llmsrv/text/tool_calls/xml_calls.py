@@ -46,8 +46,8 @@ class XmlFormat(ToolCallFormat):
     key    around the name of an argument
     value  around an argument; the first is "" if the tag of the name begins it
     lines  whether an argument stands on lines of its own
-    kinds  what follows the name of an argument that is a string, and of another one; "" if nothing
-           tells them apart
+    kinds  what follows the name of an argument that is a string, and of another one; "" if both
+           are written alike
     """
 
     opening: str
